@@ -1,0 +1,9 @@
+"""Task instructions: the banks of descriptions, and how one of them is put in front of an edit's prompts."""
+
+from __future__ import annotations
+
+from instructedit.instructions.bank import Description, InstructionBank, Split, bank_names
+from instructedit.instructions.instructor import Instructor
+from instructedit.instructions.rendering import render
+
+__all__ = ["Description", "InstructionBank", "Instructor", "Split", "bank_names", "render"]

@@ -1,0 +1,213 @@
+"""The descriptions of each task, read from the YAML files in ``banks/`` and checked as they are read."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from instructedit.errors import UserError
+
+Split = Literal["train", "heldout", "unseen"]
+
+SPLITS: tuple[str, ...] = get_args(Split)
+#: The slots of the paper (Table 2). A bank that needs others lists them under ``slots:``.
+SLOTS: tuple[str, ...] = ("LABEL", "TOPIC")
+#: Anything in square brackets is a slot, so that a misspelt one is noticed.
+SLOT = re.compile(r"\[([^\[\]]*)\]")
+VERSION = 1
+BANKS = Path(__file__).parent / "banks"
+
+
+@dataclass(frozen=True)
+class Description:
+    """One wording of what a task edits (Section 4.1).
+
+    Attributes:
+        id: Unique within its bank; results name it.
+        split: ``train`` to train on, ``heldout`` to test with, ``unseen`` for the transfer test of Figure 3.
+        text: One sentence, with its slots still in square brackets.
+    """
+
+    id: str
+    split: Split
+    text: str
+
+    @property
+    def slots(self) -> frozenset[str]:
+        """Names of the slots in the text."""
+        return frozenset(SLOT.findall(self.text))
+
+
+@dataclass(frozen=True)
+class InstructionBank:
+    """All descriptions of one task (Section 4.1: ten per task, of which one is held out; five more for Figure 3).
+
+    Attributes:
+        task: The task's title, as instructions show it.
+        descriptions: In the order of the file.
+    """
+
+    task: str
+    descriptions: tuple[Description, ...]
+
+    @classmethod
+    def load(cls, path: str | Path) -> InstructionBank:
+        """Read a bank from a YAML file.
+
+        Raises:
+            UserError: If the file cannot be read or breaks a rule; the message names the file and the field.
+        """
+        raw = _read(Path(path))
+        _check_version(raw, str(path))
+        entries = _field(raw, "descriptions", list, str(path))
+        if not entries:
+            raise UserError(f"{path}: descriptions must not be empty")
+        bank = cls(
+            _field(raw, "task", str, str(path)),
+            tuple(_description(entry, f"{path}: descriptions[{i}]") for i, entry in enumerate(entries)),
+        )
+        _check_unique(bank.descriptions, str(path))
+        _check_slots(bank.descriptions, _declared_slots(raw, str(path)), str(path))
+        return bank
+
+    @classmethod
+    def for_task(cls, name: str) -> InstructionBank:
+        """The packaged bank of a task, whose file is called by the task's name in lower case.
+
+        Raises:
+            UserError: If there is none (the message lists those there are), or its file is wrong.
+        """
+        return _packaged(name.lower())
+
+    def split(self, name: Split) -> tuple[Description, ...]:
+        """The descriptions of one split; empty if the bank has none.
+
+        Raises:
+            UserError: If there is no such split.
+        """
+        check_split(name)
+        return tuple(d for d in self.descriptions if d.split == name)
+
+    def get(self, description_id: str) -> Description:
+        """The description with the given id.
+
+        Raises:
+            UserError: If the bank has none; the message lists those it has.
+        """
+        for description in self.descriptions:
+            if description.id == description_id:
+                return description
+        ids = ", ".join(d.id for d in self.descriptions)
+        raise UserError(f"task {self.task} has no description {description_id!r}; there are: {ids}")
+
+    def draw(self, rng: random.Random, split: Split = "train") -> Description:
+        """One description of the split, all equally likely.
+
+        Raises:
+            UserError: If the split is unknown or empty.
+        """
+        pool = self.split(split)
+        if not pool:
+            raise UserError(f"task {self.task} has no {split} descriptions")
+        return rng.choice(pool)
+
+
+def bank_names() -> tuple[str, ...]:
+    """Names of the tasks that have a packaged bank, sorted."""
+    return tuple(sorted(path.stem for path in BANKS.glob("*.yaml")))
+
+
+def check_split(name: str) -> None:
+    """Refuse a name that is not a split.
+
+    Raises:
+        UserError: If there is no such split; the message lists those there are.
+    """
+    if name not in SPLITS:
+        raise UserError(f"unknown split {name!r}; one of {', '.join(SPLITS)}")
+
+
+@cache  # every edit of a run asks for its bank
+def _packaged(name: str) -> InstructionBank:
+    # Looked up in the listing rather than opened by name, so that a name with slashes finds nothing.
+    if name not in bank_names():
+        raise UserError(f"no instruction bank for task {name!r}; there are: {', '.join(bank_names())}")
+    return InstructionBank.load(BANKS / f"{name}.yaml")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: must hold the keys task, version and descriptions")
+    return raw
+
+
+def _field(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    """The value of a key: present, of the right kind and, if text, not blank; runs of white space become one space."""
+    if key not in raw:
+        raise UserError(f"{where}: missing key {key!r}")
+    value = raw[key]
+    if kind is str and isinstance(value, str):
+        value = " ".join(value.split())  # an instruction's parts are one line each
+        if not value:
+            raise UserError(f"{where}: {key} is empty")
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where}: {key} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def _description(entry: object, where: str) -> Description:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: must hold the keys id, split and text, got {entry!r}")
+    description = Description(*(_field(entry, key, str, where) for key in ("id", "split", "text")))
+    if description.split not in SPLITS:
+        raise UserError(f"{where}: unknown split {description.split!r}; one of {', '.join(SPLITS)}")
+    return description
+
+
+def _check_version(raw: Mapping[str, Any], where: str) -> None:
+    if (version := _field(raw, "version", int, where)) != VERSION:
+        raise UserError(f"{where}: version {version} is not supported, only {VERSION}")
+
+
+def _check_unique(descriptions: Sequence[Description], where: str) -> None:
+    ids: set[str] = set()
+    texts: dict[str, str] = {}
+    for d in descriptions:
+        if d.id in ids:
+            raise UserError(f"{where}: duplicate id {d.id!r}")
+        ids.add(d.id)
+        # Wordings that differ in case or punctuation alone would leak a held-out description into training.
+        words = " ".join(re.findall(r"\w+", d.text.casefold()))
+        if words in texts:
+            raise UserError(f"{where}: text of {d.id!r} repeats that of {texts[words]!r}")
+        texts[words] = d.id
+
+
+def _declared_slots(raw: Mapping[str, Any], where: str) -> frozenset[str]:
+    declared = _field({"slots": [], **raw}, "slots", list, where)
+    if not all(isinstance(slot, str) and slot.strip() for slot in declared):
+        raise UserError(f"{where}: slots must be a list of names, got {declared!r}")
+    return frozenset(declared)
+
+
+def _check_slots(descriptions: Sequence[Description], declared: frozenset[str], where: str) -> None:
+    for d in descriptions:
+        if unknown := d.slots - declared.union(SLOTS):
+            raise UserError(f"{where}: text of {d.id!r} has the unknown slot [{min(unknown)}]")
+    used = declared.union(*(d.slots for d in descriptions))
+    for d in descriptions:
+        if missing := used - d.slots:
+            raise UserError(f"{where}: text of {d.id!r} lacks the slot [{min(missing)}]")

@@ -1,0 +1,69 @@
+"""Which description stands in front of an edit, at which step."""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from instructedit.errors import UserError
+from instructedit.instructions.bank import Description, InstructionBank, Split, bank_names, check_split
+from instructedit.instructions.rendering import render
+from instructedit.records import EditRequest
+
+
+@dataclass(frozen=True)
+class Instructor:
+    """Puts an instruction in front of an edit's prompts, drawn at random from its task's bank (Section 4.2, eq. 2).
+
+    Attributes:
+        split: The descriptions to draw from. None puts nothing in front: multi-task editing without instructions.
+        description_id: Always use this description, whatever its split.
+        seed: Another seed, other draws.
+
+    Raises:
+        UserError: If there is no such split.
+    """
+
+    split: Split | None = "train"
+    description_id: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split is not None:
+            check_split(self.split)
+
+    def front(self, request: EditRequest, step: int = 0, key: str = "") -> Callable[[str], str]:
+        """A function that puts the edit's instruction in front of any of the edit's prompts.
+
+        The draw depends on the seed, the step, the key and the task alone: a resumed run repeats it, the next step
+        draws afresh.
+
+        Args:
+            request: Its task chooses the bank and its slots fill the description.
+            step: The training step.
+            key: Tells the edits of one step apart, e.g. the record's id.
+
+        Raises:
+            UserError: If the request has no task, the task no bank, the bank no such description, or a slot no value.
+        """
+        if self.split is None and self.description_id is None:
+            return str
+        if not request.task:
+            raise UserError(
+                f"edit request {request.prompt!r} has no task to instruct; there are: {', '.join(bank_names())}"
+            )
+        bank = InstructionBank.for_task(request.task)
+        head = render(bank, self._description(bank, step, key), request, prompt="")
+        return partial(operator.add, head)  # unlike a closure it can be sent to another process
+
+    def _description(self, bank: InstructionBank, step: int, key: str) -> Description:
+        if self.description_id is not None:
+            return bank.get(self.description_id)
+        assert self.split is not None  # front() has returned by then
+        # Python's own hash differs from process to process.
+        digest = hashlib.sha256("\n".join(map(str, (self.seed, step, bank.task, key))).encode()).digest()
+        return bank.draw(random.Random(int.from_bytes(digest, "big")), self.split)

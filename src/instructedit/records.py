@@ -1,0 +1,107 @@
+"""What an edit is, in plain text: the request, its probes, and the record that holds both. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from instructedit.errors import UserError
+
+ProbeKind = Literal["reliability", "generalization", "locality", "portability", "wanted", "opposite"]
+
+#: Probes inside the edit's scope: the edited model should give the probe's answer (``wanted`` and ``opposite``
+#: are ConvSent's replies with the wanted sentiment and with the other one).
+KINDS: tuple[str, ...] = get_args(ProbeKind)
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One change that a user wants: after the edit the model continues ``prompt`` with ``target``.
+
+    Attributes:
+        prompt: What the model is asked, without an instruction and without trailing space.
+        target: What it should say next, without leading space.
+        task: Name of the editing task, which chooses the instruction bank; None for an edit without a task.
+        subject: The entity that the edit is about, where the data names it.
+        slots: Values for the slots of the task's instructions, such as ``{"LABEL": "positive"}``.
+
+    Raises:
+        UserError: If the prompt or the target is empty.
+    """
+
+    prompt: str
+    target: str
+    task: str | None = None
+    subject: str | None = None
+    slots: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "target"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"edit request: {name} must be a non-empty string, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question that shows what an edit did.
+
+    Attributes:
+        kind: Which metric it belongs to.
+        prompt: What the model is asked, without an instruction.
+        answers: The right answer first, then its aliases; any of them counts. For locality the first answer only
+            fixes the positions at which the edited and the unedited model are compared.
+        group: The dataset's own name for this sort of probe, e.g. ``Relation_Specificity``.
+    """
+
+    kind: ProbeKind
+    prompt: str
+    answers: tuple[str, ...]
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError(f"probe: unknown kind {self.kind!r}; one of {', '.join(KINDS)}")
+        if not self.prompt.strip():
+            raise UserError(f"{self.kind} probe: empty prompt")
+        if not self.answers or not all(a.strip() for a in self.answers):
+            raise UserError(f"{self.kind} probe {self.prompt!r}: empty answer")
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """An edit request with the probes that score it.
+
+    Attributes:
+        id: Unique within its dataset; results are keyed by it.
+        request: The edit.
+        probes: Everything to ask the edited model, beside the request itself.
+        cluster: Records of one cluster are averaged before they count (ConvSent: the ten cases of one topic), and
+            the bootstrap resamples clusters. Defaults to the id.
+    """
+
+    id: str
+    request: EditRequest
+    probes: tuple[Probe, ...] = ()
+    cluster: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.cluster:
+            object.__setattr__(self, "cluster", self.id)
+
+    @property
+    def task(self) -> str:
+        """Name of the task that the record belongs to."""
+        return self.request.task or "edit"
+
+    @property
+    def reliability(self) -> Probe:
+        """The request itself, as a probe."""
+        return Probe("reliability", self.request.prompt, (self.request.target,))
+
+    def of(self, *kinds: ProbeKind) -> tuple[Probe, ...]:
+        """The probes of the given kinds, in order; ``reliability`` is the request itself."""
+        own = (self.reliability,) if "reliability" in kinds else ()
+        return own + tuple(p for p in self.probes if p.kind in kinds)

@@ -1,0 +1,106 @@
+"""The record schema of KnowEdit (Zhang et al. 2024), which CounterFact, Recent and one form of ZsRE share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from instructedit.records import EditRecord, EditRequest, Probe
+from instructedit.tasks.base import LoadReport, Task
+from instructedit.tasks.raw import Raw
+
+Answers = list[list[str]]
+
+_ALIASING = "Subject_Aliasing"
+_REPHRASES = ("rephrase", "rephrase_prompt")
+
+
+class KnowEdit(Task):
+    """Reader of ``prompt, target_new, [subject], [ground_truth], [rephrase | rephrase_prompt], portability, locality``.
+
+    ``portability`` and ``locality`` hold groups of ``{prompt, ground_truth}``. Where a record has no rephrasing of its
+    own, its Subject_Aliasing probes, which restate the edit with another name of its subject, also serve as one; they
+    stay in portability too, where KnowEdit puts them.
+    """
+
+    def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
+        """The record's edit, unless its target is the old answer."""
+        target = raw.text("target_new")
+        request = EditRequest(raw.text("prompt"), target, task=self.name, subject=raw.optional_text("subject"))
+        old = raw.answers("ground_truth") if raw.has("ground_truth") else []
+        if restates(target, old, report):
+            return
+        portability = list(self._grouped(raw, "portability", target, report))
+        general = list(rephrasings(raw, target, report)) or list(_restated(portability, target, report))
+        probes = (*general, *portability, *self._grouped(raw, "locality", target, report))
+        report.note("probe that comes again in its record", len(probes) - len(set(probes)))
+        yield EditRecord(report.record_id(raw), request, probes)
+
+    def allowed(self, group: str, prompt: str, answers: Answers, target: str, report: LoadReport) -> Answers:
+        """The answers that the probe does not itself rule out: here all of them, for a dataset to narrow."""
+        return answers
+
+    def _grouped(
+        self, raw: Raw, kind: Literal["portability", "locality"], target: str, report: LoadReport
+    ) -> Iterator[Probe]:
+        if not raw.has(kind):
+            report.note(f"record without {kind}")
+        for group, items in raw.groups(kind).items():
+            if not items:
+                report.drop("probe group empty")
+            for item in items:
+                prompt, answers = item.text("prompt"), filled(item.answers("ground_truth"), report)
+                if not answers:
+                    report.drop("probe without an answer")
+                elif not (left := self.allowed(group, prompt, answers, target, report)):
+                    report.drop("probe answer equals the target")
+                else:
+                    yield Probe(kind, prompt, flat(left, report), group)
+
+
+def filled(answers: Answers, report: LoadReport) -> Answers:
+    """The answers without blank texts and empty alias lists, which are counted."""
+    kept = []
+    for i, aliases in enumerate(answers):
+        if not aliases:
+            report.drop("empty alias list" if i else "leading empty alias list")
+        left = [alias for alias in aliases if alias]
+        report.drop("blank answer", len(aliases) - len(left))
+        if left:
+            kept.append(left)
+    return kept
+
+
+def flat(answers: Answers, report: LoadReport) -> tuple[str, ...]:
+    """All answers and aliases in order, each once."""
+    every = [alias for aliases in answers for alias in aliases]
+    once = tuple(dict.fromkeys(every))
+    report.drop("repeated answer", len(every) - len(once))
+    return once
+
+
+def restates(target: str, old: Answers, report: LoadReport) -> bool:
+    """Whether the target is already an old answer, upper and lower case alike; such a record edits nothing."""
+    same = target.casefold() in {alias.casefold() for aliases in old for alias in aliases}
+    if same:
+        report.drop("target equals the old answer")
+    return same
+
+
+def rephrasings(raw: Raw, target: str, report: LoadReport) -> Iterator[Probe]:
+    """Generalization probes from the record's own rephrasings: one text or a list of texts."""
+    for name in _REPHRASES:
+        for prompt in itertools.chain.from_iterable(raw.answers(name) if raw.has(name) else []):
+            if prompt:
+                yield Probe("generalization", prompt, (target,), "rephrase")
+            else:
+                report.drop("blank rephrase")
+
+
+def _restated(probes: list[Probe], target: str, report: LoadReport) -> Iterator[Probe]:
+    """Generalization probes from Subject_Aliasing; the edit's target comes first among their answers."""
+    for probe in probes:
+        if probe.group == _ALIASING:
+            report.note("alias probe that does not list the target", target not in probe.answers)
+            yield Probe("generalization", probe.prompt, tuple(dict.fromkeys((target, *probe.answers))), _ALIASING)

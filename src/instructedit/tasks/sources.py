@@ -1,0 +1,133 @@
+"""Where raw records come from: the embedded data, a local file or folder, the hub."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from instructedit.errors import UserError
+
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.decompress, ".xz": lzma.decompress}
+_DATA_FILE = re.compile(r"(?P<stem>.+)(?P<format>\.jsonl?)(?P<packing>\.gz|\.xz|)", re.IGNORECASE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_LISTED = 20  # names that an error lists: it stays one readable line
+
+
+class Source(NamedTuple):
+    """What was read: the name for messages, the sha256 of the bytes (or of the canonical JSON), the objects."""
+
+    name: str
+    fingerprint: str
+    objects: list[dict[str, object]]
+
+
+def read_source(task: str, source: str, split: str) -> Source:
+    """Reads the raw records of one split.
+
+    Args:
+        task: Name of the task, which the embedded data ("tiny") go by.
+        source: "tiny"; a file (.json with a list, or .jsonl, each also as .gz or .xz); a folder with one such file
+            for the split; else ``owner/name`` on the hub.
+        split: "train", "val" or "test". A single file is read whole, whatever the split.
+
+    Raises:
+        UserError: If there is nothing to read, or what is there is no list of objects.
+    """
+    path = Path(source).expanduser()
+    if source == "tiny":
+        from instructedit.tasks.tiny.datasets import raw_records
+
+        return _canonical(source, raw_records(task, split))
+    if path.is_dir():
+        return _read_file(_file_for(path, split))
+    if path.exists():
+        return _read_file(path)
+    if _HUB_ID.fullmatch(source) and not _DATA_FILE.fullmatch(path.name):
+        return _read_hub(source, split)
+    raise UserError(f"{source}: no such file or folder")
+
+
+def _file_for(folder: Path, split: str) -> Path:
+    """The folder's one file for the split: the one named after it, else the only one with the split in its name."""
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    stems = {name: match["stem"] for name in names if (match := _DATA_FILE.fullmatch(name))}
+    # A split's name counts where a word starts: "eval" is not "val".
+    word = re.compile(rf"(?<![A-Za-z]){re.escape(split)}", re.IGNORECASE)
+    found = [n for n, stem in stems.items() if stem == split] or [n for n, stem in stems.items() if word.search(stem)]
+    if len(found) != 1:
+        problem = f"more than one file for split {split!r}" if found else f"no file for split {split!r}"
+        listed = ", ".join((found or names)[:_LISTED]) + (", ..." if len(found or names) > _LISTED else "")
+        raise UserError(f"{folder}: {problem}; there is: {listed or 'nothing'}")
+    return folder / found[0]
+
+
+def _read_file(path: Path) -> Source:
+    match = _DATA_FILE.fullmatch(path.name)
+    if not match:
+        raise UserError(f"{path}: not a .json or .jsonl file (nor one of these as .gz or .xz)")
+    try:
+        content = path.read_bytes()
+        text = _UNPACK[match["packing"].lower()](content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if match["format"].lower() == ".json":
+        parsed = _parse(text, str(path))
+    else:  # only \n ends a line: JSON texts may hold the other characters that str.splitlines splits at
+        lines = enumerate(text.split("\n"), start=1)
+        parsed = [_parse(line, str(path), number) for number, line in lines if line.strip()]
+    return Source(str(path), hashlib.sha256(content).hexdigest(), _objects(parsed, str(path)))
+
+
+def _parse(text: str, name: str, line: int = 1) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {line + error.lineno - 1}, column {error.colno}"
+        raise UserError(f"{name}: wrong JSON at {where}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
+        raise UserError(f"{name}: JSON from line {line} cannot be read: {error}") from error
+
+
+def _objects(parsed: object, name: str) -> list[dict[str, object]]:
+    if not isinstance(parsed, list):
+        raise UserError(f"{name}: expected a list of objects, got {type(parsed).__name__}")
+    for number, entry in enumerate(parsed):
+        if not isinstance(entry, dict):
+            raise UserError(f"{name}, record {number}: expected an object, got {type(entry).__name__}")
+    return parsed
+
+
+def _read_hub(name: str, split: str) -> Source:
+    """One split of a hub dataset, as plain data: `datasets` runs no code of the repository."""
+    import datasets
+
+    try:
+        try:
+            rows = datasets.load_dataset(name, split=split)
+        except ValueError:  # what datasets raises for a split that is not there
+            if split != "val":
+                raise
+            rows = datasets.load_dataset(name, split="validation")
+        return _canonical(name, list(rows))
+    except Exception as error:  # the network, access, the format: the hub fails in many ways
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"hub dataset {name!r}, split {split!r}: {problem} (no local file has that name)") from error
+
+
+def _canonical(name: str, rows: Sequence[Mapping[str, object]]) -> Source:
+    objects = [dict(row) for row in rows]
+    text = json.dumps(objects, sort_keys=True, separators=(",", ":"), default=str)
+    return Source(name, hashlib.sha256(text.encode("ascii")).hexdigest(), objects)
