@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal, get_args
 
 from instructedit.errors import UserError
@@ -35,7 +34,7 @@ class EditRequest:
     target: str
     task: str | None = None
     subject: str | None = None
-    slots: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    slots: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("prompt", "target"):

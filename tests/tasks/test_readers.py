@@ -36,12 +36,18 @@ def fact(**changes: Any) -> dict[str, Any]:
 
 def mend(**changes: Any) -> dict[str, Any]:
     asked = {"Recalled Relation": "(Umi, colour, red)", "New Question": "Which colour has it?", "New Answer": "red"}
-    row = {"subject": "Zor", "src": "Which moon has Zor?", "pred": "Ota", "rephrase": "Zor's moon?", "alt": "Umi"}
+    row: dict[str, Any] = {
+        "subject": "Zor",
+        "src": "Which moon has Zor?",
+        "pred": "Ota",
+        "rephrase": "Zor's moon?",
+        "alt": "Umi",
+    }
     row |= {"answers": ["Ota"], "loc": "nq question: who sings", "loc_ans": "Ela", "portability": asked}
     return row | changes
 
 
-def probe(answers: object, prompt: str = "Its colour is") -> dict[str, object]:
+def probe(answers: object, prompt: object = "Its colour is") -> dict[str, object]:
     return {"prompt": prompt, "ground_truth": answers}
 
 
@@ -159,7 +165,7 @@ def test_zsre_in_the_form_of_knowedit() -> None:
         (Recent(), fact(locality={"A": "x"}), "field 'locality.A': expected a list, got str"),
         (Recent(), fact(locality={"A": ["x"]}), "field 'locality.A[0]': expected an object, got str"),
         (Recent(), fact(locality={"A": [{"prompt": "x"}]}), "field 'locality.A[0].ground_truth' is missing"),
-        (Recent(), fact(locality={"A": [probe("x"), probe("x", 7)]}), "'locality.A[1].prompt': expected text, got int"),  # type: ignore[arg-type]
+        (Recent(), fact(locality={"A": [probe("x"), probe("x", 7)]}), "'locality.A[1].prompt': expected text, got int"),
         (Recent(), fact(locality={"A": [probe(["x", 7])]}), "'locality.A[0].ground_truth[1]': expected text, got int"),
         (Recent(), fact(locality={"A": [probe([[7]])]}), "'locality.A[0].ground_truth[0][0]': expected text, got int"),
         (ZsRE(), mend(alt=""), "field 'alt' is empty"),

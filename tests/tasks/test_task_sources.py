@@ -108,9 +108,17 @@ def test_a_file_without_an_edit_is_an_error(content: bytes, tmp_path: Path) -> N
         load_records("counterfact", str(path))
 
 
-@pytest.mark.parametrize("source", ["data/none.json", "none", "/no/where", "./no/where/x", "owner/none.jsonl.xz"])
+@pytest.mark.parametrize(
+    "source", ["data/none.json", "none", "/no/where", "~/no/where", "./no/where/x", "owner/none.jsonl.xz"]
+)
 def test_a_missing_file_is_named(source: str) -> None:
     with pytest.raises(UserError, match=rf"^{source}: no such file or folder$"):
+        load_records("counterfact", source)
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~no-such-user/x"])
+def test_a_path_that_cannot_be_looked_up(source: str) -> None:
+    with pytest.raises(UserError, match=f"^{source}: cannot be read: "):
         load_records("counterfact", source)
 
 

@@ -41,15 +41,17 @@ def read_source(task: str, source: str, split: str) -> Source:
     Raises:
         UserError: If there is nothing to read, or what is there is no list of objects.
     """
-    path = Path(source).expanduser()
     if source == "tiny":
         from instructedit.tasks.tiny.datasets import raw_records
 
         return _canonical(source, raw_records(task, split))
-    if path.is_dir():
-        return _read_file(_file_for(path, split))
-    if path.exists():
-        return _read_file(path)
+    try:
+        path = Path(source).expanduser()
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a folder that may not be entered; the home of an unknown user
+        raise UserError(f"{source}: cannot be read: {_why(error)}") from error
+    if is_there:
+        return _read_file(_file_for(path, split) if is_folder else path)
     if _HUB_ID.fullmatch(source) and not _DATA_FILE.fullmatch(path.name):
         return _read_hub(source, split)
     raise UserError(f"{source}: no such file or folder")
@@ -60,7 +62,7 @@ def _file_for(folder: Path, split: str) -> Path:
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{folder}: cannot be read: {_why(error)}") from error
     stems = {name: match["stem"] for name in names if (match := _DATA_FILE.fullmatch(name))}
     # A split's name counts where a word starts: "eval" is not "val".
     word = re.compile(rf"(?<![A-Za-z]){re.escape(split)}", re.IGNORECASE)
@@ -82,13 +84,17 @@ def _read_file(path: Path) -> Source:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{path}: cannot be read: {_why(error)}") from error
     if match["format"].lower() == ".json":
         parsed = _parse(text, str(path))
     else:  # only \n ends a line: JSON texts may hold the other characters that str.splitlines splits at
         lines = enumerate(text.split("\n"), start=1)
         parsed = [_parse(line, str(path), number) for number, line in lines if line.strip()]
     return Source(str(path), hashlib.sha256(content).hexdigest(), _objects(parsed, str(path)))
+
+
+def _why(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
 
 
 def _parse(text: str, name: str, line: int = 1) -> object:

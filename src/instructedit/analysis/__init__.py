@@ -1,0 +1,48 @@
+"""What the edits look like, and how the results read: editing areas, figures and tables."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from instructedit.analysis.areas import (
+        EditingAreas,
+        cosines,
+        embed,
+        fitting_perplexity,
+        principal_components,
+        separation,
+    )
+    from instructedit.analysis.figures import area_map, area_maps, metric_bars, save_figure
+    from instructedit.analysis.tables import latex_table, markdown_table, rich_table
+
+_MODULES = {
+    "areas": ("EditingAreas", "cosines", "embed", "fitting_perplexity", "principal_components", "separation"),
+    "figures": ("area_map", "area_maps", "metric_bars", "save_figure"),
+    "tables": ("latex_table", "markdown_table", "rich_table"),
+}
+
+__all__ = [
+    "EditingAreas",
+    "area_map",
+    "area_maps",
+    "cosines",
+    "embed",
+    "fitting_perplexity",
+    "latex_table",
+    "markdown_table",
+    "metric_bars",
+    "principal_components",
+    "rich_table",
+    "save_figure",
+    "separation",
+]
+
+
+def __getattr__(name: str) -> object:
+    # At first use: a table needs no torch, and no training run needs either.
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

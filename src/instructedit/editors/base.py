@@ -1,0 +1,268 @@
+"""How an edit is made: the one interface of every editing method."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from instructedit.data.batch import RequestBatch, batch_requests, plain
+from instructedit.edits import Edit
+from instructedit.errors import UserError
+from instructedit.instructions import Instructor
+from instructedit.lm import FrozenLM, Site
+from instructedit.records import EditRequest
+from instructedit.registry import plugin, plugins
+
+PACKAGE = "instructedit.editors"
+CONFIG, WEIGHTS = "editor.json", "editor.safetensors"
+
+
+class Editor(nn.Module, ABC):
+    """An editing method: turns edit requests into an `Edit`, and leaves the LM as it is.
+
+    A method is one file that defines a subclass with a ``name``, its hyper-parameters as plain constructor arguments
+    (they are the config schema), `build` for what depends on the LM's shapes, and `make`.
+
+    Args:
+        instructions: Put the task's instruction in front of every request.
+        blocks: Blocks whose layers are edited, negative from the top.
+        sites: Names or patterns of the edited layers within them; None means all MLP layers.
+    """
+
+    name: ClassVar[str] = ""
+    #: Whether `fit` can train it; else it is used as it is built.
+    trainable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        instructions: bool = False,
+        blocks: Sequence[int] | None = (-3, -2, -1),
+        sites: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.instructions = instructions
+        self.blocks = blocks
+        self.site_patterns = sites
+        self.sites: tuple[Site, ...] = ()
+        self._lm: list[FrozenLM] = []  # in a list, so that the LM is no submodule: never saved, trained or moved
+
+    @property
+    def lm(self) -> FrozenLM:
+        """The LM that the editor is bound to.
+
+        Raises:
+            UserError: Before `bind`.
+        """
+        if not self._lm:
+            raise UserError(f"editor {self.name!r} is not bound to an LM yet: use build_editor or load_editor")
+        return self._lm[0]
+
+    def bind(self, lm: FrozenLM) -> Self:
+        """Chooses the sites in the LM and builds what depends on their shapes.
+
+        Raises:
+            UserError: If the LM has no such sites.
+        """
+        self._lm = [lm]
+        self.sites = lm.select(self.site_patterns, self.blocks)
+        self.build()
+        return self.to(lm.device)
+
+    def build(self) -> None:
+        """Makes the parts whose shapes depend on ``self.sites``. Called once, by `bind`."""
+
+    @abstractmethod
+    def make(self, batch: RequestBatch) -> Edit:
+        """n requests → n edits, with gradients to the editor's parameters where it has any."""
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trained parameters by the learning rate that they take: ``network`` and ``edit_rates``."""
+        return {"network": list(self.parameters())}
+
+    def watched(self) -> dict[str, Tensor]:
+        """Small tensors that training must move; a guard stops a run in which they stand still."""
+        return {}
+
+    @torch.no_grad()
+    def edit(self, requests: Sequence[EditRequest], description: str | None = None) -> Edit:
+        """Makes edits for a user's requests; nothing is applied yet.
+
+        Args:
+            requests: n edit requests: n separate edits.
+            description: Id of the instruction's description; by default the first one that training uses.
+
+        Raises:
+            UserError: If the editor takes instructions and a request names no task, or a target does not fit.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            return self.make(self.requests(requests, self.instructor(description=description))).detach()
+        finally:
+            self.train(was_training)
+
+    def instructor(self, split: str = "train", description: str | None = None, seed: int = 0) -> Instructor | None:
+        """Draws this editor's instructions; None if it takes none."""
+        if not self.instructions:
+            return None
+        return Instructor(split=split, description_id=description, seed=seed)  # type: ignore[arg-type]
+
+    def requests(
+        self, requests: Sequence[EditRequest], instructor: Instructor | None, keys: Sequence[str] = ()
+    ) -> RequestBatch:
+        """Tokenises requests for this editor's LM, on its device."""
+        if not requests:
+            raise UserError("no edit request given")
+        keys = keys or [""] * len(requests)
+        fronts = [instructor.front(r, key=k) if instructor else plain for r, k in zip(requests, keys, strict=True)]
+        batch = batch_requests(self.lm.tokenizer, requests, fronts, self.lm.max_length, [k and f"record {k}" for k in keys])
+        return batch.to(self.lm.device)
+
+    # -- disk -----------------------------------------------------------------------------------------------------
+
+    def options(self) -> dict[str, Any]:
+        """The constructor arguments, as plain values."""
+        return {"instructions": self.instructions, "blocks": _plain(self.blocks), "sites": _plain(self.site_patterns)}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the editor, never the LM: ``editor.json`` and ``editor.safetensors``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
+        card = {"editor": self.name, "options": self.options(), "lm": self.lm.name, "sites": self.shapes()}
+        (folder / CONFIG).write_text(json.dumps(card, indent=2) + "\n")
+        (folder / "README.md").write_text(_model_card(self))
+
+    def push_to_hub(self, repo_id: str, private: bool = False) -> None:
+        """Uploads the saved editor to the hub (the user's own token)."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Site → [in, out]: what an editor's weights fit."""
+        return {site.name: list(site.shape) for site in self.sites}
+
+
+def _plain(value: Sequence[Any] | None) -> list[Any] | None:
+    return None if value is None else list(value)
+
+
+def _model_card(editor: Editor) -> str:
+    return (
+        f"---\nlibrary_name: instructedit\ntags: [knowledge-editing]\n---\n\n# {editor.name} for {editor.lm.name}\n\n"
+        f"A knowledge editor for `{editor.lm.name}`; the language model itself is not included.\n\n"
+        "```python\nimport instructedit as ie\n\n"
+        f'lm = ie.FrozenLM.from_pretrained("{editor.lm.name}")\neditor = ie.load_editor("this folder", lm)\n```\n'
+    )
+
+
+def editor_names() -> list[str]:
+    """Names that `build_editor` knows."""
+    return list(plugins(Editor, PACKAGE))
+
+
+def build_editor(name: str, lm: FrozenLM, **options: Any) -> Editor:
+    """A new editor, bound to an LM.
+
+    Args:
+        name: Of the method, see `editor_names`.
+        lm: What it edits.
+        options: Its hyper-parameters.
+
+    Raises:
+        UserError: If there is no such method or option, or the LM lacks the sites.
+    """
+    cls: Any = plugin(Editor, PACKAGE, name)
+    try:
+        return cls(**options).bind(lm).eval()
+    except TypeError as error:
+        raise UserError(f"editor {name!r}: {error}") from error
+
+
+def load_editor(source: str | Path, lm: FrozenLM) -> Editor:
+    """A trained editor.
+
+    Args:
+        source: A folder that `Editor.save_pretrained` wrote, a checkpoint of a run (``.ckpt``), a folder that holds
+            one, or a hub id ``owner/name``.
+        lm: The LM to bind it to.
+
+    Raises:
+        UserError: If nothing is there, or it was trained for an LM of other shapes.
+    """
+    path = Path(source)
+    if not path.exists() and str(source).count("/") == 1 and not str(source).startswith("."):
+        path = _download(str(source))
+    checkpoints = [path] if path.suffix == ".ckpt" else sorted(path.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime)
+    if (path / CONFIG).is_file():
+        return _from_folder(path, lm)
+    if checkpoints and checkpoints[-1].is_file():
+        return _from_checkpoint(checkpoints[-1], lm)
+    raise UserError(f"{source}: no editor here (neither {CONFIG} nor a .ckpt)")
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(f"{repo_id}: neither a local path nor to be had from the hub ({error})") from error
+
+
+def _from_folder(folder: Path, lm: FrozenLM) -> Editor:
+    try:
+        card = json.loads((folder / CONFIG).read_text())
+        editor = build_editor(card["editor"], lm, **card["options"])
+        weights = load_file(folder / WEIGHTS)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{folder}: damaged editor: {error}") from error
+    return load_weights(editor, weights, str(folder)).eval()
+
+
+def _from_checkpoint(file: Path, lm: FrozenLM) -> Editor:
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        config = saved["hyper_parameters"]["editor"]
+        options = dict(config.get("init_args", {}))
+        name = config["class_path"].rsplit(".", 1)[-1]
+        weights = {k.removeprefix("editor."): v for k, v in saved["state_dict"].items() if k.startswith("editor.")}
+    except Exception as error:
+        raise UserError(f"{file}: not a checkpoint of an editor ({type(error).__name__}: {error})") from error
+    classes = {cls.__name__: key for key, cls in plugins(Editor, PACKAGE).items()}
+    return load_weights(build_editor(classes.get(name, name), lm, **options), weights, str(file)).eval()
+
+
+def load_weights(editor: Editor, weights: dict[str, Tensor], source: str) -> Editor:
+    """Puts saved weights into a bound editor.
+
+    Raises:
+        UserError: If they do not fit: the editor was trained for other sites, or with other options.
+    """
+    own = editor.state_dict()
+    for name in own.keys() | weights.keys():
+        have, want = (tuple(d[name].shape) if name in d else "absent" for d in (weights, own))
+        if have != want:
+            raise UserError(
+                f"{source}: does not fit editor {editor.name!r} on {editor.lm.name}: {name} is {have} there, "
+                f"{want} here; was it trained for another architecture?"
+            )
+    editor.load_state_dict(weights)
+    return editor

@@ -1,0 +1,147 @@
+"""MEND (Mitchell et al. 2022), and InstructEdit (Tian et al. 2024), which is MEND with instructions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from instructedit.data.batch import RequestBatch
+from instructedit.editors.base import Editor
+from instructedit.editors.normalizer import RunningNorm
+from instructedit.edits import Factors, LowRankEdit
+
+
+class GradientNetwork(nn.Module):
+    """Maps normalised (u, δ) to pseudo-(ũ, δ̃); one network serves all sites of a shape (MEND, section 3.2).
+
+    z = [norm(u); norm(δ)]; in each layer z ← z + relu((U V z + b) ⊙ s + c) with rank-r factors U, V and a scale s and
+    shift c of the site's own. U starts at zero, so that the network starts as the identity.
+
+    Args:
+        size_in, size_out: Width of u and of δ.
+        sites: How many sites share it.
+        rank: Of U V, at most ``size_in + size_out``.
+        hidden_layers: Layers beside the last.
+    """
+
+    def __init__(self, size_in: int, size_out: int, sites: int, rank: int, hidden_layers: int) -> None:
+        super().__init__()
+        size, layers = size_in + size_out, hidden_layers + 1
+        self.split = (size_in, size_out)
+        rank = min(rank, size)
+        self.norm_u, self.norm_delta = RunningNorm(size_in), RunningNorm(size_out)
+        self.up = nn.Parameter(torch.zeros(layers, rank, size))
+        self.down = nn.Parameter(torch.randn(layers, size, rank))
+        self.bias = nn.Parameter(torch.zeros(layers, size))
+        self.scale = nn.Parameter(torch.ones(layers, sites, size))
+        self.shift = nn.Parameter(torch.zeros(layers, sites, size))
+
+    def forward(self, u: Tensor, delta: Tensor, site: Tensor) -> tuple[Tensor, Tensor]:
+        """Args: u [tokens, in], delta [tokens, out], site [tokens] number of each token's site. Returns (ũ, δ̃)."""
+        z = torch.cat([self.norm_u(u), self.norm_delta(delta)], -1)
+        for up, down, bias, scale, shift in zip(self.up, self.down, self.bias, self.scale, self.shift, strict=True):
+            mapped = torch.addmm(bias, z @ down, up)
+            # clamp, unlike relu, has slope 1 at zero, where the identity start puts every unit
+            z = z + torch.addcmul(shift[site], mapped, scale[site]).clamp(min=0)
+        new_u, new_delta = z.split(self.split, -1)
+        return new_u, new_delta
+
+
+class Mend(Editor):
+    """A hypernetwork that turns the gradient of an edit into a low-rank update: ΔW_ℓ = −α_ℓ Σ_t δ̃_t ũ_tᵀ.
+
+    Paper: rank 1920, one hidden layer, edit rate 1e-4, the MLPs of the last three blocks (MEND, appendix B).
+
+    Args:
+        rank: Of the hypernetwork's layers.
+        hidden_layers: Its layers beside the last.
+        edit_rate: Where each site's learned step size α starts.
+        instructions: Put the task's instruction in front of every request; `InstructEdit` is this method with it.
+        blocks: Blocks whose layers are edited, negative from the top.
+        sites: Names or patterns of the edited layers within them; None means all MLP layers.
+    """
+
+    name: ClassVar[str] = "mend"
+    trainable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        rank: int = 1920,
+        hidden_layers: int = 1,
+        edit_rate: float = 1e-4,
+        instructions: bool = False,
+        blocks: Sequence[int] | None = (-3, -2, -1),
+        sites: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(instructions, blocks, sites)
+        self.rank, self.hidden_layers, self.edit_rate = rank, hidden_layers, edit_rate
+
+    def build(self) -> None:
+        """One network for each shape of site."""
+        shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, site in enumerate(self.sites):
+            shapes[site.shape].append(i)
+        self.groups = list(shapes.values())
+        self.networks = nn.ModuleList(
+            GradientNetwork(*shape, len(group), self.rank, self.hidden_layers) for shape, group in shapes.items()
+        )
+        self.alpha = nn.Parameter(torch.full((len(self.sites),), self.edit_rate))
+
+    def make(self, batch: RequestBatch) -> LowRankEdit:
+        """Equation 3 of InstructEdit for every request and site at once.
+
+        The networks see all tokens of all requests and of all sites that share a shape in one call. Tokens whose δ is
+        zero (padding, and positions that the edit loss does not read) are dropped.
+        """
+        names = [site.name for site in self.sites]
+        seen = self.lm.capture(batch.tokens, names)
+        factors: dict[str, Factors] = {}
+        for group, network in zip(self.groups, self.networks, strict=True):
+            u = torch.stack([seen.u[names[i]] for i in group]).float()
+            delta = torch.stack([seen.delta[names[i]] for i in group]).float()
+            where = (delta != 0).any(-1).nonzero(as_tuple=True)  # site, row, position
+            new_u, new_delta = network(u[where], delta[where], where[0])
+            new_delta = -self.alpha[torch.tensor(group, device=u.device)][where[0]].unsqueeze(-1) * new_delta
+            slot, width = _slots(where, u.shape[:3])
+            a = u.new_zeros(*u.shape[:2], width, u.shape[-1]).index_put((*where[:2], slot), new_u)
+            b = u.new_zeros(*u.shape[:2], width, delta.shape[-1]).index_put((*where[:2], slot), new_delta)
+            factors |= {names[i]: Factors(a[j], b[j]) for j, i in enumerate(group)}
+        return LowRankEdit({name: factors[name] for name in names})
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"network": list(self.networks.parameters()), "edit_rates": [self.alpha]}
+
+    def watched(self) -> dict[str, Tensor]:
+        return {"edit_rates": self.alpha}
+
+    def options(self) -> dict[str, Any]:
+        own = {"rank": self.rank, "hidden_layers": self.hidden_layers, "edit_rate": self.edit_rate}
+        return own | super().options()
+
+
+def _slots(where: tuple[Tensor, ...], shape: Sequence[int]) -> tuple[Tensor, int]:
+    """For each kept token its place among the kept ones of its (site, row), and the largest such count."""
+    kept = torch.zeros(*shape, dtype=torch.long, device=where[0].device)
+    kept[where] = 1
+    return (kept.cumsum(-1) - 1)[where], int(kept.sum(-1).max())
+
+
+class InstructEdit(Mend):
+    """MEND that reads the task's instruction in front of every request (Tian et al. 2024, section 4.2)."""
+
+    name: ClassVar[str] = "instructedit"
+
+    def __init__(
+        self,
+        rank: int = 1920,
+        hidden_layers: int = 1,
+        edit_rate: float = 1e-4,
+        instructions: bool = True,
+        blocks: Sequence[int] | None = (-3, -2, -1),
+        sites: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(rank, hidden_layers, edit_rate, instructions, blocks, sites)

@@ -1,0 +1,62 @@
+"""Running normalisation of what a hypernetwork reads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+class RunningNorm(nn.Module):
+    """Standardises each coordinate by a running mean and deviation over tokens.
+
+    Estimated in training (before use, as in MEND), frozen in evaluation, the identity before any token. Batches, and
+    the batches of several processes, are merged exactly (Chan et al. 1979): the result is that of all tokens at once.
+
+    Args:
+        size: Coordinates.
+        eps: Added to the deviation.
+    """
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self, size: int, eps: float = 1e-7) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("squares", torch.zeros(size))  # Σ (x − mean)²
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardised x, [tokens, size]."""
+        if self.training:
+            self.update(x)
+        deviation = (self.squares / (self.count - 1).clamp(min=1)).sqrt().to(x.dtype)
+        known = (self.count > 1) & (deviation > 0)
+        return torch.where(known, (x - self.mean) / (deviation + self.eps), x - self.mean)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Adds tokens [tokens, size]; under data parallelism those of every process."""
+        count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+        total = x.sum(0).double()
+        if _several():
+            both = torch.cat([count[None], total])
+            distributed.all_reduce(both)
+            count, total = both[0], both[1:]
+        if count == 0:
+            return
+        mean = total / count
+        squares = (x.double() - mean).square().sum(0)
+        if _several():
+            distributed.all_reduce(squares)
+        shift = mean - self.mean
+        both_counts = self.count + count
+        self.squares += (squares + shift.square() * self.count * count / both_counts).float()
+        self.mean += (shift * count / both_counts).float()
+        self.count.copy_(both_counts)
+
+
+def _several() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

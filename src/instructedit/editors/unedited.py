@@ -1,0 +1,18 @@
+"""The model as it is: the row that every other is compared with."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from instructedit.data.batch import RequestBatch
+from instructedit.editors.base import Editor
+from instructedit.edits import Edit, NoEdit
+
+
+class Unedited(Editor):
+    """Makes edits that change nothing."""
+
+    name: ClassVar[str] = "unedited"
+
+    def make(self, batch: RequestBatch) -> Edit:
+        return NoEdit(len(batch))

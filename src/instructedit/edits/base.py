@@ -1,0 +1,129 @@
+"""What an edit is: a value that holds n different edits and knows how each changes the output of a site."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from instructedit.errors import UserError
+from instructedit.registry import plugin
+
+META, TENSORS = "edit.json", "edit.safetensors"
+
+
+class Edit(ABC):
+    """n edits side by side, not yet applied to anything.
+
+    A *site* is an edited linear layer, called by its module name. Within a batch each row wears one of the n edits.
+
+    Attributes:
+        name: Registry name of this sort of edit; written into saved edits.
+    """
+
+    name: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def sites(self) -> tuple[str, ...]:
+        """Names of the edited layers."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many edits."""
+
+    @abstractmethod
+    def __getitem__(self, index: int | slice) -> Self:
+        """The chosen edits; an int gives an edit of length one."""
+
+    @abstractmethod
+    def joined(self) -> Self:
+        """One edit that does what all n do, for a model that should know them all."""
+
+    @abstractmethod
+    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor) -> Tensor:
+        """The output of a site with the edits on.
+
+        Args:
+            site: Name of the layer.
+            inputs: What the layer saw, [rows, seq, in].
+            outputs: What the unedited layer gives, [rows, seq, out].
+            rows: Which edit each row wears, [rows].
+
+        Returns:
+            The edited output, [rows, seq, out].
+        """
+
+    @abstractmethod
+    def delta(self, site: str) -> Tensor:
+        """The dense change of the layer's weight, [n, out, in].
+
+        Raises:
+            UserError: If this sort of edit is no change of weights.
+        """
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to make the edit again."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Self:
+        """The inverse of `state`."""
+
+    def map(self, change: Any) -> Self:
+        """The same edits with `change` applied to every tensor (a device, a dtype, detach)."""
+        return self.from_state({name: change(tensor) for name, tensor in self.state().items()})
+
+    def detach(self) -> Self:
+        """The same edits without gradients."""
+        return self.map(Tensor.detach)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """The same edits on another device or in another dtype."""
+        return self.map(lambda t: t.to(*args, **kwargs))
+
+    def save_pretrained(self, folder: str | Path, **meta: str) -> None:
+        """Writes the edits to a folder, for `load_edit`.
+
+        Args:
+            folder: Made if need be.
+            meta: Plain facts to keep beside them, such as the base model.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.state().items()}, folder / TENSORS)
+        (folder / META).write_text(json.dumps({"edit": self.name, "edits": len(self), **meta}, indent=2) + "\n")
+
+
+def load_edit(folder: str | Path) -> Edit:
+    """Reads edits that `Edit.save_pretrained` wrote.
+
+    Raises:
+        UserError: If the folder holds none, or damaged ones.
+    """
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / META).read_text())
+        tensors = load_file(folder / TENSORS)
+        return plugin(Edit, "instructedit.edits", meta["edit"]).from_state(tensors)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no saved edit here ({Path(error.filename or TENSORS).name} is missing)") from error
+    except (json.JSONDecodeError, SafetensorError, KeyError, OSError) as error:
+        raise UserError(f"{folder}: damaged edit: {error}") from error
+
+
+def pad_to(tensor: Tensor, size: int, dim: int) -> Tensor:
+    """With zeros at the end of one dimension, up to `size`."""
+    missing = size - tensor.shape[dim]
+    if missing == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)

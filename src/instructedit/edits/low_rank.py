@@ -1,0 +1,114 @@
+"""Low-rank changes of linear layers: what MEND, InstructEdit, KE, ROME and MEMIT make."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from instructedit.edits.base import Edit, pad_to
+
+
+class Factors(NamedTuple):
+    """ΔW = Σ_t b_t a_tᵀ: `a` [n, rank, in], `b` [n, rank, out]; rows of zeros are padding."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True)
+class LowRankEdit(Edit):
+    """n low-rank edits: y = W x + Σ_t b_t (a_tᵀ x), for each row with its own factors (DESIGN §1).
+
+    Attributes:
+        factors: Site → its factors. All sites hold the same number of edits; the rank may differ.
+    """
+
+    factors: Mapping[str, Factors]
+    name: ClassVar[str] = "low_rank"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self.factors)
+
+    def __len__(self) -> int:
+        return next(iter(self.factors.values())).a.shape[0]
+
+    def __getitem__(self, index: int | slice) -> Self:
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):  # so that iteration ends
+                raise IndexError(f"edit {index} of {len(self)}")
+            index = slice(index % len(self), index % len(self) + 1)
+        return type(self)({site: Factors(f.a[index], f.b[index]) for site, f in self.factors.items()})
+
+    def joined(self) -> Self:
+        return type(self)(
+            {site: Factors(f.a.flatten(0, 1)[None], f.b.flatten(0, 1)[None]) for site, f in self.factors.items()}
+        )
+
+    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor) -> Tensor:
+        a, b = (f.to(inputs.dtype) for f in self.factors[site])
+        if len(self) == 1:
+            return outputs + inputs @ a[0].T @ b[0]
+        return torch.baddbmm(outputs, torch.bmm(inputs, a[rows].mT), b[rows])
+
+    def delta(self, site: str) -> Tensor:
+        a, b = self.factors[site]
+        return b.mT @ a
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{site}:{part}": getattr(f, part) for site, f in self.factors.items() for part in ("a", "b")}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Self:
+        sites = dict.fromkeys(key.rsplit(":", 1)[0] for key in state)
+        return cls({site: Factors(state[f"{site}:a"], state[f"{site}:b"]) for site in sites})
+
+    def save_pretrained(self, folder: str | Path, **meta: str) -> None:
+        """Writes the edits; a single edit also as a LoRA adapter that `peft` and servers built on it load.
+
+        n edits become one adapter only when joined: ``edit.joined().save_pretrained(folder)``.
+        """
+        super().save_pretrained(folder, **meta)
+        if len(self) == 1:
+            _save_lora(self, Path(folder), meta.get("base_model", ""))
+
+
+def stack(edits: list[LowRankEdit]) -> LowRankEdit:
+    """One value that holds all the given edits side by side, in order."""
+    parts = {site: [e.factors[site] for e in edits] for site in edits[0].sites}
+
+    def joined(site: str, part: int) -> Tensor:
+        rank = max(f.a.shape[1] for f in parts[site])
+        return torch.cat([pad_to(f[part], rank, 1) for f in parts[site]])
+
+    return LowRankEdit({site: Factors(joined(site, 0), joined(site, 1)) for site in parts})
+
+
+def _save_lora(edit: LowRankEdit, folder: Path, base_model: str) -> None:
+    """PEFT's layout: lora_A [rank, in], lora_B [out, rank], scaling alpha/r = 1."""
+    rank = max(1, *(f.a.shape[1] for f in edit.factors.values()))
+    tensors: dict[str, Tensor] = {}
+    for site, f in edit.factors.items():
+        key = f"base_model.model.{site}"
+        tensors[f"{key}.lora_A.weight"] = pad_to(f.a[0], rank, 0).detach().cpu().contiguous()
+        tensors[f"{key}.lora_B.weight"] = pad_to(f.b[0], rank, 0).T.detach().cpu().contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(edit.sites),
+        "inference_mode": True,
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,349 @@
+"""The frozen language model: what it says, what its sites see, and what it says with edits on."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from instructedit.edits import Edit
+from instructedit.errors import UserError
+from instructedit.lm.loading import load_model
+from instructedit.lm.prefix import PrefixCache
+from instructedit.lm.sites import Site, add_to_weight, find_blocks, find_sites, select_sites
+from instructedit.lm.tokens import TokenBatch, encode
+from instructedit.metrics import row_mean
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What an edit loss shows at each site; together ∇W = Σ_t δ_t u_tᵀ.
+
+    Attributes:
+        u: Site → what the layer sees, [rows, seq, in].
+        delta: Site → gradient of the row's edit loss with respect to the layer's output, [rows, seq, out]; zero at
+            positions that the loss does not depend on, padding among them.
+        loss: Edit loss of each row (mean over its target tokens of −log p), [rows].
+    """
+
+    u: dict[str, Tensor]
+    delta: dict[str, Tensor]
+    loss: Tensor
+
+
+class _PrefixDone(Exception):
+    """Ends a forward pass at the block whose input was wanted."""
+
+
+class FrozenLM:
+    """A causal language model that no method of this class changes.
+
+    Args:
+        model: A transformers model; put into eval mode, its parameters frozen.
+        tokenizer: Its tokenizer.
+        name: What it is called in results.
+        max_length: Tokens a row may have; the model's own limit by default.
+        cache_bytes: Room for the prefix cache; 0 turns it off.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "lm",
+        max_length: int | None = None,
+        cache_bytes: int = 2 << 30,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_length]
+        self.max_length = int(min(limit for limit in limits if limit))
+        self.cache = PrefixCache(cache_bytes)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str = "tiny", dtype: str = "float32", device: str = "cpu", **options: Any
+    ) -> Self:
+        """Loads a model.
+
+        Args:
+            name: ``tiny`` or ``tiny-llama`` (embedded, no download), a local folder, or a hub id.
+            dtype: Of the weights and the forward pass, whatever the checkpoint is stored in.
+            device: Where it lives.
+            options: ``revision`` of the hub; `max_length`, `cache_bytes`.
+
+        Raises:
+            UserError: If there is no such model, or the dtype is unknown.
+        """
+        model, tokenizer = load_model(name, dtype, revision=options.pop("revision", None))
+        return cls(model.to(device), tokenizer, name, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the model (the one change it allows)."""
+        if torch.device(device) != self.device:
+            self.model.to(device)
+            self.cache.clear()
+        return self
+
+    @functools.cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return find_blocks(self.model)[1]
+
+    @functools.cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """All edit sites, from the bottom up."""
+        return find_sites(self.model)
+
+    def select(self, names: Sequence[str] | None = None, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
+        """The edit sites that match module names or patterns, and block numbers (see `select_sites`)."""
+        return select_sites(self.sites, names, blocks)
+
+    def first_block(self, sites: Sequence[str]) -> int:
+        """The lowest block that holds one of the sites: everything below it is the prefix."""
+        block_of = {s.name: s.block for s in self.sites}
+        if unknown := [s for s in sites if s not in block_of]:
+            raise UserError(f"{self.name} has no edit site {unknown[0]!r}; its last one is {self.sites[-1].name!r}")
+        return min(block_of[s] for s in sites)
+
+    def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = ()) -> TokenBatch:
+        """Tokenises (prompt, answer) pairs for this model, on its device (see `tokens.encode`)."""
+        return encode(self.tokenizer, pairs, self.max_length, where).to(self.device)
+
+    # -- forward passes -------------------------------------------------------------------------------------------
+
+    def prefix(self, batch: TokenBatch, block: int) -> Tensor:
+        """The hidden states that enter a block, from the cache where they are known, [rows, seq, hidden]."""
+        return self.cache.states(batch, block, functools.partial(self._prefix, block=block))
+
+    @torch.no_grad()
+    def _prefix(self, batch: TokenBatch, block: int) -> Tensor:
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _PrefixDone
+
+        handle = self.blocks[block].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        except _PrefixDone:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    def logits(
+        self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """Logits at the answer positions.
+
+        Args:
+            batch: Rows of tokens.
+            edit: The edits that the rows wear; None is the unedited model.
+            rows: Which edit each row wears, [rows]; by default row i wears edit i, or all the only one.
+            start: Blocks below this one come from the prefix cache; at most the first edited block.
+
+        Returns:
+            [positions, vocab], in the order of ``batch.answers``.
+        """
+        hidden = self.prefix(batch, start) if start else None
+        with self._edited(edit, rows), self._replayed(start, hidden):
+            return self._answers(batch)
+
+    def capture(self, batch: TokenBatch, sites: Sequence[str]) -> Captured:
+        """What the edit loss of each row shows at the sites (DESIGN §4).
+
+        Only the blocks from the first site upward run forward and backward, and no weight gets a gradient.
+
+        Args:
+            batch: One edit request a row.
+            sites: Names of the layers.
+        """
+        u: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def keep(site: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            u[site], outputs[site] = args[0].detach(), output
+
+        start = self.first_block(sites)
+        with torch.enable_grad(), ExitStack() as stack:
+            # A clone, since states that a cache gives may have been made in inference mode.
+            hidden = self.prefix(batch, start).clone().requires_grad_()
+            for site in sites:
+                handle = self.model.get_submodule(site).register_forward_hook(functools.partial(keep, site))
+                stack.callback(handle.remove)
+            stack.enter_context(self._replayed(start, hidden))
+            nll = F.cross_entropy(self._answers(batch).float(), batch.answers, reduction="none")
+            loss = row_mean(nll, batch.rows, len(batch))
+            grads = torch.autograd.grad(loss.sum(), [outputs[s] for s in sites])
+        return Captured(u, dict(zip(sites, grads, strict=True)), loss.detach())
+
+    def _answers(self, batch: TokenBatch) -> Tensor:
+        """The model's forward pass with its head at the answer positions alone, [positions, vocab]."""
+
+        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (args[0][batch.answer_at][None],)
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
+        try:
+            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        finally:
+            handle.remove()
+        return output.logits[0]
+
+    @contextmanager
+    def _replayed(self, start: int, hidden: Tensor | None) -> Iterator[None]:
+        """Blocks below `start` pass their input through, and block `start` is given `hidden`.
+
+        The model still builds its own masks and rotary tables, whatever its architecture.
+        """
+        if hidden is None:
+            yield
+            return
+
+        def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        with ExitStack() as stack:
+            for block in self.blocks[:start]:
+                stack.enter_context(_passing(block))
+            handle = self.blocks[start].register_forward_pre_hook(give, with_kwargs=True)
+            stack.callback(handle.remove)
+            yield
+
+    # -- edits ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def edited(self, edit: Edit | None, rows: Sequence[int] | Tensor | None = None) -> Iterator[Self]:
+        """Inside, the model wears the edits; outside it does not, whatever happens inside.
+
+        Args:
+            edit: The edits.
+            rows: Which edit each row of a batch wears. By default row i wears edit i, or all rows the only one;
+                ``edit.joined()`` is one edit made of all.
+
+        Raises:
+            UserError: If the model has no such sites, or (in a forward pass) rows and batch do not match.
+        """
+        index = None if rows is None else torch.as_tensor(rows, device=self.device)
+        with self._edited(edit, index):
+            yield self
+
+    @contextmanager
+    def _edited(self, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            if edit is not None:
+                self.first_block(edit.sites)
+                for site in edit.sites:
+                    hook = functools.partial(_wear, edit, site, rows)
+                    stack.callback(self.model.get_submodule(site).register_forward_hook(hook).remove)
+            yield
+
+    def merge(self, edit: Edit) -> PreTrainedModel:
+        """A copy of the plain transformers model with the edit in its weights.
+
+        Args:
+            edit: One edit; several must be joined first.
+
+        Raises:
+            UserError: If there is more than one, or the edit is no change of weights.
+        """
+        if len(edit) != 1:
+            raise UserError(f"merge takes one edit, got {len(edit)}: choose edit[i], or all of them by edit.joined()")
+        self.first_block(edit.sites)
+        model = copy.deepcopy(self.model)
+        for site in self.sites:
+            if site.name in edit.sites:
+                add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
+        return model
+
+    # -- words ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 20, **options: Any) -> Any:
+        """What the model says next, greedily unless told otherwise.
+
+        Args:
+            prompts: A prompt, or several.
+            max_new_tokens: At most so many tokens each.
+            options: Further arguments of transformers' ``generate``.
+
+        Returns:
+            The new text alone: a string for one prompt, else a list.
+        """
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        width = self.max_length - max_new_tokens
+        if width < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {self.max_length} tokens")
+        encoded = self.tokenizer(several, verbose=False)["input_ids"]
+        longest = min(max(map(len, encoded)), width)
+        ids = torch.zeros(len(several), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(encoded):
+            kept = row[-longest:]
+            ids[i, longest - len(kept) :] = torch.tensor(kept)
+            mask[i, longest - len(kept) :] = 1
+        settings = {"do_sample": False, "pad_token_id": self._pad_id, **options}
+        output = self.model.generate(
+            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
+            **settings,
+        )  # fmt: skip
+        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        return texts[0] if isinstance(prompts, str) else texts
+
+    @property
+    def _pad_id(self) -> int:
+        """GPT-2 and LLaMA have no padding token; masked positions may hold any."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+
+def _wear(
+    edit: Edit, site: str, rows: Tensor | None, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    inputs = args[0]
+    count = inputs.shape[0]
+    if rows is None:
+        if len(edit) not in (1, count):
+            raise UserError(
+                f"{len(edit)} edits and a batch of {count} rows: say which edit each row wears (rows=[…]), choose "
+                "edit[i], or join them by edit.joined()"
+            )
+        rows = torch.arange(len(edit), device=inputs.device).expand(count)
+    elif len(rows) != count:
+        raise UserError(f"rows names the edits of {len(rows)} rows, the batch has {count}")
+    return edit.change(site, inputs, output, rows)
+
+
+@contextmanager
+def _passing(block: nn.Module) -> Iterator[None]:
+    """The block hands its input on."""
+    own = block.__dict__.get("forward")
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del block.__dict__["forward"]
+        if own is not None:
+            block.__dict__["forward"] = own
+
+

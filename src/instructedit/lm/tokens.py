@@ -1,0 +1,126 @@
+"""Prompts and answers as token batches: right-padded, with the positions that answer marked."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from instructedit.errors import UserError
+
+#: Label of a position whose output nobody reads.
+IGNORE = -100
+
+
+@dataclass
+class TokenBatch:
+    """Rows of tokens.
+
+    Attributes:
+        input_ids: [rows, seq], padded on the right.
+        attention_mask: [rows, seq], 0 on padding.
+        labels: [rows, seq]: at each position the token that should come *next*, where that token belongs to the
+            answer; `IGNORE` elsewhere. So the position that predicts the first answer token is labelled too.
+        truncated: Rows whose prompt had to lose its beginning.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @functools.cached_property
+    def answer_at(self) -> tuple[Tensor, Tensor]:
+        """Row and position of each answer token's prediction, both [positions], row by row."""
+        rows, positions = torch.nonzero(self.labels != IGNORE, as_tuple=True)
+        return rows, positions
+
+    @property
+    def rows(self) -> Tensor:
+        """Row of each answer position, [positions]."""
+        return self.answer_at[0]
+
+    @functools.cached_property
+    def answers(self) -> Tensor:
+        """The answer tokens of all rows, [positions]."""
+        return self.labels[self.answer_at]
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch on another device."""
+        return type(self)(
+            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.truncated
+        )
+
+    @classmethod
+    def cat(cls, batches: Sequence[Self]) -> Self:
+        """The rows of several batches, one after the other."""
+        width = max(b.input_ids.shape[1] for b in batches)
+
+        def joined(name: str, fill: int) -> Tensor:
+            parts = [getattr(b, name) for b in batches]
+            return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1]), value=fill) for p in parts])
+
+        return cls(
+            joined("input_ids", 0), joined("attention_mask", 0), joined("labels", IGNORE),
+            sum(b.truncated for b in batches),
+        )  # fmt: skip
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int, where: Sequence[str] = ()
+) -> TokenBatch:
+    """Tokenises prompts with their answers.
+
+    Both are tokenised as one text, ``prompt + " " + answer``, as they will stand in use; answer tokens are those that
+    reach past the prompt. So no tokenizer's special tokens or lone space pieces become labels.
+
+    Args:
+        tokenizer: Of the LM; must know character offsets (every fast tokenizer does).
+        pairs: (prompt, answer).
+        max_length: Tokens a row may have. A longer row loses the beginning of its prompt.
+        where: A name for each pair, for messages.
+
+    Raises:
+        UserError: If an answer leaves no room for a single prompt token, or yields no token.
+    """
+    texts = [f"{prompt} {answer}" for prompt, answer in pairs]
+    encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    rows: list[tuple[list[int], int]] = []
+    truncated = 0
+    for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+        name = where[i] if where else repr(pairs[i][0][-60:])
+        size = sum(end > len(pairs[i][0]) for _, end in offsets)
+        if not 0 < size < min(len(ids), max_length):
+            raise UserError(
+                f"{name}: the answer {pairs[i][1][:40]!r} has {size} tokens, which leaves nothing of its prompt "
+                f"within max_length={max_length}"
+            )
+        truncated += len(ids) > max_length
+        rows.append((ids[-max_length:], size))
+    if truncated:
+        warnings.warn(
+            "some prompts are longer than max_length and lose their beginning (counted in data/truncated)",
+            stacklevel=2,
+        )
+    return _pad(rows, truncated)
+
+
+def _pad(rows: list[tuple[list[int], int]], truncated: int) -> TokenBatch:
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE)
+    for i, (ids, size) in enumerate(rows):
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+        mask[i, : len(ids)] = 1
+        labels[i, len(ids) - size - 1 : len(ids) - 1] = input_ids[i, len(ids) - size : len(ids)]
+    return TokenBatch(input_ids, mask, labels, truncated)

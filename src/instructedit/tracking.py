@@ -1,0 +1,277 @@
+"""Experiment tracking: an MLflow store under ``mlruns/``, what is logged there, and reading it back.
+
+The store is ``mlruns/mlflow.db``; artifacts lie under ``mlruns/artifacts/<experiment>/<run>/``, checkpoints under
+``mlruns/<experiment id>/<run>/checkpoints/``. To look at it::
+
+    mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --workers 1
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import MLFlowLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from instructedit.errors import UserError
+from instructedit.provenance import provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from pandas import DataFrame
+
+_LONGEST_VALUE = 6000  # characters that MLflow keeps of a parameter
+_LARGEST_BATCH = 100  # parameters, and tags, that MLflow takes at once
+_DATABASE = "mlflow.db"
+_PARENT = "mlflow.parentRunId"
+_MOST_RUNS = 50_000  # that MLflow finds at once
+_LISTED = 20  # names that an error lists: it stays one readable line
+
+# Lightning says "finished" only when SLURM is about to stop the job and queue it again.
+_STATUS = {"success": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "finished": "KILLED"}
+
+
+class MLflowTracker(MLFlowLogger):
+    """Logs to MLflow: by default to a local store, which needs no server.
+
+    A run starts when something is first logged, with the tags ``provenance.*``. Lightning's Trainer ends it: FINISHED,
+    FAILED after an exception, KILLED after Ctrl-C or SIGTERM. Without a Trainer, use ``with tracker:``; a run that
+    nobody ended when the process exits is FAILED.
+
+    Args:
+        experiment_name: The MLflow experiment that the run belongs to; made when it is not there.
+        run_name: Name of the run; MLflow makes one up by default.
+        root: Folder of the local store and of the checkpoints; made when it is not there.
+        tracking_uri: Address of an MLflow server, or another store, to use in place of the local one.
+        parent_run_id: The run to show this one under, as one of several that belong together.
+        tags: Further tags for the run.
+        run_id: An existing run to continue. Parameters and tags of its that have changed keep their first value; the
+            new one becomes a tag, ``changed.<name>``.
+    """
+
+    def __init__(
+        self,
+        experiment_name: str = "instructedit",
+        run_name: str | None = None,
+        root: str | Path = "mlruns",
+        tracking_uri: str | None = None,
+        parent_run_id: str | None = None,
+        tags: dict[str, str] | None = None,
+        run_id: str | None = None,
+    ) -> None:
+        self._root = Path(root).expanduser().absolute()
+        artifacts = None
+        if tracking_uri is None:
+            tracking_uri = f"sqlite:///{self._root / _DATABASE}"
+            artifacts = (self._root / "artifacts" / experiment_name).as_uri()
+            self._root.mkdir(parents=True, exist_ok=True)
+        tags = (tags or {}) | ({_PARENT: parent_run_id} if parent_run_id else {})
+        super().__init__(experiment_name, run_name, tracking_uri, tags, artifact_location=artifacts, run_id=run_id)
+        self._running = False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> MlflowClient:
+        """The MLflow client; the first access starts the run.
+
+        Raises:
+            UserError: If the run to continue does not exist.
+        """
+        if not self._initialized:
+            self._start({f"provenance.{name}": value for name, value in provenance().items()})
+            self._running = True
+            atexit.register(self._abandon)
+        return super().experiment
+
+    def _start(self, facts: dict[str, str]) -> None:
+        from mlflow.exceptions import MlflowException
+
+        if self._run_id is not None:
+            _run(self._mlflow_client, self._run_id, self._tracking_uri)
+            self._mlflow_client.update_run(self._run_id, status="RUNNING")
+            self._log(self._run_id, {}, facts | self.tags)
+        else:
+            self.tags = facts | self.tags
+            with suppress(MlflowException):  # of several first runs at once, all but one find the experiment there
+                self._mlflow_client.create_experiment(self._experiment_name, self._artifact_location)
+
+    def _log(self, run_id: str, params: dict[str, str], tags: dict[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        data = self._mlflow_client.get_run(run_id).data
+        there = ((data.params, params), (data.tags, tags))
+        new_params, new_tags = ({n: v for n, v in new.items() if n not in old} for old, new in there)
+        new_tags |= {f"changed.{n}": v for old, new in there for n, v in new.items() if old.get(n, v) != v}
+        entries = ([Param(*item) for item in new_params.items()], [RunTag(*item) for item in new_tags.items()])
+        for start in range(0, max(map(len, entries)), _LARGEST_BATCH):
+            some_params, some_tags = (each[start : start + _LARGEST_BATCH] for each in entries)
+            self._mlflow_client.log_batch(run_id, params=some_params, tags=some_tags)
+
+    @property
+    def save_dir(self) -> str:
+        """The folder below which the Trainer puts checkpoints, also when a server keeps the rest."""
+        return str(self._root)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """Logs parameters, nested ones as ``a/b``. MLflow keeps a first value: a changed one becomes a tag."""
+        flat = _flatten_dict(_convert_params(params))
+        # LightningCLI leaves `_instantiator` among the hyper-parameters.
+        new = {k: str(v)[:_LONGEST_VALUE] for k, v in flat.items() if k.split("/")[-1] != "_instantiator"}
+        self._log(self.run_id, new, {})
+
+    @rank_zero_only
+    def log_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
+        """Logs which data the run used, as tags ``data.<name>``: ``{"counterfact/train": "<sha256>"}``."""
+        self._log(self.run_id, {}, {f"data.{name}": value for name, value in fingerprints.items()})
+
+    @rank_zero_only
+    def log_table(self, df: DataFrame, name: str) -> None:
+        """Logs a table as ``tables/<name>.parquet``, which `load_table` reads."""
+        path = Path("tables", f"{name}.parquet")
+        with tempfile.TemporaryDirectory() as folder:
+            df.to_parquet(Path(folder, path.name))
+            self.log_file(Path(folder, path.name), path.parent.as_posix())
+
+    @rank_zero_only
+    def log_figure(self, figure: Figure, name: str) -> None:
+        """Logs a figure as ``figures/<name>.png`` and ``.svg``."""
+        for file in (f"figures/{name}.png", f"figures/{name}.svg"):
+            self.experiment.log_figure(self.run_id, figure, file, save_kwargs={"dpi": 150, "bbox_inches": "tight"})
+
+    @rank_zero_only
+    def log_file(self, path: str | Path, folder: str | None = None) -> None:
+        """Logs a copy of a file, or of a folder, below the artifact folder ``folder``."""
+        self.experiment.log_artifact(self.run_id, str(path), folder)
+
+    @rank_zero_only
+    def log_json(self, obj: dict[str, Any] | list[Any], name: str) -> None:
+        """Logs plain data as ``<name>.json``."""
+        self.experiment.log_dict(self.run_id, obj, f"{name}.json")
+
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Ends the run. Lightning says "failed" for every exception; an interrupt is told from a failure here."""
+        if status == "failed" and isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
+            status = "interrupted"
+        super().finalize(_STATUS.get(status, status))
+        self._running = False
+
+    def _abandon(self) -> None:
+        if self._running:
+            self.finalize("failed")
+
+    def __enter__(self) -> Self:
+        _ = self.experiment
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finalize("failed" if any(error) else "success")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Logs the whole configuration of a command as ``config.yaml``, with which it can be run again."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: str | bool) -> None:
+        # The log folder is shared by all runs, where the second run's file would be refused.
+        super().__init__(parser, config, **{"save_to_log_dir": False, **options})
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Logs the configuration; `fast_dev_run` has no such logger. Called on rank zero only."""
+        text = self.parser.dump(self.config, skip_none=False)
+        for logger in trainer.loggers:
+            if isinstance(logger, MLflowTracker):
+                there = {file.path for file in logger.experiment.list_artifacts(logger.run_id)}
+                # A `test` in the run of its `fit` must not take the place of the fit's configuration.
+                name = f"config.{stage}.yaml" if self.config_filename in there else self.config_filename
+                logger.experiment.log_text(logger.run_id, text, name)
+
+
+def runs(experiment: str = "instructedit", root: str | Path = "mlruns") -> DataFrame:
+    """Tabulates the runs of an experiment in a local store, the newest first.
+
+    Returns:
+        Columns run_id, name, status, parent (run id or None), then params.* (strings) and metrics.* (last values).
+
+    Raises:
+        UserError: If there is no such store or experiment.
+    """
+    from pandas import DataFrame
+
+    client = _client(root)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        names = [each.name for each in client.search_experiments()]
+        raise UserError(f"{root}: no experiment {experiment!r}; there are: {', '.join(names[:_LISTED]) or 'none'}")
+    rows = [
+        {"run_id": run.info.run_id, "name": run.info.run_name, "status": run.info.status}
+        | {"parent": run.data.tags.get(_PARENT)}
+        | {f"params.{name}": value for name, value in run.data.params.items()}
+        | {f"metrics.{name}": value for name, value in run.data.metrics.items()}
+        for run in client.search_runs([found.experiment_id], max_results=_MOST_RUNS)
+    ]
+    first = ["run_id", "name", "status", "parent"]
+    rest = {column for row in rows for column in row} - set(first)
+    return DataFrame(rows, columns=first + sorted(rest, key=lambda column: (column.startswith("metrics."), column)))
+
+
+def artifact_path(run_id: str, name: str, root: str | Path = "mlruns") -> Path:
+    """Finds an artifact file or folder of a run in a local store, e.g. ``figures/areas.png``.
+
+    Raises:
+        UserError: If there is no such store, run or artifact.
+    """
+    client = _client(root)
+    experiment = client.get_experiment(_run(client, run_id, str(root)).info.experiment_id).name
+    # The database has absolute paths, which are wrong once the store was moved or copied; the layout stays.
+    folder = Path(root).expanduser() / "artifacts" / experiment / run_id / "artifacts"
+    if not (folder / name).exists():
+        names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        raise UserError(f"run {run_id}: no artifact {name!r}; there are: {', '.join(names[:_LISTED]) or 'none'}")
+    return folder / name
+
+
+def load_table(run_id: str, name: str, root: str | Path = "mlruns") -> DataFrame:
+    """Reads a table that `MLflowTracker.log_table` wrote.
+
+    Raises:
+        UserError: If there is no such store, run or table.
+    """
+    from pandas import read_parquet
+
+    return read_parquet(artifact_path(run_id, f"tables/{name}.parquet", root))
+
+
+def _client(root: str | Path) -> MlflowClient:
+    folder = Path(root).expanduser().absolute()
+    if not (folder / _DATABASE).is_file():  # MLflow would make an empty one
+        raise UserError(f"{root}: no MLflow store ({_DATABASE}) in this folder")
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{folder / _DATABASE}")
+
+
+def _run(client: MlflowClient, run_id: str, store: str) -> Run:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        every = client.search_runs([each.experiment_id for each in client.search_experiments()])
+        names = [f"{run.info.run_id} ({run.info.run_name})" for run in every]
+        raise UserError(f"{store}: no run {run_id!r}; there are: {', '.join(names[:_LISTED]) or 'none'}") from error
