@@ -17,8 +17,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from torch import Tensor
@@ -47,7 +48,7 @@ class Toy(LightningModule):
     def training_step(self, batch: Tensor) -> Tensor:
         if self.error is not None:
             raise self.error
-        loss = self.layer(batch).square().mean()
+        loss: Tensor = self.layer(batch).square().mean()
         self.log("train/loss", loss)
         return loss
 
@@ -55,7 +56,7 @@ class Toy(LightningModule):
         self.log("test/value", batch.mean())
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(torch.ones(4, self.hparams["size"]))
+        return DataLoader([torch.ones(self.hparams["size"])] * 4)  # type: ignore[arg-type]  # a list will do
 
     test_dataloader = train_dataloader
 
@@ -91,9 +92,15 @@ def restored_signals() -> Iterator[None]:
     signal.signal(signal.SIGINT, handler)
 
 
-def trainer(tracker: MLflowTracker, **options: Any) -> Trainer:
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
-    return Trainer(accelerator="cpu", logger=tracker, **{"max_steps": 2, **quiet, **options})
+def trainer(tracker: MLflowTracker) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        logger=tracker,
+        max_steps=2,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def stored(root: Path, run_id: str | None) -> Run:
@@ -117,14 +124,44 @@ def test_a_fit_leaves_params_metrics_tags_and_checkpoints(root: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == [root.parent.name]  # nothing in the working directory
 
 
-def test_the_store_is_made_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr("mlflow.tracking.MlflowClient", opened.append)
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_the_store_is_made_where_there_is_none(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_links: bool
+) -> None:
+    made: list[Path] = []
+
+    def migrate(uri: str) -> None:
+        made.append(Path(uri.removeprefix("sqlite:///")))
+        shutil.copy(empty_store, made[-1])
+
+    def refuse(*_: Path) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr("mlflow.MlflowClient", migrate)
     monkeypatch.chdir(tmp_path)
-    tracker = MLflowTracker()
-    assert tracker.save_dir == str(tmp_path / "mlruns")
-    assert (tmp_path / "mlruns").is_dir()
-    assert opened == [f"sqlite:///{tmp_path}/mlruns/mlflow.db"]
+    if not hard_links:
+        monkeypatch.setattr("os.link", refuse)
+    assert MLflowTracker().save_dir == str(tmp_path / "mlruns")
+    assert MLflowTracker().save_dir == str(tmp_path / "mlruns")
+    assert [path.name for path in (tmp_path / "mlruns").iterdir()] == ["mlflow.db"]
+    assert len(made) == 1
+    assert made[0].parent.parent == tmp_path / "mlruns"  # a broken-off migration leaves no store
+
+
+def test_of_two_first_runs_at_once_the_first_store_stays(
+    empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "mlruns"
+
+    def migrate_second(uri: str) -> None:
+        shutil.copy(empty_store, Path(uri.removeprefix("sqlite:///")))
+        shutil.copy(empty_store, root / "mlflow.db")
+        MlflowClient(f"sqlite:///{root}/mlflow.db").create_experiment("theirs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlflow.MlflowClient", migrate_second)
+        MLflowTracker(root=root)
+    assert runs("theirs", root).empty
 
 
 def test_a_server_leaves_nothing_local(tmp_path: Path) -> None:
@@ -220,8 +257,6 @@ def test_fingerprints_of_the_data(root: Path) -> None:
 
 
 def test_tables_figures_files_and_json_come_back(root: Path, tmp_path: Path) -> None:
-    from matplotlib.figure import Figure
-
     table = pd.DataFrame({"record": [1, 2], "score": [0.5, float("nan")], "answer": ["Lyon", None], "ids": [[1], []]})
     figure = Figure()
     figure.subplots().plot([1, 2])
@@ -260,9 +295,9 @@ def test_runs_lists_the_newest_first_with_their_parents(root: Path) -> None:
     assert list(table["status"]) == ["FINISHED", "FINISHED"]
     rows = table.set_index("name")
     assert rows.loc["child", "parent"] == parent.run_id
-    assert rows.loc["parent", "parent"] is None or pd.isna(rows.loc["parent", "parent"])
+    assert list(table["parent"].isna()) == [False, True]
     assert rows.loc["child", "params.size"] == "5"
-    assert rows.loc["child", "metrics.train/loss"] >= 0
+    assert isinstance(rows.loc["child", "metrics.train/loss"], float)
 
 
 def test_an_experiment_without_runs_is_an_empty_table(root: Path) -> None:
@@ -299,7 +334,7 @@ def test_other_ranks_log_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     tracker.log_hyperparams({"a": 1})
     tracker.log_fingerprints({"a": "b"})
     tracker.log_table(pd.DataFrame({"a": [1]}), "a")
-    tracker.log_figure(None, "a")  # type: ignore[arg-type]
+    tracker.log_figure(Figure(), "a")
     tracker.log_file("nowhere")
     tracker.log_json({}, "a")
     with tracker:
@@ -309,11 +344,14 @@ def test_other_ranks_log_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) ->
         runs(root=root)
 
 
-def cli(root: Path, *arguments: str) -> LightningCLI:
+def cli(root: Path, command: str, *arguments: str) -> LightningCLI:
     logger = [f"--trainer.logger={MLflowTracker.__module__}.MLflowTracker", f"--trainer.logger.root={root}"]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "max_steps": 1}
     return LightningCLI(
-        Toy, args=[*arguments, *logger], save_config_callback=SaveConfig, trainer_defaults={**quiet, "logger": None}
+        Toy,
+        args=[command, *logger, *arguments],
+        save_config_callback=SaveConfig,
+        trainer_defaults={**quiet, "logger": None},
     )
 
 
@@ -325,6 +363,7 @@ def test_the_command_line_logs_its_whole_configuration(root: Path, tmp_path: Pat
     config = artifact_path(run_id, "config.yaml", root)
     assert "size: 3" in config.read_text()
     assert "max_steps: 1" in config.read_text()
+    assert "max_time: null" in config.read_text()
     assert stored(root, run_id).data.params == {"size": "3", "note": "short"}
 
     shutil.copy(config, tmp_path / "again.yaml")

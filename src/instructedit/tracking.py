@@ -9,6 +9,7 @@ The store is ``mlruns/mlflow.db``; artifacts lie under ``mlruns/artifacts/<exper
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import tempfile
 from argparse import Namespace
@@ -22,12 +23,14 @@ from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 from instructedit.errors import UserError
 from instructedit.provenance import provenance
 
 if TYPE_CHECKING:
+    import jsonargparse
     from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Run
@@ -75,9 +78,8 @@ class MLflowTracker(MLFlowLogger):
         self._root = Path(root).expanduser().absolute()
         artifacts = None
         if tracking_uri is None:
-            tracking_uri = f"sqlite:///{self._root / _DATABASE}"
+            tracking_uri = _local_store(self._root)
             artifacts = (self._root / "artifacts" / experiment_name).as_uri()
-            self._root.mkdir(parents=True, exist_ok=True)
         tags = (tags or {}) | ({_PARENT: parent_run_id} if parent_run_id else {})
         super().__init__(experiment_name, run_name, tracking_uri, tags, artifact_location=artifacts, run_id=run_id)
         self._running = False
@@ -94,31 +96,36 @@ class MLflowTracker(MLFlowLogger):
             self._start({f"provenance.{name}": value for name, value in provenance().items()})
             self._running = True
             atexit.register(self._abandon)
-        return super().experiment
+        client: MlflowClient = super().experiment
+        return client
 
     def _start(self, facts: dict[str, str]) -> None:
         from mlflow.exceptions import MlflowException
 
+        self.tags = facts | (self.tags or {})
         if self._run_id is not None:
             _run(self._mlflow_client, self._run_id, self._tracking_uri)
             self._mlflow_client.update_run(self._run_id, status="RUNNING")
-            self._log(self._run_id, {}, facts | self.tags)
+            self._log(self._mlflow_client, {}, self.tags)
         else:
-            self.tags = facts | self.tags
             with suppress(MlflowException):  # of several first runs at once, all but one find the experiment there
                 self._mlflow_client.create_experiment(self._experiment_name, self._artifact_location)
 
-    def _log(self, run_id: str, params: dict[str, str], tags: dict[str, str]) -> None:
+    def _log(self, client: MlflowClient, params: dict[str, str], tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        data = self._mlflow_client.get_run(run_id).data
+        run_id = str(self._run_id)
+        data = client.get_run(run_id).data
         there = ((data.params, params), (data.tags, tags))
-        new_params, new_tags = ({n: v for n, v in new.items() if n not in old} for old, new in there)
-        new_tags |= {f"changed.{n}": v for old, new in there for n, v in new.items() if old.get(n, v) != v}
-        entries = ([Param(*item) for item in new_params.items()], [RunTag(*item) for item in new_tags.items()])
-        for start in range(0, max(map(len, entries)), _LARGEST_BATCH):
-            some_params, some_tags = (each[start : start + _LARGEST_BATCH] for each in entries)
-            self._mlflow_client.log_batch(run_id, params=some_params, tags=some_tags)
+        changed = {
+            f"changed.{n}": value for old, new in there for n, value in new.items() if old.get(n, value) != value
+        }
+        new_params = [Param(*item) for item in params.items() if item[0] not in data.params]
+        new_tags = [RunTag(*item) for item in tags.items() if item[0] not in data.tags]
+        new_tags += [RunTag(*item) for item in changed.items()]
+        for start in range(0, max(len(new_params), len(new_tags)), _LARGEST_BATCH):
+            part = slice(start, start + _LARGEST_BATCH)
+            client.log_batch(run_id, params=new_params[part], tags=new_tags[part])
 
     @property
     def save_dir(self) -> str:
@@ -131,12 +138,12 @@ class MLflowTracker(MLFlowLogger):
         flat = _flatten_dict(_convert_params(params))
         # LightningCLI leaves `_instantiator` among the hyper-parameters.
         new = {k: str(v)[:_LONGEST_VALUE] for k, v in flat.items() if k.split("/")[-1] != "_instantiator"}
-        self._log(self.run_id, new, {})
+        self._log(self.experiment, new, {})
 
     @rank_zero_only
     def log_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
         """Logs which data the run used, as tags ``data.<name>``: ``{"counterfact/train": "<sha256>"}``."""
-        self._log(self.run_id, {}, {f"data.{name}": value for name, value in fingerprints.items()})
+        self._log(self.experiment, {}, {f"data.{name}": value for name, value in fingerprints.items()})
 
     @rank_zero_only
     def log_table(self, df: DataFrame, name: str) -> None:
@@ -185,18 +192,20 @@ class MLflowTracker(MLFlowLogger):
 class SaveConfig(SaveConfigCallback):
     """Logs the whole configuration of a command as ``config.yaml``, with which it can be run again."""
 
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: str | bool) -> None:
+    def __init__(self, parser: LightningArgumentParser, config: jsonargparse.Namespace, **options: Any) -> None:
         # The log folder is shared by all runs, where the second run's file would be refused.
         super().__init__(parser, config, **{"save_to_log_dir": False, **options})
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Logs the configuration; `fast_dev_run` has no such logger. Called on rank zero only."""
-        text = self.parser.dump(self.config, skip_none=False)
+        text = self.parser.dump(self.config, skip_unset=False)
         for logger in trainer.loggers:
             if isinstance(logger, MLflowTracker):
                 there = {file.path for file in logger.experiment.list_artifacts(logger.run_id)}
                 # A `test` in the run of its `fit` must not take the place of the fit's configuration.
-                name = f"config.{stage}.yaml" if self.config_filename in there else self.config_filename
+                name = (
+                    f"config.{TrainerFn(stage).value}.yaml" if self.config_filename in there else self.config_filename
+                )
                 logger.experiment.log_text(logger.run_id, text, name)
 
 
@@ -255,13 +264,34 @@ def load_table(run_id: str, name: str, root: str | Path = "mlruns") -> DataFrame
     return read_parquet(artifact_path(run_id, f"tables/{name}.parquet", root))
 
 
+def _local_store(root: Path) -> str:
+    """Makes the store when it is not there."""
+    from mlflow import MlflowClient
+
+    database = root / _DATABASE
+    if not database.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        # MLflow migrates a new database for seconds, without a lock: a second process, or an end in between, would
+        # leave it broken for good. So it is made aside, and whoever is first puts a whole one in place.
+        with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
+            made = Path(folder, _DATABASE)
+            MlflowClient(f"sqlite:///{made}")
+            try:
+                os.link(made, database)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links
+                made.rename(database)
+    return f"sqlite:///{database}"
+
+
 def _client(root: str | Path) -> MlflowClient:
     folder = Path(root).expanduser().absolute()
-    if not (folder / _DATABASE).is_file():  # MLflow would make an empty one
+    if not (folder / _DATABASE).is_file():
         raise UserError(f"{root}: no MLflow store ({_DATABASE}) in this folder")
     from mlflow import MlflowClient
 
-    return MlflowClient(f"sqlite:///{folder / _DATABASE}")
+    return MlflowClient(_local_store(folder))
 
 
 def _run(client: MlflowClient, run_id: str, store: str) -> Run:

@@ -10,19 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from instructedit.analysis.areas import (
-    EditingAreas,
-    cosines,
-    embed,
-    fitting_perplexity,
-    principal_components,
-    separation,
-)
+from instructedit.analysis import EditingAreas, cosines, embed, fitting_perplexity, principal_components, separation
 from instructedit.errors import UserError
 
 SITE = "h.0.mlp.c_fc"
@@ -37,7 +30,11 @@ def factors(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     b = torch.randn(records, rank, height, generator=generator) * 10.0 ** draw(st.integers(-6, 6))
     ranks = torch.tensor(draw(st.lists(st.integers(0, rank), min_size=records, max_size=records)))
     kept = torch.arange(rank) < ranks[:, None]
-    return a * kept[..., None], b * kept[..., None]
+    a, b = a * kept[..., None], b * kept[..., None]
+    # Rows that all but cancel amplify single precision's rounding, in the code and in the reference alike.
+    terms = (a.norm(dim=2) * b.norm(dim=2)).norm(dim=1)
+    assume(bool((dense(a, b).norm(dim=1) >= 0.1 * terms).all()))
+    return a, b
 
 
 def build(a: Tensor, b: Tensor, tasks: Sequence[str] | None = None) -> EditingAreas:
@@ -56,14 +53,12 @@ def unit(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(norms > 0, updates / norms, 0.0)
 
 
-def planted(
-    count: int = 20, tasks: Sequence[str] = ("counterfact", "recent", "zsre"), noise: float = 0.3
-) -> EditingAreas:
+def planted(count: int = 20, tasks: Sequence[str] = ("counterfact", "recent", "zsre")) -> EditingAreas:
     """``count`` records a task, each task's updates about a direction of its own."""
     generator = torch.Generator().manual_seed(0)
     label = torch.arange(len(tasks)).repeat_interleave(count)
-    a = torch.eye(8)[label][:, None] + noise * torch.randn(len(label), 3, 8, generator=generator)
-    b = torch.eye(6)[label][:, None] + noise * torch.randn(len(label), 3, 6, generator=generator)
+    a = torch.eye(8)[label][:, None] + 0.3 * torch.randn(len(label), 3, 8, generator=generator)
+    b = torch.eye(6)[label][:, None] + 0.3 * torch.randn(len(label), 3, 6, generator=generator)
     return build(a, b, [tasks[i] for i in label])
 
 
@@ -89,16 +84,14 @@ def test_cosines_agree_with_dense_ones_in_any_chunks(pair: tuple[Tensor, Tensor]
     expected = (vectors @ vectors.T).float()
     whole = cosines(areas, SITE)
     torch.testing.assert_close(whole, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(cosines(areas, SITE, chunk=chunk), whole, rtol=0, atol=1e-5)
-    torch.testing.assert_close(cosines(areas, SITE, areas, chunk=chunk), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cosines(areas, SITE, chunk=chunk), whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(cosines(areas, SITE, areas, chunk=chunk), whole, rtol=0, atol=1e-4)
 
 
 def test_cosines_across_two_editors() -> None:
     ours, theirs = planted(), scrambled(5)
     expected = dense(*ours.factors[SITE]) @ dense(*theirs.factors[SITE]).T
-    result = cosines(ours, SITE, theirs, chunk=7)
-    assert result.shape == (60, 15)
-    torch.testing.assert_close(result, expected.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(cosines(ours, SITE, theirs, chunk=7), expected.float(), rtol=0, atol=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -109,19 +102,14 @@ def test_components_agree_with_a_dense_decomposition(pair: tuple[Tensor, Tensor]
     left, values, _ = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
     count = min(k, len(vectors))
     assert coordinates.shape == (len(vectors), count)
-    # Signs, and axes within equal variances, are arbitrary: variances and distances are not.
+    assert (coordinates.max(0) >= -coordinates.min(0) - 1e-9).all()
+    # Other signs, and axes within equal variances, are arbitrary: variances and distances are not.
     reference = (left * values)[:, :count]
     spread = np.zeros(count)
-    spread[: reference.shape[1]] = reference.norm(dim=0)
-    np.testing.assert_allclose(np.linalg.norm(coordinates, axis=0), spread, atol=2e-3)
+    spread[: reference.shape[1]] = reference.square().sum(0)
+    np.testing.assert_allclose((coordinates**2).sum(0), spread, atol=1e-4)
     if k >= len(vectors):
         np.testing.assert_allclose(coordinates @ coordinates.T, reference @ reference.T, atol=1e-4)
-
-
-def test_components_have_a_fixed_sign() -> None:
-    coordinates = principal_components(planted(), SITE)
-    largest = coordinates[np.abs(coordinates).argmax(0), range(coordinates.shape[1])]
-    assert (largest[:20] > 0).all()
 
 
 def test_rows_that_cancel_are_no_update() -> None:
@@ -162,11 +150,9 @@ def test_unknown_site_names_the_known_ones() -> None:
 def test_concat_pads_the_rank() -> None:
     first, second = planted(3), build(torch.randn(2, 5, 8), torch.randn(2, 5, 6))
     both = EditingAreas.concat([first, second])
-    assert len(both) == 11
-    assert both.ids == first.ids + second.ids
-    assert both.tasks == first.tasks + second.tasks
+    assert (both.ids, both.tasks) == (first.ids + second.ids, first.tasks + second.tasks)
     assert both.factors[SITE][0].shape == (11, 5, 8)
-    torch.testing.assert_close(both.norms[SITE], torch.cat([first.norms[SITE], second.norms[SITE]]))
+    assert torch.equal(both.norms[SITE], torch.cat([first.norms[SITE], second.norms[SITE]]))
     torch.testing.assert_close(cosines(both, SITE)[:9, 9:], cosines(first, SITE, second), rtol=0, atol=1e-6)
 
 
@@ -193,18 +179,15 @@ def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
     planted(2).save(whole)
     (tmp_path / "cut").write_bytes(whole.read_bytes()[:-40])
+    whole.unlink()
     (tmp_path / "text").write_text("ids\n\ntasks\n" * 30)
     (tmp_path / "empty").touch()
-    index = json.dumps({"ids": ["a"], "tasks": ["t"], "sites": [SITE]})
-    marks = {"format": "instructedit-editing-areas", "version": "1"}
-    save_file({"weight": torch.ones(2)}, tmp_path / "foreign")
-    save_file({"weight": torch.ones(2)}, tmp_path / "later", {**marks, "version": "2", "index": index})
-    save_file({"weight": torch.ones(2)}, tmp_path / "without tensors", {**marks, "index": index})
-    save_file({"weight": torch.ones(2)}, tmp_path / "without index", marks)
-    save_file({"weight": torch.ones(2)}, tmp_path / "odd index", {**marks, "index": "[1]"})
+    mark = {"format": "instructedit-editing-areas", "version": "1"}
+    index = {"index": json.dumps({"ids": ["a"], "tasks": ["t"], "sites": [SITE]})}
+    later, odd = mark | index | {"version": "2"}, mark | {"index": "[1]"}
+    for number, metadata in enumerate([None, index, mark, mark | index, later, odd]):
+        save_file({"weight": torch.ones(2)}, tmp_path / f"foreign {number}", metadata)
     for path in sorted(tmp_path.iterdir()):
-        if path == whole:
-            continue
         with pytest.raises(UserError, match="cannot be read as editing areas") as caught:
             EditingAreas.load(path)
         assert str(caught.value).startswith(str(path))
@@ -256,8 +239,7 @@ def test_a_map_keeps_planted_tasks_together() -> None:
     areas = planted(10)
     points = embed(areas, SITE)
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1) + np.diag([np.inf] * len(points))
-    nearest = distances.argmin(1)
-    assert np.mean([areas.tasks[i] == areas.tasks[j] for i, j in enumerate(nearest)]) == 1
+    assert areas.tasks == [areas.tasks[nearest] for nearest in distances.argmin(1)]
 
 
 @pytest.mark.parametrize("records", [1, 2, 3, 4])
@@ -269,10 +251,7 @@ def test_map_of_editors_that_change_nothing() -> None:
     assert not embed(build(torch.zeros(5, 2, 5), torch.zeros(5, 2, 4)), SITE).any()
 
 
-def test_perplexity_fits_the_records() -> None:
+def test_arguments_of_a_map() -> None:
     assert [fitting_perplexity(records, 30) for records in (2, 31, 91, 1000)] == [1, 10, 30, 30]
-
-
-def test_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="tsne or pca, got umap"):
         embed(planted(2), SITE, "umap")

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
         separation,
     )
     from instructedit.analysis.figures import area_map, area_maps, metric_bars, save_figure
+    from instructedit.analysis.summary import summarise
     from instructedit.analysis.tables import latex_table, markdown_table, rich_table
 
 _MODULES = {
     "areas": ("EditingAreas", "cosines", "embed", "fitting_perplexity", "principal_components", "separation"),
     "figures": ("area_map", "area_maps", "metric_bars", "save_figure"),
+    "summary": ("summarise",),
     "tables": ("latex_table", "markdown_table", "rich_table"),
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "rich_table",
     "save_figure",
     "separation",
+    "summarise",
 ]
 
 

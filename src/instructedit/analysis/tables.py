@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 #: The paper's metrics in the order of its Table 3; each of them is the higher, the better.
-METRICS = ("Reliability", "Generalization", "Locality", "Portability", "Fluency")
+METRICS = ("reliability", "generalization", "locality", "portability", "fluency")
 
 #: The method name of the model before any edit. It keeps its own locality at 100, so it takes no part in a ranking.
 UNEDITED = "unedited"
@@ -50,7 +50,10 @@ class _Row:
 
 
 def rich_table(
-    summary: pd.DataFrame, titles: Mapping[str, str] | None = None, baselines: pd.DataFrame | None = None
+    summary: pd.DataFrame,
+    titles: Mapping[str, str] | None = None,
+    baselines: pd.DataFrame | None = None,
+    metrics: Sequence[str] = METRICS,
 ) -> Table:
     """Table for the terminal: one row for each task and metric, one column for each method.
 
@@ -62,16 +65,18 @@ def rich_table(
         titles: Task name to what the table calls it; its order is the order of the tasks, others follow.
         baselines: Published numbers, with the columns ``method``, ``task``, ``metric`` and ``mean``; they stand at the
             right, headed ``… (paper)``, for the summary's tasks and metrics.
+        metrics: The metrics to show, in order, whatever their case; all of them are the higher, the better.
 
     Raises:
         ValueError: If a method has two rows for one task and metric.
     """
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     styles = {_Mark.BEST: "bold", _Mark.SECOND: "underline", _Mark.NONE: ""}
-    header, rows = _grid(summary, titles, baselines)
-    table = Table()
+    header, rows = _grid(summary, titles, baselines, metrics)
+    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     for position, name in enumerate(header):
         table.add_column(Text(name), justify="left" if position < 2 else "right", no_wrap=position < 2)
     for row in rows:
@@ -83,11 +88,14 @@ def rich_table(
 
 
 def markdown_table(
-    summary: pd.DataFrame, titles: Mapping[str, str] | None = None, baselines: pd.DataFrame | None = None
+    summary: pd.DataFrame,
+    titles: Mapping[str, str] | None = None,
+    baselines: pd.DataFrame | None = None,
+    metrics: Sequence[str] = METRICS,
 ) -> str:
     """The table of ``rich_table`` in GitHub's Markdown, underlined with ``<ins>``."""
     styles = {_Mark.BEST: "**{}**", _Mark.SECOND: "<ins>{}</ins>", _Mark.NONE: "{}"}
-    header, rows = _grid(summary, titles, baselines)
+    header, rows = _grid(summary, titles, baselines, metrics)
 
     def line(cells: Iterable[str]) -> str:
         return f"| {' | '.join(cells)} |"
@@ -100,11 +108,14 @@ def markdown_table(
 
 
 def latex_table(
-    summary: pd.DataFrame, titles: Mapping[str, str] | None = None, baselines: pd.DataFrame | None = None
+    summary: pd.DataFrame,
+    titles: Mapping[str, str] | None = None,
+    baselines: pd.DataFrame | None = None,
+    metrics: Sequence[str] = METRICS,
 ) -> str:
     """The table of ``rich_table`` as a LaTeX ``tabular``; it needs the package booktabs."""
     styles = {_Mark.BEST: r"\textbf{{{}}}", _Mark.SECOND: r"\underline{{{}}}", _Mark.NONE: "{}"}
-    header, rows = _grid(summary, titles, baselines)
+    header, rows = _grid(summary, titles, baselines, metrics)
     lines = [rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}", r"\toprule"]
     lines += [" & ".join(map(_latex, header)) + r" \\"]
     for row in rows:
@@ -121,8 +132,14 @@ def in_order(names: Iterable[str], first: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys([*first, *present]) if name in present]
 
 
+def metric_title(name: str) -> str:
+    """``reliability.exact`` as ``Reliability (exact)``."""
+    head, _, rest = name.partition(".")
+    return head.capitalize() + f" ({rest.replace('.', ', ')})" * bool(rest)
+
+
 def _grid(
-    summary: pd.DataFrame, titles: Mapping[str, str] | None, baselines: pd.DataFrame | None
+    summary: pd.DataFrame, titles: Mapping[str, str] | None, baselines: pd.DataFrame | None, metrics: Sequence[str]
 ) -> tuple[list[str], list[_Row]]:
     """The header and the rows that all formats share."""
     titles = titles or {}
@@ -132,16 +149,17 @@ def _grid(
     rows = []
     for task in in_order((task for _, task, _ in ours), titles):
         title = titles.get(task, task)
-        for metric in in_order((metric for _, own, metric in ours if own == task), METRICS):
+        for metric in [name.lower() for name in metrics if any(key[1:] == (task, name.lower()) for key in ours)]:
             ranked = _ranked(methods, [ours.get((method, task, metric), (math.nan,)) for method in methods])
             quoted = [_Cell(_text(*published.get((method, task, metric), (math.nan,)))) for method in others]
-            rows.append(_Row(title, metric, ranked + quoted))
+            rows.append(_Row(title, metric_title(metric), ranked + quoted))
             title = ""
     return ["Task", "Metric", *methods, *(f"{method} (paper)" for method in others)], rows
 
 
 def _values(frame: pd.DataFrame) -> dict[tuple[str, str, str], tuple[float, ...]]:
-    """(method, task, metric) to (mean, low, high), as far as the frame has them."""
+    """(method, task, metric in lower case) to (mean, low, high), as far as the frame has them."""
+    frame = frame.assign(metric=frame["metric"].str.lower())
     keys, columns = ["method", "task", "metric"], [name for name in ("mean", "low", "high") if name in frame]
     if frame.duplicated(keys).any():
         raise ValueError(f"two rows for {', '.join(map(str, frame.loc[frame.duplicated(keys), keys].iloc[0]))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ class Editor(nn.Module, ABC):
     Args:
         instructions: Put the task's instruction in front of every request.
         blocks: Blocks whose layers are edited, negative from the top.
-        sites: Names or patterns of the edited layers within them; None means all MLP layers.
+        site_names: Names or patterns of the edited layers within them; None means all MLP layers.
     """
 
     name: ClassVar[str] = ""
@@ -44,12 +45,12 @@ class Editor(nn.Module, ABC):
         self,
         instructions: bool = False,
         blocks: Sequence[int] | None = (-3, -2, -1),
-        sites: Sequence[str] | None = None,
+        site_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.instructions = instructions
         self.blocks = blocks
-        self.site_patterns = sites
+        self.site_names = site_names
         self.sites: tuple[Site, ...] = ()
         self._lm: list[FrozenLM] = []  # in a list, so that the LM is no submodule: never saved, trained or moved
 
@@ -71,7 +72,7 @@ class Editor(nn.Module, ABC):
             UserError: If the LM has no such sites.
         """
         self._lm = [lm]
-        self.sites = lm.select(self.site_patterns, self.blocks)
+        self.sites = lm.select(self.site_names, self.blocks)
         self.build()
         return self.to(lm.device)
 
@@ -128,8 +129,8 @@ class Editor(nn.Module, ABC):
     # -- disk -----------------------------------------------------------------------------------------------------
 
     def options(self) -> dict[str, Any]:
-        """The constructor arguments, as plain values."""
-        return {"instructions": self.instructions, "blocks": _plain(self.blocks), "sites": _plain(self.site_patterns)}
+        """The constructor arguments as plain values; a subclass keeps each under its own name."""
+        return {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the editor, never the LM: ``editor.json`` and ``editor.safetensors``."""
@@ -157,8 +158,8 @@ class Editor(nn.Module, ABC):
         return {site.name: list(site.shape) for site in self.sites}
 
 
-def _plain(value: Sequence[Any] | None) -> list[Any] | None:
-    return None if value is None else list(value)
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _model_card(editor: Editor) -> str:

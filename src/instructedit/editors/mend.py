@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Mend(Editor):
         edit_rate: Where each site's learned step size α starts.
         instructions: Put the task's instruction in front of every request; `InstructEdit` is this method with it.
         blocks: Blocks whose layers are edited, negative from the top.
-        sites: Names or patterns of the edited layers within them; None means all MLP layers.
+        site_names: Names or patterns of the edited layers within them; None means all MLP layers.
     """
 
     name: ClassVar[str] = "mend"
@@ -75,9 +75,9 @@ class Mend(Editor):
         edit_rate: float = 1e-4,
         instructions: bool = False,
         blocks: Sequence[int] | None = (-3, -2, -1),
-        sites: Sequence[str] | None = None,
+        site_names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(instructions, blocks, sites)
+        super().__init__(instructions, blocks, site_names)
         self.rank, self.hidden_layers, self.edit_rate = rank, hidden_layers, edit_rate
 
     def build(self) -> None:
@@ -118,10 +118,6 @@ class Mend(Editor):
     def watched(self) -> dict[str, Tensor]:
         return {"edit_rates": self.alpha}
 
-    def options(self) -> dict[str, Any]:
-        own = {"rank": self.rank, "hidden_layers": self.hidden_layers, "edit_rate": self.edit_rate}
-        return own | super().options()
-
 
 def _slots(where: tuple[Tensor, ...], shape: Sequence[int]) -> tuple[Tensor, int]:
     """For each kept token its place among the kept ones of its (site, row), and the largest such count."""
@@ -142,6 +138,6 @@ class InstructEdit(Mend):
         edit_rate: float = 1e-4,
         instructions: bool = True,
         blocks: Sequence[int] | None = (-3, -2, -1),
-        sites: Sequence[str] | None = None,
+        site_names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(rank, hidden_layers, edit_rate, instructions, blocks, sites)
+        super().__init__(rank, hidden_layers, edit_rate, instructions, blocks, site_names)

@@ -62,6 +62,10 @@ class LowRankEdit(Edit):
         a, b = self.factors[site]
         return b.mT @ a
 
+    def compressed(self, rank: int) -> Self:
+        """The best approximation of each edit by one of at most this rank (Eckart–Young), from small matrices."""
+        return type(self)({site: _truncated(f, rank) for site, f in self.factors.items()})
+
     def state(self) -> dict[str, Tensor]:
         return {f"{site}:{part}": getattr(f, part) for site, f in self.factors.items() for part in ("a", "b")}
 
@@ -89,6 +93,16 @@ def stack(edits: list[LowRankEdit]) -> LowRankEdit:
         return torch.cat([pad_to(f[part], rank, 1) for f in parts[site]])
 
     return LowRankEdit({site: Factors(joined(site, 0), joined(site, 1)) for site in parts})
+
+
+def _truncated(factors: Factors, rank: int) -> Factors:
+    if factors.a.shape[1] <= rank:
+        return factors
+    a_basis, a_core = torch.linalg.qr(factors.a.mT.float())
+    b_basis, b_core = torch.linalg.qr(factors.b.mT.float())
+    left, size, right = torch.linalg.svd(b_core @ a_core.mT, full_matrices=False)
+    left = left[..., :rank] * size[..., None, :rank]
+    return Factors((a_basis @ right.mT[..., :rank]).mT, (b_basis @ left).mT)
 
 
 def _save_lora(edit: LowRankEdit, folder: Path, base_model: str) -> None:

@@ -46,7 +46,7 @@ class Recipe:
     """
 
     architecture: Literal["gpt2", "llama"] = "gpt2"
-    passes: int = 120
+    passes: int = 60
     seed: int = 0
     width: int = 160
     layers: int = 6

@@ -146,3 +146,12 @@ def _reader(task: str | Task, options: dict[str, Any]) -> Task:
     except TypeError as error:
         raise UserError(f"task {task!r}: {error}") from error
     return made(**options)
+
+
+def task_title(name: str) -> str:
+    """What a task is called in tables and instructions.
+
+    Raises:
+        UserError: If there is no such task.
+    """
+    return registry.plugin(_TASK, _PACKAGE, name).title

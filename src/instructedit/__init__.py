@@ -1,0 +1,38 @@
+"""Edit what a language model knows: one editor for many tasks, told by an instruction which."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from instructedit.editors import Editor, build_editor, editor_names, load_editor
+    from instructedit.edits import Edit, LowRankEdit, load_edit
+    from instructedit.errors import UserError
+    from instructedit.evaluation import Evaluation, Scores, evaluate
+    from instructedit.instructions import InstructionBank
+    from instructedit.lm import FrozenLM
+    from instructedit.records import EditRecord, EditRequest, Probe
+    from instructedit.tasks import load_records, task_names
+
+_HOME = {
+    "Edit": "edits", "EditRecord": "records", "EditRequest": "records", "Editor": "editors", "Evaluation": "evaluation",
+    "FrozenLM": "lm", "InstructionBank": "instructions", "LowRankEdit": "edits", "Probe": "records",
+    "Scores": "evaluation", "UserError": "errors", "build_editor": "editors", "editor_names": "editors",
+    "evaluate": "evaluation", "load_edit": "edits", "load_editor": "editors", "load_records": "tasks",
+    "task_names": "tasks",
+}  # fmt: skip
+
+__all__ = [
+    "Edit", "EditRecord", "EditRequest", "Editor", "Evaluation", "FrozenLM", "InstructionBank", "LowRankEdit", "Probe",
+    "Scores", "UserError", "build_editor", "editor_names", "evaluate", "load_edit", "load_editor", "load_records",
+    "task_names",
+]  # fmt: skip
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: torch and transformers take seconds, and `--help` needs neither.
+    if name in _HOME:
+        return getattr(import_module(f"instructedit.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'instructedit' has no attribute {name!r}")

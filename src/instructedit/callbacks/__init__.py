@@ -1,0 +1,8 @@
+"""One concern a file: guards, data reports, result tables, editing areas."""
+
+from instructedit.callbacks.areas import EditingAreaDump
+from instructedit.callbacks.data_report import DataReport
+from instructedit.callbacks.guards import Guards
+from instructedit.callbacks.results import ResultTables
+
+__all__ = ["DataReport", "EditingAreaDump", "Guards", "ResultTables"]

@@ -1,0 +1,72 @@
+"""Dumps editing areas: the normalised directions of the edits of a test run (InstructEdit, section 4.2)."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812
+from lightning.pytorch.utilities import rank_zero_info
+
+from instructedit.analysis import EditingAreas, area_maps
+from instructedit.callbacks.results import task_titles
+from instructedit.edits import Factors, LowRankEdit
+from instructedit.evaluation import Outcome
+from instructedit.tracking import MLflowTracker
+
+
+class EditingAreaDump(L.Callback):
+    """Logs ``areas/areas.safetensors`` (factored) and ``figures/areas`` (t-SNE coloured by task).
+
+    Only edits of low rank have areas. Each process dumps its own share of the records; the first one's is logged.
+
+    Args:
+        records_per_task: So many of each task's test records; 0 turns the dump off.
+        max_rank: Keep each area's leading directions up to this rank; all by default.
+    """
+
+    def __init__(self, records_per_task: int = 60, max_rank: int | None = 16) -> None:
+        self.records_per_task, self.max_rank = records_per_task, max_rank
+        self.parts: list[EditingAreas] = []
+        self.seen: Counter[str] = Counter()
+        self.areas: EditingAreas | None = None
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.parts, self.seen, self.areas = [], Counter(), None
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        if not isinstance(outputs, Outcome) or not isinstance(outputs.edit, LowRankEdit) or not trainer.is_global_zero:
+            return
+        chosen = []
+        for i, record in enumerate(batch):
+            # One record of a cluster stands for it: ten cases of one topic are one place on the map.
+            if self.seen[record.task] < self.records_per_task and not self.seen[f"cluster {record.cluster}"]:
+                self.seen.update([record.task, f"cluster {record.cluster}"])
+                chosen.append(i)
+        if chosen:
+            ids, tasks = [batch[i].id for i in chosen], [batch[i].task for i in chosen]
+            edit = LowRankEdit({s: Factors(f.a[chosen], f.b[chosen]) for s, f in outputs.edit.factors.items()})
+            edit = (edit.compressed(self.max_rank) if self.max_rank else edit).to("cpu")
+            self.parts.append(EditingAreas.from_factors(ids, tasks, dict(edit.factors)))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not self.parts:
+            return
+        self.areas = EditingAreas.concat(self.parts)
+        titles = task_titles(trainer)
+        self.areas.tasks = [titles.get(t, t) for t in self.areas.tasks]
+        tracker = trainer.logger
+        if isinstance(tracker, MLflowTracker):
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder, "areas.safetensors")
+                self.areas.save(file)
+                tracker.log_file(file, "areas")
+            if len(self.areas) >= 5:
+                tracker.log_figure(area_maps({pl_module.editor.name: self.areas}), "areas")
+            else:
+                rank_zero_info("too few test records for a map of editing areas")

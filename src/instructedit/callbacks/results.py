@@ -1,0 +1,86 @@
+"""Tables and figures of a test run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L  # noqa: N812
+from torch import distributed
+
+from instructedit.evaluation import Outcome, Row
+from instructedit.tracking import MLflowTracker
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class ResultTables(L.Callback):
+    """Collects the probe rows of `test`, prints the result table, and logs tables, intervals and the bar chart.
+
+    Logged: ``tables/probes`` (one row for each probe, with the model's words before and after), ``tables/summary``
+    (means with intervals), ``figures/metrics``, and a metric ``test/<task>/<metric>`` for each mean.
+
+    Args:
+        method: What to call the editor in tables; its own name by default.
+        show: Print the table.
+    """
+
+    def __init__(self, method: str | None = None, show: bool = True) -> None:
+        self.method, self.show = method, show
+        self.rows: list[Row] = []
+        self.table: DataFrame | None = None
+        self.summary: DataFrame | None = None
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.rows = []
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        if isinstance(outputs, Outcome):
+            self.rows += outputs.rows
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        rows = _from_all(self.rows)
+        if not trainer.is_global_zero or not rows:
+            return
+        from pandas import DataFrame
+
+        from instructedit.analysis import metric_bars, rich_table
+        from instructedit.analysis.summary import summarise
+
+        self.table = DataFrame(rows).drop(columns="aliases")
+        self.summary = summarise(DataFrame(rows), self.method or pl_module.editor.name)
+        titles = task_titles(trainer)
+        if self.show:
+            from rich.console import Console
+
+            Console().print(rich_table(self.summary, titles=titles))
+        tracker = trainer.logger
+        if isinstance(tracker, MLflowTracker):
+            tracker.log_table(self.table, "probes")
+            tracker.log_table(self.summary, "summary")
+            tracker.log_figure(metric_bars(self.summary, titles=titles), "metrics")
+            tracker.log_metrics({f"test/{r.task}/{r.metric}": r.mean for r in self.summary.itertuples()})
+
+
+def task_titles(trainer: Any) -> dict[str, str]:
+    """Task → its name in tables, with a word for those that are held out of training."""
+    from instructedit.tasks import task_title
+
+    data = trainer.datamodule
+    trained = {source.name for source in data.sources["fit"]}
+    return {
+        source.name: task_title(source.name) + ("" if source.name in trained or not trained else " (held out)")
+        for source in data.sources["test"]
+    }
+
+
+def _from_all(rows: list[Row]) -> list[Row]:
+    """The rows of every process."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    parts: list[list[Row]] = [[] for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

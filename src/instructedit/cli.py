@@ -1,0 +1,78 @@
+"""The command line: Lightning's fit, validate, test and predict, and the project's own commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from instructedit.errors import UserError
+
+LIGHTNING = ("fit", "validate", "test", "predict")
+DEBUG = "INSTRUCTEDIT_DEBUG"
+
+
+def commands() -> dict[str, Callable[[list[str]], int]]:
+    """The project's own commands: name → function of the arguments. Each imports what it needs when it runs."""
+    from instructedit import commands as own
+
+    return {name: getattr(own, name) for name in own.__all__}
+
+
+def usage() -> str:
+    """The top of ``instructedit --help``."""
+    lines = [
+        "usage: instructedit COMMAND [options]      (instructedit COMMAND --help explains every option)",
+        "",
+        "Train, apply, measure and compare knowledge editors of language models.",
+        "",
+        "with configs (--config configs/lm/tiny.yaml --config configs/editor/instructedit.yaml …):",
+        "  fit         train an editor",
+        "  validate    score an editor on validation records",
+        "  test        score an editor on test records: tables, figures, MLflow",
+        "  predict     the model's words before and after each edit",
+        "",
+        "others:",
+    ]
+    lines += [f"  {name:<11} {(f.__doc__ or '').splitlines()[0]}" for name, f in commands().items()]
+    lines += ["", f"Errors are one line; set {DEBUG}=1 for the traceback."]
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a command and gives its exit status: 0, 2 for a `UserError`, 130 for Ctrl-C."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 2
+    try:
+        if args[0] in LIGHTNING:
+            from instructedit.lightning_cli import run
+
+            run(args)
+            return 0
+        if args[0] in commands():
+            return commands()[args[0]](args[1:])
+        raise UserError(f"no command {args[0]!r}; one of {', '.join([*LIGHTNING, *commands()])}")
+    except UserError as error:
+        return _say(error)
+    except KeyboardInterrupt:
+        print("instructedit: interrupted", file=sys.stderr)
+        return 130
+
+
+def _say(error: UserError) -> int:
+    if os.environ.get(DEBUG):
+        raise error
+    print(f"instructedit: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def run() -> Any:
+    """Entry point of the console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

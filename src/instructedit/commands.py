@@ -1,0 +1,144 @@
+"""The project's own commands. Each is a typed function: its signature and docstring are its ``--help``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from jsonargparse import auto_cli
+
+from instructedit.errors import UserError
+
+__all__ = ["edit", "experiment", "pretrain"]
+
+
+def _command(function: Callable[..., None], args: list[str]) -> int:
+    auto_cli(function, args=args, as_positional=False, prog=f"instructedit {function.__name__.strip('_')}")
+    return 0
+
+
+def edit(args: list[str]) -> int:
+    """make one edit and see what the model says before and after"""
+    return _command(_edit, args)
+
+
+def experiment(args: list[str]) -> int:
+    """run a whole experiment: fit, test, tables, figures (`demo` is the main job)"""
+    return _command(_experiment, args)
+
+
+def pretrain(args: list[str]) -> int:
+    """make an embedded tiny LM from its recipe"""
+    return _command(_pretrain, args)
+
+
+def _edit(
+    prompt: str,
+    target: str,
+    editor: str,
+    lm: str = "tiny",
+    task: str | None = None,
+    description: str | None = None,
+    slots: dict[str, str] | None = None,
+    ask: list[str] | None = None,
+    max_new_tokens: int = 12,
+    save: str | None = None,
+    merge: str | None = None,
+) -> None:
+    """Edits what a model says, and shows its words before and after.
+
+    Args:
+        prompt: What the model is asked.
+        target: What it should say.
+        editor: A trained editor (folder, checkpoint or hub id), or the name of a method that needs no training.
+        lm: tiny, tiny-llama, a local folder, or a hub id.
+        task: Name of the editing task, for editors that read instructions.
+        description: Id of the instruction's description; the first training one by default.
+        slots: Values of the task's instruction slots, e.g. '{"LABEL": "positive", "TOPIC": "tea"}'.
+        ask: Further prompts to ask before and after.
+        max_new_tokens: Length of the answers.
+        save: Folder to save the edit to (a LoRA adapter, for edits of low rank).
+        merge: Folder to save a plain transformers model with the edit in its weights to.
+    """
+    import instructedit as ie
+
+    model = ie.FrozenLM.from_pretrained(lm)
+    built = editor in ie.editor_names()
+    method = ie.build_editor(editor, model) if built else ie.load_editor(editor, model)
+    if built and method.trainable:
+        raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")
+    request = ie.EditRequest(prompt, target, task=task, slots=slots or {})
+    change = method.edit([request], description=description)
+    prompts = [prompt, *(ask or [])]
+    before = model.generate(prompts, max_new_tokens=max_new_tokens)
+    with model.edited(change, rows=[0] * len(prompts)):
+        after = model.generate(prompts, max_new_tokens=max_new_tokens)
+    _show_words(prompts, before, after)
+    if save:
+        change.save_pretrained(save, base_model=lm)
+    if merge:
+        model.merge(change).save_pretrained(merge)
+        model.tokenizer.save_pretrained(merge)
+
+
+def _show_words(prompts: list[str], before: list[str], after: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("prompt", "before", "after")
+    for row in zip(prompts, before, after, strict=True):
+        table.add_row(*(text.strip() for text in row))
+    Console().print(table)
+
+
+def _pretrain(
+    out: str,
+    architecture: Literal["gpt2", "llama"] = "gpt2",
+    passes: int = 60,
+    seed: int = 0,
+    threads: int | None = None,
+) -> None:
+    """Makes an embedded LM: corpus, tokenizer, training, recall. A cut-off run goes on where it stopped.
+
+    Args:
+        out: Folder of the finished model.
+        architecture: gpt2 or llama.
+        passes: Times over all facts.
+        seed: Of the corpus, the weights and the order.
+        threads: CPU threads.
+    """
+    import torch
+
+    from instructedit.lm.pretrain import Recipe, pretrain
+
+    if threads:
+        torch.set_num_threads(threads)
+    recall = pretrain(Recipe(architecture=architecture, passes=passes, seed=seed), out)
+    for name, share in recall.items():
+        print(f"recall {name:<8} {100 * share:5.1f} %")
+
+
+def _experiment(
+    name: str,
+    scale: str = "tiny",
+    seeds: list[int] | None = None,
+    rows: list[str] | None = None,
+    root: str = "mlruns",
+    out: str | None = None,
+    overrides: list[str] | None = None,
+) -> None:
+    """Runs the rows of ``experiments/<name>/grid.yaml`` and puts them side by side.
+
+    Args:
+        name: Of the experiment's folder under experiments/.
+        scale: Which LM and hyper-parameters; one of the grid's scales.
+        seeds: One run of every row for each; the grid's own by default.
+        rows: Only these rows of the grid.
+        root: Folder of the MLflow store.
+        out: Folder for tables and figures; outputs/<name> by default.
+        overrides: Further options for every run, e.g. '["--trainer.max_steps=20"]'.
+    """
+    from instructedit.experiment import Experiment
+
+    options: dict[str, Any] = {"scale": scale, "seeds": seeds, "rows": rows, "root": root, "out": out}
+    Experiment.load(name, **options, overrides=overrides or []).run()

@@ -1,0 +1,69 @@
+"""Balanced mixing of task streams, the same from any point on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from torch.utils.data import Sampler
+
+
+def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Iterator[tuple[int, int]]:
+    """An endless stream of (task, index of a record).
+
+    Tasks come in the proportion of their weights, as evenly spread as whole records allow; each task goes through its
+    own records in a new random order every time.
+
+    Args:
+        sizes: Records of each task.
+        weights: Share of each task in the stream, in any unit.
+        seed: Of the orders.
+    """
+    rngs = [random.Random(f"{seed}/{task}") for task in range(len(sizes))]
+    left: list[list[int]] = [[] for _ in sizes]
+    owed = [0.0] * len(sizes)
+    total = sum(weights)
+    while True:
+        owed = [o + w / total for o, w in zip(owed, weights, strict=True)]
+        task = max(range(len(sizes)), key=owed.__getitem__)
+        owed[task] -= 1
+        if not left[task]:
+            left[task] = rngs[task].sample(range(sizes[task]), sizes[task])
+        yield task, left[task].pop()
+
+
+class MixtureSampler(Sampler[list[tuple[int, int, int]]]):
+    """Endless batches of (number of the draw, task, index) from `mixture`.
+
+    The stream depends on the sizes, weights and seed alone. So a resumed run goes on exactly where it stopped, and of
+    several processes each takes its own batches, no record twice.
+
+    Args:
+        sizes, weights, seed: See `mixture`.
+        batch_size: Records a batch.
+        first: Batches of this process that earlier runs have used.
+        rank, world: This process and how many there are.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        batch_size: int,
+        first: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.sizes, self.weights, self.seed, self.batch_size = sizes, weights, seed, batch_size
+        self.first, self.rank, self.world = first, rank, world
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        stream = ((draw, *pick) for draw, pick in enumerate(mixture(self.sizes, self.weights, self.seed)))
+        skipped = (self.first * self.world + self.rank) * self.batch_size
+        stream = islice(stream, skipped, None)
+        between = (self.world - 1) * self.batch_size
+        while True:
+            yield list(islice(stream, self.batch_size))
+            next(islice(stream, between, between), None)

@@ -1,0 +1,196 @@
+"""The LightningDataModule: tasks to train on, tasks to test on, and how they are mixed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import lightning as L  # noqa: N812
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+
+from instructedit.data.batch import Collator, EditBatch
+from instructedit.data.mixture import MixtureSampler
+from instructedit.errors import UserError
+from instructedit.records import EditRecord
+from instructedit.tasks import LoadReport, load_records
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """Where the records of a task are.
+
+    Attributes:
+        name: Of the task.
+        source: ``tiny`` (embedded), a file, a folder with a file for each split, or a hub id ``owner/name``.
+        split: Which split to read; by default the one of the stage.
+        size: Take so many records, chosen at random; all by default.
+        weight: Share in the training mixture, beside the other tasks' (``mixing: balanced``).
+        options: Further options of the task's reader.
+    """
+
+    name: str
+    source: str = "tiny"
+    split: str | None = None
+    size: int | None = None
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EditData(L.LightningDataModule):
+    """Balanced streams of edit records for training, and whole splits for validation and test.
+
+    Args:
+        train: Tasks to train on. One task gives a single-task editor; leaving one out gives a hold-out setting.
+        val: Tasks to validate on; those of `train` if empty.
+        test: Tasks to test on, held-out ones among them; those of `train` if empty.
+        batch_size: Edit requests a training step (before accumulation).
+        eval_batch_size: Edit requests an evaluation step.
+        mixing: ``balanced``: tasks in the proportion of their weights, so that a large one such as ConvSent is
+            subsampled; ``natural``: in the proportion of their sizes.
+        rephrases: In-scope probes that a record adds to its request in the edit loss.
+        replies: Replies of each sentiment that a ConvSent record adds.
+        locality: Out-of-scope probes of a record in the locality loss.
+        max_length: Tokens of a training row; the LM's own limit by default (paper: 96).
+        val_size: Records of each task to validate on.
+        seed: Of the mixture, the instructions drawn and the probes drawn.
+        num_workers: Processes that tokenise ahead; 0 tokenises between the steps.
+    """
+
+    def __init__(
+        self,
+        train: list[TaskSource] | None = None,
+        val: list[TaskSource] | None = None,
+        test: list[TaskSource] | None = None,
+        batch_size: int = 24,
+        eval_batch_size: int = 32,
+        mixing: Literal["balanced", "natural"] = "balanced",
+        rephrases: int = 1,
+        replies: int = 2,
+        locality: int = 2,
+        max_length: int | None = None,
+        val_size: int | None = 50,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.sources = {"fit": train or [], "validate": val or train or [], "test": test or train or []}
+        self.records: dict[str, dict[str, list[EditRecord]]] = {}
+        self.reports: list[LoadReport] = []
+        self.batches_used = 0
+
+    def setup(self, stage: str) -> None:
+        """Reads the records that the stage needs, and says what was dropped."""
+        wanted = {"fit": ("fit", "validate"), "predict": ("test",)}.get(stage, (stage,))
+        for part in wanted:
+            if part not in self.records:
+                self.records[part] = self._read(part)
+
+    def _read(self, part: str) -> dict[str, list[EditRecord]]:
+        if not self.sources[part]:
+            raise UserError(f"data: no task to {part}: give data.{'train' if part == 'fit' else part}")
+        found: dict[str, list[EditRecord]] = {}
+        size = self.hparams["val_size"] if part == "validate" else None
+        split = {"fit": "train", "validate": "val", "test": "test"}[part]
+        for source in self.sources[part]:
+            if source.name in found:
+                raise UserError(f"data: task {source.name!r} is listed twice for {part}")
+            records, report = load_records(
+                source.name, source.source, source.split or split, **dict(source.options)
+            )
+            self.reports.append(report)
+            rank_zero_info(report.line())
+            found[source.name] = self._subsample(records, source.size or size)
+        return found
+
+    def _subsample(self, records: list[EditRecord], size: int | None) -> list[EditRecord]:
+        if size is None or size >= len(records):
+            return records
+        chosen = random.Random(self.hparams["seed"]).sample(range(len(records)), size)
+        return [records[i] for i in sorted(chosen)]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What was read: ``task/split`` → sha256 of the bytes."""
+        return {f"{r.task}/{r.split}": r.fingerprint for r in self.reports}
+
+    def train_dataloader(self) -> DataLoader[EditBatch]:
+        """An endless stream of `EditBatch`."""
+        options, tasks = self.hparams, self.records["fit"]
+        sizes = [len(records) for records in tasks.values()]
+        balanced = options["mixing"] == "balanced"
+        weights = [s.weight for s in self.sources["fit"]] if balanced else [float(size) for size in sizes]
+        trainer = self.trainer
+        module: Any = trainer.lightning_module if trainer else None
+        if module is None:
+            raise UserError("data: the training stream needs a Trainer with the editing module")
+        sampler = MixtureSampler(
+            sizes, weights, options["seed"], options["batch_size"], self.batches_used,
+            trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1,
+        )  # fmt: skip
+        collator = Collator(
+            module.lm.tokenizer,
+            min(options["max_length"] or module.lm.max_length, module.lm.max_length),
+            module.editor.instructor(seed=options["seed"]),
+            options["rephrases"], options["replies"], options["locality"], options["seed"],
+        )  # fmt: skip
+        return DataLoader(
+            _Drawn(list(tasks.values())), batch_sampler=sampler, collate_fn=collator, num_workers=options["num_workers"],
+            persistent_workers=options["num_workers"] > 0,
+        )  # fmt: skip
+
+    def _whole(self, part: str) -> DataLoader[list[EditRecord]]:
+        """All records of all tasks, each process its share; nothing is repeated to make the shares equal."""
+        records = [record for task in self.records[part].values() for record in task]
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return DataLoader(_Records(records[rank::world]), batch_size=self.hparams["eval_batch_size"], collate_fn=list)
+
+    def val_dataloader(self) -> DataLoader[list[EditRecord]]:
+        """Batches of records."""
+        return self._whole("validate")
+
+    def test_dataloader(self) -> DataLoader[list[EditRecord]]:
+        """Batches of records."""
+        return self._whole("test")
+
+    def predict_dataloader(self) -> DataLoader[list[EditRecord]]:
+        """Batches of records."""
+        return self._whole("test")
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Tokens move; records are text."""
+        return batch.to(device) if isinstance(batch, EditBatch) else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far into the stream the run is."""
+        trainer = self.trainer
+        return {"batches_used": trainer.fit_loop.epoch_loop.batch_progress.total.ready if trainer else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.batches_used = state_dict["batches_used"]
+
+
+class _Drawn(Dataset[tuple[int, EditRecord]]):
+    """(draw, task, index) → (draw, record)."""
+
+    def __init__(self, tasks: list[list[EditRecord]]) -> None:
+        self.tasks = tasks
+
+    def __getitem__(self, key: Any) -> tuple[int, EditRecord]:
+        draw, task, index = key
+        return draw, self.tasks[task][index]
+
+
+class _Records(Dataset[EditRecord]):
+    def __init__(self, records: list[EditRecord]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> EditRecord:
+        return self.records[index]

@@ -1,0 +1,269 @@
+"""The one loop that edits, probes and scores. `test`, `evaluate` and every experiment use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from instructedit.data.batch import Front, plain
+from instructedit.editors import Editor
+from instructedit.edits import Edit
+from instructedit.instructions import Instructor
+from instructedit.lm import FrozenLM, TokenBatch
+from instructedit.metrics import agreement, answer_match, exact_match, fluency, log_likelihood, token_accuracy
+from instructedit.records import EditRecord, Probe
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Row = dict[str, Any]
+#: Kinds of probes that should give their own answer after the edit.
+IN_SCOPE = ("reliability", "generalization", "portability")
+REPLIES = ("wanted", "opposite")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How edited models are scored.
+
+    Attributes:
+        generate: Also let the model answer freely, and keep its words before and after the edit.
+        fluency_tokens: Length of the text that Fluency is measured on; 0 leaves Fluency out.
+        descriptions: Which of a bank's descriptions instructions are drawn from.
+        description: Id of one description to use for every record instead.
+        seed: Of the descriptions drawn and of sampled text.
+        rows: Probes in one forward pass, at most.
+    """
+
+    generate: bool = True
+    fluency_tokens: int = 100
+    descriptions: Literal["train", "heldout", "unseen"] = "train"
+    description: str | None = None
+    seed: int = 0
+    rows: int = 256
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One prompt with one answer, put to the model under one edit."""
+
+    owner: int
+    probe: Probe
+    number: int  # of the probe within its record
+    view: str
+    main: bool
+    prompt: str
+    answer: str
+
+
+@dataclass
+class Outcome:
+    """What a batch of edits did.
+
+    Attributes:
+        edit: The edits, one for each record.
+        rows: One row for each probe and view (see `evaluate`).
+    """
+
+    edit: Edit
+    rows: list[Row]
+
+
+def evaluate_batch(
+    lm: FrozenLM, editor: Editor, records: Sequence[EditRecord], settings: Evaluation | None = None
+) -> Outcome:
+    """Edits each record on its own, all at once, and scores every probe under its record's edit."""
+    settings = settings or Evaluation()
+    # Editing needs gradients, whatever mode the caller evaluates in.
+    with torch.inference_mode(False), torch.no_grad():
+        instructor = editor.instructor(settings.descriptions, settings.description, settings.seed)
+        training = editor.training
+        editor.eval()
+        batch = editor.requests([r.request for r in records], instructor, [r.id for r in records])
+        edit = editor.make(batch).detach()
+        editor.train(training)
+        asked = list(_questions(records, instructor))
+        scores = _score(lm, edit, asked, records, settings.rows)
+        rows = [_row(records[a.owner], a, s) for a, s in zip(asked, scores, strict=True)]
+        rows = _best_alias(rows)
+        if settings.generate:
+            _answer_freely(lm, edit, rows, records, settings.rows)
+        if settings.fluency_tokens:
+            rows += _fluency(lm, edit, records, instructor, settings)
+    for row in rows:
+        del row["owner"]
+    return Outcome(edit, rows)
+
+
+def _questions(records: Sequence[EditRecord], instructor: Instructor | None) -> Iterator[_Asked]:
+    """In-scope probes behind their instruction and plain (without instructions: plain alone); locality plain."""
+    for owner, record in enumerate(records):
+        front = instructor.front(record.request, key=record.id) if instructor else plain
+        views: list[tuple[str, Front]] = [("instructed", front)] if instructor else []
+        views.append(("plain", plain))
+        for number, probe in enumerate((record.reliability, *record.probes)):
+            if probe.kind == "locality":
+                yield _Asked(owner, probe, number, "plain", True, probe.prompt, probe.answers[0])
+                continue
+            for view, fronted in views[:1] if probe.kind in REPLIES else views:
+                for answer in probe.answers:
+                    yield _Asked(owner, probe, number, view, view == views[0][0], fronted(probe.prompt), answer)
+
+
+def _score(
+    lm: FrozenLM, edit: Edit, asked: list[_Asked], records: Sequence[EditRecord], size: int
+) -> list[dict[str, float]]:
+    """Teacher-forced scores before and after the edit, in the order of `asked`."""
+    start = lm.first_block(edit.sites) if edit.sites else 0
+    scores: list[dict[str, float]] = [{} for _ in asked]
+    for chunk in _chunks([len(a.prompt) + len(a.answer) for a in asked], size):
+        pairs = [(asked[i].prompt, asked[i].answer) for i in chunk]
+        names = [f"record {records[asked[i].owner].id}, {asked[i].probe.kind} probe" for i in chunk]
+        tokens = lm.encode(pairs, names)
+        owner = torch.tensor([asked[i].owner for i in chunk], device=lm.device)
+        before = lm.logits(tokens, start=start)
+        after = lm.logits(tokens, edit, owner, start) if edit.sites else before
+        for i, score in zip(chunk, _compare(tokens, before, after), strict=True):
+            scores[i] = score
+    return scores
+
+
+def _compare(tokens: TokenBatch, before: Tensor, after: Tensor) -> Iterator[dict[str, float]]:
+    rows, count, labels = tokens.rows, len(tokens), tokens.answers
+    said, was = after.argmax(-1), before.argmax(-1)
+    columns = {
+        "accuracy": token_accuracy(said, labels, rows, count),
+        "exact": exact_match(said, labels, rows, count),
+        "agreement": agreement(said, was, rows, count),
+        "accuracy_before": token_accuracy(was, labels, rows, count),
+        "log_likelihood": log_likelihood(after, labels, rows, count),
+        "log_likelihood_before": log_likelihood(before, labels, rows, count),
+    }
+    names, values = list(columns), [column.tolist() for column in columns.values()]
+    for row in zip(*values, strict=True):
+        yield dict(zip(names, row, strict=True))
+
+
+def _chunks(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in groups of about one length, so that little is padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _row(record: EditRecord, asked: _Asked, scores: dict[str, float]) -> Row:
+    return {
+        "owner": asked.owner, "task": record.task, "record": record.id, "cluster": record.cluster,
+        "probe": asked.number, "kind": asked.probe.kind, "group": asked.probe.group, "view": asked.view,
+        "main": asked.main, "prompt": asked.prompt, "answer": asked.answer, "aliases": asked.probe.answers, **scores,
+    }  # fmt: skip
+
+
+def _best_alias(rows: list[Row]) -> list[Row]:
+    """One row for each probe and view: any given alias counts, so the one that fits best."""
+    best: dict[tuple[int, int, str], Row] = {}
+    for row in rows:
+        key = (row["owner"], row["probe"], row["view"])
+        if key not in best or (row["exact"], row["accuracy"]) > (best[key]["exact"], best[key]["accuracy"]):
+            best[key] = row
+    return list(best.values())
+
+
+def _answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], records: Sequence[EditRecord], size: int) -> None:
+    """Adds the model's own words and whether they are a right answer; before the edit for the requests alone.
+
+    Replies have no one right wording: records with replies are left to Fluency.
+    """
+    spoken = {i for i, record in enumerate(records) if record.of(*REPLIES)}
+    wanted = [r for r in rows if r["kind"] in IN_SCOPE and r["owner"] not in spoken]
+    _say(lm, edit, wanted, "after", size)
+    _say(lm, None, [r for r in wanted if r["kind"] == "reliability"], "before", size)
+    for row in wanted:
+        row["generated"] = float(answer_match(row["after"], row["aliases"]))
+
+
+def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: int) -> None:
+    lengths = [len(lm.tokenizer(" " + max(r["aliases"], key=len))["input_ids"]) for r in rows]
+    for chunk in _chunks([n * 1000 + len(r["prompt"]) for n, r in zip(lengths, rows, strict=True)], size):
+        # Room for the longest answer and for the model to stop or to run on.
+        room = max(lengths[i] for i in chunk) + 4
+        worn = [rows[i]["owner"] for i in chunk]
+        with lm.edited(edit if edit is not None and edit.sites else None, worn):
+            texts = lm.generate([rows[i]["prompt"] for i in chunk], max_new_tokens=min(room, lm.max_length // 2))
+        for i, text in zip(chunk, texts, strict=True):
+            rows[i][column] = text
+
+
+def _fluency(
+    lm: FrozenLM, edit: Edit, records: Sequence[EditRecord], instructor: Instructor | None, settings: Evaluation
+) -> list[Row]:
+    """Fluency of sampled text (top 5 tokens, as in ROME's measure) after the prompts of records with replies."""
+    chosen = [i for i, record in enumerate(records) if record.of(*REPLIES)]
+    if not chosen:
+        return []
+    fronts = [instructor.front(records[i].request, key=records[i].id) if instructor else plain for i in chosen]
+    prompts = [front(records[i].request.prompt) for front, i in zip(fronts, chosen, strict=True)]
+    tokens = min(settings.fluency_tokens, lm.max_length - max(len(lm.tokenizer(p)["input_ids"]) for p in prompts))
+    with torch.random.fork_rng(), lm.edited(edit if edit.sites else None, chosen):
+        torch.manual_seed(settings.seed)
+        texts = lm.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=5)
+    view = "instructed" if instructor else "plain"
+    rows = []
+    for i, prompt, text in zip(chosen, prompts, texts, strict=True):
+        record = records[i]
+        probe = Probe("reliability", record.request.prompt, (record.request.target,))
+        row = _row(record, _Asked(i, probe, -1, view, True, prompt, record.request.target), {})
+        rows.append(row | {"kind": "fluency", "after": text, "fluency": fluency(text)})
+    return rows
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `evaluate` found.
+
+    Attributes:
+        table: One row for each probe and view: ``task, record, cluster, kind, group, view, main, prompt, answer``,
+            the scores 0..1 (``accuracy``, ``exact``, ``generated``, ``agreement``), and the model's words
+            ``before`` and ``after``.
+        summary: ``method, task, metric, mean, low, high, n`` with 95 % bootstrap intervals, ×100.
+    """
+
+    table: DataFrame
+    summary: DataFrame
+
+    def __str__(self) -> str:
+        return self.summary.to_string(index=False, float_format="{:.2f}".format)
+
+
+def evaluate(
+    lm: FrozenLM,
+    editor: Editor,
+    records: Sequence[EditRecord],
+    settings: Evaluation | None = None,
+    batch_size: int = 32,
+    progress: Callable[[Any], Any] = iter,
+) -> Scores:
+    """Edits every record on its own and scores the edited models with the paper's metrics.
+
+    Args:
+        lm: The model.
+        editor: The method, bound to it.
+        records: What to edit and how to probe it.
+        settings: How to score.
+        batch_size: Different edits in one forward pass.
+        progress: Wraps the batches, e.g. ``tqdm``.
+    """
+    from pandas import DataFrame
+
+    from instructedit.analysis.summary import summarise
+
+    rows: list[Row] = []
+    batches = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
+    for batch in progress(batches):
+        rows += evaluate_batch(lm, editor, batch, settings).rows
+    table = DataFrame(rows)
+    return Scores(table, summarise(table, editor.name))

@@ -1,0 +1,141 @@
+"""fit, validate, test and predict: LightningCLI over the editing module and the data module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+from instructedit.callbacks import DataReport, EditingAreaDump, Guards, ResultTables
+from instructedit.data.module import EditData
+from instructedit.editors import editor_names
+from instructedit.errors import UserError
+from instructedit.tracking import SaveConfig
+from instructedit.training.module import EditingModule
+
+DEFAULTS: dict[str, Any] = {
+    "logger": {"class_path": "instructedit.tracking.MLflowTracker"},
+    # Editors need gradients while they are tested, and the data module shards its own records.
+    "inference_mode": False,
+    "use_distributed_sampler": False,
+    # The stream of training batches is endless: a run is so many steps long, and validates by steps.
+    "max_epochs": -1,
+    "max_steps": 5000,
+    "check_val_every_n_epoch": None,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 10,
+}
+
+
+class Checkpoint(ModelCheckpoint):
+    """Keeps the editor with the best validation score, and the last one. The LM is in neither.
+
+    Args:
+        monitor: What to keep the best of; without validation only the last one is kept.
+        save_last: Also keep the last state, to resume from.
+        every_n_train_steps: Save after so many steps, beside every validation.
+    """
+
+    def __init__(
+        self, monitor: str | None = "val/score", save_last: bool = True, every_n_train_steps: int | None = None
+    ) -> None:
+        super().__init__(
+            monitor=monitor, mode="max", save_last=save_last, every_n_train_steps=every_n_train_steps,
+            filename="step-{step}", auto_insert_metric_name=False, enable_version_counter=False,
+        )  # fmt: skip
+
+
+class EditingCLI(LightningCLI):
+    """The parser of `fit`, `validate`, `test` and `predict`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callbacks that every run has, each with its own options."""
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(Guards, "guards")
+        parser.add_lightning_class_args(DataReport, "data_report")
+        parser.add_lightning_class_args(ResultTables, "results")
+        parser.add_lightning_class_args(EditingAreaDump, "areas")
+
+    def _parse_ckpt_path(self) -> None:
+        """Takes the editor's options from a checkpoint, and says where they differ from the command line.
+
+        LightningCLI would take all of the model's, so that one could not test a checkpoint in another way than it was
+        trained: with another instruction, say, or in another dtype.
+        """
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if not path or not Path(path).is_file():
+            return
+        asked = _flat(config.model.editor)
+        saved = torch.load(path, weights_only=True, map_location="cpu")["hyper_parameters"]["editor"]
+        taken = {self.config.subcommand: {"model": {"editor": saved}}}
+        self.config = self.parser.parse_object(taken, self.config)
+        now = _flat(self.config[self.config.subcommand].model.editor)
+        changed = [f"{k} = {now[k]} (not {asked[k]})" for k in asked if k in now and asked[k] != now[k]]
+        if changed:
+            rank_zero_info(f"the checkpoint's own editor is used: {', '.join(changed)}")
+
+
+def _flat(config: Any, prefix: str = "editor") -> dict[str, Any]:
+    if not hasattr(config, "items"):
+        return {prefix: config}
+    return {k: v for name, value in config.items() for k, v in _flat(value, f"{prefix}.{name}").items()}
+
+
+def run(args: Sequence[str], **trainer_defaults: Any) -> EditingCLI:
+    """Parses and runs one command.
+
+    Raises:
+        UserError: If the arguments are wrong, or the run's input is.
+    """
+    editor_names()  # imports every editing method, so that its class name alone resolves
+    _quiet()
+    _check_checkpoint(args)
+    return EditingCLI(
+        EditingModule,
+        EditData,
+        args=list(args),
+        save_config_callback=SaveConfig,
+        trainer_defaults={**DEFAULTS, **trainer_defaults},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"exit_on_error": True},
+    )
+
+
+def _check_checkpoint(args: Sequence[str]) -> None:
+    """A clear word on a checkpoint that is none, before Lightning reads it."""
+    given = [b if a == "--ckpt_path" else a.partition("=")[2] for a, b in zip(args, [*args[1:], ""], strict=True)
+             if a == "--ckpt_path" or a.startswith("--ckpt_path=")]  # fmt: skip
+    for path in given:
+        if path in ("best", "last", "hpc", "registry") or path == "null":
+            continue
+        if not Path(path).is_file():
+            raise UserError(f"--ckpt_path {path}: no such file")
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            assert {"state_dict", "hyper_parameters"} <= set(saved)
+        except Exception as error:
+            raise UserError(f"--ckpt_path {path}: not a checkpoint of an editor ({type(error).__name__})") from error
+
+
+def _quiet() -> None:
+    """Warnings that every run would print and that ask nothing of the user."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*is an instance of `nn.Module` and is already saved during checkpointing.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*tip.*litlogger.*",
+        ".*litmodels.*",
+        ".*args parameter is intended to run from within Python.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+

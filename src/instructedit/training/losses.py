@@ -1,0 +1,71 @@
+"""The outer loss of a trainable editor: what the edited model should say, and what it should leave alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from instructedit.data.batch import EditBatch, ProbeBatch
+from instructedit.edits import Edit
+from instructedit.lm import FrozenLM
+from instructedit.metrics import row_mean
+
+
+class EditingLoss(NamedTuple):
+    """Mean losses over the requests of a batch, scalars.
+
+    Attributes:
+        edit: L_e of the in-scope probes under the edited model; with unwanted replies SERAC's, where their
+            unlikelihood is added.
+        locality: KL(unedited ‖ edited) at the answer positions of the out-of-scope probes, the position that predicts
+            the first answer token included.
+    """
+
+    edit: Tensor
+    locality: Tensor
+
+
+def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch) -> EditingLoss:
+    """Both terms of DESIGN §4, each request under its own edit."""
+    start = lm.first_block(edit.sites)
+    edit_loss = scope_loss(lm, edit, batch.in_scope, len(batch), start)
+    if batch.locality is None:
+        return EditingLoss(edit_loss, edit_loss.new_zeros(()))
+    return EditingLoss(edit_loss, locality_loss(lm, edit, batch.locality, len(batch), start))
+
+
+def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int) -> Tensor:
+    """Mean over requests of: mean NLL of the wanted answers + mean unlikelihood −log(1 − p) of the unwanted ones."""
+    tokens = probes.tokens
+    logits = lm.logits(tokens, edit, probes.owner, start).float()
+    nll = F.cross_entropy(logits, tokens.answers, reduction="none")
+    unwanted_at = probes.unwanted[tokens.rows]
+    # −log(1 − p) with p = exp(−nll); the clamp keeps it finite where p = 1.
+    unlikelihood = -torch.log(-torch.expm1(-nll.clamp(min=1e-6)))
+    per_row = row_mean(torch.where(unwanted_at, unlikelihood, nll), tokens.rows, len(tokens))
+    sides = [_per_request(per_row, probes.owner, side, requests) for side in (~probes.unwanted, probes.unwanted)]
+    return (sides[0] + sides[1]).mean()
+
+
+def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int) -> Tensor:
+    """Mean over the requests that have such probes of KL(unedited ‖ edited) per answer position, in nats."""
+    tokens = probes.tokens
+    with torch.no_grad():
+        before = lm.logits(tokens, start=start).float().log_softmax(-1)
+    after = lm.logits(tokens, edit, probes.owner, start).float().log_softmax(-1)
+    divergence = F.kl_div(after, before, log_target=True, reduction="none").sum(-1)
+    per_row = row_mean(divergence, tokens.rows, len(tokens))
+    every = torch.ones_like(probes.unwanted)
+    having = len(probes.owner.unique())
+    return _per_request(per_row, probes.owner, every, requests).sum() / having
+
+
+def _per_request(values: Tensor, owner: Tensor, chosen: Tensor, requests: int) -> Tensor:
+    """Mean of the chosen rows of each request, 0 for a request without any, [requests]."""
+    weight = chosen.to(values.dtype)
+    total = values.new_zeros(requests).index_add(0, owner, values * weight)
+    count = values.new_zeros(requests).index_add(0, owner, weight)
+    return total / count.clamp(min=1)

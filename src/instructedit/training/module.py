@@ -1,0 +1,202 @@
+"""The LightningModule: a frozen LM and the editor that is trained on it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning as L  # noqa: N812
+import torch
+from torch import Tensor, nn
+
+from instructedit.data.batch import EditBatch
+from instructedit.editors import Editor, load_weights
+from instructedit.errors import UserError
+from instructedit.evaluation import Evaluation, Outcome, evaluate_batch
+from instructedit.lm import FrozenLM
+from instructedit.metrics import Fluency, Generalization, Locality, PerRecordMean, Portability, Reliability
+from instructedit.records import EditRecord
+from instructedit.tasks.tiny.world import share
+from instructedit.training.losses import editing_loss
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Which LM to edit.
+
+    Attributes:
+        name: ``tiny`` or ``tiny-llama`` (embedded), a local folder, or a hub id.
+        dtype: Of its weights and forward pass.
+        revision: Branch, tag or commit on the hub.
+        max_length: Tokens a row may have; the model's own limit by default.
+        cache_bytes: Room for the prefix cache, in bytes; 0 turns it off.
+    """
+
+    name: str = "tiny"
+    dtype: str = "float32"
+    revision: str | None = None
+    max_length: int | None = None
+    cache_bytes: int = 2 << 30
+
+
+#: Teacher-forced metrics that are logged while the Trainer runs: name → (class, kind of probe, score).
+METRICS: dict[str, tuple[type[PerRecordMean], str, str]] = {
+    "reliability": (Reliability, "reliability", "accuracy"),
+    "generalization": (Generalization, "generalization", "accuracy"),
+    "locality": (Locality, "locality", "agreement"),
+    "portability": (Portability, "portability", "accuracy"),
+    "fluency": (Fluency, "fluency", "fluency"),
+}
+
+
+class EditingModule(L.LightningModule):
+    """Trains and tests an editor of a frozen LM.
+
+    The LM is no submodule: it is never trained, never in train mode, never in a checkpoint.
+
+    Args:
+        editor: The editing method.
+        lm: Which LM to edit.
+        lr: Adam's learning rate for the editor's networks (paper: 1e-6).
+        lr_edit_rates: The same for the learned edit rates (MEND: 1e-4).
+        c_edit: Weight of the edit loss (MEND: 0.1).
+        c_loc: Weight of the locality loss (MEND: 1).
+        warmup_steps: Optimiser steps over which both rates rise from zero.
+        decay: Let both rates fall linearly to zero towards ``max_steps``.
+        evaluation: How edited models are scored in `test`. Validation leaves out generation and Fluency.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        lm: LMConfig = LMConfig(),  # noqa: B008
+        lr: float = 1e-6,
+        lr_edit_rates: float = 1e-4,
+        c_edit: float = 0.1,
+        c_loc: float = 1.0,
+        warmup_steps: int = 0,
+        decay: bool = False,
+        evaluation: Evaluation = Evaluation(),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.strict_loading = True
+        self._lm = [FrozenLM.from_pretrained(**asdict(lm))]
+        self.editor = editor.bind(self.lm)
+        self.evaluation = evaluation
+        self.scores = nn.ModuleDict()
+
+    @property
+    def lm(self) -> FrozenLM:
+        """The frozen LM."""
+        return self._lm[0]
+
+    # -- fit ------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """Adam with a rate for the networks and one for the edit rates."""
+        groups = self.editor.parameter_groups()
+        rates = {"network": self.hparams["lr"], "edit_rates": self.hparams["lr_edit_rates"]}
+        optimizer = torch.optim.Adam([{"params": p, "lr": rates[name], "name": name} for name, p in groups.items()])
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        rising = min(1.0, (step + 1) / (self.hparams["warmup_steps"] + 1))
+        total = self.trainer.max_steps
+        return rising * (1 - step / total) if self.hparams["decay"] and total > 0 else rising
+
+    def on_fit_start(self) -> None:
+        if not self.editor.trainable:
+            raise UserError(f"editor {self.editor.name!r} has nothing to train: run `instructedit test`")
+        self.lm.to(self.device)
+
+    def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
+        """c_edit · L_e + c_loc · KL of one batch of different edits (DESIGN §4)."""
+        edit = self.editor.make(batch.requests)
+        edit_loss, locality = editing_loss(self.lm, edit, batch)
+        loss = self.hparams["c_edit"] * edit_loss + self.hparams["c_loc"] * locality
+        truncated = batch.in_scope.tokens.truncated + (batch.locality.tokens.truncated if batch.locality else 0)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log_dict(
+            {"train/edit_loss": edit_loss, "train/locality_loss": locality, "data/truncated": float(truncated)},
+            batch_size=len(batch),
+        )
+        return loss
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights of another architecture in one line."""
+        weights = {k.removeprefix("editor."): v for k, v in checkpoint["state_dict"].items() if k.startswith("editor.")}
+        trained_on = checkpoint["hyper_parameters"].get("lm", {}).get("name", "?")
+        load_weights(self.editor, weights, f"the checkpoint (trained on {trained_on})")
+
+    # -- validate, test, predict ------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        self.lm.to(self.device)
+
+    def on_test_start(self) -> None:
+        self.lm.to(self.device)
+
+    def on_predict_start(self) -> None:
+        self.lm.to(self.device)
+
+    def validation_step(self, batch: list[EditRecord], batch_idx: int) -> Outcome:
+        """Scores a batch under teacher forcing."""
+        quick = Evaluation(generate=False, fluency_tokens=0, seed=self.evaluation.seed)
+        return self._evaluate("val", batch, quick)
+
+    def test_step(self, batch: list[EditRecord], batch_idx: int) -> Outcome:
+        """Scores a batch with everything that `evaluation` asks for."""
+        return self._evaluate("test", batch, self.evaluation)
+
+    def predict_step(self, batch: list[EditRecord], batch_idx: int) -> list[dict[str, Any]]:
+        """The model's words before and after each edit of a batch."""
+        return [r for r in evaluate_batch(self.lm, self.editor, batch, self.evaluation).rows if r["main"]]
+
+    def _evaluate(self, stage: str, batch: list[EditRecord], settings: Evaluation) -> Outcome:
+        outcome = evaluate_batch(self.lm, self.editor, batch, settings)
+        for key, metric in self._metrics(stage).items():
+            _, task, name = key.split("/")
+            _, kind, score = METRICS[name]
+            rows = [r for r in outcome.rows if r["task"] == task and r["kind"] == kind and r["main"]]
+            metric.update(
+                [_number(r["record"]) for r in rows], [_number(r["cluster"]) for r in rows],
+                [r["probe"] for r in rows], torch.tensor([float(r[score]) for r in rows]),
+            )  # fmt: skip
+        return outcome
+
+    def _metrics(self, stage: str) -> dict[str, PerRecordMean]:
+        """The same metrics on every process, whatever records it gets."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        for task in datamodule.records["validate" if stage == "val" else "test"]:
+            for name, (cls, _, _) in METRICS.items():
+                if f"{stage}/{task}/{name}" not in self._own(stage):
+                    self.scores[f"{stage}/{task}/{name}"] = cls().to(self.device)
+        return self._own(stage)
+
+    def _own(self, stage: str) -> dict[str, Any]:
+        return {key: metric for key, metric in self.scores.items() if key.startswith(f"{stage}/")}
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _log_scores(self, stage: str) -> None:
+        values = {key: metric.compute() for key, metric in self._own(stage).items()}
+        found = {key: value for key, value in values.items() if not torch.isnan(value)}
+        for key, value in found.items():
+            self.log(key, value)
+        if stage == "val":
+            chosen = [v for k, v in found.items() if k.endswith(("/reliability", "/generalization", "/locality"))]
+            if chosen:
+                self.log("val/score", torch.stack(chosen).mean(), prog_bar=True)
+        for metric in self._own(stage).values():
+            metric.reset()
+
+
+def _number(text: str) -> int:
+    """A stable integer for an id, the same on every process."""
+    return int(share(text) * 2**53)
