@@ -12,23 +12,23 @@ from instructedit.errors import UserError
 __all__ = ["edit", "experiment", "pretrain"]
 
 
-def _command(function: Callable[..., None], args: list[str]) -> int:
-    auto_cli(function, args=args, as_positional=False, prog=f"instructedit {function.__name__.strip('_')}")
+def _command(function: Callable[..., None], args: list[str], positional: bool = False) -> int:
+    auto_cli(function, args=args, as_positional=positional, prog=f"instructedit {function.__name__.strip('_')}")
     return 0
 
 
 def edit(args: list[str]) -> int:
-    """make one edit and see what the model says before and after"""
+    """Make one edit and see what the model says before and after."""
     return _command(_edit, args)
 
 
 def experiment(args: list[str]) -> int:
-    """run a whole experiment: fit, test, tables, figures (`demo` is the main job)"""
-    return _command(_experiment, args)
+    """Run a whole experiment: fit, test, tables, figures (`demo` is the main job)."""
+    return _command(_experiment, args, positional=True)
 
 
 def pretrain(args: list[str]) -> int:
-    """make an embedded tiny LM from its recipe"""
+    """Make an embedded tiny LM from its recipe."""
     return _command(_pretrain, args)
 
 

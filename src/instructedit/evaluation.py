@@ -35,6 +35,7 @@ class Evaluation:
         fluency_tokens: Length of the text that Fluency is measured on; 0 leaves Fluency out.
         descriptions: Which of a bank's descriptions instructions are drawn from.
         description: Id of one description to use for every record instead.
+        replies: Replies of each sentiment that edit success is measured on, the first ones of a record.
         seed: Of the descriptions drawn and of sampled text.
         rows: Probes in one forward pass, at most.
     """
@@ -43,6 +44,7 @@ class Evaluation:
     fluency_tokens: int = 100
     descriptions: Literal["train", "heldout", "unseen"] = "train"
     description: str | None = None
+    replies: int = 2
     seed: int = 0
     rows: int = 256
 
@@ -86,7 +88,7 @@ def evaluate_batch(
         batch = editor.requests([r.request for r in records], instructor, [r.id for r in records])
         edit = editor.make(batch).detach()
         editor.train(training)
-        asked = list(_questions(records, instructor))
+        asked = list(_questions(records, instructor, settings.replies))
         scores = _score(lm, edit, asked, records, settings.rows)
         rows = [_row(records[a.owner], a, s) for a, s in zip(asked, scores, strict=True)]
         rows = _best_alias(rows)
@@ -99,13 +101,16 @@ def evaluate_batch(
     return Outcome(edit, rows)
 
 
-def _questions(records: Sequence[EditRecord], instructor: Instructor | None) -> Iterator[_Asked]:
+def _questions(records: Sequence[EditRecord], instructor: Instructor | None, replies: int) -> Iterator[_Asked]:
     """In-scope probes behind their instruction and plain (without instructions: plain alone); locality plain."""
     for owner, record in enumerate(records):
         front = instructor.front(record.request, key=record.id) if instructor else plain
         views: list[tuple[str, Front]] = [("instructed", front)] if instructor else []
         views.append(("plain", plain))
+        left_out = {probe for kind in REPLIES for probe in record.of(kind)[replies:]}
         for number, probe in enumerate((record.reliability, *record.probes)):
+            if probe in left_out:
+                continue
             if probe.kind == "locality":
                 yield _Asked(owner, probe, number, "plain", True, probe.prompt, probe.answers[0])
                 continue

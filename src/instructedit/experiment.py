@@ -100,7 +100,9 @@ class Experiment:
         """
         from instructedit.tracking import MLflowTracker
 
-        with MLflowTracker(run_name=self.name, root=self.root, tags={"experiment": self.name, "scale": self.scale}) as parent:
+        with MLflowTracker(
+            run_name=self.name, root=self.root, tags={"experiment": self.name, "scale": self.scale}
+        ) as parent:
             results: dict[str, Result] = {}
             titles: dict[str, str] = {}
             for row in self.rows:
@@ -122,13 +124,19 @@ class Experiment:
         name = f"{self.name}/{row.name}/seed-{seed}"
         tags = {"experiment": self.name, "method": row.name, "scale": self.scale, "seed": str(seed)}
         logger = {"run_name": name, "root": str(self.root), "parent_run_id": parent, "tags": tags}
-        args = ["fit" if row.fit else "test", f"--seed_everything={seed}", f"--data.seed={seed}", "--results.show=false"]
+        args = [
+            "fit" if row.fit else "test",
+            f"--seed_everything={seed}",
+            f"--data.seed={seed}",
+            "--results.show=false",
+        ]
         args += [f"--config={path}" for path in (*self.configs, editor)]
         args += [f"--trainer.logger.init_args.{key}={_text(value)}" for key, value in logger.items()]
         args += [f"--results.method={row.name}", *row.overrides, *self.overrides]
         cli = run(args)
         if row.fit:
-            best = cli.trainer.checkpoint_callback.best_model_path
+            checkpoint: Any = cli.trainer.checkpoint_callback
+            best = checkpoint.best_model_path
             cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=best or "last", verbose=False)
         return cli.trainer
 
@@ -177,7 +185,9 @@ class Experiment:
         if len(differences):
             differences.to_csv(self.out / "differences.csv", index=False)
             parent.log_table(differences, "differences")
-        console.print(f"\ntables and figures: {self.out}/   runs: mlflow ui --backend-store-uri sqlite:///{self.root}/mlflow.db")
+        console.print(
+            f"\ntables and figures: {self.out}/   runs: mlflow ui --backend-store-uri sqlite:///{self.root}/mlflow.db"
+        )
         return summary
 
 

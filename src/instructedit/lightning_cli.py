@@ -136,6 +136,3 @@ def _quiet() -> None:
         ".*args parameter is intended to run from within Python.*",
     ):
         warnings.filterwarnings("ignore", message)
-
-
-

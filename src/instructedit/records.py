@@ -100,7 +100,7 @@ class EditRecord:
         """The request itself, as a probe."""
         return Probe("reliability", self.request.prompt, (self.request.target,))
 
-    def of(self, *kinds: ProbeKind) -> tuple[Probe, ...]:
+    def of(self, *kinds: str) -> tuple[Probe, ...]:
         """The probes of the given kinds, in order; ``reliability`` is the request itself."""
         own = (self.reliability,) if "reliability" in kinds else ()
         return own + tuple(p for p in self.probes if p.kind in kinds)

@@ -10,7 +10,7 @@ from instructedit.metrics import bootstrap_interval, convsent_edit_success, pair
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-#: Metrics that stand in every result table; the others carry a suffix (``reliability.exact``, ``.generated``, ``.plain``).
+#: Metrics that stand in every result table; others carry a suffix (``reliability.exact``, ``.generated``, ``.plain``).
 MAIN_METRICS = ("reliability", "generalization", "locality", "portability", "fluency")
 
 

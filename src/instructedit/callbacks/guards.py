@@ -40,7 +40,9 @@ class Guards(L.Callback):
         tasks = trainer.datamodule.records["fit"].values()
         share = -(-self.base_records // len(tasks))
         records = [record for task in tasks for record in islice(task, share)]
-        batch = module.lm.encode([(r.request.prompt, r.request.target) for r in records], [f"record {r.id}" for r in records])
+        batch = module.lm.encode(
+            [(r.request.prompt, r.request.target) for r in records], [f"record {r.id}" for r in records]
+        )
         logits = module.lm.logits(batch).float()
         loss = F.cross_entropy(logits, batch.answers).item()
         limit = self.max_base_loss * math.log(logits.shape[-1])

@@ -136,15 +136,21 @@ class Collator:
         requests = batch_requests(
             self.tokenizer, [r.request for r in records], fronts, self.max_length, [f"record {r.id}" for r in records]
         )
-        return EditBatch(records, requests, self._in_scope(records, requests, fronts, rngs), self._locality(records, rngs))
+        return EditBatch(
+            records, requests, self._in_scope(records, requests, fronts, rngs), self._locality(records, rngs)
+        )
 
     def _in_scope(
         self, records: list[EditRecord], requests: RequestBatch, fronts: list[Front], rngs: list[random.Random]
     ) -> ProbeBatch:
         chosen: list[tuple[int, Probe]] = []
         for i, (record, rng) in enumerate(zip(records, rngs, strict=True)):
-            for kind, most in (("generalization", self.rephrases), ("wanted", self.replies), ("opposite", self.replies)):
-                probes = record.of(kind)  # type: ignore[arg-type]
+            for kind, most in (
+                ("generalization", self.rephrases),
+                ("wanted", self.replies),
+                ("opposite", self.replies),
+            ):
+                probes = record.of(kind)
                 chosen += [(i, p) for p in rng.sample(probes, min(most, len(probes)))]
         owner = torch.tensor([*range(len(records)), *(i for i, _ in chosen)])
         unwanted = torch.tensor([False] * len(records) + [p.kind == "opposite" for _, p in chosen])

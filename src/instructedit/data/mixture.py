@@ -60,9 +60,9 @@ class MixtureSampler(Sampler[list[tuple[int, int, int]]]):
         self.first, self.rank, self.world = first, rank, world
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        stream = ((draw, *pick) for draw, pick in enumerate(mixture(self.sizes, self.weights, self.seed)))
         skipped = (self.first * self.world + self.rank) * self.batch_size
-        stream = islice(stream, skipped, None)
+        picks = enumerate(mixture(self.sizes, self.weights, self.seed))
+        stream = ((draw, *pick) for draw, pick in islice(picks, skipped, None))
         between = (self.world - 1) * self.batch_size
         while True:
             yield list(islice(stream, self.batch_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,7 +26,8 @@ class TaskSource:
     Attributes:
         name: Of the task.
         source: ``tiny`` (embedded), a file, a folder with a file for each split, or a hub id ``owner/name``.
-        split: Which split to read; by default the one of the stage.
+        split: Which split to read, by default the one of the stage. ``train[:-50]`` and ``train[-50:]`` or
+            ``train[:90%]`` are parts of one, for data without validation records of their own.
         size: Take so many records, chosen at random; all by default.
         weight: Share in the training mixture, beside the other tasks' (``mixing: balanced``).
         options: Further options of the task's reader.
@@ -98,12 +100,11 @@ class EditData(L.LightningDataModule):
         for source in self.sources[part]:
             if source.name in found:
                 raise UserError(f"data: task {source.name!r} is listed twice for {part}")
-            records, report = load_records(
-                source.name, source.source, source.split or split, **dict(source.options)
-            )
+            whole, bounds = _split(source.split or split)
+            records, report = load_records(source.name, source.source, whole, **dict(source.options))
             self.reports.append(report)
             rank_zero_info(report.line())
-            found[source.name] = self._subsample(records, source.size or size)
+            found[source.name] = self._subsample(_part(records, bounds), source.size or size)
         return found
 
     def _subsample(self, records: list[EditRecord], size: int | None) -> list[EditRecord]:
@@ -117,7 +118,7 @@ class EditData(L.LightningDataModule):
         """What was read: ``task/split`` → sha256 of the bytes."""
         return {f"{r.task}/{r.split}": r.fingerprint for r in self.reports}
 
-    def train_dataloader(self) -> DataLoader[EditBatch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """An endless stream of `EditBatch`."""
         options, tasks = self.hparams, self.records["fit"]
         sizes = [len(records) for records in tasks.values()]
@@ -138,25 +139,25 @@ class EditData(L.LightningDataModule):
             options["rephrases"], options["replies"], options["locality"], options["seed"],
         )  # fmt: skip
         return DataLoader(
-            _Drawn(list(tasks.values())), batch_sampler=sampler, collate_fn=collator, num_workers=options["num_workers"],
-            persistent_workers=options["num_workers"] > 0,
+            _Drawn(list(tasks.values())), batch_sampler=sampler, collate_fn=collator,
+            num_workers=options["num_workers"], persistent_workers=options["num_workers"] > 0,
         )  # fmt: skip
 
-    def _whole(self, part: str) -> DataLoader[list[EditRecord]]:
+    def _whole(self, part: str) -> DataLoader[Any]:
         """All records of all tasks, each process its share; nothing is repeated to make the shares equal."""
         records = [record for task in self.records[part].values() for record in task]
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         return DataLoader(_Records(records[rank::world]), batch_size=self.hparams["eval_batch_size"], collate_fn=list)
 
-    def val_dataloader(self) -> DataLoader[list[EditRecord]]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Batches of records."""
         return self._whole("validate")
 
-    def test_dataloader(self) -> DataLoader[list[EditRecord]]:
+    def test_dataloader(self) -> DataLoader[Any]:
         """Batches of records."""
         return self._whole("test")
 
-    def predict_dataloader(self) -> DataLoader[list[EditRecord]]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of records."""
         return self._whole("test")
 
@@ -172,6 +173,25 @@ class EditData(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
         self.batches_used = state_dict["batches_used"]
+
+
+def _split(text: str) -> tuple[str, tuple[str, str]]:
+    """``train[:90%]`` → the split and the bounds of the part."""
+    match = re.fullmatch(r"(\w+)(?:\[(-?\d*%?):(-?\d*%?)\])?", text)
+    if not match:
+        raise UserError(f"data: {text!r} is no split; for instance train, train[:90%] or train[-50:]")
+    return match[1], (match[2] or "", match[3] or "")
+
+
+def _part(records: list[EditRecord], bounds: tuple[str, str]) -> list[EditRecord]:
+    """Whole clusters only, so that no topic stands in two parts."""
+    clusters = list(dict.fromkeys(r.cluster for r in records))
+
+    def bound(text: str) -> int | None:
+        return None if not text else len(clusters) * int(text[:-1]) // 100 if text.endswith("%") else int(text)
+
+    chosen = set(clusters[bound(bounds[0]) : bound(bounds[1])])
+    return [r for r in records if r.cluster in chosen]
 
 
 class _Drawn(Dataset[tuple[int, EditRecord]]):

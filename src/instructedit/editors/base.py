@@ -81,7 +81,7 @@ class Editor(nn.Module, ABC):
 
     @abstractmethod
     def make(self, batch: RequestBatch) -> Edit:
-        """n requests → n edits, with gradients to the editor's parameters where it has any."""
+        """N requests → n edits, with gradients to the editor's parameters where it has any."""
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by the learning rate that they take: ``network`` and ``edit_rates``."""
@@ -123,7 +123,9 @@ class Editor(nn.Module, ABC):
             raise UserError("no edit request given")
         keys = keys or [""] * len(requests)
         fronts = [instructor.front(r, key=k) if instructor else plain for r, k in zip(requests, keys, strict=True)]
-        batch = batch_requests(self.lm.tokenizer, requests, fronts, self.lm.max_length, [k and f"record {k}" for k in keys])
+        batch = batch_requests(
+            self.lm.tokenizer, requests, fronts, self.lm.max_length, [k and f"record {k}" for k in keys]
+        )
         return batch.to(self.lm.device)
 
     # -- disk -----------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Captured:
     loss: Tensor
 
 
-class _PrefixDone(Exception):
+class _PrefixDone(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a forward pass at the block whose input was wanted."""
 
 
@@ -70,9 +70,7 @@ class FrozenLM:
         self.cache = PrefixCache(cache_bytes)
 
     @classmethod
-    def from_pretrained(
-        cls, name: str = "tiny", dtype: str = "float32", device: str = "cpu", **options: Any
-    ) -> Self:
+    def from_pretrained(cls, name: str = "tiny", dtype: str = "float32", device: str = "cpu", **options: Any) -> Self:
         """Loads a model.
 
         Args:
@@ -85,7 +83,7 @@ class FrozenLM:
             UserError: If there is no such model, or the dtype is unknown.
         """
         model, tokenizer = load_model(name, dtype, revision=options.pop("revision", None))
-        return cls(model.to(device), tokenizer, name, **options)
+        return cls(model, tokenizer, name, **options).to(device)
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +93,7 @@ class FrozenLM:
     def to(self, device: torch.device | str) -> Self:
         """Moves the model (the one change it allows)."""
         if torch.device(device) != self.device:
-            self.model.to(device)
+            self.model.to(torch.device(device))
             self.cache.clear()
         return self
 
@@ -147,9 +145,7 @@ class FrozenLM:
             handle.remove()
         return found[0]
 
-    def logits(
-        self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0
-    ) -> Tensor:
+    def logits(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
         """Logits at the answer positions.
 
         Args:
@@ -345,5 +341,3 @@ def _passing(block: nn.Module) -> Iterator[None]:
         del block.__dict__["forward"]
         if own is not None:
             block.__dict__["forward"] = own
-
-

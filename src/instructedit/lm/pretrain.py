@@ -153,7 +153,7 @@ def pretrain(recipe: Recipe, out: str | Path, checkpoint_every: int = 250, half:
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(documents(recipe.seed, 4), recipe.vocab, recipe.context)
     rng = random.Random(recipe.seed)
-    encoded = [ids + [tokenizer.eos_token_id] for ids in _encode(tokenizer, documents(recipe.seed, recipe.passes))]
+    encoded = [[*ids, tokenizer.eos_token_id] for ids in _encode(tokenizer, documents(recipe.seed, recipe.passes))]
     steps = batches([ids[: recipe.context] for ids in encoded], recipe.batch_tokens, rng)
     model = new_model(recipe, tokenizer.eos_token_id).train()
     train(model, steps, recipe, tokenizer.pad_token_id, out / "checkpoint.pt", checkpoint_every)
@@ -174,17 +174,17 @@ def train(
 ) -> None:
     """One optimiser step a batch, with checkpoints."""
     opts = optimizers(model, recipe)
-    scheds = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda s: rate(s, len(steps), recipe.warmup)) for o in opts
-    ]
+    scheds = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: rate(s, len(steps), recipe.warmup)) for o in opts]
+    parts: list[Any] = [*opts, *scheds]
     first = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        for part, saved in zip([*opts, *scheds], state["parts"], strict=True):
+        for part, saved in zip(parts, state["parts"], strict=True):
             part.load_state_dict(saved)
         first = state["step"]
-    bar = tqdm(range(first, len(steps)), initial=first, total=len(steps), desc=f"pretrain {recipe.architecture}", mininterval=5)
+    label = f"pretrain {recipe.architecture}"
+    bar = tqdm(range(first, len(steps)), initial=first, total=len(steps), desc=label, mininterval=5)
     smooth = math.nan
     for step in bar:
         ids, labels = padded(steps[step], pad)
@@ -202,9 +202,9 @@ def train(
         if step % 50 == 0:
             bar.set_postfix(loss=f"{smooth:.3f}")
         if (step + 1) % every == 0:
-            parts = [part.state_dict() for part in [*opts, *scheds]]
+            saved = [part.state_dict() for part in parts]
             temporary = checkpoint.with_suffix(".tmp")
-            torch.save({"model": model.state_dict(), "parts": parts, "step": step + 1}, temporary)
+            torch.save({"model": model.state_dict(), "parts": saved, "step": step + 1}, temporary)
             temporary.replace(checkpoint)
 
 

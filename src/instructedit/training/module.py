@@ -69,7 +69,7 @@ class EditingModule(L.LightningModule):
     def __init__(
         self,
         editor: Editor,
-        lm: LMConfig = LMConfig(),  # noqa: B008
+        lm: LMConfig = LMConfig(),
         lr: float = 1e-6,
         lr_edit_rates: float = 1e-4,
         c_edit: float = 0.1,
@@ -141,12 +141,12 @@ class EditingModule(L.LightningModule):
     def on_predict_start(self) -> None:
         self.lm.to(self.device)
 
-    def validation_step(self, batch: list[EditRecord], batch_idx: int) -> Outcome:
+    def validation_step(self, batch: list[EditRecord], batch_idx: int) -> Any:
         """Scores a batch under teacher forcing."""
         quick = Evaluation(generate=False, fluency_tokens=0, seed=self.evaluation.seed)
         return self._evaluate("val", batch, quick)
 
-    def test_step(self, batch: list[EditRecord], batch_idx: int) -> Outcome:
+    def test_step(self, batch: list[EditRecord], batch_idx: int) -> Any:
         """Scores a batch with everything that `evaluation` asks for."""
         return self._evaluate("test", batch, self.evaluation)
 

@@ -1,0 +1,43 @@
+# The few commands of this project; `make` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint types format ui clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(READY)  ## make the environment (.venv); the others do it themselves
+
+demo: $(READY)  ## the main job: train InstructEdit and MEND, test them and the unedited model, show the table
+	$(BIN)/instructedit experiment demo
+
+test: $(READY)  ## run the tests
+	$(BIN)/python -m pytest -n 2 -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint types test  ## everything that CI runs
+
+format: $(READY)  ## lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: $(READY)  ## open the runs in the MLflow UI at http://127.0.0.1:5000
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --workers 1
+
+clean:  ## remove the environment and caches; runs under mlruns/ stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis outputs
