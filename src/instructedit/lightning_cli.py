@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from instructedit.callbacks import DataReport, EditingAreaDump, Guards, ResultTables
+from instructedit.callbacks import DataReport, EditingAreaDump, Guards, PredictionTable, ResultTables
 from instructedit.data.module import EditData
 from instructedit.editors import editor_names
 from instructedit.errors import UserError
@@ -60,6 +60,7 @@ class EditingCLI(LightningCLI):
         parser.add_lightning_class_args(Guards, "guards")
         parser.add_lightning_class_args(DataReport, "data_report")
         parser.add_lightning_class_args(ResultTables, "results")
+        parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(EditingAreaDump, "areas")
 
     def _parse_ckpt_path(self) -> None:

@@ -3,6 +3,7 @@
 from instructedit.callbacks.areas import EditingAreaDump
 from instructedit.callbacks.data_report import DataReport
 from instructedit.callbacks.guards import Guards
+from instructedit.callbacks.predictions import PredictionTable
 from instructedit.callbacks.results import ResultTables
 
-__all__ = ["DataReport", "EditingAreaDump", "Guards", "ResultTables"]
+__all__ = ["DataReport", "EditingAreaDump", "Guards", "PredictionTable", "ResultTables"]
