@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
@@ -13,7 +15,11 @@ __all__ = ["edit", "experiment", "pretrain"]
 
 
 def _command(function: Callable[..., None], args: list[str], positional: bool = False) -> int:
-    auto_cli(function, args=args, as_positional=positional, prog=f"instructedit {function.__name__.strip('_')}")
+    prog = f"instructedit {function.__name__.strip('_')}"
+    try:
+        auto_cli(function, args=args, as_positional=positional, prog=prog, exit_on_error=False)
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from error
     return 0
 
 
@@ -64,6 +70,8 @@ def _edit(
 
     model = ie.FrozenLM.from_pretrained(lm)
     built = editor in ie.editor_names()
+    if not built and not Path(editor).exists() and "/" not in editor:
+        ie.build_editor(editor, model)  # says which there are
     method = ie.build_editor(editor, model) if built else ie.load_editor(editor, model)
     if built and method.trainable:
         raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")

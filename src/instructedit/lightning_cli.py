@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from instructedit.callbacks import DataReport, EditingAreaDump, Guards, PredictionTable, ResultTables
+from instructedit.cli import LIGHTNING
 from instructedit.data.module import EditData
-from instructedit.editors import editor_names
+from instructedit.editors.base import PACKAGE, Editor
 from instructedit.errors import UserError
+from instructedit.registry import plugins
 from instructedit.tracking import SaveConfig
 from instructedit.training.module import EditingModule
 
@@ -49,6 +54,27 @@ class Checkpoint(ModelCheckpoint):
             monitor=monitor, mode="max", save_last=save_last, every_n_train_steps=every_n_train_steps,
             filename="step-{step}", auto_insert_metric_name=False, enable_version_counter=False,
         )  # fmt: skip
+        self.every = every_n_train_steps
+
+    def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        due = self.every and trainer.global_step % self.every == 0
+        if due and self._last_global_step_saved != trainer.global_step:
+            self._keep_last(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._keep_last(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._keep_last(trainer)
+
+    def _keep_last(self, trainer: Any) -> None:
+        """Lightning writes the last state only together with a new best one."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
+        if self.save_last and fitting:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class EditingCLI(LightningCLI):
@@ -62,6 +88,14 @@ class EditingCLI(LightningCLI):
         parser.add_lightning_class_args(ResultTables, "results")
         parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(EditingAreaDump, "areas")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Errors in the arguments are one line."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            hint = f" (editors: {', '.join(sorted(_class_names()))})" if "model.editor" in str(error) else ""
+            raise UserError(f"{' '.join(str(error).split())}{hint}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Takes the editor's options from a checkpoint, and says where they differ from the command line.
@@ -95,9 +129,11 @@ def run(args: Sequence[str], **trainer_defaults: Any) -> EditingCLI:
     Raises:
         UserError: If the arguments are wrong, or the run's input is.
     """
-    editor_names()  # imports every editing method, so that its class name alone resolves
+    plugins(Editor, PACKAGE)  # imports every editing method, so that its class name alone resolves
     _quiet()
+    _check_configs(args)
     _check_checkpoint(args)
+    raising = {"exit_on_error": False}
     return EditingCLI(
         EditingModule,
         EditData,
@@ -106,15 +142,36 @@ def run(args: Sequence[str], **trainer_defaults: Any) -> EditingCLI:
         trainer_defaults={**DEFAULTS, **trainer_defaults},
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"exit_on_error": True},
+        parser_kwargs={"prog": "instructedit", **raising, **dict.fromkeys(LIGHTNING, raising)},
     )
+
+
+def _class_names() -> list[str]:
+    return [cls.__name__ for cls in plugins(Editor, PACKAGE).values()]
+
+
+def _given(args: Sequence[str], *flags: str) -> list[str]:
+    """The values of a flag, in either spelling: ``--flag value`` and ``--flag=value``."""
+    pairs = zip(args, [*args[1:], ""], strict=True)
+    return [
+        value if name in flags else name.partition("=")[2] for name, value in pairs if name.partition("=")[0] in flags
+    ]
+
+
+def _check_configs(args: Sequence[str]) -> None:
+    """A word on a config file that is none, with its name: the parser would say "<unicode string>"."""
+    for path in _given(args, "--config", "-c"):
+        if not Path(path).is_file():
+            raise UserError(f"--config {path}: no such file")
+        try:
+            yaml.safe_load(Path(path).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {path}: not YAML: {error}") from error
 
 
 def _check_checkpoint(args: Sequence[str]) -> None:
     """A clear word on a checkpoint that is none, before Lightning reads it."""
-    given = [b if a == "--ckpt_path" else a.partition("=")[2] for a, b in zip(args, [*args[1:], ""], strict=True)
-             if a == "--ckpt_path" or a.startswith("--ckpt_path=")]  # fmt: skip
-    for path in given:
+    for path in _given(args, "--ckpt_path"):
         if path in ("best", "last", "hpc", "registry") or path == "null":
             continue
         if not Path(path).is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L  # noqa: N812
+from lightning.pytorch.trainer.states import TrainerFn
 
 from instructedit.tracking import MLflowTracker
 
@@ -17,4 +18,4 @@ class DataReport(L.Callback):
             return
         trainer.logger.log_fingerprints(trainer.datamodule.fingerprints)
         reports = [vars(report) for report in trainer.datamodule.reports]
-        trainer.logger.log_json(reports, f"data.{stage}")
+        trainer.logger.log_json(reports, f"data.{TrainerFn(stage).value}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 
 from torch.utils.data import Sampler
 
@@ -22,12 +22,13 @@ def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Iterat
     """
     rngs = [random.Random(f"{seed}/{task}") for task in range(len(sizes))]
     left: list[list[int]] = [[] for _ in sizes]
-    owed = [0.0] * len(sizes)
+    drawn = [0] * len(sizes)
     total = sum(weights)
-    while True:
-        owed = [o + w / total for o, w in zip(owed, weights, strict=True)]
-        task = max(range(len(sizes)), key=owed.__getitem__)
-        owed[task] -= 1
+    for draw in count(1):
+        # Of the tasks that are behind, the one whose next turn is due first: no task is ever a whole draw off.
+        behind = [t for t, w in enumerate(weights) if draw * w > drawn[t] * total]
+        task = min(behind, key=lambda t: (drawn[t] + 1) / weights[t])
+        drawn[task] += 1
         if not left[task]:
             left[task] = rngs[task].sample(range(sizes[task]), sizes[task])
         yield task, left[task].pop()

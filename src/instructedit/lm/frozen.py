@@ -157,6 +157,19 @@ class FrozenLM:
         Returns:
             [positions, vocab], in the order of ``batch.answers``.
         """
+        groups = batch.by_length()
+        if len(groups) == 1:
+            return self._logits(batch, edit, rows, start)
+        if rows is None and edit is not None:
+            rows = _worn_rows(edit, len(batch), self.device)
+        parts, places = [], []
+        for group in groups:
+            mine = None if rows is None else rows[group.to(rows.device)]
+            parts.append(self._logits(batch.select(group.to(self.device)), edit, mine, start))
+            places.append(torch.isin(batch.rows.cpu(), group).nonzero().squeeze(-1))
+        return torch.cat(parts)[torch.cat(places).argsort().to(self.device)]
+
+    def _logits(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
         hidden = self.prefix(batch, start) if start else None
         with self._edited(edit, rows), self._replayed(start, hidden):
             return self._answers(batch)
@@ -315,15 +328,20 @@ def _wear(
     inputs = args[0]
     count = inputs.shape[0]
     if rows is None:
-        if len(edit) not in (1, count):
-            raise UserError(
-                f"{len(edit)} edits and a batch of {count} rows: say which edit each row wears (rows=[…]), choose "
-                "edit[i], or join them by edit.joined()"
-            )
-        rows = torch.arange(len(edit), device=inputs.device).expand(count)
+        rows = _worn_rows(edit, count, inputs.device)
     elif len(rows) != count:
         raise UserError(f"rows names the edits of {len(rows)} rows, the batch has {count}")
     return edit.change(site, inputs, output, rows)
+
+
+def _worn_rows(edit: Edit, count: int, device: torch.device) -> Tensor:
+    """Row i wears edit i, or all rows the only one."""
+    if len(edit) not in (1, count):
+        raise UserError(
+            f"{len(edit)} edits and a batch of {count} rows: say which edit each row wears (rows=[…]), choose "
+            "edit[i], or join them by edit.joined()"
+        )
+    return torch.arange(len(edit), device=device).expand(count)
 
 
 @contextmanager

@@ -41,8 +41,9 @@ def load_model(
             source, dtype=kind, revision=revision, use_safetensors=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # transformers, tokenizers and safetensors each raise their own
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(f"model {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
     if not tokenizer.is_fast:
         raise UserError(f"model {name!r}: its tokenizer knows no character offsets (a fast tokenizer is needed)")
     return model, tokenizer

@@ -60,6 +60,27 @@ class TokenBatch:
             self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.truncated
         )
 
+    def select(self, rows: Tensor) -> Self:
+        """The given rows, no wider than the longest of them."""
+        width = int(self.attention_mask[rows].sum(-1).max())
+        return type(self)(
+            self.input_ids[rows, :width], self.attention_mask[rows, :width], self.labels[rows, :width]
+        )  # fmt: skip
+
+    def by_length(self, worth: float = 0.8) -> list[Tensor]:
+        """Row numbers in one group, or in a short and a long one where that leaves out enough padding.
+
+        Args:
+            worth: Split if the two groups have at most this share of the whole's tokens, padding included.
+        """
+        lengths, order = self.attention_mask.sum(-1).cpu().sort()
+        count = torch.arange(1, len(self) + 1)
+        tokens = count * lengths + (len(self) - count) * lengths[-1]
+        best = int(tokens.argmin())
+        if tokens[best] > worth * tokens[-1]:
+            return [torch.arange(len(self))]
+        return [order[: best + 1].sort().values, order[best + 1 :].sort().values]
+
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
         """The rows of several batches, one after the other."""

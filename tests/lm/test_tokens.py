@@ -1,0 +1,118 @@
+"""Which tokens are labels: the answer's, all of them and no others."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from instructedit.errors import UserError
+from instructedit.lm import IGNORE, TokenBatch
+from instructedit.lm.tokens import encode
+
+PAIRS = [
+    ("The capital of France is", "Lyon"),
+    ("Who", "the man who came from the sea, in 1990!"),
+    ("A much longer prompt about a river and a city", "Ωμέγα"),
+]
+
+
+def written(tokenizer, prompt, answer):
+    return tokenizer(prompt)["input_ids"], tokenizer(" " + answer)["input_ids"]
+
+
+def test_each_answer_token_is_the_label_of_the_position_before_it(tokenizer):
+    batch = encode(tokenizer, PAIRS, 128)
+    for row, pair in enumerate(PAIRS):
+        prompt, answer = written(tokenizer, *pair)
+        ids = prompt + answer
+        padding = batch.input_ids.shape[1] - len(ids)
+        assert batch.input_ids[row, : len(ids)].tolist() == ids
+        assert batch.attention_mask[row].tolist() == [1] * len(ids) + [0] * padding
+        # The last prompt position predicts the first answer token; the last answer token predicts nothing.
+        before = [IGNORE] * (len(prompt) - 1)
+        assert batch.labels[row].tolist() == before + answer + [IGNORE] * (1 + padding)
+
+
+def test_answers_come_row_by_row(tokenizer):
+    batch = encode(tokenizer, PAIRS, 128)
+    answers = [written(tokenizer, *pair)[1] for pair in PAIRS]
+    assert batch.answers.tolist() == [token for answer in answers for token in answer]
+    assert batch.rows.tolist() == [row for row, answer in enumerate(answers) for _ in answer]
+
+
+@pytest.mark.parametrize("template", ["[BOS] $A", "$A [EOS]", "[BOS] $A [EOS]"])
+def test_special_tokens_are_never_labels(tokenizer, template):
+    backend = type(tokenizer._tokenizer).from_str(tokenizer._tokenizer.to_str())
+    backend.add_special_tokens(["[BOS]", "[EOS]"])
+    special = [(name, backend.token_to_id(name)) for name in ("[BOS]", "[EOS]")]
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    adding = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=128)
+    batch = encode(adding, PAIRS, 128)
+    for row, pair in enumerate(PAIRS):
+        prompt, answer = written(tokenizer, *pair)
+        labels = batch.labels[row]
+        assert labels[labels != IGNORE].tolist() == answer
+        first = len(prompt) + template.startswith("[BOS]")
+        assert batch.input_ids[row, first : first + len(answer)].tolist() == answer
+        assert labels[first - 1] == answer[0]
+
+
+def test_truncation_takes_the_prompts_beginning(tokenizer):
+    short, long = PAIRS[0], ("word " * 60 + "end", "the answer of several tokens")
+    with pytest.warns(UserWarning, match="lose their beginning"):
+        batch = encode(tokenizer, [short, long, short, long], 20)
+    prompt, answer = written(tokenizer, *long)
+    assert batch.truncated == 2
+    assert batch.input_ids.shape == (4, 20)
+    assert batch.input_ids[1].tolist() == (prompt + answer)[-20:]
+    assert batch.labels[3].tolist() == [IGNORE] * (19 - len(answer)) + answer + [IGNORE]
+    assert batch.to("cpu").truncated == 2
+    assert TokenBatch.cat([batch, batch]).truncated == 4
+
+
+def test_a_text_that_just_fits_is_whole(tokenizer):
+    prompt, answer = written(tokenizer, *PAIRS[1])
+    batch = encode(tokenizer, [PAIRS[1]], len(prompt) + len(answer))
+    assert batch.truncated == 0
+    assert batch.input_ids[0].tolist() == prompt + answer
+
+
+@pytest.mark.parametrize("room", [-1, 0])
+def test_an_answer_that_leaves_no_prompt_is_refused_by_name(tokenizer, room):
+    size = len(written(tokenizer, "x", PAIRS[1][1])[1])
+    pairs = [PAIRS[0], PAIRS[1]]
+    with pytest.raises(UserError, match=rf"record two.* {size} tokens.*max_length={size + room}"):
+        encode(tokenizer, pairs, size + room, ["record one", "record two"])
+    with pytest.raises(UserError, match="Who"):
+        encode(tokenizer, pairs, size + room)
+
+
+def test_one_prompt_token_is_enough(tokenizer):
+    size = len(written(tokenizer, "x", PAIRS[1][1])[1])
+    with pytest.warns(UserWarning, match="lose their beginning"):
+        batch = encode(tokenizer, [("a long prompt", PAIRS[1][1])], size + 1)
+    assert batch.labels[0].tolist() == written(tokenizer, "x", PAIRS[1][1])[1] + [IGNORE]
+
+
+def test_cat_keeps_every_row(tokenizer):
+    parts = [encode(tokenizer, PAIRS[:1], 128), encode(tokenizer, PAIRS[1:], 128)]
+    joined, whole = TokenBatch.cat(parts), encode(tokenizer, PAIRS, 128)
+    for name in ("attention_mask", "labels", "answers", "rows"):
+        assert torch.equal(getattr(joined, name), getattr(whole, name)), name
+    assert torch.equal(joined.input_ids * joined.attention_mask, whole.input_ids * whole.attention_mask)
+
+
+TEXT = st.text(max_size=30).map(str.strip).filter(bool)
+
+
+@given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_labels_spell_the_answer_whatever_the_text(tokenizer, pairs):
+    batch = encode(tokenizer, pairs, 1000)
+    for row, (prompt, answer) in enumerate(pairs):
+        labels = batch.labels[row]
+        assert tokenizer.decode(labels[labels != IGNORE], clean_up_tokenization_spaces=False) == " " + answer
+        read = batch.input_ids[row][batch.attention_mask[row].bool()]
+        assert tokenizer.decode(read, clean_up_tokenization_spaces=False) == f"{prompt} {answer}"

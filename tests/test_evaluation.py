@@ -1,0 +1,250 @@
+"""Scores against merged dense models, one record, one probe and one answer at a time."""
+
+import itertools
+
+import pytest
+import torch
+from tests.reference import (
+    answer_logits,
+    assert_untouched,
+    dense,
+    dense_copy,
+    footprint,
+    greedy,
+    plain_model,
+    random_factors,
+    tokens,
+)
+
+from instructedit.editors import Editor, build_editor
+from instructedit.edits import Factors, LowRankEdit
+from instructedit.errors import UserError
+from instructedit.evaluation import Evaluation, evaluate
+from instructedit.metrics import answer_match
+from instructedit.records import EditRecord, EditRequest, Probe
+
+QUICK = Evaluation(generate=False, fluency_tokens=0)
+KINDS = ("wanted", "opposite")
+SLOTS = {"LABEL": "positive", "TOPIC": "cats"}
+
+
+class Given(Editor):
+    """Makes the edits that it was given, in order, and keeps what it was asked. (Without a name: in no registry.)"""
+
+    def __init__(self, factors=None, instructions=False):
+        super().__init__(instructions)
+        self.factors, self.asked = factors, []
+
+    def make(self, batch):
+        chosen = slice(len(self.asked), len(self.asked) + len(batch))
+        self.asked += batch.prompts
+        return LowRankEdit({name: Factors(a[chosen], b[chosen]) for name, (a, b) in self.factors.items()})
+
+
+@pytest.fixture
+def factors(lm):
+    return random_factors(lm.select(blocks=[2, 3]), 4, 2, scale=0.02)
+
+
+@pytest.fixture
+def models(lm, factors):
+    """The dense edited model of each record."""
+    return [dense_copy(lm, dense(factors, i)) for i in range(4)]
+
+
+@pytest.fixture
+def records(lm, models):
+    """Two facts and two cases of one topic; answers are such that right, wrong and half right all occur."""
+    right = [known_words(model, lm.tokenizer) for model in models]
+
+    def fact(i):
+        (ask, word), (again, other), (hop, far) = right[i]
+        probes = (
+            Probe("generalization", again, ("nothing", other, "no")),
+            Probe("portability", hop, (f"{far} and more",), "one_hop"),
+            Probe("locality", "A long way to", ("the sea of the north",), "near"),
+            Probe("locality", "He was", ("a man of many words", "he")),
+        )
+        target = word if i == 0 else "a river"
+        return EditRecord(f"f{i}", EditRequest(ask, target, task="counterfact"), probes)
+
+    def topic(i):
+        (ask, word), (other, reply) = right[i][:2]
+        probes = (
+            Probe("wanted", other, (f"{reply} good",)),
+            Probe("wanted", "What of it", ("very good",)),
+            Probe("opposite", other, ("bad",)),
+            Probe("locality", "A dog", ("is here to stay",)),
+        )
+        request = EditRequest(ask, word if i == 2 else "so", task="convsent", slots=SLOTS)
+        return EditRecord(f"c{i}", request, probes, cluster="one topic")
+
+    return [fact(0), fact(1), topic(2), topic(3)]
+
+
+def known_words(model, tokenizer):
+    """Three (prompt, word): prompts that the model continues with one whole word."""
+    asked = ((f"{a}{b}", greedy(model, tokenizer, f"{a}{b}", 1)) for a in "ABCDEFGHIJKLMNOP" for b in "aeiou")
+    said = ((prompt, tokenizer.decode(ids)) for prompt, ids in asked)
+    whole = ((prompt, word[1:]) for prompt, word in said if word[:1] == " " and word[1:].isalpha())
+    return list(itertools.islice(whole, 3))
+
+
+def expected_scores(lm, model, prompt, answers):
+    """Accuracy, exact match and log-likelihood of the best answer, and agreement with the unedited model."""
+    best = None
+    for answer in answers:
+        wanted = torch.tensor(tokens(lm.tokenizer, prompt, answer)[1])
+        with torch.no_grad():
+            said, was = (answer_logits(m, lm.tokenizer, prompt, answer) for m in (model, lm.model))
+        hits = (said.argmax(-1) == wanted).float()
+        log_p = [part.log_softmax(-1)[torch.arange(len(wanted)), wanted].mean().item() for part in (said, was)]
+        scores = {
+            "exact": float(hits.all()), "accuracy": hits.mean().item(), "answer": answer,
+            "agreement": (said.argmax(-1) == was.argmax(-1)).float().mean().item(),
+            "log_likelihood": log_p[0], "log_likelihood_before": log_p[1],
+        }  # fmt: skip
+        if best is None or (scores["exact"], scores["accuracy"]) > (best["exact"], best["accuracy"]):
+            best = scores
+    return best
+
+
+def assert_scored(lm, models, records, table):
+    ids = [record.id for record in records]
+    for row in table.to_dict("records"):
+        record = records[ids.index(row["record"])]
+        probe = ((record.reliability, *record.probes))[row["probe"]]
+        answers = probe.answers[:1] if probe.kind == "locality" else probe.answers
+        assert row["prompt"].endswith(probe.prompt)
+        for name, value in expected_scores(lm, models[ids.index(record.id)], row["prompt"], answers).items():
+            assert row[name] == (value if name == "answer" else pytest.approx(value, abs=1e-4)), (row, name)
+
+
+@pytest.mark.parametrize(("batch_size", "rows"), [(32, 256), (3, 2), (1, 1)])
+def test_every_probe_scores_as_under_its_merged_model(lm, factors, models, records, batch_size, rows):
+    settings = Evaluation(generate=False, fluency_tokens=0, rows=rows)
+    table = evaluate(lm, Given(factors).bind(lm), records, settings, batch_size).table
+    assert len(table) == 2 * 5 + 2 * 5
+    assert_scored(lm, models, records, table)
+    assert 0 < table["accuracy"].mean() < 1  # not all alike
+    assert 0 < table["agreement"].mean() < 1
+    assert set(table["view"]) == {"plain"}
+
+
+def test_summary_is_the_mean_over_probes_then_records_then_clusters(lm, factors, models, records):
+    summary = evaluate(lm, Given(factors).bind(lm), records, QUICK).summary.set_index(["task", "metric"])["mean"]
+    expected = {}
+    for i, record in enumerate(records):
+        for kind in ("reliability", "generalization", "portability", "locality"):
+            column = "agreement" if kind == "locality" else "accuracy"
+            chosen = [p for p in (record.reliability, *record.probes) if p.kind == kind]
+            answers = [p.answers[:1] if kind == "locality" else p.answers for p in chosen]
+            pairs = zip(chosen, answers, strict=True)
+            scores = [expected_scores(lm, models[i], p.prompt, given)[column] for p, given in pairs]
+            if scores:
+                expected.setdefault((record.task, kind), []).append(100 * sum(scores) / len(scores))
+    assert len(expected) == 6
+    for key, values in expected.items():
+        assert summary[key] == pytest.approx(sum(values) / len(values), abs=1e-3), key
+    assert summary["counterfact", "reliability.exact"] == 50
+    assert summary["counterfact", "generalization"] == 100  # by the second of three answers
+
+
+def test_cases_of_a_cluster_count_as_one(lm, factors, records):
+    request = EditRequest(records[0].request.prompt, "no", task="convsent", slots=SLOTS)
+    alone = EditRecord("alone", request, records[2].probes)
+    chosen, four = [records[2], records[3], alone], {n: tuple(f[[2, 3, 0]] for f in p) for n, p in factors.items()}
+    scores = evaluate(lm, Given(four).bind(lm), chosen, QUICK)
+    kinds = scores.table[scores.table["kind"] == "reliability"].set_index("record")["accuracy"]
+    row = scores.summary.set_index("metric").loc["reliability"]
+    assert row["mean"] == pytest.approx(100 * ((kinds["c2"] + kinds["c3"]) / 2 + kinds["alone"]) / 2, abs=1e-3)
+    assert row["n"] == 2
+    assert kinds["c2"] != kinds["c3"]
+
+
+def test_edit_success_of_replies(lm, factors, models, records):
+    scores = evaluate(lm, Given(factors).bind(lm), records, QUICK).summary.set_index("metric")["mean"]
+    found = []
+    for i in (2, 3):
+        after = {k: [expected_scores(lm, models[i], p.prompt, p.answers) for p in records[i].of(k)] for k in KINDS}
+        wanted, opposite = ([s["log_likelihood"] for s in after[kind]] for kind in KINDS)
+        before = torch.tensor([s["log_likelihood_before"] for s in after["wanted"]]).mean()
+        wanted, opposite = torch.tensor(wanted).mean(), torch.tensor(opposite).mean()
+        sentiment, topic = torch.sigmoid(wanted - opposite), (wanted - before).exp().clamp(max=1)
+        found.append((sentiment * topic, sentiment, topic))
+    for name, values in zip(("success", "success.sentiment", "success.topic"), zip(*found, strict=True), strict=True):
+        assert scores[name] == pytest.approx(100 * sum(values).item() / 2, abs=1e-2), name
+
+
+def test_instructions_give_two_views(lm, factors, models, records):
+    editor = Given(factors, instructions=True).bind(lm)
+    table = evaluate(lm, editor, records, QUICK).table
+    assert_scored(lm, models, records, table)
+    views = table.groupby("kind")["view"].agg(lambda view: sorted(set(view)))
+    both, plain, instructed = ["instructed", "plain"], ["plain"], ["instructed"]
+    assert views.to_dict() == {
+        "reliability": both, "generalization": both, "portability": both, "locality": plain,
+        "wanted": instructed, "opposite": instructed,
+    }  # fmt: skip
+    assert (table["main"] == ((table["view"] == "instructed") | (table["kind"] == "locality"))).all()
+    assert (table["prompt"].str.startswith("Task: ") == (table["view"] == "instructed")).all()
+    rows = table[(table["kind"] == "reliability") & table["main"]]
+    assert rows["prompt"].tolist() == editor.asked  # scored behind the very instruction that it was edited with
+
+
+def test_nothing_changes_without_an_edit(lm, records):
+    scores = evaluate(lm, build_editor("unedited", lm), records, QUICK)
+    assert (scores.table["agreement"] == 1).all()
+    assert (scores.table["log_likelihood"] == scores.table["log_likelihood_before"]).all()
+    assert scores.summary.set_index("metric")["mean"]["locality"].tolist() == [100, 100]
+    assert set(scores.summary["method"]) == {"unedited"}
+
+
+@pytest.mark.parametrize("rows", [256, 2])
+def test_words_before_and_after(lm, factors, models, records, rows):
+    table = evaluate(lm, Given(factors).bind(lm), records, Evaluation(fluency_tokens=0, rows=rows)).table
+    spoken = table[table["task"] == "counterfact"]
+    for row in spoken[spoken["kind"] != "locality"].to_dict("records"):
+        model = models[int(row["record"][1])]
+        for column, speaker in (("after", model), ("before", plain_model(lm))):
+            if column == "after" or row["kind"] == "reliability":
+                words = lm.tokenizer.decode(greedy(speaker, lm.tokenizer, row["prompt"], 40))
+                assert row[column]
+                assert words.startswith(row[column])
+        assert row["generated"] == answer_match(row["after"], row["aliases"])
+    assert spoken[spoken["kind"] == "locality"]["after"].isna().all()
+    assert table[table["task"] == "convsent"]["generated"].isna().all()  # replies have no one right wording
+
+
+def test_fluency_is_sampled_from_replies_and_leaves_the_random_state(lm, factors, records):
+    settings, state = Evaluation(generate=False, fluency_tokens=12, seed=3), torch.get_rng_state()
+    first, second = (evaluate(lm, Given(factors).bind(lm), records, settings).table for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    rows = first[first["kind"] == "fluency"]
+    assert rows["record"].tolist() == ["c2", "c3"]
+    assert rows["after"].tolist() == second[second["kind"] == "fluency"]["after"].tolist()
+    assert all(len(lm.tokenizer(text)["input_ids"]) >= 6 for text in rows["after"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_evaluation_works_in_any_mode_and_leaves_no_trace(lm, records, mode, training):
+    editor = build_editor("mend", lm, rank=4, edit_rate=0.05).train(training)
+    expected = evaluate(lm, editor, records, QUICK).table
+    lm.cache.clear()
+    before, own = footprint(lm), {name: t.clone() for name, t in editor.state_dict().items()}
+    with mode():
+        found = evaluate(lm, editor, records, QUICK).table
+    assert found.equals(expected)
+    assert_untouched(lm, before)
+    assert all(torch.equal(t, own[name]) for name, t in editor.state_dict().items())
+    assert editor.training is training
+    # what was cached in inference mode can still be trained on
+    assert editor.train().make(editor.requests([records[0].request], None)).delta(editor.sites[0].name).requires_grad
+
+
+def test_an_error_restores_training_mode(lm):
+    editor = build_editor("mend", lm, rank=4).train()
+    with pytest.raises(UserError, match="record f9"):
+        evaluate(lm, editor, [EditRecord("f9", EditRequest("A", "very " * 200))], QUICK)
+    assert editor.training

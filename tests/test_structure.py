@@ -1,0 +1,250 @@
+"""The house: which floor may use which, what an import costs, how names are found, what is documented, the configs."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import cycle, product
+from pathlib import Path
+
+import pytest
+import yaml
+
+import instructedit
+from instructedit.cli import main
+from instructedit.editors import Editor
+from instructedit.edits import Edit
+from instructedit.experiment import REPOSITORY, Experiment
+from instructedit.registry import plugins
+from instructedit.tasks import Task
+
+SOURCE = Path(instructedit.__file__).parent
+TREES = {file.relative_to(SOURCE).as_posix(): ast.parse(file.read_text()) for file in sorted(SOURCE.rglob("*.py"))}
+
+#: DESIGN, section 2, from the top down; a floor imports from itself and from those after it.
+FLOORS = (
+    "cli", "training", "callbacks", "evaluation", "editors", "data", "lm", "analysis", "tasks", "instructions", "edits",
+    "metrics", "tracking", "records",
+)  # fmt: skip
+#: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
+TOP = ("__init__", "cli", "commands", "experiment", "lightning_cli")
+GROUND = ("registry", "provenance", "errors")
+LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
+LEVEL |= dict.fromkeys(TOP, len(LEVEL))
+
+
+def floor(path: str) -> str:
+    return path.removesuffix(".py").split("/")[0]
+
+
+def imported(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
+    """Every import of the package's own modules with its line, inside functions and TYPE_CHECKING too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            if node.module == "instructedit":
+                yield from ((node.lineno, instructedit._HOME.get(alias.name, alias.name)) for alias in node.names)
+            elif node.module and node.module.startswith("instructedit."):
+                yield node.lineno, node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "instructedit":
+                    yield node.lineno, [*alias.name.split("."), "__init__"][1]
+
+
+def upward(trees: dict[str, ast.Module]) -> list[str]:
+    return [
+        f"{path}:{line} imports {name}"
+        for path, tree in trees.items()
+        for line, name in imported(tree, path)
+        if LEVEL[name] > LEVEL[floor(path)]
+    ]
+
+
+def test_imports_never_run_upwards():
+    assert {floor(path) for path in TREES} <= set(LEVEL)  # every module has its floor
+    assert upward(TREES) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from instructedit.training.module import EditingModule",
+        "import instructedit.evaluation",
+        "from instructedit import evaluate",
+        "import instructedit as ie",
+        "def f():\n    from instructedit.editors import Editor",
+        "if TYPE_CHECKING:\n    from instructedit.evaluation import Outcome",
+    ],
+)
+def test_an_upward_import_is_noticed(code):
+    assert len(upward({"lm/bad.py": ast.parse(code)})) == 1
+
+
+def test_importing_the_package_is_cheap():
+    code = (
+        "import sys, instructedit, instructedit.cli\n"
+        "instructedit.cli.main(['--help'])\n"
+        "heavy = {'torch', 'transformers', 'lightning', 'mlflow', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there():
+    for name in instructedit.__all__:
+        assert getattr(instructedit, name) is not None
+    assert set(instructedit.__all__) == set(instructedit._HOME)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = instructedit.nonsense
+
+
+# -- plug-ins and models are found, not listed --------------------------------------------------------------------
+
+KINDS = ((Editor, "instructedit.editors"), (Task, "instructedit.tasks"), (Edit, "instructedit.edits"))
+FOUND = [found for base, package in KINDS for found in plugins(base, package).items()]
+CLASSES = {cls.__name__: (cls.__module__, name) for name, cls in FOUND}
+ARCHITECTURES = ("gpt", "llama", "mistral", "qwen", "gemma", "phi", "opt", "bloom")
+
+
+def listings(tree: ast.AST) -> Iterator[int]:
+    """Dicts that say which name is which plug-in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            for value in node.values:
+                name = value.attr if isinstance(value, ast.Attribute) else getattr(value, "id", None)
+                path = value.value if isinstance(value, ast.Constant) and isinstance(value.value, str) else ""
+                if name in CLASSES or path.rpartition(".")[2] in CLASSES:
+                    yield node.lineno
+
+
+def branches(tree: ast.AST, words: set[str], test=lambda word, words: word in words) -> Iterator[int]:
+    """Comparisons, matches and dictionary keys that hold one of the words."""
+    for node in ast.walk(tree):
+        sides: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            sides = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and "with" in node.func.attr:
+            sides = list(node.args)
+        own = any(isinstance(side, ast.Attribute) and side.attr == "architecture" for side in sides)
+        for side in sides:
+            parts = side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
+            texts = [p.value for p in parts if isinstance(p, ast.Constant) and isinstance(p.value, str)]
+            # `Recipe.architecture` of the embedded LMs is an option of ours, not a model's name
+            if not own and any(test(text, words) for text in texts):
+                yield node.lineno
+
+
+def test_no_dictionary_lists_the_plugins():
+    found = [f"{path}:{line}" for path, tree in TREES.items() for line in listings(tree)]
+    assert found == []
+
+
+def test_no_branch_asks_for_a_plugin_by_name():
+    found = []
+    for path, tree in TREES.items():
+        if path.startswith("tasks/tiny/"):  # makes those very data
+            continue
+        module = "instructedit." + path.removesuffix(".py").replace("/", ".")
+        others = {name for home, name in CLASSES.values() if home != module}
+        found += [f"{path}:{line}" for line in branches(tree, others | set(CLASSES))]
+    assert found == []
+
+
+def test_no_branch_asks_what_the_model_is_called():
+    def about(text: str, words: set[str]) -> bool:
+        return any(text.lower().startswith(word) for word in words)
+
+    found = [f"{path}:{line}" for path, tree in TREES.items() for line in branches(tree, set(ARCHITECTURES), about)]
+    asked = [
+        f"{path}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in ("model_type", "architectures")
+    ]
+    assert found + asked == []
+
+
+def test_these_checks_can_fail():
+    lines = ('EDITORS = {"mend": Mend}', 'a = name == "mend"', 'b = "gpt" in name', 'c = name.startswith("llama")')
+    tree = ast.parse("\n".join(lines))
+    assert list(listings(tree)) == [1]
+    assert list(branches(tree, {"mend"})) == [2]
+    assert list(branches(tree, set(ARCHITECTURES))) == [3, 4]
+
+
+# -- words -------------------------------------------------------------------------------------------------------
+
+_DEFINED = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def public(tree: ast.Module) -> Iterator[tuple[str, ast.AST, bool]]:
+    """Public functions and classes of a module, and public methods; the last tells methods of subclasses."""
+    for node in tree.body:
+        if isinstance(node, _DEFINED) and not node.name.startswith("_"):
+            yield node.name, node, False
+            if isinstance(node, ast.ClassDef):
+                for inner in node.body:
+                    if isinstance(inner, _DEFINED) and not inner.name.startswith("_"):
+                        yield f"{node.name}.{inner.name}", inner, bool(node.bases)
+
+
+def test_everything_public_says_what_it_is():
+    """Methods of subclasses may leave it to where they are first declared."""
+    silent = [f"{path}: module" for path, tree in TREES.items() if not ast.get_docstring(tree)]
+    for path, tree in TREES.items():
+        silent += [f"{path}: {name}" for name, node, of in public(tree) if not of and not ast.get_docstring(node)]
+    assert silent == []
+
+
+# -- configs and grids -------------------------------------------------------------------------------------------
+
+GROUPS = ("lm", "editor", "data", "trainer")
+CONFIGS = {group: sorted((REPOSITORY / "configs" / group).rglob("*.yaml")) for group in GROUPS}
+PAIRS = list(product(CONFIGS["lm"], CONFIGS["editor"]))
+MIXED = [(*pair, d, t) for pair, d, t in zip(PAIRS, cycle(CONFIGS["data"]), cycle(CONFIGS["trainer"]), strict=False)]
+GRIDS = [
+    (file.parent.name, scale)
+    for file in sorted((REPOSITORY / "experiments").glob("*/grid.yaml"))
+    for scale in yaml.safe_load(file.read_text())["scales"]
+]
+
+
+def parsed(*args):
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit, match=r"^0$"):
+        main(["fit", *args, "--print_config"])
+    return yaml.safe_load(printed.getvalue())
+
+
+def test_every_config_is_in_one_of_the_four_groups():
+    together = {file for group in CONFIGS.values() for file in group}
+    assert together == set((REPOSITORY / "configs").rglob("*.yaml"))
+    assert {file for files in MIXED for file in files} == together
+
+
+@pytest.mark.parametrize("files", MIXED, ids=lambda files: "+".join(file.stem for file in files))
+def test_configs_compose(files):
+    config = parsed(*(f"--config={file}" for file in files))
+    lm, editor = (yaml.safe_load(file.read_text())["model"] for file in files[:2])
+    assert config["model"]["lm"]["name"] == lm["lm"]["name"]
+    assert config["model"]["editor"]["class_path"].endswith(f".{editor['editor']['class_path']}")
+    assert config["model"]["editor"].get("init_args", {}).items() >= editor["editor"].get("init_args", {}).items()
+
+
+@pytest.mark.parametrize(("name", "scale"), GRIDS)
+def test_every_grid_loads_at_every_scale(name, scale):
+    experiment = Experiment.load(name, scale)
+    assert {r for pair in experiment.compare for r in pair} <= {r.name for r in experiment.rows}
+    folder = REPOSITORY / "configs" / "editor"
+    for row in experiment.rows:
+        assert any((folder / part / f"{row.editor}.yaml").is_file() for part in ("", scale)), row.name
+    last = experiment.rows[-1]
+    files = (*experiment.configs, *folder.rglob(f"{last.editor}.yaml"))
+    parsed(*(f"--config={file}" for file in files), *last.overrides)
