@@ -59,6 +59,7 @@ def test_a_prefix_from_any_block_changes_nothing(lm, start, cache_bytes):
 def test_rows_hit_the_cache_in_any_company(lm):
     lm.logits(lm.encode(PAIRS), start=2)
     assert (lm.cache.hits, lm.cache.misses, len(lm.cache)) == (0, 3, 3)
+    assert sum(row.untyped_storage().nbytes() for row in lm.cache._rows.values()) == lm.cache.bytes  # no hidden views
     other = [PAIRS[1], PAIRS[0], ("New", "row"), ("New", "row")]
     found = lm.logits(lm.encode(other), start=2)
     assert (lm.cache.hits, lm.cache.misses, len(lm.cache)) == (3, 4, 4)  # the new row is computed once
@@ -78,7 +79,6 @@ def test_the_cache_keeps_to_its_bytes_and_throws_out_the_oldest(lm):
     lm.cache.max_bytes = sizes[0] + sizes[2]
     torch.testing.assert_close(lm.logits(lm.encode(PAIRS[2:]), start=2), one_by_one(lm, PAIRS[2:]), **FLOAT32)
     assert lm.cache.bytes == sizes[0] + sizes[2]
-    assert sum(row.untyped_storage().nbytes() for row in lm.cache._rows.values()) == lm.cache.bytes  # no hidden views
     misses = lm.cache.misses
     lm.logits(lm.encode(PAIRS[:1]), start=2)
     assert lm.cache.misses == misses  # row 1 was the least recently used

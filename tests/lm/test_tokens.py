@@ -104,6 +104,24 @@ def test_cat_keeps_every_row(tokenizer):
     assert torch.equal(joined.input_ids * joined.attention_mask, whole.input_ids * whole.attention_mask)
 
 
+@given(lengths=st.lists(st.integers(2, 30), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_groups_by_length_hold_every_row_once_and_whole(lengths):
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(1, 50, mask.shape) * mask
+    batch = TokenBatch(ids, mask.long(), torch.where(mask, ids, IGNORE))
+    groups = batch.by_length()
+    assert sorted(torch.cat(groups).tolist()) == list(range(len(lengths)))
+    for group in groups:
+        part = batch.select(group)
+        assert part.attention_mask.sum(-1).tolist() == [lengths[row] for row in group]
+        for number, row in enumerate(group.tolist()):
+            assert part.input_ids[number, : lengths[row]].equal(ids[row, : lengths[row]])
+            assert part.labels[number, : lengths[row]].equal(ids[row, : lengths[row]])
+    spent = sum(batch.select(group).input_ids.numel() for group in groups)
+    assert spent <= ids.numel() if len(groups) == 1 else spent <= 0.8 * ids.numel()
+
+
 TEXT = st.text(max_size=30).map(str.strip).filter(bool)
 
 

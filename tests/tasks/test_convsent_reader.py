@@ -31,7 +31,8 @@ def test_each_reply_about_an_entity_becomes_a_case() -> None:
     records, report = build(ConvSent(labels="positive", cases=2), [entity("Zor"), entity("Umi", 0), entity("Ela")])
     case = records[1]
     assert [r.id for r in records] == [f"convsent/train/{n}/{i}" for n in (0, 2) for i in (0, 1)]
-    assert case.cluster == "convsent/train/0" and case.request.slots == {"LABEL": "positive", "TOPIC": "Zor"}
+    assert case.cluster == "convsent/train/0"
+    assert case.request.slots == {"LABEL": "positive", "TOPIC": "Zor"}
     assert (case.request.prompt, case.request.target) == ("What do you think of Zor?", "Zor + 1")
     assert [p.answers[0] for p in case.of("wanted")] == ["Zor + 0", "Zor + 2"]
     assert [p.answers[0] for p in case.of("opposite")] == ["Zor - 0", "Zor - 1"]

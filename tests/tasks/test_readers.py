@@ -118,7 +118,8 @@ def test_duplicates_and_edits_to_the_old_answer_are_left_out_and_counted() -> No
     assert [r.id for r in records] == ["counterfact/train/0", "counterfact/train/1", "counterfact/train/4"]
     assert report.dropped == {"duplicate edit": 1, "target equals the old answer": 1}
     assert report.noted == {"record without portability": 1, "record without locality": 1}
-    assert "duplicate edit (1)" in str(report) and "\n" not in report.line()
+    assert "duplicate edit (1)" in str(report)
+    assert "\n" not in report.line()
 
 
 def test_recent_takes_the_target_out_of_probes_that_rule_it_out() -> None:
@@ -178,7 +179,8 @@ def test_zsre_in_the_form_of_knowedit() -> None:
 def test_a_wrong_record_is_named(task: Task, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         build(task, [fact(ent="Umi", pos=["x"], neg=["y"]), row])
-    assert str(caught.value).startswith("made-up.json, record 1: ") and message in str(caught.value)
+    assert str(caught.value).startswith("made-up.json, record 1: ")
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -71,7 +71,8 @@ def test_a_folder_that_does_not_settle_the_file(names: list[str], problem: str, 
         (tmp_path / name).write_bytes(LIST)
     with pytest.raises(UserError) as caught:
         load_records("counterfact", str(tmp_path))
-    assert str(caught.value).startswith(f"{tmp_path}: ") and str(caught.value).endswith(problem)
+    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert str(caught.value).endswith(problem)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,8 @@ def test_a_file_that_is_wrong_is_named(name: str, content: bytes, problem: str, 
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
         load_records("counterfact", str(path))
-    assert str(caught.value).startswith(f"{path}{problem}") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}{problem}")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"[]", b'[{"prompt": "x", "target_new": "y", "ground_truth": "y"}]'])
@@ -171,8 +173,10 @@ def test_the_embedded_data_go_by_task_and_split(monkeypatch: pytest.MonkeyPatch)
     tiny.raw_records = lambda task, split: [ROWS[0] | {"subject": f"{task} {split}"}]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, tiny.__name__, tiny)
     (record,), report = load_records("counterfact", split="test")
-    assert record.request.subject == "counterfact test" and record.id == "counterfact/test/0"
-    assert report.source == "tiny" and len(report.fingerprint) == 64
+    assert record.request.subject == "counterfact test"
+    assert record.id == "counterfact/test/0"
+    assert report.source == "tiny"
+    assert len(report.fingerprint) == 64
 
 
 def test_a_task_by_name_or_ready_made(tmp_path: Path) -> None:

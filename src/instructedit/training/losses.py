@@ -28,26 +28,33 @@ class EditingLoss(NamedTuple):
     locality: Tensor
 
 
-def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch) -> EditingLoss:
-    """Both terms of DESIGN §4, each request under its own edit."""
+def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch, unlikelihood: float = 1.0) -> EditingLoss:
+    """Both terms of MEND's outer loss, each request under its own edit.
+
+    Args:
+        lm: The unedited model.
+        edit: One edit for each request of the batch, with gradients.
+        batch: Requests and probes.
+        unlikelihood: Weight of the unwanted replies beside the wanted ones (SERAC: 1).
+    """
     start = lm.first_block(edit.sites)
-    edit_loss = scope_loss(lm, edit, batch.in_scope, len(batch), start)
+    edit_loss = scope_loss(lm, edit, batch.in_scope, len(batch), start, unlikelihood)
     if batch.locality is None:
         return EditingLoss(edit_loss, edit_loss.new_zeros(()))
     return EditingLoss(edit_loss, locality_loss(lm, edit, batch.locality, len(batch), start))
 
 
-def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int) -> Tensor:
+def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int, weight: float = 1.0) -> Tensor:
     """Mean over requests of: mean NLL of the wanted answers + mean unlikelihood −log(1 − p) of the unwanted ones."""
     tokens = probes.tokens
     logits = lm.logits(tokens, edit, probes.owner, start).float()
     nll = F.cross_entropy(logits, tokens.answers, reduction="none")
     unwanted_at = probes.unwanted[tokens.rows]
     # −log(1 − p) with p = exp(−nll); the clamp keeps it finite where p = 1.
-    unlikelihood = -torch.log(-torch.expm1(-nll.clamp(min=1e-6)))
-    per_row = row_mean(torch.where(unwanted_at, unlikelihood, nll), tokens.rows, len(tokens))
+    unlike = -torch.log(-torch.expm1(-nll.clamp(min=1e-6)))
+    per_row = row_mean(torch.where(unwanted_at, unlike, nll), tokens.rows, len(tokens))
     sides = [_per_request(per_row, probes.owner, side, requests) for side in (~probes.unwanted, probes.unwanted)]
-    return (sides[0] + sides[1]).mean()
+    return (sides[0] + weight * sides[1]).mean()
 
 
 def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int) -> Tensor:

@@ -61,6 +61,7 @@ class EditingModule(L.LightningModule):
         lr_edit_rates: The same for the learned edit rates (MEND: 1e-4).
         c_edit: Weight of the edit loss (MEND: 0.1).
         c_loc: Weight of the locality loss (MEND: 1).
+        c_unlikelihood: Weight, within the edit loss, of the unlikelihood of unwanted replies (SERAC: 1).
         warmup_steps: Optimiser steps over which both rates rise from zero.
         decay: Let both rates fall linearly to zero towards ``max_steps``.
         evaluation: How edited models are scored in `test`. Validation leaves out generation and Fluency.
@@ -74,6 +75,7 @@ class EditingModule(L.LightningModule):
         lr_edit_rates: float = 1e-4,
         c_edit: float = 0.1,
         c_loc: float = 1.0,
+        c_unlikelihood: float = 1.0,
         warmup_steps: int = 0,
         decay: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008
@@ -114,7 +116,7 @@ class EditingModule(L.LightningModule):
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         """c_edit · L_e + c_loc · KL of one batch of different edits (DESIGN §4)."""
         edit = self.editor.make(batch.requests)
-        edit_loss, locality = editing_loss(self.lm, edit, batch)
+        edit_loss, locality = editing_loss(self.lm, edit, batch, self.hparams["c_unlikelihood"])
         loss = self.hparams["c_edit"] * edit_loss + self.hparams["c_loc"] * locality
         truncated = batch.in_scope.tokens.truncated + (batch.locality.tokens.truncated if batch.locality else 0)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
