@@ -12,6 +12,7 @@ from torch import Tensor
 from instructedit.data.batch import Front, plain
 from instructedit.editors import Editor
 from instructedit.edits import Edit
+from instructedit.errors import UserError
 from instructedit.instructions import Instructor
 from instructedit.lm import FrozenLM, TokenBatch
 from instructedit.metrics import agreement, answer_match, exact_match, fluency, log_likelihood, token_accuracy
@@ -83,11 +84,7 @@ def evaluate_batch(
     # Editing needs gradients, whatever mode the caller evaluates in.
     with torch.inference_mode(False), torch.no_grad():
         instructor = editor.instructor(settings.descriptions, settings.description, settings.seed)
-        training = editor.training
-        editor.eval()
-        batch = editor.requests([r.request for r in records], instructor, [r.id for r in records])
-        edit = editor.make(batch).detach()
-        editor.train(training)
+        edit = _make(editor, records, instructor)
         asked = list(_questions(records, instructor, settings.replies))
         scores = _score(lm, edit, asked, records, settings.rows)
         rows = [_row(records[a.owner], a, s) for a, s in zip(asked, scores, strict=True)]
@@ -99,6 +96,15 @@ def evaluate_batch(
     for row in rows:
         del row["owner"]
     return Outcome(edit, rows)
+
+
+def _make(editor: Editor, records: Sequence[EditRecord], instructor: Instructor | None) -> Edit:
+    training = editor.training
+    editor.eval()
+    try:
+        return editor.make(editor.requests([r.request for r in records], instructor, [r.id for r in records])).detach()
+    finally:
+        editor.train(training)
 
 
 def _questions(records: Sequence[EditRecord], instructor: Instructor | None, replies: int) -> Iterator[_Asked]:
@@ -266,6 +272,8 @@ def evaluate(
 
     from instructedit.analysis.summary import summarise
 
+    if not records:
+        raise UserError("evaluate: no records given")
     rows: list[Row] = []
     batches = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
     for batch in progress(batches):

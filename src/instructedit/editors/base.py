@@ -91,7 +91,6 @@ class Editor(nn.Module, ABC):
         """Small tensors that training must move; a guard stops a run in which they stand still."""
         return {}
 
-    @torch.no_grad()
     def edit(self, requests: Sequence[EditRequest], description: str | None = None) -> Edit:
         """Makes edits for a user's requests; nothing is applied yet.
 
@@ -105,7 +104,8 @@ class Editor(nn.Module, ABC):
         was_training = self.training
         self.eval()
         try:
-            return self.make(self.requests(requests, self.instructor(description=description))).detach()
+            with torch.inference_mode(False), torch.no_grad():
+                return self.make(self.requests(requests, self.instructor(description=description))).detach()
         finally:
             self.train(was_training)
 
@@ -123,9 +123,8 @@ class Editor(nn.Module, ABC):
             raise UserError("no edit request given")
         keys = keys or [""] * len(requests)
         fronts = [instructor.front(r, key=k) if instructor else plain for r, k in zip(requests, keys, strict=True)]
-        batch = batch_requests(
-            self.lm.tokenizer, requests, fronts, self.lm.max_length, [k and f"record {k}" for k in keys]
-        )
+        names = [f"record {k}" for k in keys] if any(keys) else ()
+        batch = batch_requests(self.lm.tokenizer, requests, fronts, self.lm.max_length, names)
         return batch.to(self.lm.device)
 
     # -- disk -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -98,8 +97,10 @@ class Edit(ABC):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state().items()}, folder / TENSORS)
-        (folder / META).write_text(json.dumps({"edit": self.name, "edits": len(self), **meta}, indent=2) + "\n")
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state().items()}
+        save_file(state, folder / TENSORS)
+        card = {"edit": self.name, "edits": len(self), "tensors": list(state), **meta}
+        (folder / META).write_text(json.dumps(card, indent=2) + "\n")
 
 
 def load_edit(folder: str | Path) -> Edit:
@@ -112,10 +113,11 @@ def load_edit(folder: str | Path) -> Edit:
     try:
         meta = json.loads((folder / META).read_text())
         tensors = load_file(folder / TENSORS)
-        return plugin(Edit, "instructedit.edits", meta["edit"]).from_state(tensors)
+        state = {name: tensors[name] for name in meta["tensors"]}  # in the order of the sites
+        return plugin(Edit, "instructedit.edits", meta["edit"]).from_state(state)
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no saved edit here ({Path(error.filename or TENSORS).name} is missing)") from error
-    except (json.JSONDecodeError, SafetensorError, KeyError, OSError) as error:
+    except Exception as error:
         raise UserError(f"{folder}: damaged edit: {error}") from error
 
 

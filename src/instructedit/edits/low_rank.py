@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from instructedit.edits.base import Edit, pad_to
+from instructedit.errors import UserError
 
 
 class Factors(NamedTuple):
@@ -72,7 +73,12 @@ class LowRankEdit(Edit):
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         sites = dict.fromkeys(key.rsplit(":", 1)[0] for key in state)
-        return cls({site: Factors(state[f"{site}:a"], state[f"{site}:b"]) for site in sites})
+        factors = {site: Factors(state[f"{site}:a"], state[f"{site}:b"]) for site in sites}
+        for site, (a, b) in factors.items():
+            first = next(iter(factors.values())).a
+            if a.ndim != 3 or b.ndim != 3 or a.shape[:2] != b.shape[:2] or len(a) != len(first):
+                raise UserError(f"{site}: factors {list(a.shape)} and {list(b.shape)} make no edit")
+        return cls(factors)
 
     def save_pretrained(self, folder: str | Path, **meta: str) -> None:
         """Writes the edits; a single edit also as a LoRA adapter that `peft` and servers built on it load.
@@ -102,7 +108,8 @@ def _truncated(factors: Factors, rank: int) -> Factors:
     b_basis, b_core = torch.linalg.qr(factors.b.mT.float())
     left, size, right = torch.linalg.svd(b_core @ a_core.mT, full_matrices=False)
     left = left[..., :rank] * size[..., None, :rank]
-    return Factors((a_basis @ right.mT[..., :rank]).mT, (b_basis @ left).mT)
+    kind = factors.a.dtype
+    return Factors((a_basis @ right.mT[..., :rank]).mT.to(kind), (b_basis @ left).mT.to(kind))
 
 
 def _save_lora(edit: LowRankEdit, folder: Path, base_model: str) -> None:

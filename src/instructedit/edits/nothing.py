@@ -26,7 +26,8 @@ class NoEdit(Edit):
         return self.count
 
     def __getitem__(self, index: int | slice) -> Self:
-        return type(self)(1 if isinstance(index, int) else len(range(self.count)[index]))
+        chosen = range(self.count)[index]  # an IndexError ends iteration
+        return type(self)(1 if isinstance(chosen, int) else len(chosen))
 
     def joined(self) -> Self:
         return type(self)(1)

@@ -68,6 +68,7 @@ class FrozenLM:
         limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_length]
         self.max_length = int(min(limit for limit in limits if limit))
         self.cache = PrefixCache(cache_bytes)
+        self._worn = 0  # edits that the model wears now
 
     @classmethod
     def from_pretrained(cls, name: str = "tiny", dtype: str = "float32", device: str = "cpu", **options: Any) -> Self:
@@ -103,6 +104,18 @@ class FrozenLM:
         return find_blocks(self.model)[1]
 
     @functools.cached_property
+    @torch.no_grad()
+    def _blocks_give_tuples(self) -> bool:
+        """Whether a block returns a tuple that opens with the hidden states, or these alone: architectures differ."""
+        found: list[bool] = []
+        handle = self.blocks[0].register_forward_hook(lambda block, args, output: found.append(type(output) is tuple))
+        try:
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return found[0]
+
+    @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """All edit sites, from the bottom up."""
         return find_sites(self.model)
@@ -116,7 +129,7 @@ class FrozenLM:
         block_of = {s.name: s.block for s in self.sites}
         if unknown := [s for s in sites if s not in block_of]:
             raise UserError(f"{self.name} has no edit site {unknown[0]!r}; its last one is {self.sites[-1].name!r}")
-        return min(block_of[s] for s in sites)
+        return min((block_of[s] for s in sites), default=0)
 
     def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = ()) -> TokenBatch:
         """Tokenises (prompt, answer) pairs for this model, on its device (see `tokens.encode`)."""
@@ -126,6 +139,8 @@ class FrozenLM:
 
     def prefix(self, batch: TokenBatch, block: int) -> Tensor:
         """The hidden states that enter a block, from the cache where they are known, [rows, seq, hidden]."""
+        if self._worn:  # the caller's own edits may reach below the block
+            return self._prefix(batch, block)
         return self.cache.states(batch, block, functools.partial(self._prefix, block=block))
 
     @torch.no_grad()
@@ -158,7 +173,7 @@ class FrozenLM:
             [positions, vocab], in the order of ``batch.answers``.
         """
         groups = batch.by_length()
-        if len(groups) == 1:
+        if len(groups) == 1 or self._worn:  # edits that a caller put on know the batch as it is
             return self._logits(batch, edit, rows, start)
         if rows is None and edit is not None:
             rows = _worn_rows(edit, len(batch), self.device)
@@ -189,6 +204,9 @@ class FrozenLM:
         def keep(site: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             u[site], outputs[site] = args[0].detach(), output
 
+        def apart(flat: Tensor) -> Tensor:
+            return flat.reshape(len(batch), -1, flat.shape[-1])  # some MLPs see all rows as one
+
         start = self.first_block(sites)
         with torch.enable_grad(), ExitStack() as stack:
             # A clone, since states that a cache gives may have been made in inference mode.
@@ -200,7 +218,8 @@ class FrozenLM:
             nll = F.cross_entropy(self._answers(batch).float(), batch.answers, reduction="none")
             loss = row_mean(nll, batch.rows, len(batch))
             grads = torch.autograd.grad(loss.sum(), [outputs[s] for s in sites])
-        return Captured(u, dict(zip(sites, grads, strict=True)), loss.detach())
+        delta = {site: apart(grad) for site, grad in zip(sites, grads, strict=True)}
+        return Captured({site: apart(u[site]) for site in sites}, delta, loss.detach())
 
     def _answers(self, batch: TokenBatch) -> Tensor:
         """The model's forward pass with its head at the answer positions alone, [positions, vocab]."""
@@ -230,7 +249,7 @@ class FrozenLM:
 
         with ExitStack() as stack:
             for block in self.blocks[:start]:
-                stack.enter_context(_passing(block))
+                stack.enter_context(_passing(block, self._blocks_give_tuples))
             handle = self.blocks[start].register_forward_pre_hook(give, with_kwargs=True)
             stack.callback(handle.remove)
             yield
@@ -250,6 +269,8 @@ class FrozenLM:
             UserError: If the model has no such sites, or (in a forward pass) rows and batch do not match.
         """
         index = None if rows is None else torch.as_tensor(rows, device=self.device)
+        if edit is not None and index is not None and not ((index >= 0) & (index < len(edit))).all():
+            raise UserError(f"rows must name edits 0 to {len(edit) - 1}, got {index.tolist()}")
         with self._edited(edit, index):
             yield self
 
@@ -258,10 +279,16 @@ class FrozenLM:
         with ExitStack() as stack:
             if edit is not None:
                 self.first_block(edit.sites)
+                _ = self._blocks_give_tuples  # found out while the model wears nothing
                 for site in edit.sites:
                     hook = functools.partial(_wear, edit, site, rows)
                     stack.callback(self.model.get_submodule(site).register_forward_hook(hook).remove)
+            self._worn += 1
+            stack.callback(self._take_off)
             yield
+
+    def _take_off(self) -> None:
+        self._worn -= 1
 
     def merge(self, edit: Edit) -> PreTrainedModel:
         """A copy of the plain transformers model with the edit in its weights.
@@ -296,10 +323,14 @@ class FrozenLM:
             The new text alone: a string for one prompt, else a list.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not several:
+            return []
         width = self.max_length - max_new_tokens
         if width < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {self.max_length} tokens")
         encoded = self.tokenizer(several, verbose=False)["input_ids"]
+        if not all(encoded):
+            raise UserError("an empty prompt has nothing to continue")
         longest = min(max(map(len, encoded)), width)
         ids = torch.zeros(len(several), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -326,6 +357,10 @@ def _wear(
     edit: Edit, site: str, rows: Tensor | None, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
 ) -> Tensor:
     inputs = args[0]
+    if inputs.ndim == 2:  # an MLP that sees all rows as one, such as OPT's
+        count = len(edit) if rows is None else len(rows)
+        apart = [t.reshape(count, -1, t.shape[-1]) for t in (inputs, output)]
+        return _wear(edit, site, rows, layer, (apart[0],), apart[1]).reshape(output.shape)
     count = inputs.shape[0]
     if rows is None:
         rows = _worn_rows(edit, count, inputs.device)
@@ -345,12 +380,12 @@ def _worn_rows(edit: Edit, count: int, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _passing(block: nn.Module) -> Iterator[None]:
+def _passing(block: nn.Module, as_tuple: bool) -> Iterator[None]:
     """The block hands its input on."""
     own = block.__dict__.get("forward")
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if as_tuple else hidden_states
 
     block.__dict__["forward"] = forward
     try:

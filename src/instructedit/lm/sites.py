@@ -67,14 +67,17 @@ def _is_activation(module: nn.Module) -> bool:
     return leaf and not any(True for _ in module.parameters()) and not isinstance(module, nn.Dropout | nn.Identity)
 
 
-def _mlp_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """An MLP is what holds two or more linear layers and an activation side by side; attention holds none."""
+def _mlp_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Name and module of each MLP layer, and whether it is its MLP's last.
+
+    An MLP is what holds two or more linear layers and an activation side by side; attention holds none.
+    """
     for name, module in block.named_modules():
         children = dict(module.named_children())
         linear = {n: m for n, m in children.items() if isinstance(m, nn.Linear | Conv1D)}
         if len(linear) >= 2 and any(_is_activation(m) for m in children.values()):
             for child, layer in linear.items():
-                yield (f"{name}.{child}" if name else child), layer
+                yield (f"{name}.{child}" if name else child), layer, child == list(linear)[-1]
 
 
 def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
@@ -87,10 +90,11 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     hidden = model.config.get_text_config().hidden_size
     sites = []
     for number, block in enumerate(blocks):
-        for name, layer in _mlp_layers(block):
+        for name, layer, last in _mlp_layers(block):
             inside, outside = _features(layer)
             full = f"{prefix}.{number}.{name}"
-            sites.append(Site(full, number, inside, outside, isinstance(layer, Conv1D), outside == hidden != inside))
+            output = last and outside == hidden
+            sites.append(Site(full, number, inside, outside, isinstance(layer, Conv1D), output))
     if not sites:
         raise UserError(f"{type(model).__name__}: no MLP with linear layers found in its blocks, so no edit sites")
     return tuple(sites)

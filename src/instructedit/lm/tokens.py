@@ -119,7 +119,9 @@ def encode(
     truncated = 0
     for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
         name = where[i] if where else repr(pairs[i][0][-60:])
-        size = sum(end > len(pairs[i][0]) for _, end in offsets)
+        while ids and offsets[len(ids) - 1] == (0, 0):  # a special token after the answer is no part of it
+            ids = ids[:-1]
+        size = sum(end > len(pairs[i][0]) for _, end in offsets[: len(ids)])
         if not 0 < size < min(len(ids), max_length):
             raise UserError(
                 f"{name}: the answer {pairs[i][1][:40]!r} has {size} tokens, which leaves nothing of its prompt "

@@ -50,11 +50,16 @@ def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, star
     logits = lm.logits(tokens, edit, probes.owner, start).float()
     nll = F.cross_entropy(logits, tokens.answers, reduction="none")
     unwanted_at = probes.unwanted[tokens.rows]
-    # −log(1 − p) with p = exp(−nll); the clamp keeps it finite where p = 1.
-    unlike = -torch.log(-torch.expm1(-nll.clamp(min=1e-6)))
-    per_row = row_mean(torch.where(unwanted_at, unlike, nll), tokens.rows, len(tokens))
+    terms = nll.masked_scatter(unwanted_at, _unlikelihood(logits[unwanted_at], tokens.answers[unwanted_at]))
+    per_row = row_mean(terms, tokens.rows, len(tokens))
     sides = [_per_request(per_row, probes.owner, side, requests) for side in (~probes.unwanted, probes.unwanted)]
     return (sides[0] + weight * sides[1]).mean()
+
+
+def _unlikelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """−log(1 − p) of each token, from logits: finite and with the right slope also where p rounds to 1."""
+    others = logits.scatter(-1, tokens[:, None], -torch.inf)
+    return logits.logsumexp(-1) - others.logsumexp(-1)
 
 
 def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int) -> Tensor:
