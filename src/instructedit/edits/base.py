@@ -112,9 +112,9 @@ def load_edit(folder: str | Path) -> Edit:
     folder = Path(folder)
     try:
         meta = json.loads((folder / META).read_text())
+        kind = plugin(Edit, "instructedit.edits", meta["edit"])
         tensors = load_file(folder / TENSORS)
-        state = {name: tensors[name] for name in meta["tensors"]}  # in the order of the sites
-        return plugin(Edit, "instructedit.edits", meta["edit"]).from_state(state)
+        return kind.from_state({name: tensors[name] for name in meta["tensors"]})  # in the order of the sites
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no saved edit here ({Path(error.filename or TENSORS).name} is missing)") from error
     except Exception as error:

@@ -110,7 +110,8 @@ class FrozenLM:
         found: list[bool] = []
         handle = self.blocks[0].register_forward_hook(lambda block, args, output: found.append(type(output) is tuple))
         try:
-            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+            one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+            self.model(input_ids=one, attention_mask=one, use_cache=False)
         finally:
             handle.remove()
         return found[0]
