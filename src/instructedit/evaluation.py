@@ -202,8 +202,9 @@ def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: in
     for chunk in _chunks([n * 1000 + len(r["prompt"]) for n, r in zip(lengths, rows, strict=True)], size):
         # Room for the longest answer and for the model to stop or to run on.
         room = max(lengths[i] for i in chunk) + 4
-        worn = [rows[i]["owner"] for i in chunk]
-        with lm.edited(edit if edit is not None and edit.sites else None, worn):
+        # The rows' own edits, gathered once: generation runs the model for every token.
+        worn = edit[[rows[i]["owner"] for i in chunk]] if edit is not None and edit.sites else None
+        with lm.edited(worn):
             texts = lm.generate([rows[i]["prompt"] for i in chunk], max_new_tokens=min(room, lm.max_length // 2))
         for i, text in zip(chunk, texts, strict=True):
             rows[i][column] = text
@@ -219,7 +220,7 @@ def _fluency(
     fronts = [instructor.front(records[i].request, key=records[i].id) if instructor else plain for i in chosen]
     prompts = [front(records[i].request.prompt) for front, i in zip(fronts, chosen, strict=True)]
     tokens = min(settings.fluency_tokens, lm.max_length - max(len(lm.tokenizer(p)["input_ids"]) for p in prompts))
-    with torch.random.fork_rng(), lm.edited(edit if edit.sites else None, chosen):
+    with torch.random.fork_rng(), lm.edited(edit[chosen] if edit.sites else None):
         torch.manual_seed(settings.seed)
         texts = lm.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=5)
     view = "instructed" if instructor else "plain"

@@ -38,22 +38,22 @@ class Edit(ABC):
         """How many edits."""
 
     @abstractmethod
-    def __getitem__(self, index: int | slice) -> Self:
-        """The chosen edits; an int gives an edit of length one."""
+    def __getitem__(self, index: int | slice | list[int]) -> Self:
+        """The chosen edits, in that order; an int gives an edit of length one."""
 
     @abstractmethod
     def joined(self) -> Self:
         """One edit that does what all n do, for a model that should know them all."""
 
     @abstractmethod
-    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor) -> Tensor:
+    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         """The output of a site with the edits on.
 
         Args:
             site: Name of the layer.
             inputs: What the layer saw, [rows, seq, in].
             outputs: What the unedited layer gives, [rows, seq, out].
-            rows: Which edit each row wears, [rows].
+            rows: Which edit each row wears, [rows]; None: row i wears edit i, or all rows the only one.
 
         Returns:
             The edited output, [rows, seq, out].

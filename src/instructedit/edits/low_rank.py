@@ -41,7 +41,7 @@ class LowRankEdit(Edit):
     def __len__(self) -> int:
         return next(iter(self.factors.values())).a.shape[0]
 
-    def __getitem__(self, index: int | slice) -> Self:
+    def __getitem__(self, index: int | slice | list[int]) -> Self:
         if isinstance(index, int):
             if not -len(self) <= index < len(self):  # so that iteration ends
                 raise IndexError(f"edit {index} of {len(self)}")
@@ -53,11 +53,13 @@ class LowRankEdit(Edit):
             {site: Factors(f.a.flatten(0, 1)[None], f.b.flatten(0, 1)[None]) for site, f in self.factors.items()}
         )
 
-    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor) -> Tensor:
+    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         a, b = (f.to(inputs.dtype) for f in self.factors[site])
         if len(self) == 1:
             return outputs + inputs @ a[0].T @ b[0]
-        return torch.baddbmm(outputs, torch.bmm(inputs, a[rows].mT), b[rows])
+        if rows is not None:
+            a, b = a[rows], b[rows]
+        return torch.baddbmm(outputs, torch.bmm(inputs, a.mT), b)
 
     def delta(self, site: str) -> Tensor:
         a, b = self.factors[site]

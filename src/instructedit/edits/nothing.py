@@ -25,14 +25,16 @@ class NoEdit(Edit):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int | slice) -> Self:
+    def __getitem__(self, index: int | slice | list[int]) -> Self:
+        if isinstance(index, list):
+            return type(self)(len(index))
         chosen = range(self.count)[index]  # an IndexError ends iteration
         return type(self)(1 if isinstance(chosen, int) else len(chosen))
 
     def joined(self) -> Self:
         return type(self)(1)
 
-    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor) -> Tensor:
+    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         return outputs
 
     def delta(self, site: str) -> Tensor:

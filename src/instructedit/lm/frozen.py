@@ -177,7 +177,8 @@ class FrozenLM:
         if len(groups) == 1 or self._worn:  # edits that a caller put on know the batch as it is
             return self._logits(batch, edit, rows, start)
         if rows is None and edit is not None:
-            rows = _worn_rows(edit, len(batch), self.device)
+            _check_rows(edit, len(batch))
+            rows = torch.arange(len(edit), device=self.device).expand(len(batch))
         parts, places = [], []
         for group in groups:
             mine = None if rows is None else rows[group.to(rows.device)]
@@ -364,20 +365,19 @@ def _wear(
         return _wear(edit, site, rows, layer, (apart[0],), apart[1]).reshape(output.shape)
     count = inputs.shape[0]
     if rows is None:
-        rows = _worn_rows(edit, count, inputs.device)
+        _check_rows(edit, count)
     elif len(rows) != count:
         raise UserError(f"rows names the edits of {len(rows)} rows, the batch has {count}")
     return edit.change(site, inputs, output, rows)
 
 
-def _worn_rows(edit: Edit, count: int, device: torch.device) -> Tensor:
-    """Row i wears edit i, or all rows the only one."""
+def _check_rows(edit: Edit, count: int) -> None:
+    """Without further word row i wears edit i, or all rows the only one."""
     if len(edit) not in (1, count):
         raise UserError(
             f"{len(edit)} edits and a batch of {count} rows: say which edit each row wears (rows=[…]), choose "
             "edit[i], or join them by edit.joined()"
         )
-    return torch.arange(len(edit), device=device).expand(count)
 
 
 @contextmanager
