@@ -232,18 +232,18 @@ def test_experiment_demo(place, options, tmp_path):
     overrides = [o for o in options if o.startswith(("--model.lm", "--model.evaluation", "--data", "--trainer"))]
     overrides = [o for o in overrides if "root=" not in o]
     printed = said(
-        "experiment", "demo", "--rows=[unedited, instructedit, mend]", f"--root={place}/store", f"--out={tmp_path}/out",
+        "experiment", "demo", "--rows=[unedited, InstructEdit, MEND]", f"--root={place}/store", f"--out={tmp_path}/out",
         f"--overrides={overrides}", "--seeds=[3]",
     )  # fmt: skip
     names = {"table.md", "summary.csv", "differences.csv", "metrics.png", "areas.png"}
     assert names <= {path.name for path in (tmp_path / "out").iterdir()}
     table = (tmp_path / "out" / "table.md").read_text()
-    assert all(word in table for word in ("unedited", "instructedit", "mend", "CounterFact"))
-    assert "instructedit − mend" in printed
+    assert all(word in table for word in ("unedited", "InstructEdit", "MEND", "CounterFact"))
+    assert "InstructEdit − MEND" in printed
     found = runs(root=place / "store")
     parent = found[found["name"] == "demo"].iloc[0]
     children = found[found["parent"] == parent.run_id]
-    assert set(children["name"]) == {f"demo/{name}/seed-3" for name in ("unedited", "instructedit", "mend")}
+    assert set(children["name"]) == {f"demo/{name}/seed-3" for name in ("unedited", "InstructEdit", "MEND")}
     assert set(children["status"]) == {"FINISHED"} == {parent.status}
     assert artifact_path(parent.run_id, "figures/areas.png", place / "store").is_file()
     assert Path(artifact_path(parent.run_id, "table.md", place / "store")).read_text() == table

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
+from instructedit.console import console
 from instructedit.errors import UserError
 
 __all__ = ["edit", "experiment", "pretrain"]
@@ -90,13 +91,12 @@ def _edit(
 
 
 def _show_words(prompts: list[str], before: list[str], after: list[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("prompt", "before", "after")
     for row in zip(prompts, before, after, strict=True):
         table.add_row(*(text.strip() for text in row))
-    Console().print(table)
+    console().print(table)
 
 
 def _pretrain(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
+from instructedit.console import console
 from instructedit.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,11 +115,9 @@ class Experiment:
 
     def _run_row(self, row: Row, seed: int, parent: str) -> Any:
         """Fits and tests one row in one MLflow run; gives the Trainer that did."""
-        from rich.console import Console
-
         from instructedit.lightning_cli import run
 
-        Console().rule(f"{row.name}, seed {seed}")
+        console().rule(f"{row.name}, seed {seed}")
         own = REPOSITORY / "configs" / "editor" / self.scale / f"{row.editor}.yaml"
         editor = own if own.is_file() else REPOSITORY / "configs" / "editor" / f"{row.editor}.yaml"
         name = f"{self.name}/{row.name}/seed-{seed}"
@@ -154,7 +153,6 @@ class Experiment:
 
     def _report(self, results: dict[str, Result], titles: dict[str, str], parent: Any) -> DataFrame:
         import pandas as pd
-        from rich.console import Console
 
         from instructedit.analysis import area_maps, markdown_table, metric_bars, rich_table, save_figure
         from instructedit.analysis.summary import compare, summarise
@@ -175,17 +173,17 @@ class Experiment:
         (self.out / "table.md").write_text(f"# {self.title}\n\n{markdown_table(summary, titles=titles)}\n")
         parent.log_file(self.out / "table.md")
         parent.log_table(summary, "summary")
-        console = Console()
-        console.print(rich_table(summary, titles=titles))
+        out = console()
+        out.print(rich_table(summary, titles=titles))
         for row in differences.itertuples():
-            console.print(
+            out.print(
                 f"{row.method} − {row.baseline}, {titles.get(row.task, row.task)}, {row.metric}: "
                 f"{row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}], p = {row.p_value:.3f}"
             )
         if len(differences):
             differences.to_csv(self.out / "differences.csv", index=False)
             parent.log_table(differences, "differences")
-        console.print(
+        out.print(
             f"\ntables and figures: {self.out}/   runs: mlflow ui --backend-store-uri sqlite:///{self.root}/mlflow.db"
         )
         return summary

@@ -40,6 +40,7 @@ _LONGEST_VALUE = 6000  # characters that MLflow keeps of a parameter
 _LARGEST_BATCH = 100  # parameters, and tags, that MLflow takes at once
 _DATABASE = "mlflow.db"
 _PARENT = "mlflow.parentRunId"
+_KIND = "mlflow.experimentKind"  # which of its two faces the UI shows
 _MOST_RUNS = 50_000  # that MLflow finds at once
 _LISTED = 20  # names that an error lists: it stays one readable line
 
@@ -109,7 +110,9 @@ class MLflowTracker(MLFlowLogger):
             self._log(self._mlflow_client, {}, self.tags)
         else:
             with suppress(MlflowException):  # of several first runs at once, all but one find the experiment there
-                self._mlflow_client.create_experiment(self._experiment_name, self._artifact_location)
+                self._mlflow_client.create_experiment(
+                    self._experiment_name, self._artifact_location, {_KIND: "custom_model_development"}
+                )
 
     def _log(self, client: MlflowClient, params: dict[str, str], tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L  # noqa: N812
 
+from instructedit.console import console
 from instructedit.tracking import MLflowTracker
 
 
@@ -34,13 +35,12 @@ class PredictionTable(L.Callback):
         if not trainer.is_global_zero or not self.rows:
             return
         from pandas import DataFrame
-        from rich.console import Console
         from rich.table import Table
 
         table = Table("task", "prompt", "target", "before", "after")
         for row in [r for r in self.rows if r["before"] is not None][: self.shown]:
             words = [str(row[c]).strip().splitlines() for c in ("prompt", "answer", "before", "after")]
             table.add_row(row["task"], *(lines[-1] if lines else "" for lines in words))
-        Console().print(table)
+        console().print(table)
         if isinstance(trainer.logger, MLflowTracker):
             trainer.logger.log_table(DataFrame(self.rows), "predictions")

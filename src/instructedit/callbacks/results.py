@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L  # noqa: N812
 from torch import distributed
 
+from instructedit.console import console
 from instructedit.evaluation import Outcome, Row
 from instructedit.tracking import MLflowTracker
 
@@ -54,9 +55,7 @@ class ResultTables(L.Callback):
         self.summary = summarise(DataFrame(rows), self.method or pl_module.editor.name)
         titles = task_titles(trainer)
         if self.show:
-            from rich.console import Console
-
-            Console().print(rich_table(self.summary, titles=titles))
+            console().print(rich_table(self.summary, titles=titles))
         tracker = trainer.logger
         if isinstance(tracker, MLflowTracker):
             tracker.log_table(self.table, "probes")
