@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from instructedit.edits import Edit
 from instructedit.errors import UserError
+from instructedit.lm import hooks
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
 from instructedit.lm.sites import Site, add_to_weight, find_blocks, find_sites, select_sites
-from instructedit.lm.tokens import TokenBatch, encode
+from instructedit.lm.tokens import TokenBatch, encode, left_padded
 from instructedit.metrics import row_mean
 
 
@@ -37,10 +38,6 @@ class Captured:
     u: dict[str, Tensor]
     delta: dict[str, Tensor]
     loss: Tensor
-
-
-class _PrefixDone(Exception):  # noqa: N818 (a signal, not an error)
-    """Ends a forward pass at the block whose input was wanted."""
 
 
 class FrozenLM:
@@ -104,17 +101,9 @@ class FrozenLM:
         return find_blocks(self.model)[1]
 
     @functools.cached_property
-    @torch.no_grad()
-    def _blocks_give_tuples(self) -> bool:
-        """Whether a block returns a tuple that opens with the hidden states, or these alone: architectures differ."""
-        found: list[bool] = []
-        handle = self.blocks[0].register_forward_hook(lambda block, args, output: found.append(type(output) is tuple))
-        try:
-            one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-            self.model(input_ids=one, attention_mask=one, use_cache=False)
-        finally:
-            handle.remove()
-        return found[0]
+    def _tuples(self) -> bool:
+        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        return hooks.gives_tuple(self.blocks[0], lambda: self.model(input_ids=one, attention_mask=one, use_cache=False))
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -146,20 +135,10 @@ class FrozenLM:
 
     @torch.no_grad()
     def _prefix(self, batch: TokenBatch, block: int) -> Tensor:
-        found: list[Tensor] = []
+        return hooks.input_of(self.blocks[block], lambda: self._run(batch))
 
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(args[0] if args else kwargs["hidden_states"])
-            raise _PrefixDone
-
-        handle = self.blocks[block].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        except _PrefixDone:
-            pass
-        finally:
-            handle.remove()
-        return found[0]
+    def _run(self, batch: TokenBatch) -> Any:
+        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
 
     def logits(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
         """Logits at the answer positions.
@@ -177,7 +156,7 @@ class FrozenLM:
         if len(groups) == 1 or self._worn:  # edits that a caller put on know the batch as it is
             return self._logits(batch, edit, rows, start)
         if rows is None and edit is not None:
-            _check_rows(edit, len(batch))
+            hooks.check_rows(edit, rows, len(batch))
             rows = torch.arange(len(edit), device=self.device).expand(len(batch))
         parts, places = [], []
         for group in groups:
@@ -188,8 +167,14 @@ class FrozenLM:
 
     def _logits(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
         hidden = self.prefix(batch, start) if start else None
-        with self._edited(edit, rows), self._replayed(start, hidden):
-            return self._answers(batch)
+        with self._edited(edit, rows):
+            return self._answers(batch, start, hidden)
+
+    def _answers(self, batch: TokenBatch, start: int, hidden: Tensor | None) -> Tensor:
+        """Logits at the answer positions, [positions, vocab]."""
+        head = self.model.get_output_embeddings()
+        with hooks.replayed(self.blocks, start, hidden, self._tuples), hooks.head_at(head, batch.answer_at):
+            return self._run(batch).logits[0]
 
     def capture(self, batch: TokenBatch, sites: Sequence[str]) -> Captured:
         """What the edit loss of each row shows at the sites (DESIGN §4).
@@ -216,45 +201,12 @@ class FrozenLM:
             for site in sites:
                 handle = self.model.get_submodule(site).register_forward_hook(functools.partial(keep, site))
                 stack.callback(handle.remove)
-            stack.enter_context(self._replayed(start, hidden))
-            nll = F.cross_entropy(self._answers(batch).float(), batch.answers, reduction="none")
+            logits = self._answers(batch, start, hidden).float()
+            nll = F.cross_entropy(logits, batch.answers, reduction="none")
             loss = row_mean(nll, batch.rows, len(batch))
             grads = torch.autograd.grad(loss.sum(), [outputs[s] for s in sites])
         delta = {site: apart(grad) for site, grad in zip(sites, grads, strict=True)}
         return Captured({site: apart(u[site]) for site in sites}, delta, loss.detach())
-
-    def _answers(self, batch: TokenBatch) -> Tensor:
-        """The model's forward pass with its head at the answer positions alone, [positions, vocab]."""
-
-        def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            return (args[0][batch.answer_at][None],)
-
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
-        try:
-            output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        finally:
-            handle.remove()
-        return output.logits[0]
-
-    @contextmanager
-    def _replayed(self, start: int, hidden: Tensor | None) -> Iterator[None]:
-        """Blocks below `start` pass their input through, and block `start` is given `hidden`.
-
-        The model still builds its own masks and rotary tables, whatever its architecture.
-        """
-        if hidden is None:
-            yield
-            return
-
-        def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-        with ExitStack() as stack:
-            for block in self.blocks[:start]:
-                stack.enter_context(_passing(block, self._blocks_give_tuples))
-            handle = self.blocks[start].register_forward_pre_hook(give, with_kwargs=True)
-            stack.callback(handle.remove)
-            yield
 
     # -- edits ----------------------------------------------------------------------------------------------------
 
@@ -278,19 +230,15 @@ class FrozenLM:
 
     @contextmanager
     def _edited(self, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
-        with ExitStack() as stack:
-            if edit is not None:
-                self.first_block(edit.sites)
-                _ = self._blocks_give_tuples  # found out while the model wears nothing
-                for site in edit.sites:
-                    hook = functools.partial(_wear, edit, site, rows)
-                    stack.callback(self.model.get_submodule(site).register_forward_hook(hook).remove)
+        if edit is not None:
+            self.first_block(edit.sites)
+        _ = self._tuples  # found out while the model wears nothing
+        with hooks.worn(self.model, edit, rows):
             self._worn += 1
-            stack.callback(self._take_off)
-            yield
-
-    def _take_off(self) -> None:
-        self._worn -= 1
+            try:
+                yield
+            finally:
+                self._worn -= 1
 
     def merge(self, edit: Edit) -> PreTrainedModel:
         """A copy of the plain transformers model with the edit in its weights.
@@ -330,22 +278,13 @@ class FrozenLM:
         width = self.max_length - max_new_tokens
         if width < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {self.max_length} tokens")
-        encoded = self.tokenizer(several, verbose=False)["input_ids"]
-        if not all(encoded):
-            raise UserError("an empty prompt has nothing to continue")
-        longest = min(max(map(len, encoded)), width)
-        ids = torch.zeros(len(several), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(encoded):
-            kept = row[-longest:]
-            ids[i, longest - len(kept) :] = torch.tensor(kept)
-            mask[i, longest - len(kept) :] = 1
+        ids, mask = left_padded(self.tokenizer(several, verbose=False)["input_ids"], width)
         settings = {"do_sample": False, "pad_token_id": self._pad_id, **options}
         output = self.model.generate(
             input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
             **settings,
         )  # fmt: skip
-        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return texts[0] if isinstance(prompts, str) else texts
 
     @property
@@ -353,45 +292,3 @@ class FrozenLM:
         """GPT-2 and LLaMA have no padding token; masked positions may hold any."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
-
-
-def _wear(
-    edit: Edit, site: str, rows: Tensor | None, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
-    inputs = args[0]
-    if inputs.ndim == 2:  # an MLP that sees all rows as one, such as OPT's
-        count = len(edit) if rows is None else len(rows)
-        apart = [t.reshape(count, -1, t.shape[-1]) for t in (inputs, output)]
-        return _wear(edit, site, rows, layer, (apart[0],), apart[1]).reshape(output.shape)
-    count = inputs.shape[0]
-    if rows is None:
-        _check_rows(edit, count)
-    elif len(rows) != count:
-        raise UserError(f"rows names the edits of {len(rows)} rows, the batch has {count}")
-    return edit.change(site, inputs, output, rows)
-
-
-def _check_rows(edit: Edit, count: int) -> None:
-    """Without further word row i wears edit i, or all rows the only one."""
-    if len(edit) not in (1, count):
-        raise UserError(
-            f"{len(edit)} edits and a batch of {count} rows: say which edit each row wears (rows=[…]), choose "
-            "edit[i], or join them by edit.joined()"
-        )
-
-
-@contextmanager
-def _passing(block: nn.Module, as_tuple: bool) -> Iterator[None]:
-    """The block hands its input on."""
-    own = block.__dict__.get("forward")
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states,) if as_tuple else hidden_states
-
-    block.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del block.__dict__["forward"]
-        if own is not None:
-            block.__dict__["forward"] = own

@@ -16,6 +16,7 @@ from instructedit.errors import UserError
 
 #: Label of a position whose output nobody reads.
 IGNORE = -100
+_CUT = "some prompts are longer than the model's context or max_length and lose their beginning"
 
 
 @dataclass
@@ -130,10 +131,7 @@ def encode(
         truncated += len(ids) > max_length
         rows.append((ids[-max_length:], size))
     if truncated:
-        warnings.warn(
-            "some prompts are longer than max_length and lose their beginning (counted in data/truncated)",
-            stacklevel=2,
-        )
+        warnings.warn(f"{_CUT} (counted in data/truncated)", stacklevel=2)
     return _pad(rows, truncated)
 
 
@@ -147,3 +145,27 @@ def _pad(rows: list[tuple[list[int], int]], truncated: int) -> TokenBatch:
         mask[i, : len(ids)] = 1
         labels[i, len(ids) - size - 1 : len(ids) - 1] = input_ids[i, len(ids) - size : len(ids)]
     return TokenBatch(input_ids, mask, labels, truncated)
+
+
+def left_padded(prompts: Sequence[list[int]], max_length: int) -> tuple[Tensor, Tensor]:
+    """Prompts to be continued: ids and mask, both [rows, seq], padded on the left.
+
+    Args:
+        prompts: Token ids.
+        max_length: Tokens a prompt may have; a longer one loses its beginning.
+
+    Raises:
+        UserError: If a prompt is empty.
+    """
+    if not all(prompts):
+        raise UserError("an empty prompt has nothing to continue")
+    if max(map(len, prompts)) > max_length:
+        warnings.warn(_CUT, stacklevel=2)
+    width = min(max(map(len, prompts)), max_length)
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(prompts):
+        kept = row[-width:]
+        ids[i, width - len(kept) :] = torch.tensor(kept)
+        mask[i, width - len(kept) :] = 1
+    return ids, mask

@@ -1,0 +1,145 @@
+"""What is done to a model for the length of one forward pass. Each context leaves the model as it found it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instructedit.edits import Edit
+from instructedit.errors import UserError
+
+
+class _InputSeen(Exception):  # noqa: N818 (a signal, not an error)
+    """Ends a forward pass at the block whose input was wanted."""
+
+
+def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
+    """The hidden states that enter a block when `forward` runs the model; nothing above it runs."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _InputSeen
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        forward()
+    except _InputSeen:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+@contextmanager
+def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, as_tuple: bool) -> Iterator[None]:
+    """Blocks below `start` pass their input through, and block `start` is given `hidden`.
+
+    The model still builds its own masks and rotary tables, whatever its architecture.
+
+    Args:
+        blocks: All blocks of the model.
+        start: The first one that runs.
+        hidden: What enters it; None changes nothing.
+        as_tuple: Whether the model's blocks return a tuple.
+    """
+    if hidden is None:
+        yield
+        return
+
+    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    with ExitStack() as stack:
+        for block in blocks[:start]:
+            stack.enter_context(_passing(block, as_tuple))
+        stack.callback(blocks[start].register_forward_pre_hook(give, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def _passing(block: nn.Module, as_tuple: bool) -> Iterator[None]:
+    """The block hands its input on."""
+    own = block.__dict__.get("forward")
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden_states,) if as_tuple else hidden_states
+
+    block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del block.__dict__["forward"]
+        if own is not None:
+            block.__dict__["forward"] = own
+
+
+@contextmanager
+def head_at(head: nn.Module, where: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """The head sees the hidden states at the given rows and positions alone, as one row [1, positions, hidden]."""
+
+    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (args[0][where][None],)
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def worn(model: nn.Module, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
+    """The model's sites give the outputs of the edits that the rows wear."""
+    if edit is None:
+        yield
+        return
+    with ExitStack() as stack:
+        for site in edit.sites:
+            hook = functools.partial(_wear, edit, site, rows)
+            stack.callback(model.get_submodule(site).register_forward_hook(hook).remove)
+        yield
+
+
+def _wear(
+    edit: Edit, site: str, rows: Tensor | None, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    inputs = args[0]
+    if inputs.ndim == 2:  # an MLP that sees all rows as one, such as OPT's
+        count = len(edit) if rows is None else len(rows)
+        apart = [t.reshape(count, -1, t.shape[-1]) for t in (inputs, output)]
+        return _wear(edit, site, rows, layer, (apart[0],), apart[1]).reshape(output.shape)
+    check_rows(edit, rows, inputs.shape[0])
+    return edit.change(site, inputs, output, rows)
+
+
+def check_rows(edit: Edit, rows: Tensor | None, count: int) -> None:
+    """Whether a batch of `count` rows can wear the edits; without further word row i wears edit i, or all the only one.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    if rows is None and len(edit) not in (1, count):
+        raise UserError(
+            f"{len(edit)} edits and a batch of {count} rows: say which edit each row wears (rows=[…]), choose "
+            "edit[i], or join them by edit.joined()"
+        )
+    if rows is not None and len(rows) != count:
+        raise UserError(f"rows names the edits of {len(rows)} rows, the batch has {count}")
+
+
+def gives_tuple(block: nn.Module, forward: Callable[[], Any]) -> bool:
+    """Whether a block returns a tuple that opens with the hidden states, or these alone: architectures differ."""
+    found: list[bool] = []
+    handle = block.register_forward_hook(lambda module, args, output: found.append(type(output) is tuple))
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        handle.remove()
+    return found[0]
