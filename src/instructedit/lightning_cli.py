@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -189,8 +190,8 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*is an instance of `nn.Module` and is already saved during checkpointing.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
-        ".*tip.*litlogger.*",
-        ".*litmodels.*",
         ".*args parameter is intended to run from within Python.*",
     ):
         warnings.filterwarnings("ignore", message)
+    # Lightning's advertisements come as log messages.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from instructedit.errors import UserError
 
@@ -36,6 +37,8 @@ def load_model(
         raise UserError(f"no model {name!r}: neither embedded ({known}), nor a local folder, nor a hub id owner/name")
     if local.exists() and not (local / "config.json").is_file():
         raise UserError(f"{source}: no model here (config.json is missing)")
+    if name in EMBEDDED:  # too quick for a progress bar
+        logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=kind, revision=revision, use_safetensors=True, trust_remote_code=False
@@ -44,6 +47,8 @@ def load_model(
     except Exception as error:  # transformers, tokenizers and safetensors each raise their own
         reason = next(iter(str(error).strip().splitlines()), "")
         raise UserError(f"model {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+    finally:
+        logging.enable_progress_bar()
     if not tokenizer.is_fast:
         raise UserError(f"model {name!r}: its tokenizer knows no character offsets (a fast tokenizer is needed)")
     return model, tokenizer
