@@ -27,7 +27,7 @@ class Row:
     Attributes:
         name: What it is called in tables.
         editor: Name of its config under configs/editor/; ``configs/editor/<scale>/`` comes first.
-        fit: Whether the editor is trained before it is tested.
+        fit: Whether the editor is trained before it is tested; if not, one seed is enough.
         overrides: Its own further options.
     """
 
@@ -108,7 +108,7 @@ class Experiment:
             titles: dict[str, str] = {}
             for row in self.rows:
                 results[row.name] = Result()
-                for seed in self.seeds:
+                for seed in self.seeds if row.fit else self.seeds[:1]:
                     trainer = self._run_row(row, seed, str(parent.run_id))
                     self._collect(trainer, results[row.name], titles)
             return self._report(results, titles, parent)

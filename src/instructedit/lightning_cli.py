@@ -90,6 +90,10 @@ class EditingCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(EditingAreaDump, "areas")
 
+    def test(self, **options: Any) -> None:
+        """`Trainer.test` without its own table of bare means: ours has intervals."""
+        self.trainer.test(**{**options, "verbose": False})
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Errors in the arguments are one line."""
         try:
