@@ -171,7 +171,7 @@ def test_the_same_seed_gives_the_same_editor_and_another_another(options):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(options, monkeypatch, tmp_path):
-    def broken(lm, edit, batch):
+    def broken(lm, edit, batch, *weights):
         nothing = sum(f.b.sum() for f in edit.factors.values()) * float("nan")
         return EditingLoss(nothing, nothing)
 

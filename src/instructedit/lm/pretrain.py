@@ -85,6 +85,7 @@ def new_model(recipe: Recipe, eos: int) -> PreTrainedModel:
         return GPT2LMHeadModel(
             GPT2Config(
                 n_embd=recipe.width, n_layer=recipe.layers, n_head=recipe.heads, n_positions=recipe.context,
+                activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one fused operation
                 embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, **common,
             )
         )  # fmt: skip
