@@ -175,6 +175,17 @@ def test_saved_areas_come_back_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(areas.norms[site], loaded.norms[site])
 
 
+def test_half_the_bytes_keep_three_digits(tmp_path: Path) -> None:
+    areas = EditingAreas.from_factors(["1", "2"], ["a", "b"], {SITE: (torch.randn(2, 3, 200), torch.randn(2, 3, 300))})
+    sizes = []
+    for half in (False, True):
+        areas.save(tmp_path / "areas.safetensors", half=half)
+        sizes.append((tmp_path / "areas.safetensors").stat().st_size)
+    loaded = EditingAreas.load(tmp_path / "areas.safetensors")
+    assert sizes[1] < 0.6 * sizes[0]
+    torch.testing.assert_close(cosines(loaded, SITE), cosines(areas, SITE), atol=2e-3, rtol=0)
+
+
 def test_unreadable_files_give_one_line(tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
     planted(2).save(whole)

@@ -27,7 +27,7 @@ class EditingAreaDump(L.Callback):
         max_rank: Keep each area's leading directions up to this rank; all by default.
     """
 
-    def __init__(self, records_per_task: int = 60, max_rank: int | None = 16) -> None:
+    def __init__(self, records_per_task: int = 60, max_rank: int | None = 8) -> None:
         self.records_per_task, self.max_rank = records_per_task, max_rank
         self.parts: list[EditingAreas] = []
         self.seen: Counter[str] = Counter()
@@ -64,7 +64,7 @@ class EditingAreaDump(L.Callback):
         if isinstance(tracker, MLflowTracker):
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder, "areas.safetensors")
-                self.areas.save(file)
+                self.areas.save(file, half=True)
                 tracker.log_file(file, "areas")
             if len(self.areas) >= 5:
                 tracker.log_figure(area_maps({pl_module.editor.name: self.areas}), "areas")
