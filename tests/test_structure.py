@@ -25,7 +25,7 @@ from instructedit.tasks import Task
 SOURCE = Path(instructedit.__file__).parent
 TREES = {file.relative_to(SOURCE).as_posix(): ast.parse(file.read_text()) for file in sorted(SOURCE.rglob("*.py"))}
 
-#: DESIGN, section 2, from the top down; a floor imports from itself and from those after it.
+#: The floors of the package, from the top down; a floor imports from itself and from those after it.
 FLOORS = (
     "cli", "training", "callbacks", "evaluation", "editors", "data", "lm", "analysis", "tasks", "instructions", "edits",
     "metrics", "tracking", "records",

@@ -60,7 +60,7 @@ def _edit(
         editor: A trained editor (folder, checkpoint or hub id), or the name of a method that needs no training.
         lm: tiny, tiny-llama, a local folder, or a hub id.
         task: Name of the editing task, for editors that read instructions.
-        description: Id of the instruction's description; the first training one by default.
+        description: Id of the instruction's description; by default one that training uses, always the same.
         slots: Values of the task's instruction slots, e.g. '{"LABEL": "positive", "TOPIC": "tea"}'.
         ask: Further prompts to ask before and after.
         max_new_tokens: Length of the answers.
@@ -70,9 +70,7 @@ def _edit(
     import instructedit as ie
 
     model = ie.FrozenLM.from_pretrained(lm)
-    built = editor in ie.editor_names()
-    if not built and not Path(editor).exists() and "/" not in editor:
-        ie.build_editor(editor, model)  # says which there are
+    built = editor in ie.editor_names() or not (Path(editor).exists() or "/" in editor)
     method = ie.build_editor(editor, model) if built else ie.load_editor(editor, model)
     if built and method.trainable:
         raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")

@@ -10,8 +10,7 @@ from instructedit.errors import UserError
 
 ProbeKind = Literal["reliability", "generalization", "locality", "portability", "wanted", "opposite"]
 
-#: Probes inside the edit's scope: the edited model should give the probe's answer (``wanted`` and ``opposite``
-#: are ConvSent's replies with the wanted sentiment and with the other one).
+#: Every kind of probe; ``wanted`` and ``opposite`` are ConvSent's replies with the wanted sentiment and with the other.
 KINDS: tuple[str, ...] = get_args(ProbeKind)
 
 

@@ -96,7 +96,7 @@ class Editor(nn.Module, ABC):
 
         Args:
             requests: n edit requests: n separate edits.
-            description: Id of the instruction's description; by default the first one that training uses.
+            description: Id of the instruction's description; by default one that training uses, always the same.
 
         Raises:
             UserError: If the editor takes instructions and a request names no task, or a target does not fit.

@@ -25,7 +25,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class LowRankEdit(Edit):
-    """n low-rank edits: y = W x + Σ_t b_t (a_tᵀ x), for each row with its own factors (DESIGN §1).
+    """n low-rank edits: y = W x + Σ_t b_t (a_tᵀ x), for each row with its own factors.
 
     Attributes:
         factors: Site → its factors. All sites hold the same number of edits; the rank may differ.

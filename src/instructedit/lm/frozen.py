@@ -177,7 +177,7 @@ class FrozenLM:
             return self._run(batch).logits[0]
 
     def capture(self, batch: TokenBatch, sites: Sequence[str]) -> Captured:
-        """What the edit loss of each row shows at the sites (DESIGN §4).
+        """What the edit loss of each row shows at the sites.
 
         Only the blocks from the first site upward run forward and backward, and no weight gets a gradient.
 

@@ -1,4 +1,4 @@
-"""The prefix cache: hidden states below the first edited block, which no edit ever changes (DESIGN §1)."""
+"""The prefix cache: hidden states below the first edited block, which no edit ever changes."""
 
 from __future__ import annotations
 

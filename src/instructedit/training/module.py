@@ -82,7 +82,6 @@ class EditingModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.strict_loading = True
         self._lm = [FrozenLM.from_pretrained(**asdict(lm))]
         self.editor = editor.bind(self.lm)
         self.evaluation = evaluation
@@ -114,7 +113,7 @@ class EditingModule(L.LightningModule):
         self.lm.to(self.device)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
-        """c_edit · L_e + c_loc · KL of one batch of different edits (DESIGN §4)."""
+        """c_edit · L_e + c_loc · KL of one batch of different edits."""
         edit = self.editor.make(batch.requests)
         edit_loss, locality = editing_loss(self.lm, edit, batch, self.hparams["c_unlikelihood"])
         loss = self.hparams["c_edit"] * edit_loss + self.hparams["c_loc"] * locality
