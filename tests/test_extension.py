@@ -39,7 +39,7 @@ class Nudge(Editor):
     """
 
     name: ClassVar[str] = "toy_nudge"
-    trainable: ClassVar[bool] = True
+    trainable = True
 
     def __init__(self, strength: float = 0.1):
         super().__init__(blocks=[-1])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from jsonargparse import auto_cli
 
 from instructedit.console import console
 from instructedit.errors import UserError
 
-__all__ = ["edit", "experiment", "pretrain"]
+__all__ = ["covariance", "edit", "experiment", "pretrain"]
 
 
 def _command(function: Callable[..., None], args: list[str], positional: bool = False) -> int:
@@ -27,6 +27,11 @@ def _command(function: Callable[..., None], args: list[str], positional: bool = 
 def edit(args: list[str]) -> int:
     """Make one edit and see what the model says before and after."""
     return _command(_edit, args)
+
+
+def covariance(args: list[str]) -> int:
+    """Measure what an LM's layers see over plain text, for ROME and MEMIT."""
+    return _command(_covariance, args)
 
 
 def experiment(args: list[str]) -> int:
@@ -45,6 +50,7 @@ def _edit(
     editor: str,
     lm: str = "tiny",
     task: str | None = None,
+    subject: str | None = None,
     description: str | None = None,
     slots: dict[str, str] | None = None,
     ask: list[str] | None = None,
@@ -60,6 +66,7 @@ def _edit(
         editor: A trained editor (folder, checkpoint or hub id), or the name of a method that needs no training.
         lm: tiny, tiny-llama, a local folder, or a hub id.
         task: Name of the editing task, for editors that read instructions.
+        subject: The entity in the prompt that the edit is about, for ROME and MEMIT.
         description: Id of the instruction's description; by default one that training uses, always the same.
         slots: Values of the task's instruction slots, e.g. '{"LABEL": "positive", "TOPIC": "tea"}'.
         ask: Further prompts to ask before and after.
@@ -74,7 +81,7 @@ def _edit(
     method = ie.build_editor(editor, model) if built else ie.load_editor(editor, model)
     if built and method.trainable:
         raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")
-    request = ie.EditRequest(prompt, target, task=task, slots=slots or {})
+    request = ie.EditRequest(prompt, target, task=task, subject=subject, slots=slots or {})
     change = method.edit([request], description=description)
     prompts = [prompt, *(ask or [])]
     before = model.generate(prompts, max_new_tokens=max_new_tokens)
@@ -95,6 +102,45 @@ def _show_words(prompts: list[str], before: list[str], after: list[str]) -> None
     for row in zip(prompts, before, after, strict=True):
         table.add_row(*(text.strip() for text in row))
     console().print(table)
+
+
+def _covariance(
+    lm: str = "tiny",
+    editor: Literal["rome", "memit"] = "rome",
+    text: str = "tiny",
+    tokens: int = 100_000,
+    blocks: list[int] | None = None,
+    site_names: list[str] | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> None:
+    """Computes the second moments C = E[u uᵀ] that ROME and MEMIT need, once; they are kept on disk.
+
+    Kept under $INSTRUCTEDIT_CACHE (by default ~/.cache/instructedit), for each model, layer, text and number of tokens.
+    The text is streamed, so any length fits. Editors with the same options find them there.
+
+    Args:
+        lm: tiny, tiny-llama, a local folder, or a hub id.
+        editor: Whose layers; the other options are those of that editor.
+        text: tiny (the embedded corpus), a file (.txt, blank lines part the texts; or .jsonl with a field "text"; also
+            as .gz or .xz), or a dataset on the hub.
+        tokens: So many tokens of it.
+        blocks: Blocks, negative from the top; by default as far up as in the method's paper.
+        site_names: Names or patterns of the layers within them; by default the output projections.
+        dtype: Of the LM's weights and forward pass.
+        device: Where the LM runs, e.g. cuda.
+    """
+    import instructedit as ie
+    from instructedit.lm.moments import moments_file, second_moments
+
+    model = ie.FrozenLM.from_pretrained(lm, dtype, device)
+    method = ie.build_editor(editor, model, text=text, tokens=tokens, blocks=blocks, site_names=site_names)
+    names = [site.name for site in method.sites]
+    known = [name for name in names if moments_file(model, name, text, tokens).is_file()]
+    for name, moment in second_moments(model, names, text, tokens).items():
+        size = moments_file(model, name, text, tokens).stat().st_size / 1e6
+        state = "was there" if name in known else "computed"
+        print(f"{name}: {moment.shape[0]} × {moment.shape[1]}, {size:.1f} MB, {state}, trace {moment.trace():.4g}")
 
 
 def _pretrain(
@@ -132,8 +178,12 @@ def _experiment(
     root: str = "mlruns",
     out: str | None = None,
     overrides: list[str] | None = None,
+    fresh: bool = False,
 ) -> None:
     """Runs the rows of ``experiments/<name>/grid.yaml`` and puts them side by side.
+
+    What the store has already is used again, so that a killed experiment goes on where it stopped: runs that are
+    whole, and were made by the same options, configs and code.
 
     Args:
         name: Of the experiment's folder under experiments/.
@@ -143,8 +193,8 @@ def _experiment(
         root: Folder of the MLflow store.
         out: Folder for tables and figures; outputs/<name> by default.
         overrides: Further options for every run, e.g. '["--trainer.max_steps=20"]'.
+        fresh: Run everything anew, for instance because a dataset or a local LM has changed.
     """
     from instructedit.experiment import Experiment
 
-    options: dict[str, Any] = {"scale": scale, "seeds": seeds, "rows": rows, "root": root, "out": out}
-    Experiment.load(name, **options, overrides=overrides or []).run()
+    Experiment.load(name, scale, seeds, rows, root, out, overrides, fresh).run()

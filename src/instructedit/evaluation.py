@@ -129,7 +129,7 @@ def _score(
     lm: FrozenLM, edit: Edit, asked: list[_Asked], records: Sequence[EditRecord], size: int
 ) -> list[dict[str, float]]:
     """Teacher-forced scores before and after the edit, in the order of `asked`."""
-    start = lm.first_block(edit.sites) if edit.sites else 0
+    start = lm.first_block(edit.sites)
     scores: list[dict[str, float]] = [{} for _ in asked]
     for chunk in _chunks([len(a.prompt) + len(a.answer) for a in asked], size):
         pairs = [(asked[i].prompt, asked[i].answer) for i in chunk]
@@ -137,7 +137,7 @@ def _score(
         tokens = lm.encode(pairs, names)
         owner = torch.tensor([asked[i].owner for i in chunk], device=lm.device)
         before = lm.logits(tokens, start=start)
-        after = lm.logits(tokens, edit, owner, start) if edit.sites else before
+        after = before if edit.changes_nothing else lm.logits(tokens, edit, owner, start)
         for i, score in zip(chunk, _compare(tokens, before, after), strict=True):
             scores[i] = score
     return scores
@@ -203,7 +203,7 @@ def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: in
         # Room for the longest answer and for the model to stop or to run on.
         room = max(lengths[i] for i in chunk) + 4
         # The rows' own edits, gathered once: generation runs the model for every token.
-        worn = edit[[rows[i]["owner"] for i in chunk]] if edit is not None and edit.sites else None
+        worn = edit[[rows[i]["owner"] for i in chunk]] if edit is not None and not edit.changes_nothing else None
         with lm.edited(worn):
             texts = lm.generate([rows[i]["prompt"] for i in chunk], max_new_tokens=min(room, lm.max_length // 2))
         for i, text in zip(chunk, texts, strict=True):
@@ -220,7 +220,7 @@ def _fluency(
     fronts = [instructor.front(records[i].request, key=records[i].id) if instructor else plain for i in chosen]
     prompts = [front(records[i].request.prompt) for front, i in zip(fronts, chosen, strict=True)]
     tokens = min(settings.fluency_tokens, lm.max_length - max(len(lm.tokenizer(p)["input_ids"]) for p in prompts))
-    with torch.random.fork_rng(), lm.edited(edit[chosen] if edit.sites else None):
+    with torch.random.fork_rng(), lm.edited(None if edit.changes_nothing else edit[chosen]):
         torch.manual_seed(settings.seed)
         texts = lm.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=5)
     view = "instructed" if instructor else "plain"

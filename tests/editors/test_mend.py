@@ -21,9 +21,9 @@ from tests.reference import (
 )
 
 from instructedit.editors import build_editor, normalizer
+from instructedit.editors.losses import editing_loss
 from instructedit.editors.normalizer import RunningNorm
 from instructedit.lm import TokenBatch
-from instructedit.training.losses import editing_loss
 
 CASES = [
     Case("The capital of France is", "Lyon", (("France's capital is", "Lyon"),), (), (("Who", "he and she"),)),

@@ -7,18 +7,24 @@ from tests.conftest import ARCHITECTURES, random_lm
 from tests.reference import Case, assert_untouched, footprint, training_batch
 
 from instructedit.editors import Editor, build_editor, editor_names, load_editor
+from instructedit.editors.losses import LossWeights, scope_loss
+from instructedit.edits import ContextEdit
 from instructedit.errors import UserError
 from instructedit.records import EditRequest
 from instructedit.registry import plugin
-from instructedit.training.losses import editing_loss, scope_loss
 
 #: Small options for methods whose defaults are too large for a test, or whose untrained edits too weak to be seen.
 OPTIONS = {"mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05}}
+#: Methods whose untrained edits change nothing: they are tested as if training had moved them.
+STARTS_AS_NOTHING = ("calinet_trained", "serac")
 REQUESTS = [
-    EditRequest("The capital of France is", "Lyon", task="counterfact"),
-    EditRequest("Who", "the man of the sea", task="zsre"),
-    EditRequest("The people of the city like", "cats", task="convsent", slots={"LABEL": "positive", "TOPIC": "cats"}),
-]
+    EditRequest("The capital of France is", "Lyon", task="counterfact", subject="France"),
+    EditRequest("Who", "the man of the sea", task="zsre", subject="Who"),
+    EditRequest(
+        "The people of the city like", "cats", task="convsent", subject="the city",
+        slots={"LABEL": "positive", "TOPIC": "cats"},
+    ),
+]  # fmt: skip
 PAIRS = [(request.prompt, request.target) for request in REQUESTS]
 FLOAT32 = {"atol": 1e-4, "rtol": 1e-3}
 
@@ -27,7 +33,11 @@ pytestmark = pytest.mark.parametrize("name", editor_names())
 
 def built(name, lm, **options):
     torch.manual_seed(0)
-    return build_editor(name, lm, **OPTIONS.get(name, {}), **options)
+    editor = build_editor(name, lm, **OPTIONS.get(name, {}), **options)
+    if name in STARTS_AS_NOTHING:
+        for parameter in editor.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    return editor
 
 
 @pytest.fixture
@@ -83,7 +93,7 @@ def test_a_batch_of_edits_is_its_edits_one_by_one(name, lm, editor):
 
 def test_the_edit_of_nothing_is_the_model(name, lm, editor):
     edit = editor.edit(REQUESTS)
-    if edit.sites:
+    if not edit.changes_nothing:
         edit = edit.map(torch.zeros_like)
     assert torch.equal(logits(lm, edit), logits(lm, None))
 
@@ -138,6 +148,8 @@ def test_the_edit_teaches(name, lm, editor):
     if name == "unedited":
         pytest.skip("teaches nothing")
     batch = training_batch(lm, [Case(*pair, locality=(("It was", "so"),)) for pair in PAIRS])
+    if isinstance(editor.edit(REQUESTS), ContextEdit) and not editor.trainable:
+        pytest.skip("a random LM learns nothing from what it reads first")
     if not editor.trainable:
         before, after = (scope_loss(lm, worn, batch.in_scope, 3, 0) for worn in (None, editor.edit(REQUESTS)))
         assert after < before
@@ -146,7 +158,7 @@ def test_the_edit_teaches(name, lm, editor):
     losses = []
     for _ in range(4):
         adam.zero_grad()
-        losses.append(sum(editing_loss(lm, editor.make(batch.requests), batch)))
+        losses.append(editor.objective(batch, LossWeights(1.0, 1.0))["loss"])
         losses[-1].backward()
         adam.step()
     assert losses[-1] < losses[0]

@@ -5,8 +5,8 @@ import torch
 from tests.conftest import random_lm
 from tests.reference import Case, dense, divergence, outer_losses, plain_model, random_factors, training_batch
 
+from instructedit.editors.losses import editing_loss, locality_loss, scope_loss
 from instructedit.edits import Factors, LowRankEdit
-from instructedit.training.losses import editing_loss, locality_loss, scope_loss
 
 LYON = Case("The capital of France is", "Lyon", (("France's capital is", "the city of Lyon"), ("Where", "there")))
 WHO = Case(

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from instructedit.editors.losses import EditingLoss
 from instructedit.errors import UserError
 from instructedit.lightning_cli import run
 from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.training import module as training
-from instructedit.training.losses import EditingLoss
 
 QUIET = [
     "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",

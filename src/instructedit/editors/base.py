@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from instructedit.data.batch import RequestBatch, batch_requests, plain
+from instructedit.data.batch import EditBatch, RequestBatch, batch_requests, plain
+from instructedit.editors.losses import LossWeights, editing_loss
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor
@@ -33,13 +34,18 @@ class Editor(nn.Module, ABC):
 
     Args:
         instructions: Put the task's instruction in front of every request.
-        blocks: Blocks whose layers are edited, negative from the top.
-        site_names: Names or patterns of the edited layers within them; None means all MLP layers.
+        blocks: Blocks whose layers are edited, negative from the top; None means the method's own (`PAPER_BLOCKS`), or
+            else all.
+        site_names: Names or patterns of the edited layers within them; None means the method's own kind of layer.
     """
 
     name: ClassVar[str] = ""
     #: Whether `fit` can train it; else it is used as it is built.
-    trainable: ClassVar[bool] = False
+    trainable: bool = False
+    #: The blocks that the method's paper edits, and how many its model has; at other depths those as far up.
+    PAPER_BLOCKS: ClassVar[tuple[tuple[int, ...], int] | None] = None
+    #: Whether the method's own kind of layer is the MLP's output projection alone, rather than all its layers.
+    OUTPUT_SITES: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -72,9 +78,19 @@ class Editor(nn.Module, ABC):
             UserError: If the LM has no such sites.
         """
         self._lm = [lm]
-        self.sites = lm.select(self.site_names, self.blocks)
+        self.sites = lm.select(self.site_names, self._blocks(lm))
+        if self.OUTPUT_SITES and self.site_names is None:
+            self.sites = tuple(site for site in self.sites if site.output)
+        if not self.sites:
+            raise UserError(f"editor {self.name!r}: {lm.name} has no layer of the kind that it edits in these blocks")
         self.build()
         return self.to(lm.device)
+
+    def _blocks(self, lm: FrozenLM) -> Sequence[int] | None:
+        if self.blocks is not None or self.PAPER_BLOCKS is None:
+            return self.blocks
+        blocks, depth = self.PAPER_BLOCKS
+        return sorted({block * len(lm.blocks) // depth for block in blocks})
 
     def build(self) -> None:
         """Makes the parts whose shapes depend on ``self.sites``. Called once, by `bind`."""
@@ -82,6 +98,22 @@ class Editor(nn.Module, ABC):
     @abstractmethod
     def make(self, batch: RequestBatch) -> Edit:
         """N requests → n edits, with gradients to the editor's parameters where it has any."""
+
+    def make_together(self, batch: RequestBatch) -> Edit:
+        """N requests → one edit that serves them all. A method that solves for many at once says how."""
+        return self.make(batch).joined()
+
+    def objective(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
+        """The outer loss of a training step, ``loss``, and the parts of it to be logged; scalars.
+
+        By default MEND's (its section 3.2): c_edit · L_e + c_loc · KL.
+        """
+        edit, locality = editing_loss(self.lm, self.make(batch.requests), batch, weights.unlikelihood)
+        loss = weights.edit * edit + weights.locality * locality
+        return {"loss": loss, "edit_loss": edit, "locality_loss": locality}
+
+    def validated(self, scores: Mapping[str, float]) -> None:
+        """Told after each validation in training: metric → mean over the tasks, 0..100."""
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by the learning rate that they take: ``network`` and ``edit_rates``."""
@@ -91,12 +123,14 @@ class Editor(nn.Module, ABC):
         """Small tensors that training must move; a guard stops a run in which they stand still."""
         return {}
 
-    def edit(self, requests: Sequence[EditRequest], description: str | None = None) -> Edit:
+    def edit(self, requests: Sequence[EditRequest], description: str | None = None, together: bool = False) -> Edit:
         """Makes edits for a user's requests; nothing is applied yet.
 
         Args:
             requests: n edit requests: n separate edits.
             description: Id of the instruction's description; by default one that training uses, always the same.
+            together: Make one edit that serves all requests instead (MEMIT solves for them at once; the edits of
+                most methods are joined).
 
         Raises:
             UserError: If the editor takes instructions and a request names no task, or a target does not fit.
@@ -105,7 +139,8 @@ class Editor(nn.Module, ABC):
         self.eval()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                return self.make(self.requests(requests, self.instructor(description=description))).detach()
+                batch = self.requests(requests, self.instructor(description=description))
+                return (self.make_together(batch) if together else self.make(batch)).detach()
         finally:
             self.train(was_training)
 
@@ -160,6 +195,8 @@ class Editor(nn.Module, ABC):
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 

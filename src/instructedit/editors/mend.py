@@ -66,7 +66,7 @@ class Mend(Editor):
     """
 
     name: ClassVar[str] = "mend"
-    trainable: ClassVar[bool] = True
+    trainable = True
 
     def __init__(
         self,

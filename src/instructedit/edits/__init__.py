@@ -1,7 +1,14 @@
 """What an edit is: values that change the outputs of a model's sites. Knows no model."""
 
 from instructedit.edits.base import Edit, load_edit
+from instructedit.edits.codebook import CodebookEdit
+from instructedit.edits.context import ContextEdit, Gate
+from instructedit.edits.dense import DenseEdit
 from instructedit.edits.low_rank import Factors, LowRankEdit, stack
 from instructedit.edits.nothing import NoEdit
+from instructedit.edits.slots import SlotEdit, Slots
 
-__all__ = ["Edit", "Factors", "LowRankEdit", "NoEdit", "load_edit", "stack"]
+__all__ = [
+    "CodebookEdit", "ContextEdit", "DenseEdit", "Edit", "Factors", "Gate", "LowRankEdit", "NoEdit", "SlotEdit", "Slots",
+    "load_edit", "stack",
+]  # fmt: skip

@@ -27,6 +27,13 @@ class Edit(ABC):
     """
 
     name: ClassVar[str] = ""
+    #: Whether the edits are changes of weights, which a model can hold for good.
+    is_weights: ClassVar[bool] = False
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether a model that wears the edits says what it says anyway."""
+        return False
 
     @property
     @abstractmethod
@@ -59,13 +66,13 @@ class Edit(ABC):
             The edited output, [rows, seq, out].
         """
 
-    @abstractmethod
     def delta(self, site: str) -> Tensor:
         """The dense change of the layer's weight, [n, out, in].
 
         Raises:
             UserError: If this sort of edit is no change of weights.
         """
+        raise UserError(f"an edit of the sort {self.name!r} is no change of weights; it can only be worn")
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -85,8 +92,13 @@ class Edit(ABC):
         return self.map(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The same edits on another device or in another dtype."""
-        return self.map(lambda t: t.to(*args, **kwargs))
+        """The same edits on another device or in another dtype (integers keep theirs)."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            target = torch.empty(0, device=tensor.device).to(*args, **kwargs)
+            return tensor.to(target.device, target.dtype if tensor.is_floating_point() else None)
+
+        return self.map(moved)
 
     def save_pretrained(self, folder: str | Path, **meta: str) -> None:
         """Writes the edits to a folder, for `load_edit`.
@@ -119,6 +131,18 @@ def load_edit(folder: str | Path) -> Edit:
         raise UserError(f"{folder}: no saved edit here ({Path(error.filename or TENSORS).name} is missing)") from error
     except Exception as error:
         raise UserError(f"{folder}: damaged edit: {error}") from error
+
+
+def as_list(index: int | slice | list[int], count: int) -> list[int]:
+    """What an index of `Edit.__getitem__` chooses of `count` edits.
+
+    Raises:
+        IndexError: Outside them, so that iteration ends.
+    """
+    if isinstance(index, list):
+        return index
+    chosen = range(count)[index]
+    return [chosen] if isinstance(chosen, int) else list(chosen)
 
 
 def pad_to(tensor: Tensor, size: int, dim: int) -> Tensor:

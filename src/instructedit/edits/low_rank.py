@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from instructedit.edits.base import Edit, pad_to
+from instructedit.edits.base import Edit, as_list, pad_to
 from instructedit.errors import UserError
 
 
@@ -33,6 +33,7 @@ class LowRankEdit(Edit):
 
     factors: Mapping[str, Factors]
     name: ClassVar[str] = "low_rank"
+    is_weights = True
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -42,11 +43,8 @@ class LowRankEdit(Edit):
         return next(iter(self.factors.values())).a.shape[0]
 
     def __getitem__(self, index: int | slice | list[int]) -> Self:
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):  # so that iteration ends
-                raise IndexError(f"edit {index} of {len(self)}")
-            index = slice(index % len(self), index % len(self) + 1)
-        return type(self)({site: Factors(f.a[index], f.b[index]) for site, f in self.factors.items()})
+        chosen = as_list(index, len(self))
+        return type(self)({site: Factors(f.a[chosen], f.b[chosen]) for site, f in self.factors.items()})
 
     def joined(self) -> Self:
         return type(self)(

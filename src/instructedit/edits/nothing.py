@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from instructedit.edits.base import Edit
+from instructedit.edits.base import Edit, as_list
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,11 @@ class NoEdit(Edit):
 
     count: int
     name: ClassVar[str] = "nothing"
+    is_weights = True
+
+    @property
+    def changes_nothing(self) -> bool:
+        return True
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -26,19 +31,13 @@ class NoEdit(Edit):
         return self.count
 
     def __getitem__(self, index: int | slice | list[int]) -> Self:
-        if isinstance(index, list):
-            return type(self)(len(index))
-        chosen = range(self.count)[index]  # an IndexError ends iteration
-        return type(self)(1 if isinstance(chosen, int) else len(chosen))
+        return type(self)(len(as_list(index, self.count)))
 
     def joined(self) -> Self:
         return type(self)(1)
 
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         return outputs
-
-    def delta(self, site: str) -> Tensor:
-        raise KeyError(site)
 
     def state(self) -> dict[str, Tensor]:
         return {"count": torch.tensor(self.count)}

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from instructedit.edits import Edit
+from instructedit.edits import ContextEdit, Edit
 from instructedit.errors import UserError
 from instructedit.lm import hooks
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
 from instructedit.lm.sites import Site, add_to_weight, find_blocks, find_sites, select_sites
-from instructedit.lm.tokens import TokenBatch, encode, left_padded
+from instructedit.lm.tokens import TokenBatch, behind, encode, left_padded, rows_of
 from instructedit.metrics import row_mean
 
 
@@ -33,11 +34,20 @@ class Captured:
         delta: Site → gradient of the row's edit loss with respect to the layer's output, [rows, seq, out]; zero at
             positions that the loss does not depend on, padding among them.
         loss: Edit loss of each row (mean over its target tokens of −log p), [rows].
+        said: The model's own most likely token at each answer position, [positions].
     """
 
     u: dict[str, Tensor]
     delta: dict[str, Tensor]
     loss: Tensor
+    said: Tensor
+
+
+class Seen(NamedTuple):
+    """What a layer saw and gave: `inputs` [rows, seq, in] and `outputs` [rows, seq, out]."""
+
+    inputs: Tensor
+    outputs: Tensor
 
 
 class FrozenLM:
@@ -65,7 +75,8 @@ class FrozenLM:
         limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_length]
         self.max_length = int(min(limit for limit in limits if limit))
         self.cache = PrefixCache(cache_bytes)
-        self._worn = 0  # edits that the model wears now
+        self._worn = 0  # edits that the model's layers wear now
+        self._front: tuple[ContextEdit, Tensor | None] | None = None  # what stands in front of prompts now
 
     @classmethod
     def from_pretrained(cls, name: str = "tiny", dtype: str = "float32", device: str = "cpu", **options: Any) -> Self:
@@ -100,6 +111,14 @@ class FrozenLM:
         """The transformer blocks."""
         return find_blocks(self.model)[1]
 
+    def block_name(self, number: int) -> str:
+        """Module name of a block."""
+        return f"{self._blocks_name}.{number}"
+
+    @functools.cached_property
+    def _blocks_name(self) -> str:
+        return find_blocks(self.model)[0]
+
     @functools.cached_property
     def _tuples(self) -> bool:
         one = torch.ones(1, 1, dtype=torch.long, device=self.device)
@@ -115,11 +134,26 @@ class FrozenLM:
         return select_sites(self.sites, names, blocks)
 
     def first_block(self, sites: Sequence[str]) -> int:
-        """The lowest block that holds one of the sites: everything below it is the prefix."""
-        block_of = {s.name: s.block for s in self.sites}
+        """The lowest block that holds one of the sites (0 without any): everything below it is the prefix.
+
+        Raises:
+            UserError: If one is no edit site, nor the module of a whole feed-forward layer, nor a block.
+        """
+        block_of = {self.block_name(i): i for i in range(len(self.blocks))}
+        block_of |= {name: s.block for s in self.sites for name in (s.mlp, s.name)}
         if unknown := [s for s in sites if s not in block_of]:
             raise UserError(f"{self.name} has no edit site {unknown[0]!r}; its last one is {self.sites[-1].name!r}")
         return min((block_of[s] for s in sites), default=0)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart (sha256, hex): the configuration, and of every tensor its name, shape and a sample."""
+        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)]
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.double().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = ()) -> TokenBatch:
         """Tokenises (prompt, answer) pairs for this model, on its device (see `tokens.encode`)."""
@@ -152,18 +186,89 @@ class FrozenLM:
         Returns:
             [positions, vocab], in the order of ``batch.answers``.
         """
+        if edit is None and self._front is not None:
+            edit, rows = self._front
+        if isinstance(edit, ContextEdit):
+            return self._fronted(batch, edit, rows, start)
         groups = batch.by_length()
         if len(groups) == 1 or self._worn:  # edits that a caller put on know the batch as it is
             return self._logits(batch, edit, rows, start)
-        if rows is None and edit is not None:
-            hooks.check_rows(edit, rows, len(batch))
-            rows = torch.arange(len(edit), device=self.device).expand(len(batch))
-        parts, places = [], []
-        for group in groups:
-            mine = None if rows is None else rows[group.to(rows.device)]
-            parts.append(self._logits(batch.select(group.to(self.device)), edit, mine, start))
-            places.append(torch.isin(batch.rows.cpu(), group).nonzero().squeeze(-1))
-        return torch.cat(parts)[torch.cat(places).argsort().to(self.device)]
+        index = None if edit is None else self._index(edit, rows, len(batch))
+
+        def run(group: Tensor) -> Tensor:
+            mine = None if index is None else index[group]
+            return self._logits(batch.select(group), edit, mine, start)
+
+        return _in_groups(batch, [group.to(self.device) for group in groups], run)
+
+    def _fronted(self, batch: TokenBatch, edit: ContextEdit, rows: Tensor | None, start: int) -> Tensor:
+        """Logits of rows that read a context first, or, out of its scope, do not."""
+        chosen = edit.choose(self._index(edit, rows, len(batch)), lambda block: self.query(batch, block))
+
+        def run(group: Tensor) -> Tensor:
+            part = batch.select(group)
+            if chosen[group[0]] < 0:
+                return self._logits(part, None, None, start)
+            part = part.behind(edit.contexts(chosen[group]), self.max_length, self.tokenizer.bos_token_id)
+            return self._logits(part, edit.adapter, None, start)
+
+        groups = [(chosen < 0).nonzero().squeeze(-1), (chosen >= 0).nonzero().squeeze(-1)]
+        return _in_groups(batch, [group for group in groups if len(group)], run)
+
+    def _index(self, edit: Edit, rows: Tensor | None, count: int) -> Tensor:
+        """Which edit each row wears, [rows]."""
+        hooks.check_rows(edit, rows, count)
+        return torch.arange(len(edit), device=self.device).expand(count) if rows is None else rows
+
+    def query(self, batch: TokenBatch, block: int) -> Tensor:
+        """What a gate reads of each row's prompt: hidden states that enter a block, at its last token and on average.
+
+        Returns:
+            [rows, 2 · hidden]; the answers take no part.
+        """
+        prompts = batch.prompts()
+        hidden = self.prefix(prompts, block).float()
+        lengths = prompts.attention_mask.sum(-1, keepdim=True)
+        last = hidden[torch.arange(len(prompts), device=hidden.device), lengths.squeeze(-1) - 1]
+        mean = (hidden * prompts.attention_mask.unsqueeze(-1)).sum(1) / lengths
+        return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in (last, mean)], -1)
+
+    def losses(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
+        """Edit loss of each row: mean over its answer's tokens of −log p, [rows] (arguments as for `logits`)."""
+        logits = self.logits(batch, edit, rows, start).float()
+        return row_mean(F.cross_entropy(logits, batch.answers, reduction="none"), batch.rows, len(batch))
+
+    @torch.no_grad()
+    def observe(
+        self, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None,
+        cached: bool = True,
+    ) -> dict[str, Seen]:  # fmt: skip
+        """What layers see and give, with edits on; nothing above the last of them runs.
+
+        Args:
+            batch: Rows of tokens.
+            sites: Names of the layers, feed-forward modules or blocks.
+            edit: The edits that the rows wear.
+            rows: Which edit each row wears.
+            cached: Take the blocks below from the prefix cache; of no use for text that is read once.
+        """
+        seen: dict[str, Seen] = {}
+
+        def keep(site: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            whole = (args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output)
+            seen[site] = Seen(*(t.reshape(len(batch), -1, t.shape[-1]) for t in whole))
+            if len(seen) == len(sites):
+                raise hooks.Enough
+
+        start = self.first_block([*sites, *(edit.sites if edit else ())])
+        hidden = self.prefix(batch, start) if cached and start else None
+        with self._edited(edit, rows), ExitStack() as stack, suppress(hooks.Enough):
+            for site in sites:  # after the edit's own hooks, whose outputs they see
+                hook = functools.partial(keep, site)
+                stack.callback(self.model.get_submodule(site).register_forward_hook(hook, with_kwargs=True).remove)
+            with hooks.replayed(self.blocks, start, hidden, self._tuples):
+                self._run(batch)
+        return seen
 
     def _logits(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
         hidden = self.prefix(batch, start) if start else None
@@ -206,7 +311,7 @@ class FrozenLM:
             loss = row_mean(nll, batch.rows, len(batch))
             grads = torch.autograd.grad(loss.sum(), [outputs[s] for s in sites])
         delta = {site: apart(grad) for site, grad in zip(sites, grads, strict=True)}
-        return Captured({site: apart(u[site]) for site in sites}, delta, loss.detach())
+        return Captured({site: apart(u[site]) for site in sites}, delta, loss.detach(), logits.detach().argmax(-1))
 
     # -- edits ----------------------------------------------------------------------------------------------------
 
@@ -225,8 +330,17 @@ class FrozenLM:
         index = None if rows is None else torch.as_tensor(rows, device=self.device)
         if edit is not None and index is not None and not ((index >= 0) & (index < len(edit))).all():
             raise UserError(f"rows must name edits 0 to {len(edit) - 1}, got {index.tolist()}")
-        with self._edited(edit, index):
+        if not isinstance(edit, ContextEdit):
+            with self._edited(edit, index):
+                yield self
+            return
+        if self._front is not None:
+            raise UserError("the model already wears an edit that stands in front of its prompts; join the two")
+        self._front = (edit, index)
+        try:
             yield self
+        finally:
+            self._front = None
 
     @contextmanager
     def _edited(self, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
@@ -251,6 +365,8 @@ class FrozenLM:
         """
         if len(edit) != 1:
             raise UserError(f"merge takes one edit, got {len(edit)}: choose edit[i], or all of them by edit.joined()")
+        if not edit.is_weights:
+            raise UserError(f"merge: an edit of the sort {edit.name!r} is no change of weights; it can only be worn")
         self.first_block(edit.sites)
         model = copy.deepcopy(self.model)
         for site in self.sites:
@@ -278,17 +394,48 @@ class FrozenLM:
         width = self.max_length - max_new_tokens
         if width < 1:
             raise UserError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {self.max_length} tokens")
-        ids, mask = left_padded(self.tokenizer(several, verbose=False)["input_ids"], width)
-        settings = {"do_sample": False, "pad_token_id": self._pad_id, **options}
-        output = self.model.generate(
-            input_ids=ids.to(self.device), attention_mask=mask.to(self.device), max_new_tokens=max_new_tokens,
-            **settings,
-        )  # fmt: skip
-        texts = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        ids = self.tokenizer(several, verbose=False)["input_ids"]
+        settings = {"do_sample": False, "pad_token_id": self._pad_id, "max_new_tokens": max_new_tokens, **options}
+        texts = (self._continued if self._front is None else self._continued_behind)(ids, width, settings)
         return texts[0] if isinstance(prompts, str) else texts
+
+    def _continued(self, prompts: list[list[int]], width: int, settings: dict[str, Any]) -> list[str]:
+        ids, mask = left_padded(prompts, width)
+        output = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **settings)
+        return list(self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
+
+    def _continued_behind(self, prompts: list[list[int]], width: int, settings: dict[str, Any]) -> list[str]:
+        """The words that follow where prompts in scope of a context stand behind it."""
+        assert self._front is not None  # the caller's condition
+        edit, rows = self._front
+        batch = rows_of([prompt[-self.max_length :] for prompt in prompts]).to(self.device)
+        chosen = edit.choose(self._index(edit, rows, len(batch)), lambda block: self.query(batch, block)).tolist()
+        texts = [""] * len(prompts)
+        for inside in (False, True):
+            group = [i for i, choice in enumerate(chosen) if (choice >= 0) == inside]
+            if not group:
+                continue
+            ids, worn = [prompts[i] for i in group], edit.adapter if inside else None
+            if inside:
+                contexts = edit.contexts(torch.tensor([chosen[i] for i in group]))
+                first = self.tokenizer.bos_token_id
+                ids = [behind(own, c.tolist(), width, first) for own, c in zip(ids, contexts, strict=True)]
+            with self._edited(worn, None):
+                for i, text in zip(group, self._continued(ids, width, settings), strict=True):
+                    texts[i] = text
+        return texts
 
     @property
     def _pad_id(self) -> int:
         """GPT-2 and LLaMA have no padding token; masked positions may hold any."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+
+def _in_groups(batch: TokenBatch, groups: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Runs groups of a batch's rows, each in ascending order, and puts their answer positions back in order."""
+    parts = [run(group) for group in groups]
+    if len(parts) == 1:
+        return parts[0]
+    places = [torch.isin(batch.rows, group).nonzero().squeeze(-1) for group in groups]
+    return torch.cat(parts)[torch.cat(places).argsort()]

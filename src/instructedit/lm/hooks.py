@@ -14,8 +14,8 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 
 
-class _InputSeen(Exception):  # noqa: N818 (a signal, not an error)
-    """Ends a forward pass at the block whose input was wanted."""
+class Enough(Exception):  # noqa: N818 (a signal, not an error)
+    """Ends a forward pass where the last thing that was wanted was seen."""
 
 
 def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
@@ -24,12 +24,12 @@ def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(args[0] if args else kwargs["hidden_states"])
-        raise _InputSeen
+        raise Enough
 
     handle = block.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         forward()
-    except _InputSeen:
+    except Enough:
         pass
     finally:
         handle.remove()

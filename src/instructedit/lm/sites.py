@@ -23,6 +23,8 @@ class Site:
         in_features, out_features: The shape of the map; edits are [out, in] whatever the storage is.
         transposed: Whether the weight is stored as [in, out] (GPT-2's Conv1D).
         output: Whether it writes into the residual stream (a "down" projection).
+        mlp: Name of the module that holds it with the rest of its feed-forward layer; the block itself where there is
+            no such module (OPT).
     """
 
     name: str
@@ -31,6 +33,7 @@ class Site:
     out_features: int
     transposed: bool
     output: bool
+    mlp: str
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,7 +97,8 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
             inside, outside = _features(layer)
             full = f"{prefix}.{number}.{name}"
             output = last and outside == hidden
-            sites.append(Site(full, number, inside, outside, isinstance(layer, Conv1D), output))
+            mlp = full.rpartition(".")[0]
+            sites.append(Site(full, number, inside, outside, isinstance(layer, Conv1D), output, mlp))
     if not sites:
         raise UserError(f"{type(model).__name__}: no MLP with linear layers found in its blocks, so no edit sites")
     return tuple(sites)

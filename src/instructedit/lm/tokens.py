@@ -68,6 +68,37 @@ class TokenBatch:
             self.input_ids[rows, :width], self.attention_mask[rows, :width], self.labels[rows, :width]
         )  # fmt: skip
 
+    def prompts(self) -> Self:
+        """The rows without their answers."""
+        first = (self.labels != IGNORE).long().argmax(-1)  # the last token of the prompt predicts the answer's first
+        answered = (self.labels != IGNORE).any(-1)
+        ends = torch.where(answered, first + 1, self.attention_mask.sum(-1))
+        mask = (torch.arange(self.input_ids.shape[1], device=ends.device) < ends.unsqueeze(-1)).long()
+        width = int(ends.max())
+        return type(self)(
+            self.input_ids[:, :width], mask[:, :width], torch.full_like(self.labels[:, :width], IGNORE)
+        )  # fmt: skip
+
+    def behind(self, contexts: Sequence[Tensor], max_length: int, first: int | None = None) -> TokenBatch:
+        """The rows with a context in front of each; the longest lose the beginning of theirs.
+
+        Args:
+            contexts: Token ids, one sequence for each row.
+            max_length: Tokens a row may have.
+            first: A token that stays in front of the context where a row starts with it (LLaMA's ``<s>``).
+        """
+        rows, labels = [], []
+        for i, context in enumerate(contexts):
+            size = int(self.attention_mask[i].sum())
+            own = self.input_ids[i, :size].tolist()
+            rows.append(behind(own, context.tolist(), max_length, first))
+            label = self.labels[i, :size].tolist()
+            labels.append([IGNORE] * (len(rows[-1]) - len(label)) + label[-len(rows[-1]) :])
+        batch = rows_of(rows).to(self.input_ids.device)
+        for i, label in enumerate(labels):
+            batch.labels[i, : len(label)] = torch.tensor(label)
+        return batch
+
     def by_length(self, worth: float = 0.8) -> list[Tensor]:
         """Row numbers in one group, or in a short and a long one where that leaves out enough padding.
 
@@ -120,8 +151,7 @@ def encode(
     truncated = 0
     for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
         name = where[i] if where else repr(pairs[i][0][-60:])
-        while ids and offsets[len(ids) - 1] == (0, 0):  # a special token after the answer is no part of it
-            ids = ids[:-1]
+        ids = ids[: len(_without_special_end(offsets))]
         size = sum(end > len(pairs[i][0]) for _, end in offsets[: len(ids)])
         if not 0 < size < min(len(ids), max_length):
             raise UserError(
@@ -133,6 +163,47 @@ def encode(
     if truncated:
         warnings.warn(f"{_CUT} (counted in data/truncated)", stacklevel=2)
     return _pad(rows, truncated)
+
+
+def behind(ids: list[int], context: list[int], max_length: int, first: int | None = None) -> list[int]:
+    """Token ids with a context in front, which loses its beginning where both together are too long (see above)."""
+    front = ids[:1] if context and ids and ids[0] == first else []
+    room = max(0, max_length - len(ids))
+    return front + (context[-room:] if room else []) + ids[len(front) :]
+
+
+def rows_of(rows: Sequence[list[int]]) -> TokenBatch:
+    """Token ids as a batch that answers nothing."""
+    return _pad([(ids, 0) for ids in rows], 0)
+
+
+def positions_of(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], ends: Sequence[int], batch: TokenBatch
+) -> Tensor:
+    """For each row of a batch the last token of a stretch of its prompt, [rows].
+
+    Args:
+        tokenizer: That made the batch.
+        pairs: The (prompt, answer) pairs that `encode` made it of.
+        ends: Where in each prompt the stretch ends, in characters.
+        batch: The rows.
+    """
+    encoded = tokenizer([f"{prompt} {answer}" for prompt, answer in pairs], return_offsets_mapping=True, verbose=False)
+    sizes = batch.attention_mask.sum(-1).tolist()
+    found = []
+    for offsets, end, size in zip(encoded["offset_mapping"], ends, sizes, strict=True):
+        offsets = _without_special_end(offsets)
+        inside = max((t for t, (start, stop) in enumerate(offsets) if start < end and stop > start), default=0)
+        found.append(max(0, inside - (len(offsets) - size)))
+    return torch.tensor(found, device=batch.input_ids.device)
+
+
+def _without_special_end(offsets: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """A special token after the answer is no part of it."""
+    size = len(offsets)
+    while size and tuple(offsets[size - 1]) == (0, 0):
+        size -= 1
+    return offsets[:size]
 
 
 def _pad(rows: list[tuple[list[int], int]], truncated: int) -> TokenBatch:

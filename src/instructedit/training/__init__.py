@@ -1,1 +1,1 @@
-"""The LightningModule and its losses."""
+"""The LightningModule."""

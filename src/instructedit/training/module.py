@@ -8,16 +8,17 @@ from typing import Any
 
 import lightning as L  # noqa: N812
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from instructedit.data.batch import EditBatch
 from instructedit.editors import Editor, load_weights
+from instructedit.editors.losses import LossWeights
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, Outcome, evaluate_batch
 from instructedit.lm import FrozenLM
 from instructedit.metrics import Fluency, Generalization, Locality, PerRecordMean, Portability, Reliability
 from instructedit.records import EditRecord
-from instructedit.training.losses import editing_loss
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ METRICS: dict[str, tuple[type[PerRecordMean], str, str]] = {
 }
 
 
+#: The metrics that make up ``val/score``.
+VALIDATED = ("reliability", "generalization", "locality")
+
+
 class EditingModule(L.LightningModule):
     """Trains and tests an editor of a frozen LM.
 
@@ -62,6 +67,7 @@ class EditingModule(L.LightningModule):
         c_edit: Weight of the edit loss (MEND: 0.1).
         c_loc: Weight of the locality loss (MEND: 1).
         c_unlikelihood: Weight, within the edit loss, of the unlikelihood of unwanted replies (SERAC: 1).
+        weight_decay: Decoupled weight decay: 0 is Adam (MEND), 0.01 is AdamW as KE is trained with in the paper.
         warmup_steps: Optimiser steps over which both rates rise from zero.
         decay: Let both rates fall linearly to zero towards ``max_steps``.
         evaluation: How edited models are scored in `test`. Validation leaves out generation and Fluency.
@@ -76,6 +82,7 @@ class EditingModule(L.LightningModule):
         c_edit: float = 0.1,
         c_loc: float = 1.0,
         c_unlikelihood: float = 1.0,
+        weight_decay: float = 0.0,
         warmup_steps: int = 0,
         decay: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008
@@ -95,10 +102,13 @@ class EditingModule(L.LightningModule):
     # -- fit ------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """Adam with a rate for the networks and one for the edit rates."""
+        """Adam (with weight decay: AdamW) with a rate for the networks and one for the edit rates."""
         groups = self.editor.parameter_groups()
         rates = {"network": self.hparams["lr"], "edit_rates": self.hparams["lr_edit_rates"]}
-        optimizer = torch.optim.Adam([{"params": p, "lr": rates[name], "name": name} for name, p in groups.items()])
+        optimizer = torch.optim.AdamW(
+            [{"params": p, "lr": rates[name], "name": name} for name, p in groups.items()],
+            weight_decay=self.hparams["weight_decay"],
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -113,16 +123,14 @@ class EditingModule(L.LightningModule):
         self.lm.to(self.device)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
-        """c_edit · L_e + c_loc · KL of one batch of different edits."""
-        edit = self.editor.make(batch.requests)
-        edit_loss, locality = editing_loss(self.lm, edit, batch, self.hparams["c_unlikelihood"])
-        loss = self.hparams["c_edit"] * edit_loss + self.hparams["c_loc"] * locality
+        """The editor's outer loss on one batch of different edits."""
+        weights = LossWeights(*(self.hparams[name] for name in ("c_edit", "c_loc", "c_unlikelihood")))
+        parts = self.editor.objective(batch, weights)
+        loss = parts.pop("loss")
         truncated = batch.in_scope.tokens.truncated + (batch.locality.tokens.truncated if batch.locality else 0)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
-        self.log_dict(
-            {"train/edit_loss": edit_loss, "train/locality_loss": locality, "data/truncated": float(truncated)},
-            batch_size=len(batch),
-        )
+        logged = {f"train/{name}": value for name, value in parts.items()} | {"data/truncated": float(truncated)}
+        self.log_dict(logged, batch_size=len(batch))
         return loss
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -191,9 +199,11 @@ class EditingModule(L.LightningModule):
         for key, value in found.items():
             self.log(key, value)
         if stage == "val":
-            chosen = [v for k, v in found.items() if k.endswith(("/reliability", "/generalization", "/locality"))]
-            if chosen:
+            means = {name: [v for k, v in found.items() if k.endswith(f"/{name}")] for name in VALIDATED}
+            if chosen := [value for values in means.values() for value in values]:
                 self.log("val/score", torch.stack(chosen).mean(), prog_bar=True)
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self.editor.validated({n: torch.stack(v).mean().item() for n, v in means.items() if v})
         for metric in self._own(stage).values():
             metric.reset()
 

@@ -14,6 +14,17 @@ from instructedit.lm import FrozenLM
 from instructedit.metrics import row_mean
 
 
+class LossWeights(NamedTuple):
+    """Weights of the outer loss: of the edit, of locality, and within the edit of the unlikelihood of unwanted replies.
+
+    MEND's are 0.1 and 1, SERAC's for unlikelihood 1.
+    """
+
+    edit: float = 0.1
+    locality: float = 1.0
+    unlikelihood: float = 1.0
+
+
 class EditingLoss(NamedTuple):
     """Mean losses over the requests of a batch, scalars.
 

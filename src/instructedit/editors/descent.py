@@ -1,0 +1,100 @@
+"""Gradient descent for many requests at once, each with values, a loss and an end of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instructedit.errors import UserError
+
+Values = dict[str, Tensor]
+
+
+def _adam(parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+
+def _adafactor(parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    # An absolute rate, as CaliNet is trained with; by default the rate would follow the size of the parameter.
+    options: dict[str, Any] = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+    return Adafactor(parameters, lr=lr, weight_decay=weight_decay, **options)
+
+
+#: Name → optimiser of (parameters, learning rate, weight decay).
+OPTIMIZERS: dict[str, Callable[[list[Tensor], float, float], torch.optim.Optimizer]] = {
+    "adam": _adam,
+    "adafactor": _adafactor,
+}
+
+
+def descend(
+    start: Mapping[str, Tensor],
+    losses: Callable[[Values, Tensor], Tensor],
+    steps: int,
+    lr: float,
+    optimizer: str = "adam",
+    weight_decay: float = 0.0,
+    stop_below: float = 0.0,
+    project: Callable[[Values, int], None] | None = None,
+) -> Values:
+    """Minimises a loss for each of n requests by gradient descent.
+
+    Requests never meet: each has its own tensors and its own state of the optimiser, and drops out when its loss is
+    low enough, so that n at once end where each would end alone.
+
+    Args:
+        start: Name → where the values of all requests start, [n, …].
+        losses: Gives the loss of each request that is still at it, [active], from its values, name → [active, …], and
+            the numbers of these requests, [active].
+        steps: Steps of a request, at most.
+        lr: Learning rate.
+        optimizer: One of `OPTIMIZERS`.
+        weight_decay: Decoupled, of all values.
+        stop_below: A request with a loss below this is done.
+        project: Puts the values of one request, name → […], back where they may be, in place; called after each of
+            its steps.
+
+    Returns:
+        Name → where the values end, [n, …].
+
+    Raises:
+        UserError: If there is no such optimiser, or a loss is not finite.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise UserError(f"unknown optimizer {optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
+    own = [
+        {name: value.detach().clone().requires_grad_() for name, value in zip(start, row, strict=True)}
+        for row in zip(*start.values(), strict=True)
+    ]
+    active = list(range(len(own)))
+    method = OPTIMIZERS[optimizer]([value for values in own for value in values.values()], lr, weight_decay)
+    device = next(iter(start.values())).device
+    for _ in range(steps):
+        with torch.enable_grad():
+            stacked = {name: torch.stack([own[i][name] for i in active]) for name in start}
+            loss = losses(stacked, torch.tensor(active, device=device))
+            found = loss.tolist()
+            if not torch.isfinite(loss).all():
+                bad = active[[value - value == 0 for value in found].index(False)]
+                raise UserError(f"request {bad}: the loss is {loss.tolist()[active.index(bad)]}; try a smaller lr")
+            going = [k for k, value in enumerate(found) if value >= stop_below]
+            if not going:
+                break
+            loss[going].sum().backward()
+        # Values without a gradient, those of requests that are done, stay where they are.
+        active = [active[k] for k in going]
+        done = [value for i, values in enumerate(own) if i not in set(active) for value in values.values()]
+        for value in done:
+            value.grad = None
+        method.step()
+        method.zero_grad(set_to_none=True)
+        if project:
+            with torch.no_grad():
+                for i in active:
+                    project(own[i], i)
+    return {name: torch.stack([values[name].detach() for values in own]) for name in start}

@@ -1,0 +1,89 @@
+"""GRACE: a codebook of cached values beside one layer (Hartvigsen et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from instructedit.data.batch import RequestBatch
+from instructedit.editors.base import Editor
+from instructedit.editors.descent import Values, descend
+from instructedit.edits import CodebookEdit
+from instructedit.errors import UserError
+from instructedit.lm import IGNORE
+
+
+class Grace(Editor):
+    """Replaces one layer's output where its input lies within ε of a key that an edit left.
+
+    Key: what the layer sees at the last token of the prompt. Value: trained so that the layer giving it there makes
+    the model say the target. Each position of a row is looked up on its own, where the original looks at the last
+    prompt token alone: the model needs not be told where a prompt ends, and is scored as every other method's is.
+
+    Defaults: block 35 of GPT2-XL's 48, its MLP's first layer, ε = 1, 100 steps of Adam at 1 (Hartvigsen et al.).
+
+    Args:
+        radius: ε of a new key, in the layer's input space.
+        steps: Gradient steps on a value.
+        lr: Their learning rate.
+        init: Where a value starts: ``cold``, uniform in 0..1 as in the original (the same draw for all requests), or
+            ``warm``, what the unedited layer gives.
+        stop_below: A request is done when its loss is below this.
+        seed: Of the cold start.
+        instructions: Put the task's instruction in front of every request.
+        blocks: The block, negative from the top; None means as far up as in the paper.
+        site_names: Name or pattern of the layer within it; None means the MLP's first.
+    """
+
+    name: ClassVar[str] = "grace"
+    PAPER_BLOCKS = ((35,), 48)
+
+    def __init__(
+        self,
+        radius: float = 1.0,
+        steps: int = 100,
+        lr: float = 1.0,
+        init: Literal["cold", "warm"] = "cold",
+        stop_below: float = 0.0,
+        seed: int = 0,
+        instructions: bool = False,
+        blocks: Sequence[int] | None = None,
+        site_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(instructions, blocks, site_names)
+        self.radius, self.steps, self.lr, self.init = radius, steps, lr, init
+        self.stop_below, self.seed = stop_below, seed
+
+    def build(self) -> None:
+        """Keeps one layer: the first of those chosen."""
+        if self.site_names is not None and len(self.sites) != 1:
+            raise UserError(f"editor 'grace' edits one layer, got {', '.join(s.name for s in self.sites)}")
+        self.sites = self.sites[:1]
+
+    def make(self, batch: RequestBatch) -> CodebookEdit:
+        """One codebook of one entry for each request."""
+        site, count = self.sites[0], len(batch)
+        seen = self.lm.observe(batch.tokens.prompts(), [site.name])[site.name]
+        last = (batch.tokens.labels != IGNORE).long().argmax(-1)
+        where = torch.arange(count, device=last.device), last
+        keys, starts = seen.inputs[where].float(), seen.outputs[where].float()
+        if self.init == "cold":
+            drawn = torch.rand(site.out_features, generator=torch.Generator().manual_seed(self.seed))
+            starts = drawn.to(starts.device).expand_as(starts)
+        targets = [row[row != IGNORE] for row in batch.tokens.labels]
+        labels = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1)
+        radii = keys.new_full((count, 1), self.radius)
+
+        def book(values: Tensor, active: Tensor) -> CodebookEdit:
+            return CodebookEdit(
+                site.name, keys[active].unsqueeze(1), values.unsqueeze(1), radii[active], labels[active].unsqueeze(1)
+            )
+
+        def losses(values: Values, active: Tensor) -> Tensor:
+            return self.lm.losses(batch.tokens.select(active), book(values["value"], active), None, site.block)
+
+        found = descend({"value": starts}, losses, self.steps, self.lr, stop_below=self.stop_below)
+        return book(found["value"], torch.arange(count, device=keys.device))

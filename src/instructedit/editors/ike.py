@@ -1,0 +1,173 @@
+"""IKE, in-context knowledge editing (Zheng et al. 2023): the edit is told, with demonstrations of what edits do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from instructedit.data.batch import RequestBatch
+from instructedit.editors.base import Editor
+from instructedit.edits import ContextEdit
+from instructedit.errors import UserError
+from instructedit.records import EditRecord, EditRequest
+from instructedit.tasks import load_records
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Sorts of demonstrations and the kinds of probes that each is made of: the edit itself is copied, its rephrasings are
+#: updated, what lies out of its scope is retained.
+SORTS: dict[str, tuple[str, ...]] = {
+    "copy": ("reliability",),
+    "update": ("generalization", "portability", "wanted"),
+    "retain": ("locality",),
+}
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """An edit of the training data, and a question that stands after it with its right answer."""
+
+    request: EditRequest
+    prompt: str
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """As the model reads it."""
+        return f"{told(self.request)}{self.prompt} {self.answer}\n"
+
+
+def told(request: EditRequest) -> str:
+    """The line that tells an edit."""
+    return f"New fact: {request.prompt} {request.target}\n"
+
+
+class Ike(Editor):
+    """Puts demonstrations and the new fact in front of every prompt; no weight is changed.
+
+    Those demonstrations are taken whose edit is nearest to the request, the nearest last, in the paper's proportion of
+    sorts (copy : update : retain = 1 : 3 : 4). The order of words in front is "New fact: …", then the prompt.
+
+    Defaults: 32 demonstrations (Zheng et al.); as many of the nearest as the model's context has room for.
+
+    Args:
+        demonstrations: How many.
+        ratio: How many of the sorts copy, update and retain, in proportion.
+        sources: Where demonstrations come from, task → source of its training records (``tiny``, a file, a hub id).
+        retriever: ``tfidf`` (scikit-learn), or ``sentence-transformers`` where it is installed.
+        sentence_model: Of sentence-transformers, a name or a folder.
+        room: Share of the model's context that the demonstrations may take.
+        instructions: Put the task's instruction in front of every request.
+        blocks: Of no use here.
+        site_names: Of no use here.
+    """
+
+    name: ClassVar[str] = "ike"
+
+    def __init__(
+        self,
+        demonstrations: int = 32,
+        ratio: Sequence[int] = (1, 3, 4),
+        sources: Mapping[str, str] | None = None,
+        retriever: Literal["tfidf", "sentence-transformers"] = "tfidf",
+        sentence_model: str = "sentence-transformers/all-MiniLM-L6-v2",
+        room: float = 0.6,
+        instructions: bool = False,
+        blocks: Sequence[int] | None = None,
+        site_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(instructions, blocks, site_names)
+        self.demonstrations, self.ratio, self.room = demonstrations, tuple(ratio), room
+        self.sources = dict(sources or dict.fromkeys(("counterfact", "recent", "convsent"), "tiny"))
+        self.retriever, self.sentence_model = retriever, sentence_model
+        if len(self.ratio) != len(SORTS) or min(self.ratio) < 0 or not sum(self.ratio):
+            raise UserError(f"editor 'ike': ratio must be three weights (copy, update, retain), got {list(ratio)}")
+        self._store: dict[str, _Store] = {}
+
+    def make(self, batch: RequestBatch) -> ContextEdit:
+        encode = self.lm.tokenizer
+        budget = int(self.room * self.lm.max_length)
+        contexts = []
+        for request in batch.requests:
+            fact = encode(told(request), verbose=False)["input_ids"]
+            shown: list[int] = []
+            for demonstration in self._nearest(request):
+                ids = encode(demonstration.text, verbose=False)["input_ids"]
+                if len(shown) + len(ids) + len(fact) > budget:
+                    break
+                shown = ids + shown  # the nearest stands last
+            contexts.append(torch.tensor(shown + fact))
+        ids = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True).unsqueeze(1)
+        lengths = torch.tensor([[len(context)] for context in contexts])
+        return ContextEdit(ids.to(self.lm.device), lengths.to(self.lm.device))
+
+    def _nearest(self, request: EditRequest) -> list[Demonstration]:
+        """Demonstrations for a request, the nearest first, sorts taking turns by their ratio."""
+        if not self._store:
+            self._store = self._read()
+        text = f"{request.prompt} {request.target}"
+        counts = [self.demonstrations * part // sum(self.ratio) for part in self.ratio]
+        ranked = [iter(store.nearest(text, n)) for store, n in zip(self._store.values(), counts, strict=True)]
+        turns = sorted((k / n, sort) for sort, n in enumerate(counts) for k in range(n))
+        return [found for _, sort in turns if (found := next(ranked[sort], None)) is not None]
+
+    def _read(self) -> dict[str, _Store]:
+        records = [r for task, source in self.sources.items() for r in load_records(task, source, "train")[0]]
+        return {sort: _Store(list(_demonstrations(records, kinds)), self._vectors()) for sort, kinds in SORTS.items()}
+
+    def _vectors(self) -> Any:
+        """What turns texts into vectors whose inner products are similarities: fit(texts), then of(texts)."""
+        return _TfIdf() if self.retriever == "tfidf" else _Sentences(self.sentence_model)
+
+
+def _demonstrations(records: Sequence[EditRecord], kinds: tuple[str, ...]) -> Sequence[Demonstration]:
+    """The first probe of each record that has one of these kinds."""
+    firsts = [(record, record.of(*kinds)) for record in records]
+    return [Demonstration(r.request, probes[0].prompt, probes[0].answers[0]) for r, probes in firsts if probes]
+
+
+class _TfIdf:
+    def fit(self, texts: list[str]) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        self.model = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit(texts)
+
+    def of(self, texts: list[str]) -> Any:
+        return self.model.transform(texts)
+
+
+class _Sentences:
+    def __init__(self, model: str) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise UserError(
+                "editor 'ike': retriever 'sentence-transformers' needs that package: pip install sentence-transformers"
+            ) from error
+        self.model = SentenceTransformer(model)
+
+    def fit(self, texts: list[str]) -> None:
+        """Nothing: the model knows its words."""
+
+    def of(self, texts: list[str]) -> Any:
+        return self.model.encode(texts, normalize_embeddings=True)
+
+
+class _Store:
+    """Demonstrations of one sort, to be searched by the edit that they show."""
+
+    def __init__(self, demonstrations: list[Demonstration], vectors: Any) -> None:
+        self.demonstrations, self.vectors = demonstrations, vectors
+        texts = [f"{d.request.prompt} {d.request.target}" for d in demonstrations]
+        vectors.fit(texts or [""])
+        self.index = vectors.of(texts or [""])
+
+    def nearest(self, text: str, count: int) -> list[Demonstration]:
+        """The nearest first; ties in the order of the data."""
+        products: Any = self.index @ self.vectors.of([text]).T
+        scores: NDArray[Any] = (products.toarray() if hasattr(products, "toarray") else products)[:, 0]
+        return [self.demonstrations[i] for i in (-scores).argsort(kind="stable")[:count]] if self.demonstrations else []

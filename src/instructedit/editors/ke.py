@@ -1,0 +1,154 @@
+"""KE, KnowledgeEditor (De Cao et al. 2021): a network reads the edit and gates its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from instructedit.data.batch import EditBatch, RequestBatch
+from instructedit.editors.base import Editor
+from instructedit.editors.losses import LossWeights, editing_loss
+from instructedit.edits import Factors, LowRankEdit
+from instructedit.lm import Site
+from instructedit.lm.tokens import rows_of
+
+
+class Gates(nn.Module):
+    """What the condition h makes of one site's gradient (KE, equations 6 and 7).
+
+    A weight-normed MLP gives α, β over the inputs, γ, δ over the outputs and η; α̂ = softmax(α) γᵀ and
+    β̂ = softmax(β) δᵀ, both of rank 1.
+
+    Args:
+        site: Whose shape they have.
+        condition: Size of h.
+        hidden: Size of the hidden layer.
+    """
+
+    def __init__(self, site: Site, condition: int, hidden: int) -> None:
+        super().__init__()
+        self.sizes = (site.in_features, site.in_features, site.out_features, site.out_features, 1)
+        self.layers = nn.Sequential(
+            weight_norm(nn.Linear(condition, hidden)), nn.Tanh(), weight_norm(nn.Linear(hidden, sum(self.sizes)))
+        )
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """From h, [n, condition], softmax(α) and softmax(β) [n, in], γ and δ [n, out], σ(η) [n, 1]."""
+        alpha, beta, gamma, delta, eta = self.layers(condition).split(self.sizes, -1)
+        return alpha.softmax(-1), beta.softmax(-1), gamma, delta, eta.sigmoid()
+
+
+class Ke(Editor):
+    """ΔW = s·σ(η)·(α̂ ⊙ ∇W + β̂), gated by what a bidirectional LSTM reads of the request.
+
+    The condition is "<what the model says now> >> <target> || <prompt>", in the LM's own embeddings. The update is
+    never dense: (a bᵀ) ⊙ Σ_t δ_t u_tᵀ = Σ_t (a ⊙ δ_t)(b ⊙ u_t)ᵀ, so its rank is the number of edit tokens plus one.
+
+    Trained under the constraint KL ≤ m: its multiplier climbs by gradient ascent, and the margin m is annealed
+    whenever validation succeeds.
+
+    Defaults: De Cao et al.'s code (LSTM of 2 × 128, condition 1024, hidden 128, s = 1, multiplier's rate 0.1, m from
+    1e-3 by 0.8 down to 1e-5). It edits all matrices of its model; here it is the MLPs of the last three blocks, the
+    same as MEND's.
+
+    Args:
+        lstm: Size of each direction of the LSTM.
+        condition: Size of h.
+        hidden: Size of the hidden layer of the gates.
+        scale: s.
+        margin: m at the start.
+        margin_decay: What m is multiplied by after a validation that succeeds.
+        margin_min: m's end.
+        success: A validation succeeds with a Reliability above this share.
+        multiplier_rate: Learning rate of the multiplier of the constraint.
+        instructions: Put the task's instruction in front of every request.
+        blocks: Blocks whose layers are edited, negative from the top.
+        site_names: Names or patterns of the edited layers within them; None means all MLP layers.
+    """
+
+    name: ClassVar[str] = "ke"
+    trainable = True
+    multiplier: Tensor
+    allowed: Tensor
+
+    def __init__(
+        self,
+        lstm: int = 128,
+        condition: int = 1024,
+        hidden: int = 128,
+        scale: float = 1.0,
+        margin: float = 1e-3,
+        margin_decay: float = 0.8,
+        margin_min: float = 1e-5,
+        success: float = 0.9,
+        multiplier_rate: float = 0.1,
+        instructions: bool = False,
+        blocks: Sequence[int] | None = (-3, -2, -1),
+        site_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(instructions, blocks, site_names)
+        self.lstm, self.condition, self.hidden, self.scale = lstm, condition, hidden, scale
+        self.margin, self.margin_decay, self.margin_min = margin, margin_decay, margin_min
+        self.success, self.multiplier_rate = success, multiplier_rate
+
+    def build(self) -> None:
+        """An LSTM over the LM's embeddings, and gates for each site."""
+        size = self.lm.model.get_input_embeddings().weight.shape[-1]
+        self.reader = nn.LSTM(size, self.lstm, batch_first=True, bidirectional=True)
+        self.summary = nn.Linear(2 * self.lstm, self.condition)
+        self.gates = nn.ModuleList(Gates(site, self.condition, self.hidden) for site in self.sites)
+        self.register_buffer("multiplier", torch.ones(()))
+        self.register_buffer("allowed", torch.tensor(self.margin))
+
+    def make(self, batch: RequestBatch) -> LowRankEdit:
+        names = [site.name for site in self.sites]
+        seen = self.lm.capture(batch.tokens, names)
+        said = self.lm.tokenizer.batch_decode(seen.said.split(batch.tokens.rows.bincount().tolist()))
+        condition = self._read(batch, said)
+        factors: dict[str, Factors] = {}
+        for name, gates in zip(names, self.gates, strict=True):
+            alpha, beta, gamma, delta, eta = gates(condition)
+            a = torch.cat([alpha.unsqueeze(1) * seen.u[name].float(), beta.unsqueeze(1)], 1)
+            b = torch.cat([gamma.unsqueeze(1) * seen.delta[name].float(), delta.unsqueeze(1)], 1)
+            factors[name] = Factors(a, self.scale * eta.unsqueeze(1) * b)
+        return LowRankEdit(factors)
+
+    def _read(self, batch: RequestBatch, said: list[str]) -> Tensor:
+        """h, [n, condition]."""
+        texts = [
+            f"{old.strip()} >> {request.target} || {prompt}"
+            for old, request, prompt in zip(said, batch.requests, batch.prompts, strict=True)
+        ]
+        ids = [row[-self.lm.max_length :] for row in self.lm.tokenizer(texts, verbose=False)["input_ids"]]
+        rows = rows_of(ids).to(self.lm.device)
+        embedded = self.lm.model.get_input_embeddings()(rows.input_ids).float()
+        lengths = rows.attention_mask.sum(-1).cpu()
+        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+        _, (last, _) = self.reader(packed)  # [directions, n, lstm]
+        return self.summary(torch.cat([last[0], last[1]], -1)).tanh()
+
+    def objective(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
+        """c_edit · L_e + λ · (KL − m), λ by gradient ascent (De Cao et al., section 3.2); c_loc takes no part."""
+        edit, locality = editing_loss(self.lm, self.make(batch.requests), batch, weights.unlikelihood)
+        loss = weights.edit * edit + self.multiplier * (locality - self.allowed)
+        excess = _mean_of_all(locality.detach() - self.allowed)
+        self.multiplier = (self.multiplier + self.multiplier_rate * excess).clamp(min=0)
+        return {"loss": loss, "edit_loss": edit, "locality_loss": locality, "multiplier": self.multiplier}
+
+    def validated(self, scores: Mapping[str, float]) -> None:
+        if scores.get("reliability", 0.0) > 100 * self.success:
+            self.allowed.mul_(self.margin_decay).clamp_(min=self.margin_min)
+
+
+def _mean_of_all(value: Tensor) -> Tensor:
+    """The mean over the processes of a data-parallel run."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / distributed.get_world_size()

@@ -1,0 +1,114 @@
+"""SERAC: a memory of edits, a scope classifier and a counterfactual model (Mitchell et al. 2022b)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from instructedit.data.batch import EditBatch, RequestBatch
+from instructedit.editors.base import Editor
+from instructedit.editors.ike import told
+from instructedit.editors.losses import LossWeights, scope_loss
+from instructedit.edits import ContextEdit, Factors, Gate, LowRankEdit
+
+
+class Serac(Editor):
+    """Prompts in scope of an edit go to a counterfactual model that reads the edit first; all others to the LM itself.
+
+    The paper's two models are pretrained ones beside the LM (distilBERT; T5-small or a small chat model). Here both are
+    made of the LM, so that nothing needs to be downloaded: the scope classifier is the paper's embedding kind, a
+    learned distance between hidden states of the edit's prompt and of the question; the counterfactual model is the LM
+    behind the edit's words with a trained low-rank adapter.
+
+    Both are trained by `fit`: binary cross-entropy for the scope (a request's in-scope probes against its locality
+    probes and all probes of the batch's other requests), and the edit loss of the counterfactual model on in-scope
+    probes.
+
+    Args:
+        embedding: Size of the classifier's embeddings.
+        rank: Of the counterfactual model's adapter.
+        scope_block: Share of the LM's blocks below the hidden states that the classifier reads.
+        instructions: Put the task's instruction in front of every request.
+        blocks: Blocks that the adapter changes, negative from the top.
+        site_names: Names or patterns of the adapted layers within them; None means all MLP layers.
+    """
+
+    name: ClassVar[str] = "serac"
+    trainable = True
+
+    def __init__(
+        self,
+        embedding: int = 128,
+        rank: int = 16,
+        scope_block: float = 0.5,
+        instructions: bool = False,
+        blocks: Sequence[int] | None = (-3, -2, -1),
+        site_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(instructions, blocks, site_names)
+        self.embedding, self.rank, self.scope_block = embedding, rank, scope_block
+
+    def build(self) -> None:
+        """The adapter's factors (which start as no change), and the classifier's projection, scale and bias."""
+        size = 2 * self.lm.model.get_input_embeddings().weight.shape[-1]
+        self.inputs = nn.ParameterList(torch.randn(self.rank, s.in_features) * s.in_features**-0.5 for s in self.sites)
+        self.outputs = nn.ParameterList(torch.zeros(self.rank, s.out_features) for s in self.sites)
+        self.projection = nn.Parameter(torch.randn(self.embedding, size) * size**-0.5)
+        self.bias = nn.Parameter(torch.ones(()))
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    @property
+    def block(self) -> int:
+        """Whose input the classifier reads."""
+        return int(self.scope_block * len(self.lm.blocks))
+
+    def make(self, batch: RequestBatch) -> ContextEdit:
+        """A memory of one edit for each request."""
+        rows = [self.lm.tokenizer(told(request), verbose=False)["input_ids"] for request in batch.requests]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        lengths = torch.tensor([[len(row)] for row in rows])
+        factors = zip(self.sites, self.inputs, self.outputs, strict=True)
+        adapter = LowRankEdit({site.name: Factors(a[None], b[None]) for site, a, b in factors})
+        device = self.lm.device
+        return ContextEdit(ids.unsqueeze(1).to(device), lengths.to(device), adapter, self._gate(batch))
+
+    def _gate(self, batch: RequestBatch) -> Gate:
+        keys = self.lm.query(batch.tokens, self.block) @ self.projection.T
+        block = torch.tensor(self.block, device=self.lm.device)
+        return Gate(keys.unsqueeze(1), self.projection, self.bias, self.log_scale.exp(), block)
+
+    def objective(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
+        """c_edit · edit loss of the counterfactual model + c_loc · cross-entropy of the classifier."""
+        edit = self.make(batch.requests)
+        counterfactual = scope_loss(
+            self.lm, edit.ungated(), batch.in_scope, len(batch), self.sites[0].block, weights.unlikelihood
+        )
+        scope, right = self._scope(batch, edit)
+        loss = weights.edit * counterfactual + weights.locality * scope
+        return {"loss": loss, "edit_loss": counterfactual, "scope_loss": scope, "scope_accuracy": right}
+
+    def _scope(self, batch: EditBatch, edit: ContextEdit) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and accuracy of telling each request's own in-scope probes from all others.
+
+        Both sorts count half, however many there are. Probes of another request of the same wording are left out.
+        """
+        assert edit.gate is not None  # of make
+        probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
+        queries = torch.cat([self.lm.query(part.tokens, self.block) for part in probes])
+        owner = torch.cat([part.owner for part in probes])
+        count = len(queries)
+        inside = torch.arange(count, device=owner.device) < len(batch.in_scope.owner)
+        every = torch.arange(len(batch), device=owner.device)
+        gaps = (queries @ edit.gate.projection.T).unsqueeze(1) - edit.gate.keys.squeeze(1)  # [probes, requests, size]
+        logits = edit.gate.bias - edit.gate.scale * gaps.square().sum(-1)
+        own = owner.unsqueeze(-1) == every
+        wanted = (own & inside.unsqueeze(-1)).float()
+        known = own | (gaps.detach().abs().amax(-1) > 0)
+        weight = known / torch.where(wanted > 0, (wanted * known).sum(), ((1 - wanted) * known).sum()).clamp(min=1) / 2
+        loss = (F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * weight).sum()
+        right = (((logits > 0) == (wanted > 0)) * weight).sum()
+        return loss, right.detach()

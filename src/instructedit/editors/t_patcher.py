@@ -1,0 +1,119 @@
+"""T-Patcher: one neuron for each wrong token, beside the last feed-forward layer (Huang et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from instructedit.data.batch import RequestBatch
+from instructedit.editors.base import Editor
+from instructedit.editors.calinet import feed_forward_sites
+from instructedit.editors.descent import Values, descend
+from instructedit.edits import SlotEdit, Slots
+from instructedit.errors import UserError
+from instructedit.lm.moments import sample_inputs
+
+
+class TPatcher(Editor):
+    """A patch (k, b, v) for each target token, trained to fire at that token's place and to keep still elsewhere.
+
+    Loss of a request: l_e + a·l_a + m·(l_m1 + l_m2), with q the layer's input where a token is due and M what the
+    layer sees over other text: l_a = mean exp(−k·q − b); l_m1 = mean over the largest of exp(k·M + b − β);
+    l_m2 = the same of exp(k·(M − q) − γ).
+
+    Defaults: last block, Adam at 0.01, a = 1, m = 10, β = γ = −3, the 1,000 largest (Huang et al., generation).
+    Their memory is of 40,000 queries of the task's own data; here it is of any text.
+
+    Args:
+        steps: Gradient steps on a request, at most.
+        lr: Their learning rate.
+        a: Weight of the activation loss.
+        m: Weight of the memory loss.
+        beta: β: how far below zero other places must stay.
+        gamma: γ: how far below the token's own place.
+        largest: So many of the memory's losses count, the largest.
+        text: What the memory is of (see `read_texts`): ``tiny``, a file, a hub id.
+        memory: Places in it.
+        activation: Of the patches: ``gelu``, ``relu`` or ``silu``; the original takes the model's own.
+        stop_below: A request is done when its edit loss alone is below this.
+        seed: Of the value that all patches start with.
+        instructions: Put the task's instruction in front of every request.
+        blocks: The block, negative from the top.
+        site_names: Names or patterns of layers in the feed-forward layer that is patched; None means all.
+    """
+
+    name: ClassVar[str] = "t_patcher"
+
+    def __init__(
+        self,
+        steps: int = 100,
+        lr: float = 0.01,
+        a: float = 1.0,
+        m: float = 10.0,
+        beta: float = -3.0,
+        gamma: float = -3.0,
+        largest: int = 1000,
+        text: str = "tiny",
+        memory: int = 5000,
+        activation: str = "gelu",
+        stop_below: float = 1e-2,
+        seed: int = 0,
+        instructions: bool = False,
+        blocks: Sequence[int] | None = (-1,),
+        site_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(instructions, blocks, site_names)
+        self.steps, self.lr, self.a, self.m, self.beta, self.gamma = steps, lr, a, m, beta, gamma
+        self.largest, self.text, self.memory, self.activation = largest, text, memory, activation
+        self.stop_below, self.seed = stop_below, seed
+        self._memory: Tensor | None = None
+
+    def build(self) -> None:
+        modules = feed_forward_sites(self)
+        if len(modules) != 1:
+            raise UserError(f"editor 't_patcher' patches one feed-forward layer, got {', '.join(modules)}")
+        self.module, self._memory = modules[0], None
+
+    def make(self, batch: RequestBatch) -> SlotEdit:
+        """As many patches for each request as its target has tokens."""
+        if self._memory is None:
+            self._memory = sample_inputs(self.lm, self.module, self.text, self.memory)
+        tokens = batch.tokens
+        queries = self.lm.observe(tokens, [self.module])[self.module].inputs[tokens.answer_at].float()
+        sizes = tokens.rows.bincount(minlength=len(batch)).tolist()
+        q = torch.nn.utils.rnn.pad_sequence(list(queries.split(sizes)), batch_first=True)  # [n, patches, hidden]
+        real = (q != 0).any(-1)
+        drawn = torch.randn(q.shape[-1], generator=torch.Generator().manual_seed(self.seed))
+        start = {
+            "keys": q / q.square().sum(-1, keepdim=True).clamp(min=1e-6),  # so that a patch gives act(1) at first
+            "biases": q.new_zeros(q.shape[:2]),
+            "values": drawn.to(q.device).expand_as(q) * q.shape[-1] ** -0.5,
+        }
+
+        def edit(values: Values, which: Tensor) -> SlotEdit:
+            own = real[which].unsqueeze(-1)
+            return SlotEdit(
+                {self.module: Slots(values["keys"], values["biases"], values["values"] * own)}, self.activation
+            )
+
+        def losses(values: Values, active: Tensor) -> Tensor:
+            wrong = self.lm.losses(tokens.select(active), edit(values, active), None, self.sites[0].block)
+            aside = self._scope_losses(values["keys"], values["biases"], q[active], real[active])
+            # A request that says its target has nothing left to learn, however its patches fire.
+            return torch.where(wrong < self.stop_below, wrong, wrong + aside)
+
+        every = torch.arange(len(batch), device=q.device)
+        return edit(descend(start, losses, self.steps, self.lr, stop_below=self.stop_below), every)
+
+    def _scope_losses(self, keys: Tensor, biases: Tensor, q: Tensor, real: Tensor) -> Tensor:
+        """a·l_a + m·(l_m1 + l_m2) of each request, the mean over its patches, [n]."""
+        assert self._memory is not None  # made before
+        own = (keys * q).sum(-1) + biases  # [n, patches]
+        other = keys @ self._memory.T + biases.unsqueeze(-1)  # [n, patches, memory]
+        top = other.topk(min(self.largest, other.shape[-1]), -1).values
+        still = (top - self.beta).exp().mean(-1) + (top - own.unsqueeze(-1) - self.gamma).exp().mean(-1)
+        loss = self.a * (-own).exp() + self.m * still
+        return (loss * real).sum(-1) / real.sum(-1)

@@ -1,0 +1,92 @@
+"""A codebook beside a layer: what GRACE makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from instructedit.edits.base import Edit, as_list
+
+#: Left between two balls that were split, so that neither holds the other's border.
+_GAP = 1e-5
+
+
+@dataclass(frozen=True)
+class CodebookEdit(Edit):
+    """n codebooks of one layer: y = v_j where the nearest key k_j has ‖x − k_j‖₂ ≤ ε_j, else y = W x untouched.
+
+    Every position of a row is looked up on its own (causal; the same when the row is generated token by token), so
+    that an output outside all balls is the unedited layer's bit for bit.
+
+    Attributes:
+        site: Name of the layer.
+        keys: [n, entries, in].
+        values: [n, entries, out].
+        radii: ε, [n, entries]; negative where there is no entry.
+        labels: The token ids that each entry was made for, [n, entries, tokens], padded with −1.
+    """
+
+    site: str
+    keys: Tensor
+    values: Tensor
+    radii: Tensor
+    labels: Tensor
+    name: ClassVar[str] = "codebook"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return (self.site,)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int | slice | list[int]) -> Self:
+        chosen = as_list(index, len(self))
+        return type(self)(self.site, *(t[chosen] for t in (self.keys, self.values, self.radii, self.labels)))
+
+    def joined(self) -> Self:
+        """One codebook of all entries, put in one after the other by GRACE's rules (its algorithm 1).
+
+        A key outside all balls becomes a new entry. A key within reach of one with the same label only widens that
+        one's ball; with another label both balls shrink to half their distance.
+        """
+        book: list[int] = []  # of all entries, those that are kept
+        keys, radii, labels = self.keys.flatten(0, 1), self.radii.flatten().clone(), self.labels.flatten(0, 1)
+        for new in (radii >= 0).nonzero().flatten().tolist():
+            if book:
+                distances = (keys[book] - keys[new]).norm(dim=-1)
+                near = book[int(distances.argmin())]
+                distance = distances.min()
+                if distance <= radii[near] + radii[new]:
+                    if torch.equal(labels[near], labels[new]):
+                        radii[near] = torch.maximum(radii[near], distance)
+                        continue
+                    radii[near] = torch.minimum(radii[near], (distance / 2 - _GAP).clamp(min=0))
+                    radii[new] = torch.minimum(radii[new], distance / 2)
+            book.append(new)
+        chosen = torch.tensor(book, device=keys.device)
+        parts = (keys, self.values.flatten(0, 1), radii, labels)
+        return type(self)(self.site, *(part[chosen][None] for part in parts))
+
+    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
+        index = torch.arange(len(self), device=inputs.device) if rows is None else rows
+        index = index.expand(len(inputs))
+        keys, radii = self.keys[index].float(), self.radii[index]
+        distances = torch.cdist(inputs.float(), keys, compute_mode="donot_use_mm_for_euclid_dist")  # [rows, seq, entry]
+        nearest = distances.masked_fill((radii < 0).unsqueeze(1), torch.inf).argmin(-1, keepdim=True)
+        inside = distances.gather(-1, nearest) <= radii.unsqueeze(1).expand_as(distances).gather(-1, nearest)
+        row, position = inside.squeeze(-1).nonzero(as_tuple=True)
+        replaced = self.values[index[row], nearest[row, position, 0]].to(outputs.dtype)
+        return outputs.index_put((row, position), replaced)
+
+    def state(self) -> dict[str, Tensor]:
+        parts = {"keys": self.keys, "values": self.values, "radii": self.radii, "labels": self.labels}
+        return {f"{self.site}:{part}": tensor for part, tensor in parts.items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Self:
+        site = next(iter(state)).rsplit(":", 1)[0]
+        return cls(site, *(state[f"{site}:{part}"] for part in ("keys", "values", "radii", "labels")))

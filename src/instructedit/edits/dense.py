@@ -1,0 +1,70 @@
+"""Dense changes of linear layers: what fine-tuning makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from instructedit.edits.base import Edit, as_list
+
+
+@dataclass(frozen=True)
+class DenseEdit(Edit):
+    """n dense edits: y = W x + ΔW x.
+
+    Choosing edits copies no matrix: the chosen ones share what is stored.
+
+    Attributes:
+        changes: Site → the stored matrices ΔW, [stored, out, in].
+        which: Number of the stored matrix that each edit is, integers [n].
+    """
+
+    changes: Mapping[str, Tensor]
+    which: Tensor
+    name: ClassVar[str] = "dense"
+    is_weights = True
+
+    @classmethod
+    def of(cls, changes: Mapping[str, Tensor]) -> Self:
+        """Edits of the given matrices, site → [n, out, in], in order."""
+        first = next(iter(changes.values()))
+        return cls(changes, torch.arange(len(first), device=first.device))
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self.changes)
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, index: int | slice | list[int]) -> Self:
+        return type(self)(self.changes, self.which[as_list(index, len(self))])
+
+    def joined(self) -> Self:
+        return type(self).of({site: self.delta(site).sum(0, keepdim=True) for site in self.sites})
+
+    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
+        stored = self.changes[site].to(inputs.dtype)
+        which = (self.which if rows is None else self.which[rows]).expand(len(inputs))
+        if len(which) <= len(stored):  # what is gathered takes no more room than what is stored
+            return torch.baddbmm(outputs, inputs, stored[which].mT)
+        order = which.argsort(stable=True)
+        sizes = which.bincount(minlength=len(stored)).tolist()
+        parts = zip(order.split(sizes), stored, strict=True)
+        edited = [outputs[mine] + inputs[mine] @ matrix.T for mine, matrix in parts]
+        return torch.cat(edited)[order.argsort()]
+
+    def delta(self, site: str) -> Tensor:
+        return self.changes[site][self.which]
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{site}:delta": matrices for site, matrices in self.changes.items()} | {"which": self.which}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Self:
+        changes = {key.removesuffix(":delta"): value for key, value in state.items() if key != "which"}
+        return cls(changes, state["which"])

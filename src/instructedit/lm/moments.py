@@ -1,0 +1,118 @@
+"""What layers see over plain text: samples, and second moments C = E[u uᵀ], computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from instructedit.errors import UserError
+from instructedit.lm.frozen import FrozenLM
+from instructedit.lm.tokens import TokenBatch, rows_of
+from instructedit.tasks.texts import read_texts
+
+#: Texts in one forward pass.
+_ROWS = 64
+
+
+def cache_folder() -> Path:
+    """Where second moments are kept: ``$INSTRUCTEDIT_CACHE``, else ``~/.cache/instructedit``."""
+    return Path(os.environ.get("INSTRUCTEDIT_CACHE") or Path.home() / ".cache" / "instructedit")
+
+
+def moments_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:
+    """Where the second moment of a site over so many tokens of a text is kept; another model or file, another place."""
+    path = Path(text).expanduser()
+    edition = f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else ""
+    key = hashlib.sha256(f"{lm.fingerprint} {site} {text} {edition} {tokens}".encode()).hexdigest()
+    return cache_folder() / "moments" / f"{key[:32]}.safetensors"
+
+
+def second_moments(lm: FrozenLM, sites: Iterable[str], text: str = "tiny", tokens: int = 100_000) -> dict[str, Tensor]:
+    """C = E[u uᵀ] of what each site sees, from disk where it has been computed before.
+
+    The text is streamed: memory holds one matrix for each site. Padding takes no part; a text longer than the model's
+    context is cut there. Sums are in double precision.
+
+    Args:
+        lm: The unedited model.
+        sites: Names of the layers.
+        text: See `read_texts`.
+        tokens: So many tokens of it, or all if it has fewer.
+
+    Returns:
+        Site → [in, in], float32, on the CPU.
+
+    Raises:
+        UserError: If the text cannot be read or is empty.
+    """
+    files = {site: moments_file(lm, site, text, tokens) for site in sites}
+    missing = [site for site, file in files.items() if not file.is_file()]
+    if missing:
+        sums: dict[str, Tensor] = {}
+        seen = 0
+        for inputs in _inputs(lm, missing, text, tokens):
+            for site, u in inputs.items():
+                square = (u.T @ u).double().cpu()
+                sums[site] = sums[site] + square if site in sums else square
+            seen += len(u)
+        for site, total in sums.items():
+            _save((total / seen).float(), files[site])
+    return {site: _load(file) for site, file in files.items()}
+
+
+def sample_inputs(lm: FrozenLM, site: str, text: str = "tiny", tokens: int = 1000) -> Tensor:
+    """What a site sees over the first tokens of a text, [tokens, in], on the model's device."""
+    return torch.cat([inputs[site] for inputs in _inputs(lm, [site], text, tokens)])
+
+
+def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[dict[str, Tensor]]:
+    """What the sites see, batch by batch, each [positions, in] in float32; `tokens` positions in all."""
+    left = tokens
+    with tqdm(total=tokens, desc=f"{lm.name} reads {text}", unit=" tokens", leave=False, delay=5) as bar:
+        for batch in _batches(lm, text):
+            seen = lm.observe(batch, sites, cached=False)
+            real = batch.attention_mask.bool()
+            yield {site: seen[site].inputs[real][:left].float() for site in sites}
+            count = min(left, int(real.sum()))
+            left -= count
+            bar.update(count)
+            if left <= 0:
+                return
+    if left == tokens:
+        raise UserError(f"{text}: holds no text")
+
+
+def _batches(lm: FrozenLM, text: str) -> Iterator[TokenBatch]:
+    rows: list[list[int]] = []
+    for document in read_texts(text):
+        ids = lm.tokenizer(document, verbose=False)["input_ids"][: lm.max_length]
+        if ids:
+            rows.append(ids)
+        if len(rows) == _ROWS:
+            yield rows_of(rows).to(lm.device)
+            rows = []
+    if rows:
+        yield rows_of(rows).to(lm.device)
+
+
+def _load(file: Path) -> Tensor:
+    try:
+        return load_file(file)["second_moment"]
+    except Exception as error:
+        raise UserError(f"{file}: damaged ({error}); remove it, and it is computed anew") from error
+
+
+def _save(matrix: Tensor, file: Path) -> None:
+    """Whole or not at all, whoever else writes it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        save_file({"second_moment": matrix.contiguous()}, Path(folder, file.name))
+        Path(folder, file.name).replace(file)
