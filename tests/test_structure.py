@@ -241,10 +241,7 @@ def test_configs_compose(files):
 @pytest.mark.parametrize(("name", "scale"), GRIDS)
 def test_every_grid_loads_at_every_scale(name, scale):
     experiment = Experiment.load(name, scale)
-    assert {r for pair in experiment.compare for r in pair} <= {r.name for r in experiment.rows}
-    folder = REPOSITORY / "configs" / "editor"
+    assert {row for pair in experiment.grid.compare for row in pair} <= set(experiment.rows)
     for row in experiment.rows:
-        assert any((folder / part / f"{row.editor}.yaml").is_file() for part in ("", scale)), row.name
-    last = experiment.rows[-1]
-    files = (*experiment.configs, *folder.rglob(f"{last.editor}.yaml"))
-    parsed(*(f"--config={file}" for file in files), *last.overrides)
+        assert all(path.is_file() for path in experiment.configs(row))
+    parsed(*experiment.arguments(experiment.rows[-1], 0)[1:])

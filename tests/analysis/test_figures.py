@@ -12,12 +12,14 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from instructedit.analysis import EditingAreas, area_map, area_maps, metric_bars, save_figure
+from instructedit.analysis import EditingAreas, area_map, area_maps, metric_bars, metric_dots, save_figure
 from instructedit.errors import UserError
 
 METRICS = ["reliability", "generalization", "locality", "portability"]
+SHORT = ["block 5 · c_fc", "block 5 · c_proj"]
 SITES = ["transformer.h.5.mlp.c_fc.weight", "transformer.h.5.mlp.c_proj.weight"]
 
 
@@ -123,6 +125,51 @@ def test_values_are_left_out_where_they_do_not_fit() -> None:
     assert {text.get_text() for text in axes.texts} == {""}
 
 
+def test_dots_and_whiskers_are_where_the_numbers_are() -> None:
+    table = summary()
+    figure = metric_dots(table, {"convsent": "ConvSent"})
+    drawn = [axes for axes in figure.axes if axes.axison]
+    assert [axes.get_xlabel() for axes in drawn] == [
+        *("Reliability", "Locality", "Fluency"),
+        *("Reliability", "Generalization", "Locality", "Portability"),
+    ]
+    assert [axes.get_title("left") for axes in drawn if axes.get_title("left")] == ["ConvSent", "zsre"]
+    assert not figure.legends  # there is one kind of dot
+    methods = ["unedited", "MEND", "InstructEdit"]
+    assert [label.get_text() for label in drawn[3].get_yticklabels()] == methods
+    axes = drawn[4]
+    assert axes.yaxis_inverted()
+    own = table.query("task == 'zsre' and metric == 'generalization'").set_index("method")
+    points = [tuple(point) for container in axes.containers for point in container.lines[0].get_xydata()]
+    assert points == [(own.loc[name, "mean"], place) for place, name in enumerate(methods)]
+    ends = [segment.tolist() for container in axes.containers for segment in container.lines[2][0].get_segments()]
+    assert ends == [[[low, place], [high, place]] for place, (low, high) in enumerate(own[["low", "high"]].to_numpy())]
+    assert drawn[2].get_xlim()[0] > 500  # fluency has its own scale
+    assert {axes.get_xlim() for axes in drawn if axes is not drawn[2]} == {(-3, 103)}
+
+
+def test_published_dots_are_on_the_lines_of_their_methods() -> None:
+    paper = [
+        ("MEND", "zsre", "Locality", 71.0),
+        ("GRACE", "zsre", "Locality", 5.0),
+        ("MEND", "recent", "Locality", 9.0),
+    ]
+    figure = metric_dots(summary(), baselines=pd.DataFrame(paper, columns=["method", "task", "metric", "mean"]))
+    hollow = {
+        axes.get_xlabel(): [tuple(point) for point in collection.get_offsets().tolist()]
+        for axes in figure.axes
+        for collection in axes.collections
+        if isinstance(collection, PathCollection)
+    }
+    assert hollow == {"Locality": [(71.0, 1)]}
+    assert legend(figure) == ["measured", "paper"]
+
+
+def test_nothing_to_draw_as_dots() -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        metric_dots(pd.DataFrame([row("A", "zsre", "reliability.exact", 1)]))
+
+
 def test_map_has_one_marker_and_colour_a_task() -> None:
     points = np.arange(10.0).reshape(5, 2)
     tasks = ["zsre", "recent", "zsre", "recent", "recent"]
@@ -141,11 +188,19 @@ def test_map_has_one_marker_and_colour_a_task() -> None:
 def test_maps_are_a_grid_of_editors_and_sites() -> None:
     figure = area_maps({"MEND": areas(), "InstructEdit": areas(5)}, perplexity=30, seed=3)
     assert len(figure.axes) == 4
-    assert [axes.get_title() for axes in figure.axes] == ["block 5 · c_fc", "block 5 · c_proj", "", ""]
+    assert [axes.get_title() for axes in figure.axes] == [*SHORT, "", ""]
     assert [axes.get_ylabel() for axes in figure.axes] == ["MEND", "", "InstructEdit", ""]
     assert legend(figure) == ["counterfact", "recent", "zsre"]
     assert sum(len(collection.get_offsets()) for collection in figure.axes[0].collections) == 18
     assert figure.get_supxlabel().startswith("t-SNE, perplexity 4.67 to 5.67, seed 3.")
+
+
+def test_editors_of_other_matrices_have_their_own_titles() -> None:
+    one = areas()
+    one.factors, one.norms = ({SITES[1]: own[SITES[1]]} for own in (one.factors, one.norms))
+    figure = area_maps({"MEND": areas(), "InstructEdit": areas(5), "ROME": one}, method="pca")
+    assert [axes.get_title() for axes in figure.axes] == [*SHORT, "", "", SHORT[1], ""]
+    assert [bool(axes.collections) for axes in figure.axes] == [True] * 5 + [False]
 
 
 def test_a_task_looks_the_same_whichever_editor_has_it() -> None:

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
         principal_components,
         separation,
     )
-    from instructedit.analysis.figures import area_map, area_maps, metric_bars, save_figure
+    from instructedit.analysis.figures import area_map, area_maps, metric_bars, metric_dots, save_figure
     from instructedit.analysis.summary import summarise
     from instructedit.analysis.tables import latex_table, markdown_table, rich_table
 
 _MODULES = {
     "areas": ("EditingAreas", "cosines", "embed", "fitting_perplexity", "principal_components", "separation"),
-    "figures": ("area_map", "area_maps", "metric_bars", "save_figure"),
+    "figures": ("area_map", "area_maps", "metric_bars", "metric_dots", "save_figure"),
     "summary": ("summarise",),
     "tables": ("latex_table", "markdown_table", "rich_table"),
 }
@@ -35,6 +35,7 @@ __all__ = [
     "latex_table",
     "markdown_table",
     "metric_bars",
+    "metric_dots",
     "principal_components",
     "rich_table",
     "save_figure",

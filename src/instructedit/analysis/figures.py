@@ -43,10 +43,7 @@ def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) 
     """
     from matplotlib.figure import Figure
 
-    shown = summary.assign(metric=summary["metric"].str.lower())
-    shown = shown[shown["metric"].isin(METRICS) & shown["mean"].notna()]
-    if shown.empty:
-        raise ValueError(f"nothing to draw: expected means of {', '.join(METRICS)}")
+    shown = _drawn(summary)
     titles = titles or {}
     tasks = in_order(shown["task"], titles)
     looks = _method_looks(in_order(shown["method"], ()))
@@ -68,6 +65,50 @@ def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) 
             drawn[-1].set_title(_count(own), loc="right", pad=13, fontweight="normal", **_CAPTION)
         _legend(figure, {method: handles[method] for method in looks})
         figure.supxlabel("Bars: mean over records. Whiskers: bootstrap interval.", **_CAPTION)
+    return figure
+
+
+def metric_dots(
+    summary: pd.DataFrame, titles: Mapping[str, str] | None = None, baselines: pd.DataFrame | None = None
+) -> Figure:
+    """Dots of many methods: a line for each method, a row of panels for each task, a panel for each metric.
+
+    Args:
+        summary: As for ``metric_bars``.
+        titles: Task name to the title of its panels; its order is the order of the rows, others follow.
+        baselines: Published means, with the columns ``method``, ``task``, ``metric`` and ``mean``: hollow diamonds on
+            the lines of the summary's methods.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    shown = _drawn(summary)
+    titles = titles or {}
+    tasks, methods = in_order(shown["task"], titles), in_order(shown["method"], ())
+    columns = int(shown.groupby("task")["metric"].nunique().max())
+    published = shown.head(0) if baselines is None else baselines.assign(metric=baselines["metric"].str.lower())
+    handles: dict[str, Any] = {}
+    with _style():
+        height = 0.17 * len(methods) + 0.75
+        figure = Figure(figsize=(2.2 * columns + 1.4, height * len(tasks) + 0.7), layout="constrained")
+        grid = figure.subplots(len(tasks), columns, squeeze=False)
+        for panels, task in zip(grid, tasks, strict=True):
+            own, theirs = (rows[rows["task"] == task] for rows in (shown, published))
+            metrics = in_order(own["metric"], METRICS)
+            for axes, metric in zip(panels, metrics, strict=False):
+                handles |= _dot_panel(axes, own[own["metric"] == metric], theirs[theirs["metric"] == metric], methods)
+                axes.set_xlabel(metric_title(metric))
+            for axes in panels[1:]:
+                axes.tick_params(labelleft=False)
+            for axes in panels[len(metrics) :]:
+                axes.set_axis_off()
+            panels[0].set_title(titles.get(task, task), loc="left")
+            panels[len(metrics) - 1].set_title(_count(own), loc="right", fontweight="normal", **_CAPTION)
+        if len(handles) > 1:
+            _legend(figure, handles)
+        figure.supxlabel("Dots: mean over records (× 100). Whiskers: bootstrap interval.", **_CAPTION)
     return figure
 
 
@@ -103,11 +144,11 @@ def area_maps(
     seed: int = 0,
     titles: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Maps of several editors' areas: a row for each editor, a column for each edited matrix.
+    """Maps of several editors' areas: a row for each editor, in it a map for each edited matrix.
 
     Args:
         areas_by_title: What to call an editor, to its areas.
-        sites: Names of the edited matrices; by default all of the first editor.
+        sites: Names of the edited matrices; by default all that an editor has.
         method: ``"tsne"`` or ``"pca"``, as for ``embed``.
         perplexity: Of t-SNE.
         seed: Of t-SNE.
@@ -120,18 +161,24 @@ def area_maps(
 
     from instructedit.analysis.areas import embed
 
-    sites = sites or next(iter(areas_by_title.values())).site_names
+    rows = {editor: list(sites or areas.site_names) for editor, areas in areas_by_title.items()}
+    columns = max(map(len, rows.values()))
     styles = _task_styles([task for areas in areas_by_title.values() for task in areas.tasks], titles)
     handles: dict[str, Any] = {}
     with _style():
-        figure = Figure((max(2.3 * len(sites) + 0.4, 4.4), 2.3 * len(areas_by_title) + 1), layout="constrained")
-        grid = figure.subplots(len(areas_by_title), len(sites), squeeze=False)
-        for row, (editor, areas) in zip(grid, areas_by_title.items(), strict=True):
-            row[0].set_ylabel(editor, fontsize=10, fontweight="bold")
-            for axes, site in zip(row, sites, strict=True):
+        figure = Figure((max(2.3 * columns + 0.4, 4.4), 2.3 * len(rows) + 1), layout="constrained")
+        grid = figure.subplots(len(rows), columns, squeeze=False)
+        above: list[str] = []
+        for panels, (editor, own) in zip(grid, rows.items(), strict=True):
+            areas = areas_by_title[editor]
+            panels[0].set_ylabel(editor, fontsize=10, fontweight="bold")
+            for axes, site in zip(panels, own, strict=False):
                 handles |= _scatter(axes, embed(areas, site, method, perplexity, seed), areas.tasks, styles)
-        for axes, site in zip(grid[0], sites, strict=True):
-            axes.set_title(_short(site))
+                if own != above:
+                    axes.set_title(_short(site))
+            for axes in panels[len(own) :]:
+                axes.set_axis_off()
+            above = own
         _legend(figure, {name: handles[name] for name, *_ in styles.values()})
         figure.supxlabel(_map_note(method, map(len, areas_by_title.values()), perplexity, seed), **_CAPTION)
     return figure
@@ -186,9 +233,8 @@ def _bar_panel(
     for place, (method, look) in enumerate(looks.items()):
         own = rows[(rows["method"] == method) & rows["metric"].isin(metrics)]
         x = [metrics.index(metric) + (place - (len(looks) - 1) / 2) * width for metric in own["metric"]]
-        errors = own[["low", "high"]].sub(own["mean"], axis=0).abs().fillna(0).to_numpy().T
         whiskers = {"lw": 0.8, "ecolor": "0.25"}
-        bars = axes.bar(x, own["mean"], 0.92 * width, yerr=errors, label=method, error_kw=whiskers, **look)
+        bars = axes.bar(x, own["mean"], 0.92 * width, yerr=_whiskers(own), label=method, error_kw=whiskers, **look)
         labels = [text if len(text) <= fitting else "" for text in own["mean"].map("{:.0f}".format)]
         axes.bar_label(bars, labels, padding=1.5, fontsize=_SMALL, annotation_clip=False)
         handles[method] = bars
@@ -198,6 +244,43 @@ def _bar_panel(
     axes.grid(visible=False, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
     return handles
+
+
+def _dot_panel(axes: Axes, rows: pd.DataFrame, published: pd.DataFrame, methods: Sequence[str]) -> dict[str, Any]:
+    """Means of one task and metric from the first method at the top down, with whiskers from low to high."""
+    blue, orange = _colours(["measured", "paper"]).values()
+    places = {method: place for place, method in enumerate(methods)}
+    handles: dict[str, Any] = {}
+    unedited = rows["method"] == UNEDITED
+    for own, colour in ((rows[unedited], "0.55"), (rows[~unedited], blue)):
+        look: dict[str, Any] = {"fmt": "o", "ms": 4, "elinewidth": 1.2, "color": colour}
+        drawn = axes.errorbar(own["mean"], own["method"].map(places), xerr=_whiskers(own), **look)
+        handles["measured"] = drawn  # the legend shows the last colour
+    published = published[published["method"].isin(places)]
+    if len(published):
+        look = {"marker": "D", "s": 18, "facecolors": "none", "edgecolors": [orange], "linewidths": 1.1, "zorder": 3}
+        handles["paper"] = axes.scatter(published["mean"], published["method"].map(places), **look)
+    axes.set(ylim=(len(methods) - 0.5, -0.5), yticks=range(len(methods)), yticklabels=methods)
+    if (rows["metric"] != "fluency").all():
+        axes.set(xlim=(-3, 103))
+    axes.tick_params(axis="y", labelsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return handles
+
+
+def _whiskers(rows: pd.DataFrame) -> NDArray[Any]:
+    """Lengths below and above the means, [2, rows]; 0 where there is no interval."""
+    lengths: NDArray[Any] = rows[["low", "high"]].sub(rows["mean"], axis=0).abs().fillna(0).to_numpy().T
+    return lengths
+
+
+def _drawn(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows that a figure shows; metrics in lower case."""
+    shown = summary.assign(metric=summary["metric"].str.lower())
+    shown = shown[shown["metric"].isin(METRICS) & shown["mean"].notna()]
+    if shown.empty:
+        raise ValueError(f"nothing to draw: expected means of {', '.join(METRICS)}")
+    return shown
 
 
 def _count(rows: pd.DataFrame) -> str:

@@ -1,4 +1,8 @@
-"""Result tables with intervals, in the layout of the paper's Table 3: for the terminal, Markdown and LaTeX."""
+"""Result tables with intervals, for the terminal, Markdown and LaTeX, in two layouts.
+
+``wide`` is the paper's Table 3: a row for each task and metric, a column for each method. ``tall`` is for many methods:
+a part for each task, in it a row for each method and a column for each metric.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
+    from rich.console import Group
 
 #: The paper's metrics in the order of its Table 3; each of them is the higher, the better.
 METRICS = ("reliability", "generalization", "locality", "portability", "fluency")
@@ -19,6 +24,9 @@ METRICS = ("reliability", "generalization", "locality", "portability", "fluency"
 #: The method name of the model before any edit. It keeps its own locality at 100, so it takes no part in a ranking.
 UNEDITED = "unedited"
 
+Layout = Literal["wide", "tall"]
+
+_PAPER = "paper"
 _MARKDOWN_SPECIAL = re.compile(r"([\\|*_`<>\[\]])")
 _LATEX_SPECIAL = {char: f"\\{char}" for char in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
@@ -27,13 +35,17 @@ _LATEX_SPECIAL = {char: f"\\{char}" for char in "&%$#_{}"} | {
     "–": "--",
 }
 
+_Values = dict[tuple[str, str, str], tuple[float, ...]]  # (method, task, metric) to (mean, low, high)
+_Shown = dict[tuple[str, str], list[str]]  # (task, its title) to its metrics
+
 
 class _Mark(Enum):
-    """How a mean ranks in its row."""
+    """How a mean ranks among the methods, or that it was published."""
 
     BEST = "best"
     SECOND = "second"
     NONE = "none"
+    PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
@@ -44,9 +56,23 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Row:
-    task: str  # empty below the first row of a task
-    metric: str
+    names: list[str]
     cells: list[_Cell]
+    section: bool = False  # whether a section begins here
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows under one header."""
+
+    header: list[str]
+    rows: list[_Row]
+    names: int  # columns that hold names; the others hold cells
+
+    def widths(self) -> Iterable[int]:
+        """Characters that each column takes, its numbers aligned."""
+        lines = [self.header, *([*row.names, *(_aligned(cell.text) for cell in row.cells)] for row in self.rows)]
+        return (max(map(len, column)) for column in zip(*lines, strict=True))
 
 
 def rich_table(
@@ -54,37 +80,51 @@ def rich_table(
     titles: Mapping[str, str] | None = None,
     baselines: pd.DataFrame | None = None,
     metrics: Sequence[str] = METRICS,
-) -> Table:
-    """Table for the terminal: one row for each task and metric, one column for each method.
+    layout: Layout = "wide",
+) -> Group:
+    """Table for the terminal.
 
-    A cell reads ``83.2 [80.1, 86.0]``, mean and interval. The best mean of a row is bold, the next one underlined;
-    means that read the same rank the same. The unedited model and published numbers take no part in that.
+    A cell reads ``83.2 [80.1, 86.0]``, mean and interval. The best mean of a task and metric is bold, the next one
+    underlined; means that read the same rank the same. The unedited model and published numbers take no part in that.
 
     Args:
         summary: One row for each ``method``, ``task`` and ``metric``, with ``mean``, ``low`` and ``high`` (x 100).
         titles: Task name to what the table calls it; its order is the order of the tasks, others follow.
-        baselines: Published numbers, with the columns ``method``, ``task``, ``metric`` and ``mean``; they stand at the
-            right, headed ``… (paper)``, for the summary's tasks and metrics.
+        baselines: Published numbers, with the columns ``method``, ``task``, ``metric`` and ``mean``, for the summary's
+            tasks and metrics. Wide: columns at the right, headed ``… (paper)``. Tall: a column ``paper`` beside each
+            metric, for the summary's methods.
         metrics: The metrics to show, in order, whatever their case; all of them are the higher, the better.
+        layout: ``wide`` or ``tall``. Tall numbers from 100 on have no decimal, so that 120 columns are enough.
 
     Raises:
         ValueError: If a method has two rows for one task and metric.
     """
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    styles = {_Mark.BEST: "bold", _Mark.SECOND: "underline", _Mark.NONE: ""}
-    header, rows = _grid(summary, titles, baselines, metrics)
-    table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for position, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if position < 2 else "right", no_wrap=position < 2)
-    for row in rows:
-        if row.task:
-            table.add_section()
-        cells = (Text(cell.text, styles[cell.mark]) for cell in row.cells)
-        table.add_row(Text(row.task), Text(row.metric), *cells)
-    return table
+    styles = {_Mark.BEST: "bold", _Mark.SECOND: "underline", _Mark.NONE: "", _Mark.PUBLISHED: "dim"}
+    parts = _parts(summary, titles, baselines, metrics, layout)
+    tall = layout == "tall"
+    widths = [max(widths) for widths in zip_longest(*(part.widths() for part in parts), fillvalue=0)]
+    tables = []
+    for part in parts:
+        # Tall: every part has the same columns, a published number is nearer to its own metric than to the next one.
+        table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True, padding=(0, 0 if tall else 1))
+        for position, name in enumerate(part.header):
+            left = position < part.names
+            room = widths[position] + (not left and name != _PAPER) if tall else None
+            justify: Literal["left", "right"] = "left" if left else "right"
+            table.add_column(Text(name), justify=justify, no_wrap=left or tall, min_width=room)
+        for row in part.rows:
+            if row.section:
+                table.add_section()
+            texts = (_aligned(cell.text) if tall else cell.text for cell in row.cells)
+            cells = (Text(text, styles[cell.mark]) for text, cell in zip(texts, row.cells, strict=True))
+            table.add_row(*map(Text, row.names), *cells)
+        tables.append(table)
+    return Group(*tables)
 
 
 def markdown_table(
@@ -92,19 +132,23 @@ def markdown_table(
     titles: Mapping[str, str] | None = None,
     baselines: pd.DataFrame | None = None,
     metrics: Sequence[str] = METRICS,
+    layout: Layout = "wide",
 ) -> str:
-    """The table of ``rich_table`` in GitHub's Markdown, underlined with ``<ins>``."""
-    styles = {_Mark.BEST: "**{}**", _Mark.SECOND: "<ins>{}</ins>", _Mark.NONE: "{}"}
-    header, rows = _grid(summary, titles, baselines, metrics)
+    """The table of ``rich_table`` in GitHub's Markdown, underlined with ``<ins>``; a table for each part."""
+    styles = {_Mark.BEST: "**{}**", _Mark.SECOND: "<ins>{}</ins>", _Mark.NONE: "{}", _Mark.PUBLISHED: "{}"}
 
     def line(cells: Iterable[str]) -> str:
-        return f"| {' | '.join(cells)} |"
+        return f"| {' | '.join(cells)} |\n"
 
-    lines = [line(map(_markdown, header)), line(["---", "---"] + ["---:"] * (len(header) - 2))]
-    for row in rows:
-        cells = (styles[cell.mark].format(cell.text) for cell in row.cells)
-        lines.append(line([_markdown(row.task), _markdown(row.metric), *cells]))
-    return "\n".join(lines) + "\n"
+    tables = []
+    for part in _parts(summary, titles, baselines, metrics, layout):
+        rules = ["---"] * part.names + ["---:"] * (len(part.header) - part.names)
+        lines = [line(map(_markdown, part.header)), line(rules)]
+        for row in part.rows:
+            cells = (styles[cell.mark].format(cell.text) for cell in row.cells)
+            lines.append(line([*map(_markdown, row.names), *cells]))
+        tables.append("".join(lines))
+    return "\n".join(tables)
 
 
 def latex_table(
@@ -112,17 +156,23 @@ def latex_table(
     titles: Mapping[str, str] | None = None,
     baselines: pd.DataFrame | None = None,
     metrics: Sequence[str] = METRICS,
+    layout: Layout = "wide",
 ) -> str:
     """The table of ``rich_table`` as a LaTeX ``tabular``; it needs the package booktabs."""
-    styles = {_Mark.BEST: r"\textbf{{{}}}", _Mark.SECOND: r"\underline{{{}}}", _Mark.NONE: "{}"}
-    header, rows = _grid(summary, titles, baselines, metrics)
-    lines = [rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}", r"\toprule"]
-    lines += [" & ".join(map(_latex, header)) + r" \\"]
-    for row in rows:
-        if row.task:
-            lines.append(r"\midrule")
-        cells = (styles[cell.mark].format(_latex(cell.text)) for cell in row.cells)
-        lines.append(" & ".join([_latex(row.task), _latex(row.metric), *cells]) + r" \\")
+    styles = {_Mark.BEST: r"\textbf{{{}}}", _Mark.SECOND: r"\underline{{{}}}", _Mark.NONE: "{}", _Mark.PUBLISHED: "{}"}
+
+    def line(cells: Iterable[str]) -> str:
+        return " & ".join(cells) + r" \\"
+
+    parts = _parts(summary, titles, baselines, metrics, layout)
+    columns = ("l" * part.names + "r" * (len(part.header) - part.names) for part in parts)
+    lines = [rf"\begin{{tabular}}{{{max(columns, key=len, default='l')}}}"]
+    for part in parts:
+        lines += [r"\toprule" if part is parts[0] else r"\midrule", line(map(_latex, part.header))]
+        for row in part.rows:
+            lines += [r"\midrule"] * row.section
+            cells = (styles[cell.mark].format(_latex(cell.text)) for cell in row.cells)
+            lines.append(line([*map(_latex, row.names), *cells]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -138,27 +188,55 @@ def metric_title(name: str) -> str:
     return head.capitalize() + f" ({rest.replace('.', ', ')})" * bool(rest)
 
 
-def _grid(
-    summary: pd.DataFrame, titles: Mapping[str, str] | None, baselines: pd.DataFrame | None, metrics: Sequence[str]
-) -> tuple[list[str], list[_Row]]:
-    """The header and the rows that all formats share."""
+def _parts(
+    summary: pd.DataFrame,
+    titles: Mapping[str, str] | None,
+    baselines: pd.DataFrame | None,
+    metrics: Sequence[str],
+    layout: Layout,
+) -> list[_Part]:
+    """What all formats share: one part or more."""
     titles = titles or {}
     ours = _values(summary)
     published = {} if baselines is None else _values(baselines)
-    methods, others = (list(dict.fromkeys(method for method, *_ in values)) for values in (ours, published))
-    rows = []
+    shown: _Shown = {}
     for task in in_order((task for _, task, _ in ours), titles):
-        title = titles.get(task, task)
-        for metric in [name.lower() for name in metrics if any(key[1:] == (task, name.lower()) for key in ours)]:
-            ranked = _ranked(methods, [ours.get((method, task, metric), (math.nan,)) for method in methods])
-            quoted = [_Cell(_text(*published.get((method, task, metric), (math.nan,)))) for method in others]
-            rows.append(_Row(title, metric_title(metric), ranked + quoted))
-            title = ""
-    return ["Task", "Metric", *methods, *(f"{method} (paper)" for method in others)], rows
+        present = {metric for _, its, metric in ours if its == task}
+        if own := [name.lower() for name in metrics if name.lower() in present]:
+            shown[task, titles.get(task, task)] = own
+    return (_tall if layout == "tall" else _wide)(shown, ours, published)
 
 
-def _values(frame: pd.DataFrame) -> dict[tuple[str, str, str], tuple[float, ...]]:
-    """(method, task, metric in lower case) to (mean, low, high), as far as the frame has them."""
+def _wide(shown: _Shown, ours: _Values, published: _Values) -> list[_Part]:
+    methods, others = _methods(ours), _methods(published)
+    rows = []
+    for (task, title), metrics in shown.items():
+        for metric in metrics:
+            first = metric == metrics[0]
+            cells = _ranked(ours, methods, task, metric) + _published(published, others, task, metric)
+            rows.append(_Row([title if first else "", metric_title(metric)], cells, section=first))
+    return [_Part(["Task", "Metric", *methods, *(f"{method} ({_PAPER})" for method in others)], rows, names=2)]
+
+
+def _tall(shown: _Shown, ours: _Values, published: _Values) -> list[_Part]:
+    methods = _methods(ours)
+    parts = []
+    for (task, title), metrics in shown.items():
+        header, columns = [title], []
+        for metric in metrics:
+            header.append(metric_title(metric))
+            columns.append(_ranked(ours, methods, task, metric, short=True))
+            if any((method, task, metric) in published for method in methods):
+                header.append(_PAPER)
+                columns.append(_published(published, methods, task, metric, short=True))
+        rows = [_Row([method], list(cells)) for method, *cells in zip(methods, *columns, strict=True)]
+        rows[0] = _Row(rows[0].names, rows[0].cells, section=True)
+        parts.append(_Part(header, rows, names=1))
+    return parts
+
+
+def _values(frame: pd.DataFrame) -> _Values:
+    """The frame's numbers, as far as it has them; metrics in lower case."""
     frame = frame.assign(metric=frame["metric"].str.lower())
     keys, columns = ["method", "task", "metric"], [name for name in ("mean", "low", "high") if name in frame]
     if frame.duplicated(keys).any():
@@ -167,19 +245,45 @@ def _values(frame: pd.DataFrame) -> dict[tuple[str, str, str], tuple[float, ...]
     return dict(zip(names, values, strict=True))
 
 
-def _ranked(methods: list[str], values: list[tuple[float, ...]]) -> list[_Cell]:
+def _methods(values: _Values) -> list[str]:
+    return list(dict.fromkeys(method for method, *_ in values))
+
+
+def _ranked(values: _Values, methods: list[str], task: str, metric: str, short: bool = False) -> list[_Cell]:
+    """A cell for each method."""
+    found = [values.get((method, task, metric), (math.nan,)) for method in methods]
     # Ranked as shown: a difference that the table does not show should not decide what it stresses.
-    pairs = list(zip(methods, values, strict=True))
-    shown = [math.nan if method == UNEDITED else round(value[0], 1) for method, value in pairs]
-    best = sorted({mean for mean in shown if not math.isnan(mean)}, reverse=True)
+    shown = [float(_number(mean, short)) for mean, *_ in found]
+    ranked = [math.nan if method == UNEDITED else mean for method, mean in zip(methods, shown, strict=True)]
+    best = sorted({mean for mean in ranked if not math.isnan(mean)}, reverse=True)
     marks = dict(zip(best, (_Mark.BEST, _Mark.SECOND), strict=False))
-    return [_Cell(_text(*value), marks.get(mean, _Mark.NONE)) for (_, value), mean in zip(pairs, shown, strict=True)]
+    return [_Cell(_text(value, short), marks.get(mean, _Mark.NONE)) for value, mean in zip(found, ranked, strict=True)]
 
 
-def _text(mean: float, low: float = math.nan, high: float = math.nan) -> str:
+def _published(values: _Values, methods: list[str], task: str, metric: str, short: bool = False) -> list[_Cell]:
+    """A cell for each method."""
+    found = (values.get((method, task, metric), (math.nan,)) for method in methods)
+    return [_Cell(_text(value, short), _Mark.PUBLISHED) for value in found]
+
+
+def _text(value: Sequence[float], short: bool) -> str:
+    mean, *interval = value
     if math.isnan(mean):
         return "–"
-    return f"{mean:.1f}" if math.isnan(low) or math.isnan(high) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    if not interval or any(map(math.isnan, interval)):
+        return _number(mean, short)
+    return f"{_number(mean, short)} [{', '.join(_number(end, short) for end in interval)}]"
+
+
+def _number(value: float, short: bool) -> str:
+    """One decimal; if ``short``, none from 100 on."""
+    text = f"{value:.1f}"
+    return f"{value:.0f}" if short and abs(float(text)) >= 100 else text
+
+
+def _aligned(text: str) -> str:
+    """Every number as wide as ``94.1``, so that those of a column stand below each other."""
+    return re.sub(r"[-\d.]+", lambda number: number[0].rjust(4), text)
 
 
 def _markdown(text: str) -> str:

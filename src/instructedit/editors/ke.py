@@ -60,10 +60,10 @@ class Ke(Editor):
         lstm: Size of each direction of the LSTM.
         condition: Size of h.
         hidden: Size of the hidden layer of the gates.
-        scale: s.
+        scale: s, by which every update is multiplied.
         margin: m at the start.
         margin_decay: What m is multiplied by after a validation that succeeds.
-        margin_min: m's end.
+        margin_min: Where the annealing of m ends.
         success: A validation succeeds with a Reliability above this share.
         multiplier_rate: Learning rate of the multiplier of the constraint.
         instructions: Put the task's instruction in front of every request.

@@ -1,0 +1,369 @@
+"""Experiments: what a grid may say, which files a row gets, what is run again and what is not, and the report."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+
+from instructedit import experiment
+from instructedit.callbacks import EditingAreaDump
+from instructedit.cli import main
+from instructedit.errors import UserError
+from instructedit.experiment import Experiment, Grid, fingerprint
+from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.tracking import artifact_path, runs
+
+TABLE3 = experiment.REPOSITORY / "experiments" / "table3"
+GRID = {
+    "title": "A try",
+    "seeds": [3, 4],
+    "configs": ["configs/all.yaml"],
+    "rows": {
+        "unedited": {"editor": "unedited", "fit": False},
+        "MEND (raw)": {"editor": "mend", "fit": False},
+        "MEND": {"editor": "mend", "overrides": ["--trainer.max_steps=1"]},
+    },
+    "compare": [["MEND", "MEND (raw)"]],
+    "scales": {"one": {"configs": ["configs/one.yaml"], "editors": ["new", "small"], "paper": "Big"}},
+    "layout": "tall",
+    "paper": "paper.csv",
+}
+PAPER = "model,method,task,metric,mean\nBig,MEND,zsre,reliability,81.25\nOther,MEND,zsre,reliability,12.5\n"
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tokenizer):
+    """A repository with one experiment for a small random LM."""
+    root = tmp_path_factory.mktemp("repository")
+    torch.manual_seed(0)
+    recipe = Recipe(architecture="gpt2", width=16, layers=4, heads=2, vocab=600, context=256)
+    new_model(recipe, tokenizer.eos_token_id).save_pretrained(root / "lm")
+    tokenizer.save_pretrained(root / "lm")
+    data = {
+        "train": [{"name": "counterfact"}],
+        "test": [{"name": "counterfact", "size": 4}, {"name": "zsre", "size": 3}],
+        "batch_size": 2,
+        "val_size": 2,
+    }
+    off = dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
+    write(root / "configs/all.yaml", {"data": data, "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, **off}})
+    write(root / "configs/one.yaml", {"model": {"lm": {"name": str(root / "lm")}}})
+    mend = {"model": {"editor": {"class_path": "Mend", "init_args": {"rank": 3, "edit_rate": 0.1}}}}
+    write(root / "configs/editor/mend.yaml", {"model": {"lr": 1.0, **mend["model"]}})
+    write(root / "configs/editor/small/mend.yaml", mend)
+    write(root / "configs/editor/unedited.yaml", {"model": {"editor": {"class_path": "Unedited"}}})
+    write(root / "experiments/try/grid.yaml", GRID)
+    write(root / "experiments/try/paper.csv", PAPER)
+    return root
+
+
+@pytest.fixture
+def place(made, monkeypatch):
+    monkeypatch.setattr(experiment, "REPOSITORY", made)
+    return made
+
+
+@pytest.fixture
+def copy(made, tmp_path, monkeypatch):
+    """One whose files a test may change."""
+    shutil.copytree(made / "configs", tmp_path / "configs")
+    shutil.copytree(made / "experiments", tmp_path / "experiments")
+    monkeypatch.setattr(experiment, "REPOSITORY", tmp_path)
+    return tmp_path
+
+
+# -- grids ---------------------------------------------------------------------------------------------------------
+
+
+def changed(path, value):
+    """The grid with one key set, or taken out."""
+    grid = yaml.safe_load(yaml.safe_dump(GRID, sort_keys=False))
+    *parents, last = path
+    inner = grid
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    return {key: value for key, value in grid.items() if value is not None}
+
+
+WRONG = {
+    "unknown key": (["layuot"], "tall", "grid.yaml: Option 'layuot'"),
+    "missing key": (["title"], None, "grid.yaml: the following arguments are required: title"),
+    "layout": (["layout"], "long", "grid.yaml: Parser key \"layout\": Expected a typing.Literal['wide', 'tall']"),
+    "seeds": (["seeds"], "none", 'grid.yaml: Parser key "seeds"'),
+    "unknown key of a row": (["rows", "MEND", "fitt"], True, "grid.yaml: rows: MEND: Option 'fitt'"),
+    "row without an editor": (["rows", "MEND"], {"fit": False}, "grid.yaml: rows: MEND: the following arguments"),
+    "a row that is a name": (["rows", "MEND"], "mend", "grid.yaml: rows: MEND: expected keys and values, got 'mend'"),
+    "a scale that is a list": (["scales", "one"], ["configs/all.yaml"], "grid.yaml: scales: one: expected keys"),
+    "unknown key of a scale": (["scales", "one", "editor"], "small", "grid.yaml: scales: one: Option 'editor'"),
+    "compared with nothing": (["compare"], [["MEND", "KE"]], "grid.yaml: compare: no row 'KE'; there are: unedited, "),
+    "no file of figures": (["paper"], "absent.csv", "absent.csv: no such file"),
+    "no key for the file": (["paper"], None, "grid.yaml: scales: one: paper needs"),
+    "unknown model": (["scales", "one", "paper"], "Bog", "paper.csv: no model 'Bog'; there are: Big, Other"),
+    "no such config": (["rows", "MEND", "editor"], "ke", "row 'MEND': no config of the editor 'ke'"),
+}
+
+
+@pytest.mark.parametrize(("path", "value", "said"), WRONG.values(), ids=WRONG)
+def test_a_wrong_grid_is_one_line_with_file_and_key(copy, path, value, said):
+    write(copy / "experiments/try/grid.yaml", changed(path, value))
+    with pytest.raises(UserError) as error:
+        Experiment.load("try", "one")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_of_published_figures_is_missing(copy):
+    write(copy / "experiments/try/paper.csv", PAPER.replace("mean", "value"))
+    with pytest.raises(UserError, match=r"paper\.csv: no column 'mean'"):
+        Experiment.load("try", "one")
+
+
+@pytest.mark.parametrize(
+    ("editors", "chosen"),
+    [
+        ("small", "small/mend.yaml"),
+        (["new", "small"], "small/mend.yaml"),
+        (["one", "small"], "one/mend.yaml"),
+        ("new", "mend.yaml"),
+        (None, "one/mend.yaml"),  # the scale's own name
+    ],
+)
+def test_the_first_folder_with_the_editor_is_taken(copy, editors, chosen):
+    write(copy / "configs/editor/one/mend.yaml", "")
+    write(copy / "experiments/try/grid.yaml", changed(["scales", "one", "editors"], editors))
+    configs = Experiment.load("try", "one").configs("MEND")
+    assert configs == [copy / "configs" / name for name in ("all.yaml", "one.yaml", f"editor/{chosen}")]
+
+
+def test_only_the_scales_model_is_quoted(place):
+    published = Experiment.load("try", "one").published
+    assert published.to_dict("records") == [{"method": "MEND", "task": "zsre", "metric": "reliability", "mean": 81.25}]
+
+
+# -- the paper's Table 3 --------------------------------------------------------------------------------------------
+
+
+def test_the_papers_table_is_there():
+    table = pd.read_csv(TABLE3 / "paper.csv")
+    assert table.groupby(["model", "task"]).size().to_dict() == {
+        **{("GPT2-XL", task): 28 for task in ("counterfact", "recent", "zsre")},
+        **{("LLaMA-2", task): 28 for task in ("counterfact", "recent", "zsre")},
+        ("GPT2-XL", "convsent"): 21,
+    }
+    cells = table.set_index(["model", "method", "task", "metric"])["mean"]
+    assert cells.index.is_unique
+    assert cells["GPT2-XL", "GRACE", "counterfact", "reliability"] == 96.31
+    assert cells["GPT2-XL", "MEND", "counterfact", "portability"] == 41.88
+    assert cells["LLaMA-2", "KE", "counterfact", "locality"] == 90.86
+    assert cells["LLaMA-2", "InstructEdit", "recent", "generalization"] == 55.92
+    assert cells["GPT2-XL", "unedited", "convsent", "fluency"] == 613.13
+    assert cells["GPT2-XL", "CaliNet", "convsent", "fluency"] == 396.43
+    assert cells["GPT2-XL", "InstructEdit", "zsre", "reliability"] == 82.83
+    assert cells["LLaMA-2", "FT-L", "zsre", "locality"] == 98.89
+    assert cells["LLaMA-2", "InstructEdit", "zsre", "portability"] == 58.19
+
+
+def test_every_published_method_has_a_row():
+    grid = Grid.load(TABLE3 / "grid.yaml")
+    assert set(pd.read_csv(TABLE3 / "paper.csv")["method"]) <= set(grid.rows)
+    assert {scale.paper for scale in grid.scales.values()} == set(pd.read_csv(TABLE3 / "paper.csv")["model"])
+
+
+# -- fingerprints --------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_of_what_a_run_is_made_from(copy, tmp_path_factory):
+    def mark(name="MEND", seed=3, **options):
+        return fingerprint(Experiment.load("try", "one", **options).arguments(name, seed))
+
+    first = mark()
+    assert mark(root="elsewhere", out="elsewhere", seeds=[3], rows=["MEND"]) == first
+    others = [mark(seed=4), mark("MEND (raw)"), mark(overrides=["--model.lr=1"])]
+    for file in ("configs/all.yaml", "configs/editor/small/mend.yaml"):
+        text = (copy / file).read_text()
+        write(copy / file, text + "# more\n")
+        others.append(mark())
+        write(copy / file, text)
+    assert len({first, *others}) == 6
+    assert mark() == first
+
+
+def test_a_fingerprint_is_not_of_where_a_config_lies(tmp_path):
+    for name in ("a", "b"):
+        write(tmp_path / name / "x.yaml", "data: {}\n")
+    write(tmp_path / "b" / "y.yaml", "data: {}\n# more\n")
+    of = [fingerprint(["fit", f"--config={tmp_path}/{name}"]) for name in ("a/x.yaml", "b/x.yaml", "b/y.yaml")]
+    assert of[0] == of[1] != of[2]
+
+
+def test_a_fingerprint_is_of_the_package(monkeypatch, tmp_path):
+    marks = []
+    for name, text in (("one.py", "1"), ("one.py", "2"), ("two.py", "2"), ("data/table.csv", "")):
+        write(tmp_path / name, text)
+        monkeypatch.setattr(experiment, "__file__", str(tmp_path / "experiment.py"))
+        experiment._package.cache_clear()
+        marks.append(fingerprint(["fit"]))
+    experiment._package.cache_clear()
+    assert len(set(marks)) == 4
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+def run(store, out, *options):
+    """Status and what was printed, on both streams."""
+    args = ["experiment", "try", "--scale=one", f"--root={store}", f"--out={out}", *options]
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = main(args)
+    return status, printed.getvalue(), errors.getvalue()
+
+
+def watched(monkeypatch, fails=None, error=None):
+    """Which rows and seeds are really run."""
+    done = []
+    original = Experiment._run_row
+
+    def run_row(self, name, seed, parent):
+        if name == fails:
+            raise error
+        done.append((name, seed))
+        return original(self, name, seed, parent)
+
+    monkeypatch.setattr(Experiment, "_run_row", run_row)
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+    """The store and the results of an experiment that ran from beginning to end."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "REPOSITORY", made)
+        status, printed, _ = run(folder / "store", folder / "out")
+    assert status == 0
+    return SimpleNamespace(
+        store=folder / "store", out=folder / "out", printed=printed, runs=runs(root=folder / "store")
+    )
+
+
+def parents(store):
+    """The experiment's own runs, the newest first, with their tags."""
+    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
+    found = runs(root=store)
+    return [client.get_run(run_id) for run_id in found[found["name"] == "try"]["run_id"]]
+
+
+def test_the_report(whole):
+    for i, name in enumerate(GRID["rows"], 1):
+        assert f"row {i} of 3: {name}" in whole.printed
+    table = (whole.out / "table.md").read_text()
+    assert table.startswith("# A try\n\npaper: published figures for Big\n\n| CounterFact | Reliability |")
+    assert "| ZsRE (held out) | Reliability | paper | Generalization | Locality | Portability |" in table
+    (line,) = [line for line in table.split("| ZsRE")[1].splitlines() if line.startswith("| MEND |")]
+    assert line.split(" | ")[2] == "81.2"
+    assert "ZsRE (held out)" in whole.printed
+    assert "MEND − MEND (raw), ZsRE (held out), reliability: " in whole.printed
+    names = {"table.md", "summary.csv", "differences.csv", "metrics.png", "areas.png"}
+    assert names <= {path.name for path in whole.out.iterdir()}
+    assert list(dict.fromkeys(pd.read_csv(whole.out / "summary.csv")["method"])) == list(GRID["rows"])
+
+
+def test_what_is_done_is_not_done_again(place, whole, monkeypatch, tmp_path):
+    before = len(runs(root=whole.store))
+    done = watched(monkeypatch)
+    status, printed, _ = run(whole.store, tmp_path / "out")
+    assert (status, done) == (0, [])
+    assert printed.count("of the store is used again") == 4
+    for name in ("summary.csv", "differences.csv", "table.md", "metrics.png", "areas.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole.out / name).read_bytes(), name
+    assert len(runs(root=whole.store)) == before + 1
+    children = whole.runs.set_index("name")["run_id"]
+    parent = parents(whole.store)[0]
+    assert parent.info.run_id not in set(whole.runs["run_id"])
+    assert {key: value for key, value in parent.data.tags.items() if key.startswith("reused.")} == {
+        "reused.unedited/3": children["try/unedited/seed-3"],
+        "reused.MEND _raw_/3": children["try/MEND (raw)/seed-3"],
+        "reused.MEND/3": children["try/MEND/seed-3"],
+        "reused.MEND/4": children["try/MEND/seed-4"],
+    }
+    assert artifact_path(parent.info.run_id, "figures/areas.png", whole.store).is_file()
+
+
+def test_only_what_has_changed_is_done_again(copy, whole, monkeypatch, tmp_path):
+    store = whole.store
+    done = watched(monkeypatch)
+    file = copy / "configs/editor/unedited.yaml"
+    write(file, file.read_text() + "# another\n")
+    assert run(store, tmp_path / "out", "--seeds=[4]", "--rows=[unedited, MEND]")[0] == 0
+    assert done == [("unedited", 4)]
+    assert run(store, tmp_path / "out", "--seeds=[4]", "--rows=[unedited]", "--fresh=true")[0] == 0
+    assert done == [("unedited", 4)] * 2
+
+
+def test_a_run_whose_tables_are_gone_is_done_again(place, whole, monkeypatch, tmp_path):
+    store = whole.store
+    run_id = whole.runs.set_index("name").loc["try/unedited/seed-3", "run_id"]
+    artifact_path(run_id, "tables/probes.parquet", store).unlink()
+    done = watched(monkeypatch)
+    status, printed, _ = run(store, tmp_path / "out", "--rows=[unedited, MEND]")
+    assert (status, done) == (0, [("unedited", 3)])
+    assert f"run {run_id}: no artifact" in printed
+
+
+def test_a_run_killed_before_its_areas_were_written_is_done_again(place, whole, monkeypatch, tmp_path):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    store, only = whole.store, ["--rows=[MEND]", "--seeds=[5]"]
+    with monkeypatch.context() as patch:
+        patch.setattr(EditingAreaDump, "on_test_epoch_end", killed)
+        with pytest.raises(SystemExit):
+            run(store, tmp_path / "out", *only)
+    run_id = runs(root=store).set_index("name").loc["try/MEND/seed-5", "run_id"]
+    assert artifact_path(run_id, "tables/probes.parquet", store).is_file()
+    MlflowClient(f"sqlite:///{store}/mlflow.db").update_run(run_id, "FINISHED")  # as its fit left it: SIGKILL
+    done = watched(monkeypatch)
+    assert run(store, tmp_path / "out", *only)[0] == 0
+    assert run(store, tmp_path / "out", *only)[0] == 0
+    assert done == [("MEND", 5)]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(UserError("no such thing"), ""), (RuntimeError("out of memory"), "Traceback")]
+)
+def test_a_row_that_fails_does_not_take_the_others_along(place, whole, monkeypatch, tmp_path, error, said):
+    done = watched(monkeypatch, "MEND (raw)", error)
+    status, _, errors = run(whole.store, tmp_path / "out", "--rows=['MEND (raw)', unedited]", "--fresh=true")
+    assert (status, done) == (2, [("unedited", 3)])
+    assert f"row 'MEND (raw)': {error}" in errors
+    assert ("Traceback" in errors) == bool(said)
+    assert errors.splitlines()[-1].endswith("1 of 2 rows failed, see above: MEND (raw)")
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| unedited |" in table
+    assert "MEND" not in table
+    assert parents(whole.store)[0].info.status == "FAILED"
+
+
+def test_all_rows_fail(place, whole, monkeypatch, tmp_path):
+    watched(monkeypatch, "unedited", UserError("no such thing"))
+    status, _, errors = run(whole.store, tmp_path / "out", "--rows=[unedited]", "--fresh=true")
+    assert status == 2
+    assert [line for line in errors.splitlines() if line.startswith("instructedit: ")] == [
+        "instructedit: error: row 'unedited': no such thing",
+        "instructedit: error: 1 of 1 rows failed, see above: unedited",
+    ]
+    assert not (tmp_path / "out").exists()
