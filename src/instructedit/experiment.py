@@ -362,9 +362,11 @@ def fingerprint(args: Sequence[str]) -> str:
 
 @cache
 def _package() -> str:
-    """Of the code and the data that it ships."""
+    """Of the code and the data that it ships, but for what only shows results."""
     source = Path(__file__).parent
+    shows = {source / name for name in ("analysis", "experiment.py", "commands.py", "cli.py", "console.py")}
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    files = [path for path in files if shows.isdisjoint((path, *path.parents))]
     names = [path.relative_to(source).as_posix() for path in files]
     return hashlib.sha256(json.dumps([*zip(names, map(_sha256, files), strict=True)]).encode()).hexdigest()
 

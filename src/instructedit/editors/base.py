@@ -44,6 +44,8 @@ class Editor(nn.Module, ABC):
     trainable: bool = False
     #: The blocks that the method's paper edits, and how many its model has; at other depths those as far up.
     PAPER_BLOCKS: ClassVar[tuple[tuple[int, ...], int] | None] = None
+    #: Whether it may change any linear layer of a block, attention's too, rather than those of MLPs.
+    EVERY_LAYER: ClassVar[bool] = False
     #: Whether the method's own kind of layer is the MLP's output projection alone, rather than all its layers.
     OUTPUT_SITES: ClassVar[bool] = False
 
@@ -78,7 +80,7 @@ class Editor(nn.Module, ABC):
             UserError: If the LM has no such sites.
         """
         self._lm = [lm]
-        self.sites = lm.select(self.site_names, self._blocks(lm))
+        self.sites = lm.select(self.site_names, self._blocks(lm), self.EVERY_LAYER)
         if self.OUTPUT_SITES and self.site_names is None:
             self.sites = tuple(site for site in self.sites if site.output)
         if not self.sites:

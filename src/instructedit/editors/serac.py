@@ -33,12 +33,13 @@ class Serac(Editor):
         rank: Of the counterfactual model's adapter.
         scope_block: Share of the LM's blocks below the hidden states that the classifier reads.
         instructions: Put the task's instruction in front of every request.
-        blocks: Blocks that the adapter changes, negative from the top.
-        site_names: Names or patterns of the adapted layers within them; None means all MLP layers.
+        blocks: Blocks that the adapter changes, negative from the top; None means all.
+        site_names: Names or patterns of the adapted layers within them; None means every linear layer, attention's too.
     """
 
     name: ClassVar[str] = "serac"
     trainable = True
+    EVERY_LAYER = True
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Serac(Editor):
         rank: int = 16,
         scope_block: float = 0.5,
         instructions: bool = False,
-        blocks: Sequence[int] | None = (-3, -2, -1),
+        blocks: Sequence[int] | None = None,
         site_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(instructions, blocks, site_names)

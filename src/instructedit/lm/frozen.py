@@ -20,7 +20,7 @@ from instructedit.errors import UserError
 from instructedit.lm import hooks
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
-from instructedit.lm.sites import Site, add_to_weight, find_blocks, find_sites, select_sites
+from instructedit.lm.sites import Site, add_to_weight, find_blocks, find_linear_layers, find_sites, select_sites
 from instructedit.lm.tokens import TokenBatch, behind, encode, left_padded, rows_of
 from instructedit.metrics import row_mean
 
@@ -129,21 +129,33 @@ class FrozenLM:
         """All edit sites, from the bottom up."""
         return find_sites(self.model)
 
-    def select(self, names: Sequence[str] | None = None, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
-        """The edit sites that match module names or patterns, and block numbers (see `select_sites`)."""
-        return select_sites(self.sites, names, blocks)
+    def select(
+        self, names: Sequence[str] | None = None, blocks: Sequence[int] | None = None, every: bool = False
+    ) -> tuple[Site, ...]:
+        """The edit sites that match module names or patterns, and block numbers (see `select_sites`).
+
+        Args:
+            names: Names or patterns.
+            blocks: Block numbers.
+            every: Choose among all linear layers of the blocks, not only those of MLPs.
+        """
+        return select_sites(find_linear_layers(self.model) if every else self.sites, names, blocks)
 
     def first_block(self, sites: Sequence[str]) -> int:
         """The lowest block that holds one of the sites (0 without any): everything below it is the prefix.
 
         Raises:
-            UserError: If one is no edit site, nor the module of a whole feed-forward layer, nor a block.
+            UserError: If one is no block, nor a module within one.
         """
-        block_of = {self.block_name(i): i for i in range(len(self.blocks))}
-        block_of |= {name: s.block for s in self.sites for name in (s.mlp, s.name)}
-        if unknown := [s for s in sites if s not in block_of]:
+        if unknown := [s for s in sites if s not in self._block_of]:
             raise UserError(f"{self.name} has no edit site {unknown[0]!r}; its last one is {self.sites[-1].name!r}")
-        return min((block_of[s] for s in sites), default=0)
+        return min((self._block_of[s] for s in sites), default=0)
+
+    @functools.cached_property
+    def _block_of(self) -> dict[str, int]:
+        """Number of the block of every module in one."""
+        blocks = [(i, self.block_name(i), block) for i, block in enumerate(self.blocks)]
+        return {f"{n}.{part}".rstrip("."): i for i, n, block in blocks for part, _ in block.named_modules()}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -369,7 +381,7 @@ class FrozenLM:
             raise UserError(f"merge: an edit of the sort {edit.name!r} is no change of weights; it can only be worn")
         self.first_block(edit.sites)
         model = copy.deepcopy(self.model)
-        for site in self.sites:
+        for site in self.select(every=True):
             if site.name in edit.sites:
                 add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
         return model

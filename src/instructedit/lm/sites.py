@@ -104,6 +104,21 @@ def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def find_linear_layers(model: PreTrainedModel) -> tuple[Site, ...]:
+    """Every linear layer of every block, attention's among them, from the bottom up: what an adapter may change."""
+    prefix, blocks = find_blocks(model)
+    hidden = model.config.get_text_config().hidden_size
+    sites = []
+    for number, block in enumerate(blocks):
+        for name, layer in block.named_modules():
+            if isinstance(layer, nn.Linear | Conv1D):
+                full = f"{prefix}.{number}.{name}"
+                inside, outside = _features(layer)
+                transposed, output = isinstance(layer, Conv1D), outside == hidden
+                sites.append(Site(full, number, inside, outside, transposed, output, full.rpartition(".")[0]))
+    return tuple(sites)
+
+
 def select_sites(
     sites: Sequence[Site], names: Sequence[str] | None = None, blocks: Sequence[int] | None = None
 ) -> tuple[Site, ...]:

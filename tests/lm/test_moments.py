@@ -1,0 +1,239 @@
+"""Second moments against a dense sum over plain forward passes, one text at a time; and how they are kept."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tests.conftest import random_lm
+from tests.reference import assert_untouched, footprint, plain_model, relative
+
+from instructedit.errors import UserError
+from instructedit.lm import FrozenLM, moments
+from instructedit.lm.moments import moments_file, sample_inputs, second_moments
+
+TEXTS = ["The capital of France is Paris.", "A man came from the sea.\nHe was old.", "Who", "A city " * 90, "It was so."]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moments"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(TEXTS))
+    return path
+
+
+def names_of(lm):
+    return [site.name for site in lm.select(blocks=[1, 3])]
+
+
+def seen_by(lm, names, texts, tokens=10**9):
+    """What each layer sees over the first `tokens` tokens, one text at a time, {layer: [tokens, in]}."""
+    model, seen = plain_model(lm), {name: [] for name in names}
+    for name in names:
+        hook = lambda _, args, output, name=name: seen[name].append(args[0][0])  # noqa: E731
+        model.get_submodule(name).register_forward_hook(hook)
+    with torch.no_grad():
+        for text in texts:
+            model(torch.tensor([lm.tokenizer(text, verbose=False)["input_ids"][: lm.max_length]]))
+    return {name: torch.cat(rows)[:tokens] for name, rows in seen.items()}
+
+
+def dense_moment(inputs):
+    total = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
+    for u in inputs.double():
+        total += torch.outer(u, u)
+    return total / len(inputs)
+
+
+def of_file(file):
+    """The texts as a file of plain text holds them."""
+    return [part + "\n" for part in file.read_text().split("\n\n")[:-1]] + [file.read_text().split("\n\n")[-1]]
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+def test_moments_are_the_mean_outer_product_over_all_tokens(lm, file, rows, monkeypatch):
+    monkeypatch.setattr(moments, "_ROWS", rows)  # texts in a forward pass, and what is left over in the last
+    lm.max_length = 100  # so that one text is cut
+    before, names = footprint(lm), names_of(lm)
+    found = second_moments(lm, names, str(file))
+    assert_untouched(lm, before)
+    assert len(lm.cache) == 0  # text that is read once does not fill the prefix cache
+    for name, inputs in seen_by(lm, names, of_file(file)).items():
+        assert found[name].dtype == torch.float32
+        assert relative(found[name].double(), dense_moment(inputs)) < 1e-5, name
+        assert torch.equal(found[name], found[name].T)
+    assert list(found) == names
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_no_more_tokens_count_than_asked_for(lm, file, tokens, monkeypatch):
+    monkeypatch.setattr(moments, "_ROWS", 3)
+    names = names_of(lm)
+    found, samples = second_moments(lm, names, str(file), tokens), sample_inputs(lm, names[0], str(file), tokens)
+    seen = seen_by(lm, names, of_file(file), tokens)
+    for name in names:
+        assert len(seen[name]) == tokens
+        assert relative(found[name].double(), dense_moment(seen[name])) < 1e-5
+    torch.testing.assert_close(samples, seen[names[0]], atol=2e-5, rtol=1e-4)
+
+
+def test_reading_ends_where_the_tokens_do(lm, monkeypatch):
+    read = []
+
+    def texts(source):
+        for number in range(10**6):
+            read.append(number)
+            yield f"Text number {number} of a source without end"
+
+    monkeypatch.setattr(moments, "read_texts", texts)
+    second_moments(lm, names_of(lm)[:1], "tiny", 700)
+    assert len(read) == 64  # one batch is more than enough
+
+
+def forbid(monkeypatch):
+    def texts(source):
+        raise AssertionError("the text was read again")
+
+    monkeypatch.setattr(moments, "read_texts", texts)
+
+
+def test_what_was_computed_is_not_computed_again(lm, file, folder, monkeypatch):
+    names = names_of(lm)
+    first = second_moments(lm, names[:2], str(file))
+    assert {path.name for path in folder.iterdir()} == {moments_file(lm, n, str(file), 100_000).name for n in names[:2]}
+    reading, wanted = lm.observe, []
+    monkeypatch.setattr(lm, "observe", lambda batch, sites, **o: wanted.append(sites) or reading(batch, sites, **o))
+    both = second_moments(lm, names[1:3], str(file))  # one is there, the other is not
+    assert wanted == [names[2:3]]
+    forbid(monkeypatch)
+    again = second_moments(lm, names[:3], str(file))
+    assert torch.equal(again[names[0]], first[names[0]])
+    assert torch.equal(again[names[1]], first[names[1]])
+    assert torch.equal(both[names[1]], first[names[1]])
+    assert torch.equal(again[names[2]], both[names[2]])
+
+
+def test_another_model_text_or_number_of_tokens_is_another_file(tokenizer, file, tmp_path):
+    lms = [random_lm("gpt2", tokenizer), random_lm("gpt2", tokenizer, seed=1), random_lm("llama", tokenizer)]
+    lms += [random_lm("gpt2", tokenizer, torch.bfloat16)]
+    sites, other = names_of(lms[0]), tmp_path / "other.txt"
+    other.write_bytes(file.read_bytes())
+    found = [moments_file(lm, sites[0], str(file), 100) for lm in lms]
+    found += [moments_file(lms[0], sites[1], str(file), 100), moments_file(lms[0], sites[0], str(file), 101)]
+    found += [moments_file(lms[0], sites[0], text, 100) for text in (str(other), "tiny")]
+    longer, changed = file.read_text() + "More.", "X" + file.read_text()[1:]
+    for content, after in ((longer, 5), (changed, 10)):  # the second has the first's size
+        file.write_text(content[: len(longer)])
+        os.utime(file, (after, after))
+        found.append(moments_file(lms[0], sites[0], str(file), 100))
+    assert len(set(found)) == len(found)
+
+
+def test_the_same_model_again_finds_its_file(tokenizer, file):
+    one, other = random_lm("gpt2", tokenizer), random_lm("gpt2", tokenizer)
+    site = names_of(one)[0]
+    assert moments_file(one, site, str(file), 9) == moments_file(other, site, str(file), 9)
+
+
+def test_a_single_changed_weight_of_a_small_model_is_another_model(tokenizer, file):
+    one, other = random_lm("gpt2", tokenizer), random_lm("gpt2", tokenizer)
+    other.model.transformer.h[0].ln_1.bias.data[3] += 1e-3
+    assert moments_file(one, "a", str(file), 9) != moments_file(other, "a", str(file), 9)
+
+
+@pytest.mark.xfail(strict=True, reason="moments_file leaves out max_length, by which texts are cut")
+def test_texts_cut_elsewhere_have_another_moment_and_another_file(tokenizer, file):
+    lms = [random_lm("gpt2", tokenizer) for _ in range(2)]
+    lms[1] = FrozenLM(lms[1].model, tokenizer, "short", max_length=10)
+    found = [second_moments(lm, names_of(lm)[:1], str(file)) for lm in lms]
+    (name,) = found[0]
+    for lm, moment in zip(lms, found, strict=True):
+        expected = dense_moment(seen_by(lm, [name], of_file(file))[name])
+        assert relative(moment[name].double(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", None])
+def test_a_damaged_file_is_named(lm, file, damage):
+    name = names_of(lm)[0]
+    second_moments(lm, [name], str(file))
+    kept = moments_file(lm, name, str(file), 100_000)
+    assert load_file(kept).keys() == {"second_moment"}
+    kept.write_bytes(kept.read_bytes()[:-5] if damage is None else damage)
+    with pytest.raises(UserError, match=rf"{kept.name}: damaged .*remove it"):
+        second_moments(lm, [name], str(file))
+    kept.unlink()
+    second_moments(lm, [name], str(file))
+    assert kept.is_file()
+
+
+@pytest.mark.parametrize("content", ["", "\n \n\n"])
+def test_an_empty_text_is_refused_and_leaves_nothing(lm, tmp_path, folder, content):
+    path = tmp_path / "empty.txt"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"empty\.txt: holds no text"):
+        second_moments(lm, names_of(lm), str(path))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("where", ["reading", "writing", "moving"])
+def test_what_is_killed_in_the_middle_leaves_no_file(lm, file, folder, monkeypatch, where, stop):
+    def texts(source):
+        yield from TEXTS
+        raise stop
+
+    def write(tensors, path):
+        path.write_bytes(b"half a file")
+        raise stop
+
+    def move(self, target):
+        raise stop
+
+    with monkeypatch.context() as patch, pytest.raises(stop):
+        if where == "reading":
+            patch.setattr(moments, "_ROWS", 2)
+            patch.setattr(moments, "read_texts", texts)
+        elif where == "writing":
+            patch.setattr(moments, "save_file", write)
+        else:
+            patch.setattr(type(file), "replace", move)
+        second_moments(lm, names_of(lm), str(file))
+    assert [path for path in folder.rglob("*")] == [] if folder.exists() else True
+    found = second_moments(lm, names_of(lm), str(file))  # and nothing hinders the next
+    for name, inputs in seen_by(lm, names_of(lm), of_file(file)).items():
+        assert relative(found[name].double(), dense_moment(inputs)) < 1e-5
+
+
+def test_moments_are_kept_under_the_home_without_a_folder_of_ones_own(monkeypatch, tmp_path):
+    monkeypatch.delenv("INSTRUCTEDIT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert moments.cache_folder() == tmp_path / ".cache" / "instructedit"
+    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(tmp_path / "own"))
+    assert moments.cache_folder() == tmp_path / "own"
+
+
+@pytest.fixture(scope="module")
+def one_lm(tokenizer):
+    return random_lm("gpt2", tokenizer)
+
+
+@given(
+    texts=st.lists(st.text("ab cdefgh", min_size=1, max_size=30), min_size=1, max_size=6),
+    rows=st.integers(1, 4), tokens=st.integers(1, 60),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_batches_of_any_size_give_the_same_rows_in_order(one_lm, texts, rows, tokens):
+    name = names_of(one_lm)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "_ROWS", rows)
+        patch.setattr(moments, "read_texts", lambda source: iter(texts))
+        found = sample_inputs(one_lm, name, "tiny", tokens)
+    torch.testing.assert_close(found, seen_by(one_lm, [name], texts, tokens)[name], atol=2e-5, rtol=1e-4)
