@@ -118,6 +118,12 @@ def test_a_request_that_is_good_enough_stays_where_it_is_while_others_go_on(opti
     assert seen[0] == [0, 1, 2]
 
 
+def test_a_loss_at_the_limit_is_not_below_it():
+    start = {"x": torch.tensor([2.0, 1.9999, 2.0001])}
+    found = descend(start, lambda values, active: values["x"], 9, 0.5, stop_below=2.0)
+    torch.testing.assert_close(found["x"], torch.tensor([1.5, 1.9999, 1.5001]))  # Adam's first step is its rate
+
+
 def test_each_request_is_put_back_where_it_may_be():
     start, called, taken = start_of(3), [], {}
     limits = [0.05, 0.3, 10.0]

@@ -235,6 +235,10 @@ def test_a_target_of_one_token_is_said(lm):
 # -- several into one -------------------------------------------------------------------------------------------------
 
 
+#: How far a widened ball reaches, in distances of the key that it was widened for.
+REACH = 1.0
+
+
 def one_after_the_other(keys, radii, labels):
     """Algorithm 1, on lists: [number, radius] of each entry that is kept."""
     book = []
@@ -250,7 +254,7 @@ def one_after_the_other(keys, radii, labels):
         if distance > near[1] + radius:
             book.append([new, radius])
         elif label == labels[near[0]]:
-            near[1] = max(near[1], distance)
+            near[1] = max(near[1], distance * REACH)
         else:
             near[1] = min(near[1], max(0.0, distance / 2 - 1e-5))
             book.append([new, min(radius, distance / 2)])
@@ -293,7 +297,7 @@ def test_a_joined_codebook_is_its_entries_put_in_one_after_the_other(data, insid
     [
         ([2.5], 7, [0, 1], [1.0, 1.0]),  # out of reach, whatever the label
         ([2.5], 8, [0, 1], [1.0, 1.0]),
-        ([1.5], 7, [0], [1.5]),  # the same label: wider
+        ([1.5], 7, [0], [1.5 * REACH]),  # the same label: wider
         ([0.5], 7, [0], [1.0]),  # known already
         ([1.5], 8, [0, 1], [0.75 - 1e-5, 0.75]),  # another label: half the distance each
         ([0.5], 8, [0, 1], [0.25 - 1e-5, 0.25]),

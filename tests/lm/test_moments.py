@@ -1,5 +1,6 @@
 """Second moments against a dense sum over plain forward passes, one text at a time; and how they are kept."""
 
+import json
 import os
 
 import pytest
@@ -14,7 +15,13 @@ from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, moments
 from instructedit.lm.moments import moments_file, sample_inputs, second_moments
 
-TEXTS = ["The capital of France is Paris.", "A man came from the sea.\nHe was old.", "Who", "A city " * 90, "It was so."]
+TEXTS = [
+    "The capital of France is Paris.",
+    "A man came from the sea.\nHe was old.",
+    "Who",
+    "A city " * 90,
+    "It was so.",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +32,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("\n\n".join(TEXTS))
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return path
 
 
@@ -53,11 +60,6 @@ def dense_moment(inputs):
     return total / len(inputs)
 
 
-def of_file(file):
-    """The texts as a file of plain text holds them."""
-    return [part + "\n" for part in file.read_text().split("\n\n")[:-1]] + [file.read_text().split("\n\n")[-1]]
-
-
 @pytest.mark.parametrize("rows", [2, 64])
 def test_moments_are_the_mean_outer_product_over_all_tokens(lm, file, rows, monkeypatch):
     monkeypatch.setattr(moments, "_ROWS", rows)  # texts in a forward pass, and what is left over in the last
@@ -66,10 +68,9 @@ def test_moments_are_the_mean_outer_product_over_all_tokens(lm, file, rows, monk
     found = second_moments(lm, names, str(file))
     assert_untouched(lm, before)
     assert len(lm.cache) == 0  # text that is read once does not fill the prefix cache
-    for name, inputs in seen_by(lm, names, of_file(file)).items():
+    for name, inputs in seen_by(lm, names, TEXTS).items():
         assert found[name].dtype == torch.float32
         assert relative(found[name].double(), dense_moment(inputs)) < 1e-5, name
-        assert torch.equal(found[name], found[name].T)
     assert list(found) == names
 
 
@@ -78,7 +79,7 @@ def test_no_more_tokens_count_than_asked_for(lm, file, tokens, monkeypatch):
     monkeypatch.setattr(moments, "_ROWS", 3)
     names = names_of(lm)
     found, samples = second_moments(lm, names, str(file), tokens), sample_inputs(lm, names[0], str(file), tokens)
-    seen = seen_by(lm, names, of_file(file), tokens)
+    seen = seen_by(lm, names, TEXTS, tokens)
     for name in names:
         assert len(seen[name]) == tokens
         assert relative(found[name].double(), dense_moment(seen[name])) < 1e-5
@@ -124,14 +125,14 @@ def test_what_was_computed_is_not_computed_again(lm, file, folder, monkeypatch):
 def test_another_model_text_or_number_of_tokens_is_another_file(tokenizer, file, tmp_path):
     lms = [random_lm("gpt2", tokenizer), random_lm("gpt2", tokenizer, seed=1), random_lm("llama", tokenizer)]
     lms += [random_lm("gpt2", tokenizer, torch.bfloat16)]
-    sites, other = names_of(lms[0]), tmp_path / "other.txt"
+    sites, other = names_of(lms[0]), tmp_path / "other.jsonl"
     other.write_bytes(file.read_bytes())
     found = [moments_file(lm, sites[0], str(file), 100) for lm in lms]
     found += [moments_file(lms[0], sites[1], str(file), 100), moments_file(lms[0], sites[0], str(file), 101)]
     found += [moments_file(lms[0], sites[0], text, 100) for text in (str(other), "tiny")]
-    longer, changed = file.read_text() + "More.", "X" + file.read_text()[1:]
+    longer, changed = file.read_text() + "\n", file.read_text().replace("France", "Norway") + "\n"
     for content, after in ((longer, 5), (changed, 10)):  # the second has the first's size
-        file.write_text(content[: len(longer)])
+        file.write_text(content)
         os.utime(file, (after, after))
         found.append(moments_file(lms[0], sites[0], str(file), 100))
     assert len(set(found)) == len(found)
@@ -149,14 +150,16 @@ def test_a_single_changed_weight_of_a_small_model_is_another_model(tokenizer, fi
     assert moments_file(one, "a", str(file), 9) != moments_file(other, "a", str(file), 9)
 
 
-@pytest.mark.xfail(strict=True, reason="moments_file leaves out max_length, by which texts are cut")
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="moments_file leaves out max_length, by which texts are cut"
+)
 def test_texts_cut_elsewhere_have_another_moment_and_another_file(tokenizer, file):
     lms = [random_lm("gpt2", tokenizer) for _ in range(2)]
     lms[1] = FrozenLM(lms[1].model, tokenizer, "short", max_length=10)
     found = [second_moments(lm, names_of(lm)[:1], str(file)) for lm in lms]
     (name,) = found[0]
     for lm, moment in zip(lms, found, strict=True):
-        expected = dense_moment(seen_by(lm, [name], of_file(file))[name])
+        expected = dense_moment(seen_by(lm, [name], TEXTS)[name])
         assert relative(moment[name].double(), expected) < 1e-5
 
 
@@ -197,7 +200,7 @@ def test_what_is_killed_in_the_middle_leaves_no_file(lm, file, folder, monkeypat
     def move(self, target):
         raise stop
 
-    with monkeypatch.context() as patch, pytest.raises(stop):
+    with monkeypatch.context() as patch:
         if where == "reading":
             patch.setattr(moments, "_ROWS", 2)
             patch.setattr(moments, "read_texts", texts)
@@ -205,10 +208,11 @@ def test_what_is_killed_in_the_middle_leaves_no_file(lm, file, folder, monkeypat
             patch.setattr(moments, "save_file", write)
         else:
             patch.setattr(type(file), "replace", move)
-        second_moments(lm, names_of(lm), str(file))
-    assert [path for path in folder.rglob("*")] == [] if folder.exists() else True
+        with pytest.raises(stop):
+            second_moments(lm, names_of(lm), str(file))
+    assert not folder.exists() or list(folder.rglob("*")) == []
     found = second_moments(lm, names_of(lm), str(file))  # and nothing hinders the next
-    for name, inputs in seen_by(lm, names_of(lm), of_file(file)).items():
+    for name, inputs in seen_by(lm, names_of(lm), TEXTS).items():
         assert relative(found[name].double(), dense_moment(inputs)) < 1e-5
 
 

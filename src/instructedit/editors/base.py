@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from instructedit.data.batch import EditBatch, RequestBatch, batch_requests, plain
 from instructedit.editors.losses import LossWeights, editing_loss
+from instructedit.editors.options import options
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor
@@ -26,11 +27,13 @@ PACKAGE = "instructedit.editors"
 CONFIG, WEIGHTS = "editor.json", "editor.safetensors"
 
 
+@options
 class Editor(nn.Module, ABC):
     """An editing method: turns edit requests into an `Edit`, and leaves the LM as it is.
 
-    A method is one file that defines a subclass with a ``name``, its hyper-parameters as plain constructor arguments
-    (they are the config schema), `build` for what depends on the LM's shapes, and `make`.
+    A method is one file that defines a subclass with a ``name``, its hyper-parameters as plain fields (or constructor
+    arguments kept under their names; they are the config schema), `build` for what depends on the LM's shapes, and
+    `make`.
 
     Args:
         instructions: Put the task's instruction in front of every request.
@@ -41,7 +44,7 @@ class Editor(nn.Module, ABC):
 
     name: ClassVar[str] = ""
     #: Whether `fit` can train it; else it is used as it is built.
-    trainable: bool = False
+    trainable: ClassVar[bool] = False
     #: The blocks that the method's paper edits, and how many its model has; at other depths those as far up.
     PAPER_BLOCKS: ClassVar[tuple[tuple[int, ...], int] | None] = None
     #: Whether it may change any linear layer of a block, attention's too, rather than those of MLPs.
@@ -49,16 +52,12 @@ class Editor(nn.Module, ABC):
     #: Whether the method's own kind of layer is the MLP's output projection alone, rather than all its layers.
     OUTPUT_SITES: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        instructions: bool = False,
-        blocks: Sequence[int] | None = (-3, -2, -1),
-        site_names: Sequence[str] | None = None,
-    ) -> None:
+    instructions: bool = False
+    blocks: Sequence[int] | None = (-3, -2, -1)
+    site_names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.instructions = instructions
-        self.blocks = blocks
-        self.site_names = site_names
         self.sites: tuple[Site, ...] = ()
         self._lm: list[FrozenLM] = []  # in a list, so that the LM is no submodule: never saved, trained or moved
 

@@ -12,11 +12,13 @@ from torch.nn import functional as F  # noqa: N812
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.descent import Values, descend
+from instructedit.editors.options import options
 from instructedit.edits import DenseEdit
 from instructedit.lm import IGNORE, TokenBatch
 from instructedit.metrics import row_mean
 
 
+@options
 class FtL(Editor):
     """Fine-tunes the MLP's output projection of one block on each request: ‖ΔW‖_∞ ≤ ε (Zhu et al. 2020).
 
@@ -32,30 +34,20 @@ class FtL(Editor):
             position, as in common code.
         optimizer: ``adam`` or ``adafactor``.
         stop_below: A request is done when its loss is below this.
-        instructions: Put the task's instruction in front of every request.
         blocks: The block, negative from the top; None means as far up as in the paper, the first.
-        site_names: Names or patterns of the edited layers within it; None means the output projection.
     """
 
     name: ClassVar[str] = "ft_l"
     PAPER_BLOCKS = ((0,), 48)
     OUTPUT_SITES = True
 
-    def __init__(
-        self,
-        steps: int = 25,
-        lr: float = 5e-4,
-        bound: float | None = 5e-4,
-        loss: Literal["target", "last_prompt"] = "target",
-        optimizer: Literal["adam", "adafactor"] = "adam",
-        stop_below: float = 1e-2,
-        instructions: bool = False,
-        blocks: Sequence[int] | None = None,
-        site_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(instructions, blocks, site_names)
-        self.steps, self.lr, self.bound, self.loss = steps, lr, bound, loss
-        self.optimizer, self.stop_below = optimizer, stop_below
+    steps: int = 25
+    lr: float = 5e-4
+    bound: float | None = 5e-4
+    loss: Literal["target", "last_prompt"] = "target"
+    optimizer: Literal["adam", "adafactor"] = "adam"
+    stop_below: float = 1e-2
+    blocks: Sequence[int] | None = None
 
     def make(self, batch: RequestBatch) -> DenseEdit:
         """One dense ΔW for each request and site."""

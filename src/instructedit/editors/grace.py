@@ -11,11 +11,13 @@ from torch import Tensor
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.descent import Values, descend
+from instructedit.editors.options import options
 from instructedit.edits import CodebookEdit
 from instructedit.errors import UserError
 from instructedit.lm import IGNORE
 
 
+@options
 class Grace(Editor):
     """Replaces one layer's output where its input lies within ε of a key that an edit left.
 
@@ -33,29 +35,19 @@ class Grace(Editor):
             ``warm``, what the unedited layer gives.
         stop_below: A request is done when its loss is below this.
         seed: Of the cold start.
-        instructions: Put the task's instruction in front of every request.
         blocks: The block, negative from the top; None means as far up as in the paper.
-        site_names: Name or pattern of the layer within it; None means the MLP's first.
     """
 
     name: ClassVar[str] = "grace"
     PAPER_BLOCKS = ((35,), 48)
 
-    def __init__(
-        self,
-        radius: float = 1.0,
-        steps: int = 100,
-        lr: float = 1.0,
-        init: Literal["cold", "warm"] = "cold",
-        stop_below: float = 0.0,
-        seed: int = 0,
-        instructions: bool = False,
-        blocks: Sequence[int] | None = None,
-        site_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(instructions, blocks, site_names)
-        self.radius, self.steps, self.lr, self.init = radius, steps, lr, init
-        self.stop_below, self.seed = stop_below, seed
+    radius: float = 1.0
+    steps: int = 100
+    lr: float = 1.0
+    init: Literal["cold", "warm"] = "cold"
+    stop_below: float = 0.0
+    seed: int = 0
+    blocks: Sequence[int] | None = None
 
     def build(self) -> None:
         """Keeps one layer: the first of those chosen."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
+from instructedit.editors.options import options
 from instructedit.edits import ContextEdit
 from instructedit.errors import UserError
 from instructedit.records import EditRecord, EditRequest
@@ -25,6 +26,8 @@ SORTS: dict[str, tuple[str, ...]] = {
     "update": ("generalization", "portability", "wanted"),
     "retain": ("locality",),
 }
+#: The tasks that the paper trains on.
+TASKS = ("counterfact", "recent", "convsent")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def told(request: EditRequest) -> str:
     return f"New fact: {request.prompt} {request.target}\n"
 
 
+@options
 class Ike(Editor):
     """Puts demonstrations and the new fact in front of every prompt; no weight is changed.
 
@@ -61,31 +65,21 @@ class Ike(Editor):
         retriever: ``tfidf`` (scikit-learn), or ``sentence-transformers`` where it is installed.
         sentence_model: Of sentence-transformers, a name or a folder.
         room: Share of the model's context that the demonstrations may take.
-        instructions: Put the task's instruction in front of every request.
-        blocks: Of no use here.
-        site_names: Of no use here.
     """
 
     name: ClassVar[str] = "ike"
 
-    def __init__(
-        self,
-        demonstrations: int = 32,
-        ratio: Sequence[int] = (1, 3, 4),
-        sources: Mapping[str, str] | None = None,
-        retriever: Literal["tfidf", "sentence-transformers"] = "tfidf",
-        sentence_model: str = "sentence-transformers/all-MiniLM-L6-v2",
-        room: float = 0.6,
-        instructions: bool = False,
-        blocks: Sequence[int] | None = None,
-        site_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(instructions, blocks, site_names)
-        self.demonstrations, self.ratio, self.room = demonstrations, tuple(ratio), room
-        self.sources = dict(sources or dict.fromkeys(("counterfact", "recent", "convsent"), "tiny"))
-        self.retriever, self.sentence_model = retriever, sentence_model
+    demonstrations: int = 32
+    ratio: Sequence[int] = (1, 3, 4)
+    sources: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(TASKS, "tiny"))
+    retriever: Literal["tfidf", "sentence-transformers"] = "tfidf"
+    sentence_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    room: float = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.ratio) != len(SORTS) or min(self.ratio) < 0 or not sum(self.ratio):
-            raise UserError(f"editor 'ike': ratio must be three weights (copy, update, retain), got {list(ratio)}")
+            raise UserError(f"editor 'ike': ratio must be three weights (copy, update, retain), got {list(self.ratio)}")
         self._store: dict[str, _Store] = {}
 
     def make(self, batch: RequestBatch) -> ContextEdit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from instructedit.data.batch import EditBatch, RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.losses import LossWeights, editing_loss
+from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.lm import Site
 from instructedit.lm.tokens import rows_of
@@ -43,6 +44,7 @@ class Gates(nn.Module):
         return alpha.softmax(-1), beta.softmax(-1), gamma, delta, eta.sigmoid()
 
 
+@options
 class Ke(Editor):
     """ΔW = s·σ(η)·(α̂ ⊙ ∇W + β̂), gated by what a bidirectional LSTM reads of the request.
 
@@ -66,35 +68,20 @@ class Ke(Editor):
         margin_min: Where the annealing of m ends.
         success: A validation succeeds with a Reliability above this share.
         multiplier_rate: Learning rate of the multiplier of the constraint.
-        instructions: Put the task's instruction in front of every request.
-        blocks: Blocks whose layers are edited, negative from the top.
-        site_names: Names or patterns of the edited layers within them; None means all MLP layers.
     """
 
     name: ClassVar[str] = "ke"
     trainable = True
-    multiplier: Tensor
-    allowed: Tensor
 
-    def __init__(
-        self,
-        lstm: int = 128,
-        condition: int = 1024,
-        hidden: int = 128,
-        scale: float = 1.0,
-        margin: float = 1e-3,
-        margin_decay: float = 0.8,
-        margin_min: float = 1e-5,
-        success: float = 0.9,
-        multiplier_rate: float = 0.1,
-        instructions: bool = False,
-        blocks: Sequence[int] | None = (-3, -2, -1),
-        site_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(instructions, blocks, site_names)
-        self.lstm, self.condition, self.hidden, self.scale = lstm, condition, hidden, scale
-        self.margin, self.margin_decay, self.margin_min = margin, margin_decay, margin_min
-        self.success, self.multiplier_rate = success, multiplier_rate
+    lstm: int = 128
+    condition: int = 1024
+    hidden: int = 128
+    scale: float = 1.0
+    margin: float = 1e-3
+    margin_decay: float = 0.8
+    margin_min: float = 1e-5
+    success: float = 0.9
+    multiplier_rate: float = 0.1
 
     def build(self) -> None:
         """An LSTM over the LM's embeddings, and gates for each site."""
@@ -102,6 +89,8 @@ class Ke(Editor):
         self.reader = nn.LSTM(size, self.lstm, batch_first=True, bidirectional=True)
         self.summary = nn.Linear(2 * self.lstm, self.condition)
         self.gates = nn.ModuleList(Gates(site, self.condition, self.hidden) for site in self.sites)
+        self.multiplier: Tensor
+        self.allowed: Tensor
         self.register_buffer("multiplier", torch.ones(()))
         self.register_buffer("allowed", torch.tensor(self.margin))
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.descent import Values, descend
+from instructedit.editors.options import options
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm import Seen, Site, TokenBatch
@@ -83,6 +84,7 @@ class Facts:
     plain: Tensor
 
 
+@options
 class KeyValueEditor(Editor, ABC):
     """Reads keys and finds values; a subclass says how weights are solved for.
 
@@ -101,35 +103,26 @@ class KeyValueEditor(Editor, ABC):
         tokens: So many tokens of it.
         fact_token: ``subject_last`` (its last token; for a request without a subject the prompt's), or ``last``.
         seed: Of the random contexts.
-        instructions: Put the task's instruction in front of every request.
         blocks: Blocks that are edited, negative from the top; None means as far up as in the paper.
-        site_names: Names or patterns of the layers within them; None means the output projection.
     """
 
     OUTPUT_SITES = True
 
-    def __init__(
-        self,
-        steps: int,
-        lr: float,
-        weight_decay: float,
-        clamp: float,
-        kl: float,
-        stop_below: float,
-        contexts: int,
-        context_tokens: int,
-        text: str,
-        tokens: int,
-        fact_token: Literal["subject_last", "last"],
-        seed: int,
-        instructions: bool,
-        blocks: Sequence[int] | None,
-        site_names: Sequence[str] | None,
-    ) -> None:
-        super().__init__(instructions, blocks, site_names)
-        self.steps, self.lr, self.weight_decay, self.clamp, self.kl = steps, lr, weight_decay, clamp, kl
-        self.stop_below, self.contexts, self.context_tokens = stop_below, contexts, context_tokens
-        self.text, self.tokens, self.fact_token, self.seed = text, tokens, fact_token, seed
+    steps: int = 20
+    lr: float = 0.5
+    weight_decay: float = 0.5
+    clamp: float = 4.0
+    kl: float = 0.0625
+    stop_below: float = 5e-2
+    contexts: int = 5
+    context_tokens: int = 10
+    text: str = "tiny"
+    tokens: int = 100_000
+    fact_token: Literal["subject_last", "last"] = "subject_last"
+    seed: int = 0
+    blocks: Sequence[int] | None = None
+
+    def build(self) -> None:
         self._prefixes: list[str] | None = None
         self._factors: dict[str, Tensor] = {}
 

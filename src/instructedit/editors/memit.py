@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.key_value import KeyValueEditor
+from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 
 
+@options
 class Memit(KeyValueEditor):
     """ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹ in each of several blocks from the bottom up (equation 14).
 
@@ -25,55 +27,13 @@ class Memit(KeyValueEditor):
 
     Args:
         moment_weight: λ, how much what the layers see over plain text weighs beside the facts.
-        steps: Gradient steps on a value, at most.
-        lr: Their learning rate.
-        weight_decay: Of a value, by its size against that of what it replaces.
-        clamp: A value may be at most so many times the size of what it replaces away from it.
-        kl: Weight of keeping what the model says of the subject's nature ("<subject> is a").
-        stop_below: A request is done when its loss is below this.
-        contexts: Random texts in front of the prompt over which a key is averaged and a value is trained, beside the
-            prompt alone.
-        context_tokens: Their length.
-        text: What second moments are of (see `read_texts`): ``tiny``, a file, a hub id. Computed once, then kept on
-            disk; ``instructedit covariance`` does so ahead.
-        tokens: So many tokens of it.
-        fact_token: ``subject_last`` (its last token; for a request without a subject the prompt's), or ``last``.
-        seed: Of the random contexts.
-        instructions: Put the task's instruction in front of every request.
-        blocks: Blocks that are edited, negative from the top; None means as far up as in the paper.
-        site_names: Names or patterns of the layers within them; None means the output projection.
     """
 
     name: ClassVar[str] = "memit"
     PAPER_BLOCKS = ((13, 14, 15, 16, 17), 48)
 
-    def __init__(
-        self,
-        moment_weight: float = 20_000.0,
-        steps: int = 20,
-        lr: float = 0.5,
-        weight_decay: float = 0.5,
-        clamp: float = 0.75,
-        kl: float = 0.0625,
-        stop_below: float = 5e-2,
-        contexts: int = 5,
-        context_tokens: int = 10,
-        text: str = "tiny",
-        tokens: int = 100_000,
-        fact_token: Literal["subject_last", "last"] = "subject_last",
-        seed: int = 0,
-        instructions: bool = False,
-        blocks: Sequence[int] | None = None,
-        site_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(
-            steps, lr, weight_decay, clamp, kl, stop_below, contexts, context_tokens, text, tokens, fact_token, seed,
-            instructions, blocks, site_names,
-        )  # fmt: skip
-        self.moment_weight = moment_weight
-
-    def build(self) -> None:
-        self._factors = {}
+    moment_weight: float = 20_000.0
+    clamp: float = 0.75
 
     def make(self, batch: RequestBatch) -> LowRankEdit:
         def column(keys: Tensor, solved: Tensor) -> Tensor:

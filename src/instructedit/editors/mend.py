@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.normalizer import RunningNorm
+from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 
 
@@ -51,6 +52,7 @@ class GradientNetwork(nn.Module):
         return new_u, new_delta
 
 
+@options
 class Mend(Editor):
     """A hypernetwork that turns the gradient of an edit into a low-rank update: ΔW_ℓ = −α_ℓ Σ_t δ̃_t ũ_tᵀ.
 
@@ -60,25 +62,14 @@ class Mend(Editor):
         rank: Of the hypernetwork's layers.
         hidden_layers: Its layers beside the last.
         edit_rate: Where each site's learned step size α starts.
-        instructions: Put the task's instruction in front of every request; `InstructEdit` is this method with it.
-        blocks: Blocks whose layers are edited, negative from the top.
-        site_names: Names or patterns of the edited layers within them; None means all MLP layers.
     """
 
     name: ClassVar[str] = "mend"
     trainable = True
 
-    def __init__(
-        self,
-        rank: int = 1920,
-        hidden_layers: int = 1,
-        edit_rate: float = 1e-4,
-        instructions: bool = False,
-        blocks: Sequence[int] | None = (-3, -2, -1),
-        site_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(instructions, blocks, site_names)
-        self.rank, self.hidden_layers, self.edit_rate = rank, hidden_layers, edit_rate
+    rank: int = 1920
+    hidden_layers: int = 1
+    edit_rate: float = 1e-4
 
     def build(self) -> None:
         """One network for each shape of site."""
@@ -126,18 +117,10 @@ def _slots(where: tuple[Tensor, ...], shape: Sequence[int]) -> tuple[Tensor, int
     return (kept.cumsum(-1) - 1)[where], int(kept.sum(-1).max())
 
 
+@options
 class InstructEdit(Mend):
     """MEND that reads the task's instruction in front of every request (Tian et al. 2024, section 4.2)."""
 
     name: ClassVar[str] = "instructedit"
 
-    def __init__(
-        self,
-        rank: int = 1920,
-        hidden_layers: int = 1,
-        edit_rate: float = 1e-4,
-        instructions: bool = True,
-        blocks: Sequence[int] | None = (-3, -2, -1),
-        site_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(rank, hidden_layers, edit_rate, instructions, blocks, site_names)
+    instructions: bool = True

@@ -13,9 +13,11 @@ from instructedit.data.batch import EditBatch, RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.ike import told
 from instructedit.editors.losses import LossWeights, scope_loss
+from instructedit.editors.options import options
 from instructedit.edits import ContextEdit, Factors, Gate, LowRankEdit
 
 
+@options
 class Serac(Editor):
     """Prompts in scope of an edit go to a counterfactual model that reads the edit first; all others to the LM itself.
 
@@ -32,26 +34,17 @@ class Serac(Editor):
         embedding: Size of the classifier's embeddings.
         rank: Of the counterfactual model's adapter.
         scope_block: Share of the LM's blocks below the hidden states that the classifier reads.
-        instructions: Put the task's instruction in front of every request.
         blocks: Blocks that the adapter changes, negative from the top; None means all.
-        site_names: Names or patterns of the adapted layers within them; None means every linear layer, attention's too.
     """
 
     name: ClassVar[str] = "serac"
     trainable = True
     EVERY_LAYER = True
 
-    def __init__(
-        self,
-        embedding: int = 128,
-        rank: int = 16,
-        scope_block: float = 0.5,
-        instructions: bool = False,
-        blocks: Sequence[int] | None = None,
-        site_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(instructions, blocks, site_names)
-        self.embedding, self.rank, self.scope_block = embedding, rank, scope_block
+    embedding: int = 128
+    rank: int = 16
+    scope_block: float = 0.5
+    blocks: Sequence[int] | None = None
 
     def build(self) -> None:
         """The adapter's factors (which start as no change), and the classifier's projection, scale and bias."""

@@ -12,11 +12,13 @@ from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.calinet import feed_forward_sites
 from instructedit.editors.descent import Values, descend
+from instructedit.editors.options import options
 from instructedit.edits import SlotEdit, Slots
 from instructedit.errors import UserError
 from instructedit.lm.moments import sample_inputs
 
 
+@options
 class TPatcher(Editor):
     """A patch (k, b, v) for each target token, trained to fire at that token's place and to keep still elsewhere.
 
@@ -40,42 +42,31 @@ class TPatcher(Editor):
         activation: Of the patches: ``gelu``, ``relu`` or ``silu``; the original takes the model's own.
         stop_below: A request is done when its edit loss alone is below this.
         seed: Of the value that all patches start with.
-        instructions: Put the task's instruction in front of every request.
         blocks: The block, negative from the top.
-        site_names: Names or patterns of layers in the feed-forward layer that is patched; None means all.
     """
 
     name: ClassVar[str] = "t_patcher"
 
-    def __init__(
-        self,
-        steps: int = 100,
-        lr: float = 0.01,
-        a: float = 1.0,
-        m: float = 10.0,
-        beta: float = -3.0,
-        gamma: float = -3.0,
-        largest: int = 1000,
-        text: str = "tiny",
-        memory: int = 5000,
-        activation: str = "gelu",
-        stop_below: float = 1e-2,
-        seed: int = 0,
-        instructions: bool = False,
-        blocks: Sequence[int] | None = (-1,),
-        site_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(instructions, blocks, site_names)
-        self.steps, self.lr, self.a, self.m, self.beta, self.gamma = steps, lr, a, m, beta, gamma
-        self.largest, self.text, self.memory, self.activation = largest, text, memory, activation
-        self.stop_below, self.seed = stop_below, seed
-        self._memory: Tensor | None = None
+    steps: int = 100
+    lr: float = 0.01
+    a: float = 1.0
+    m: float = 10.0
+    beta: float = -3.0
+    gamma: float = -3.0
+    largest: int = 1000
+    text: str = "tiny"
+    memory: int = 5000
+    activation: str = "gelu"
+    stop_below: float = 1e-2
+    seed: int = 0
+    blocks: Sequence[int] | None = (-1,)
 
     def build(self) -> None:
         modules = feed_forward_sites(self)
         if len(modules) != 1:
             raise UserError(f"editor 't_patcher' patches one feed-forward layer, got {', '.join(modules)}")
-        self.module, self._memory = modules[0], None
+        self.module = modules[0]
+        self._memory: Tensor | None = None
 
     def make(self, batch: RequestBatch) -> SlotEdit:
         """As many patches for each request as its target has tokens."""

@@ -1,0 +1,575 @@
+"""Prompts behind a context against plain forward passes over whole rows of ids, gates, and what layers see."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.conftest import ARCHITECTURES, random_lm
+from tests.reference import (
+    assert_untouched,
+    dense,
+    dense_copy,
+    footprint,
+    greedy,
+    plain_model,
+    random_factors,
+    tokens,
+)
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from instructedit.edits import ContextEdit, Factors, Gate, LowRankEdit, load_edit
+from instructedit.errors import UserError
+from instructedit.lm import IGNORE, FrozenLM, TokenBatch
+from instructedit.lm.tokens import behind, encode, positions_of, rows_of
+
+PAIRS = [
+    ("The capital of France is", "Lyon"),
+    ("Who", "the man who came from the sea"),
+    ("A much longer prompt about a river and about a city", "Spree"),
+]
+CONTEXTS = ["New fact: the capital is Lyon\n", "Who is it?", "Once upon a time there was a very old man.\n"]
+FLOAT32 = {"atol": 3e-5, "rtol": 1e-4}
+
+
+def ids_of(tokenizer, texts):
+    """Contexts padded with a token that must never be read."""
+    rows = [torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long) for text in texts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7), torch.tensor([*map(len, rows)])
+
+
+def context_edit(lm, texts, adapter=None, gate=None):
+    ids, lengths = ids_of(lm.tokenizer, texts)
+    return ContextEdit(ids.unsqueeze(1), lengths.unsqueeze(1), adapter, gate)
+
+
+def an_adapter(lm, blocks=(1, 3)):
+    factors = random_factors(lm.select(blocks=blocks), 1, 2, scale=0.1)
+    return LowRankEdit({name: Factors(*pair) for name, pair in factors.items()}), dense(factors, 0)
+
+
+def row_logits(lm, pair, context="", deltas=None, keep=10_000):
+    """One row of ids, context, prompt and answer: what a plain model says at the answer's places."""
+    prompt, answer = tokens(lm.tokenizer, *pair)
+    front = lm.tokenizer(context)["input_ids"] if context else []
+    ids = (front + prompt + answer)[-keep:]
+    model = dense_copy(lm, deltas) if deltas else plain_model(lm)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -len(answer) - 1 : -1]
+
+
+def query_of(lm, prompt, block):
+    """The hidden states that enter a block at the prompt's last token, and their mean, each standardised."""
+    seen = []
+    model = plain_model(lm)
+    get = lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
+    model.get_submodule(lm.block_name(block)).register_forward_pre_hook(get, with_kwargs=True)
+    with torch.no_grad():
+        model(torch.tensor([lm.tokenizer(prompt)["input_ids"]]))
+    parts = [seen[0][0, -1], seen[0][0].mean(0)]
+    return torch.cat([(p - p.mean()) / (p.var(unbiased=False) + 1e-5).sqrt() for p in parts])
+
+
+def a_gate(lm, keys, radius=0.5, block=2):
+    """In scope where the prompt's query is nearer than `radius` to one of the keys, [n][contexts] of prompts."""
+    size = query_of(lm, "A", block).numel()
+    projection = torch.randn(5, size, generator=torch.Generator().manual_seed(3)) * size**-0.5
+    points = torch.stack([torch.stack([projection @ query_of(lm, p, block) for p in row]) for row in keys])
+    return Gate(points, projection, torch.tensor(2.0 * radius**2), torch.tensor(2.0), torch.tensor(block))
+
+
+# -- rows of tokens ---------------------------------------------------------------------------------------------------
+
+
+def with_bos(tokenizer, template="[BOS] $A"):
+    """The same tokenizer, whose rows start with a token that stands for no text."""
+    backend = type(tokenizer._tokenizer).from_str(tokenizer._tokenizer.to_str())
+    backend.add_special_tokens(["[BOS]", "[EOS]"])
+    special = [(name, backend.token_to_id(name)) for name in ("[BOS]", "[EOS]")]
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="[BOS]", eos_token="[EOS]", model_max_length=128)
+
+
+@pytest.mark.parametrize("template", [None, "[BOS] $A", "[BOS] $A [EOS]"])
+def test_prompts_are_the_rows_without_their_answers(tokenizer, template):
+    used = with_bos(tokenizer, template) if template else tokenizer
+    first = used.convert_tokens_to_ids(["[BOS]"]) if template else []
+    prompts = encode(used, PAIRS, 128).prompts()
+    for row, (prompt, _) in enumerate(PAIRS):
+        ids = first + tokenizer(prompt)["input_ids"]
+        assert prompts.input_ids[row][prompts.attention_mask[row].bool()].tolist() == ids
+        assert prompts.attention_mask[row].tolist() == [1] * len(ids) + [0] * (len(prompts.input_ids[row]) - len(ids))
+    assert (prompts.labels == IGNORE).all()
+    assert prompts.input_ids.shape == prompts.labels.shape == prompts.attention_mask.shape
+    longest = max(len(first) + len(tokenizer(prompt)["input_ids"]) for prompt, _ in PAIRS)
+    assert prompts.input_ids.shape[1] == longest
+    again = prompts.prompts()  # rows that answer nothing are prompts already
+    assert torch.equal(again.input_ids, prompts.input_ids)
+    assert torch.equal(again.attention_mask, prompts.attention_mask)
+
+
+IDS = st.lists(st.integers(1, 50), max_size=9)
+
+
+@given(own=IDS.filter(bool), context=IDS, room=st.integers(1, 20), first=st.sampled_from([None, 99]))
+@settings(max_examples=200, deadline=None)
+def test_a_context_stands_between_the_first_token_and_the_row_and_loses_its_beginning(own, context, room, first):
+    if first:
+        own = [first, *own]
+    found = behind(own, context, room, first)
+    kept = len(found) - len(own)
+    assert kept == min(len(context), max(0, room - len(own)))
+    assert found == own[: bool(first)] + context[len(context) - kept :] + own[bool(first) :]
+    assert behind(own, context, room) == context[len(context) - kept :] + own  # without a first token to look for
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_labels_move_with_their_rows(data):
+    shapes = data.draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 6)), min_size=1))
+    width = max(p + a for p, a, _ in shapes)
+    ids, mask = torch.zeros(2, len(shapes), width, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORE)
+    for i, (prompt, answer, _) in enumerate(shapes):
+        size = prompt + answer
+        ids[i, :size], mask[i, :size] = torch.arange(1, size + 1) + 10 * i, 1
+        labels[i, prompt - 1 : size - 1] = ids[i, prompt:size]
+    contexts = [torch.full((size,), 999) for _, _, size in shapes]
+    room = data.draw(st.integers(5, 15))
+    batch = TokenBatch(ids, mask, labels).behind(contexts, room)
+    for i, (prompt, answer, size) in enumerate(shapes):
+        front = min(size, max(0, room - prompt - answer))
+        row = [999] * front + ids[i, : prompt + answer].tolist()
+        assert batch.input_ids[i, : len(row)].tolist() == row
+        assert batch.attention_mask[i].tolist() == [1] * len(row) + [0] * (batch.input_ids.shape[1] - len(row))
+        expected = [IGNORE] * (front + prompt - 1) + ids[i, prompt : prompt + answer].tolist()
+        assert batch.labels[i].tolist() == expected + [IGNORE] * (batch.labels.shape[1] - len(expected))
+    assert batch.input_ids.shape[1] == int(batch.attention_mask.sum(-1).max())
+
+
+def test_behind_keeps_a_token_that_every_row_starts_with_in_front(tokenizer):
+    used = with_bos(tokenizer)
+    (bos,) = used.convert_tokens_to_ids(["[BOS]"])
+    assert used.bos_token_id == bos
+    contexts = [torch.tensor(tokenizer(text)["input_ids"]) for text in CONTEXTS]
+    batch = encode(used, PAIRS, 128).behind(contexts, 128, used.bos_token_id)
+    for row, (pair, context) in enumerate(zip(PAIRS, contexts, strict=True)):
+        prompt, answer = tokens(tokenizer, *pair)
+        expected = [bos, *context.tolist(), *prompt, *answer]
+        assert batch.input_ids[row][batch.attention_mask[row].bool()].tolist() == expected
+        at = torch.nonzero(batch.labels[row] != IGNORE).squeeze(-1)
+        assert at.tolist() == list(range(len(expected) - len(answer) - 1, len(expected) - 1))
+        assert batch.labels[row, at].tolist() == answer
+
+
+def spans(prompt, words):
+    return [(prompt, word, prompt.rfind(word) + len(word)) for word in words]
+
+
+SPANS = [
+    *spans("The capital of France is", ["The", "France", "is"]),
+    *spans("Saint Petersburg's mayor, Ωμέγα, was born in", ["Saint Petersburg", "mayor", "Ωμέγα", "in"]),
+    *spans("Who", ["Who"]),
+]
+
+
+@pytest.mark.parametrize("template", [None, "[BOS] $A", "[BOS] $A [EOS]", "$A [EOS]"])
+def test_the_position_of_a_stretch_is_that_of_its_last_token(tokenizer, template):
+    used = with_bos(tokenizer, template) if template else tokenizer
+    shift = bool(template) and template.startswith("[BOS]")
+    pairs = [(prompt, "a city") for prompt, _, _ in SPANS]
+    batch = encode(used, pairs, 128)
+    found = positions_of(used, pairs, [end for _, _, end in SPANS], batch)
+    for row, (prompt, word, end) in enumerate(SPANS):
+        ids = tokenizer(prompt)["input_ids"]
+        whole = [len(tokenizer.decode(ids[: t + 1]).rstrip("\ufffd")) >= end for t in range(len(ids))]
+        assert found[row] == whole.index(True) + shift, (prompt, word)
+        assert tokenizer.decode(batch.input_ids[row, shift : found[row] + 1]).endswith(word)
+
+
+@pytest.mark.parametrize("template", [None, "[BOS] $A"])
+def test_a_position_moves_with_what_a_long_row_loses(tokenizer, template):
+    used = with_bos(tokenizer, template) if template else tokenizer
+    pairs = [("word " * 40 + "and Paris is", "Lyon"), ("Paris is", "Lyon"), ("Paris " + "word " * 40, "Lyon")]
+    with pytest.warns(UserWarning, match="lose their beginning"):
+        batch = encode(used, pairs, 20)
+    ends = [prompt.rfind("Paris") + 5 for prompt, _ in pairs]
+    found = positions_of(used, pairs, ends, batch)
+    for row in (0, 1):
+        read = tokenizer.decode(batch.input_ids[row, : found[row] + 1])
+        assert read.endswith("Paris")
+        assert " is" not in read
+    assert found[2] == 0  # what is lost is nowhere; the row's first token stands for it
+
+
+# -- logits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_logits_are_those_of_the_whole_row_context_first(lm, adapted, start):
+    adapter, deltas = an_adapter(lm) if adapted else (None, None)
+    edit, batch = context_edit(lm, CONTEXTS, adapter), lm.encode(PAIRS)
+    expected = [row_logits(lm, pair, c, deltas) for pair, c in zip(PAIRS, CONTEXTS, strict=True)]
+    plain = torch.cat([row_logits(lm, pair) for pair in PAIRS])
+    assert all((e - p).abs().max() > 0.01 for e, p in zip(expected, plain.split([*map(len, expected)]), strict=True))
+    for _ in range(2):  # the second time from the prefix cache
+        with torch.no_grad():
+            torch.testing.assert_close(lm.logits(batch, edit, start=start), torch.cat(expected), **FLOAT32)
+    with torch.no_grad(), lm.edited(edit):
+        torch.testing.assert_close(lm.logits(batch, start=start), torch.cat(expected), **FLOAT32)
+        nll = lm.losses(batch)
+    for i, (said, (_, answer)) in enumerate(zip(expected, PAIRS, strict=True)):
+        ids = torch.tensor(lm.tokenizer(" " + answer)["input_ids"])
+        torch.testing.assert_close(nll[i], torch.nn.functional.cross_entropy(said, ids), **FLOAT32)
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 1]])
+def test_rows_say_which_context_each_prompt_gets(lm, rows):
+    edit, batch = context_edit(lm, CONTEXTS), lm.encode(PAIRS)
+    expected = torch.cat([row_logits(lm, pair, CONTEXTS[row]) for pair, row in zip(PAIRS, rows, strict=True)])
+    torch.testing.assert_close(lm.logits(batch, edit, torch.tensor(rows)), expected, **FLOAT32)
+    with lm.edited(edit, rows):
+        torch.testing.assert_close(lm.logits(batch), expected, **FLOAT32)
+    if len(set(rows)) == 1:  # a single edit is worn by every row
+        torch.testing.assert_close(lm.logits(batch, edit[1]), expected, **FLOAT32)
+
+
+def test_rows_that_do_not_match_are_refused(lm):
+    edit, batch = context_edit(lm, CONTEXTS[:2]), lm.encode(PAIRS)
+    for rows, message in ((None, "2 edits and a batch of 3 rows"), ([0, 1], "edits of 2 rows, the batch has 3")):
+        with pytest.raises(UserError, match=message), lm.edited(edit, rows):
+            lm.logits(batch)
+        with pytest.raises(UserError, match=message), lm.edited(edit, rows):
+            lm.generate([prompt for prompt, _ in PAIRS])
+    with pytest.raises(UserError, match=r"rows must name edits 0 to 1, got \[0, 2, 1\]"), lm.edited(edit, [0, 2, 1]):
+        pass
+
+
+def test_a_context_of_no_tokens_is_no_context(lm):
+    edit, batch = context_edit(lm, CONTEXTS), lm.encode(PAIRS)
+    nothing = dataclasses.replace(edit, lengths=torch.zeros_like(edit.lengths))
+    torch.testing.assert_close(lm.logits(batch, nothing), torch.cat([row_logits(lm, p) for p in PAIRS]), **FLOAT32)
+
+
+def test_a_context_that_is_too_long_loses_its_beginning(lm):
+    long = "An old story of the sea and " * 40 + "the end.\n"
+    edit, batch = context_edit(lm, [long, CONTEXTS[1], long]), lm.encode(PAIRS)
+    expected = [row_logits(lm, p, c, keep=lm.max_length) for p, c in zip(PAIRS, (long, CONTEXTS[1], long), strict=True)]
+    torch.testing.assert_close(lm.logits(batch, edit), torch.cat(expected), **FLOAT32)
+    with pytest.warns(UserWarning, match="lose their beginning"):
+        full = lm.encode([("word " * 200, "end")])  # no room for any context
+    torch.testing.assert_close(lm.logits(full, edit[0]), lm.logits(full), **FLOAT32)
+
+
+def test_gradients_reach_the_adapter(lm):
+    adapter, _ = an_adapter(lm)
+    leaves = [tensor.requires_grad_() for tensor in adapter.state().values()]
+    loss = lm.losses(lm.encode(PAIRS), context_edit(lm, CONTEXTS, adapter), None, 1).sum()
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        assert grad.shape == leaf.shape
+        assert grad.norm() > 1e-6
+
+
+# -- gates ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gate_reads_the_prompts_last_token_and_its_mean(lm):
+    for block in (0, 2):
+        found = lm.query(lm.encode(PAIRS), block)
+        expected = torch.stack([query_of(lm, prompt, block) for prompt, _ in PAIRS])
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("inside", [(), (0,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("cache_bytes", [0, 2 << 20])
+def test_prompts_in_scope_get_the_context_and_all_others_the_model_itself(lm, inside, cache_bytes):
+    lm.cache.max_bytes = cache_bytes
+    keys = [[PAIRS[i][0] if i in inside else f"Some other prompt {i}"] for i in range(3)]
+    adapter, deltas = an_adapter(lm)
+    edit, batch = context_edit(lm, CONTEXTS, adapter, a_gate(lm, keys)), lm.encode(PAIRS)
+    found, ungated, bare = (lm.logits(batch, worn) for worn in (edit, edit.ungated(), None))
+    sizes = batch.rows.bincount().tolist()
+    for i, (own, with_it, without) in enumerate(zip(*(t.split(sizes) for t in (found, ungated, bare)), strict=True)):
+        expected = row_logits(lm, PAIRS[i], CONTEXTS[i], deltas) if i in inside else row_logits(lm, PAIRS[i])
+        torch.testing.assert_close(own, expected, **FLOAT32)
+        torch.testing.assert_close(own, with_it if i in inside else without, **FLOAT32)
+        assert (with_it - without).abs().max() > 0.01
+    if outside := [i for i in range(3) if i not in inside]:
+        alone = lm.logits(batch.select(torch.tensor(outside)))
+        assert torch.equal(torch.cat([found.split(sizes)[i] for i in outside]), alone)  # bit by bit
+
+
+def test_a_prompt_of_the_same_words_is_routed_alike_in_any_company(lm):
+    edit = context_edit(lm, CONTEXTS[:1], None, a_gate(lm, [[PAIRS[0][0]]], radius=1e-2))
+    for pairs in (PAIRS[:1], PAIRS, [*PAIRS, ("long " * 30, "row")]):
+        chosen = edit.choose(torch.zeros(len(pairs), dtype=torch.long), lambda b, p=pairs: lm.query(lm.encode(p), b))
+        assert chosen.tolist() == [0] + [-1] * (len(pairs) - 1)
+
+
+def test_the_edge_of_the_scope_is_where_the_logit_is_zero(lm):
+    key = PAIRS[0][0]
+    gate = a_gate(lm, [[key]])
+    point = gate.projection @ query_of(lm, PAIRS[1][0], 2)
+    distance = (point - gate.keys[0, 0]).norm().item()
+    for radius, chosen in ((distance * 0.99, -1), (distance * 1.01, 0)):
+        edit = context_edit(lm, CONTEXTS[:1], None, a_gate(lm, [[key]], radius))
+        batch = lm.encode(PAIRS[1:2])
+        found = edit.choose(torch.zeros(1, dtype=torch.long), lambda block, batch=batch: lm.query(batch, block))
+        assert found.tolist() == [chosen]
+        logit = edit.gate.logits(lm.query(batch, 2), torch.zeros(1, dtype=torch.long))
+        assert logit.item() == pytest.approx(2 * radius**2 - 2 * distance**2, rel=1e-3)
+
+
+def test_joined_contexts_stand_one_after_the_other(lm):
+    adapter, deltas = an_adapter(lm)
+    edit = context_edit(lm, CONTEXTS, adapter).joined()
+    assert len(edit) == 1
+    expected = torch.cat([row_logits(lm, pair, "".join(CONTEXTS), deltas) for pair in PAIRS])
+    torch.testing.assert_close(lm.logits(lm.encode(PAIRS), edit), expected, **FLOAT32)
+
+
+def test_behind_a_gate_joined_contexts_are_chosen_by_the_nearest_key(lm):
+    """Also where several are in scope."""
+    keys = [[PAIRS[2][0]], [PAIRS[0][0]], ["Nothing of the sort"]]
+    for radius in (0.5, 100.0):
+        edit = context_edit(lm, CONTEXTS, None, a_gate(lm, keys, radius)).joined()
+        assert len(edit) == 1
+        nearest = [1, None if radius == 0.5 else "?", 0]
+        if radius != 0.5:
+            gate = edit.gate
+            points = [gate.projection @ query_of(lm, prompt, 2) for prompt, _ in PAIRS]
+            nearest = [int((gate.keys[0] - point).norm(dim=-1).argmin()) for point in points]
+            assert (nearest[0], nearest[2]) == (1, 0)
+        expected = [
+            row_logits(lm, pair, CONTEXTS[number] if number is not None else "")
+            for pair, number in zip(PAIRS, nearest, strict=True)
+        ]
+        torch.testing.assert_close(lm.logits(lm.encode(PAIRS), edit), torch.cat(expected), **FLOAT32)
+
+
+def test_chosen_edits_keep_their_gates_keys(lm):
+    keys = [[prompt] for prompt, _ in PAIRS]
+    edit, batch = context_edit(lm, CONTEXTS, None, a_gate(lm, keys)), lm.encode(PAIRS)
+    assert len(edit[1:]) == 2
+    expected = torch.cat([row_logits(lm, PAIRS[0]), row_logits(lm, PAIRS[1], CONTEXTS[1]), row_logits(lm, PAIRS[2])])
+    torch.testing.assert_close(lm.logits(batch, edit[1]), expected, **FLOAT32)
+    swapped = edit[[2, 1, 0]]
+    expected = torch.cat([row_logits(lm, p, c) for p, c in zip(PAIRS, CONTEXTS, strict=True)])
+    torch.testing.assert_close(lm.logits(batch, swapped, torch.tensor([2, 1, 0])), expected, **FLOAT32)
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def continued(lm, prompt, context="", deltas=None, new=6):
+    """Greedy words after the ids of context and prompt, by hand."""
+    model = dense_copy(lm, deltas) if deltas else plain_model(lm)
+    front = lm.tokenizer(context)["input_ids"] if context else []
+    ids = (front + lm.tokenizer(prompt)["input_ids"])[-(lm.max_length - new) :]
+    whole = lambda text: {"input_ids": ids}  # noqa: E731
+    return lm.tokenizer.decode(greedy(model, whole, prompt, new))
+
+
+def test_generation_goes_on_behind_the_context_where_the_prompt_is_in_scope(lm):
+    prompts = [prompt for prompt, _ in PAIRS]
+    adapter, deltas = an_adapter(lm, blocks=(3,))
+    worn = [continued(lm, p, c, deltas) for p, c in zip(prompts, CONTEXTS, strict=True)]
+    plain = [continued(lm, prompt) for prompt in prompts]
+    assert all(one != other for one, other in zip(worn, plain, strict=True))
+    assert lm.generate(prompts, max_new_tokens=6) == plain
+    for inside in ((0, 1, 2), (1,), (0, 2), ()):
+        keys = [[prompts[i] if i in inside else f"Some other prompt {i}"] for i in range(3)]
+        edit = context_edit(lm, CONTEXTS, adapter, a_gate(lm, keys))
+        expected = [worn[i] if i in inside else plain[i] for i in range(3)]
+        with lm.edited(edit):
+            assert lm.generate(prompts, max_new_tokens=6) == expected
+        with lm.edited(edit, rows=[2, 1, 0, 1]):
+            found = lm.generate([*prompts[::-1], prompts[1]], max_new_tokens=6)
+        assert found == [*expected[::-1], expected[1]]
+        with lm.edited(edit[1]):
+            assert lm.generate(prompts[1], max_new_tokens=6) == expected[1]
+    with lm.edited(context_edit(lm, CONTEXTS, adapter)):
+        assert lm.generate(prompts, max_new_tokens=6) == worn
+    assert lm.generate(prompts, max_new_tokens=6) == plain
+
+
+def test_generation_cuts_the_context_to_make_room(lm):
+    long = "An old story of the sea and " * 40 + "the end.\n"
+    with lm.edited(context_edit(lm, [long])):
+        assert lm.generate(PAIRS[0][0], max_new_tokens=6) == continued(lm, PAIRS[0][0], long)
+        with pytest.warns(UserWarning, match="lose their beginning"):  # a prompt that leaves no room itself
+            assert lm.generate("word " * 200, max_new_tokens=6) == continued(lm, "word " * 200)
+
+
+def test_generation_keeps_a_first_token_first(tokenizer):
+    used = with_bos(tokenizer)
+    other = random_lm("llama", tokenizer).model
+    other.resize_token_embeddings(len(used), mean_resizing=False)
+    lm = FrozenLM(other, used, "with-bos")
+    ids, lengths = ids_of(tokenizer, CONTEXTS[:1])
+    edit = ContextEdit(ids[None], lengths[None])
+    prompt, answer = tokens(tokenizer, *PAIRS[0])
+    row = [used.bos_token_id, *tokenizer(CONTEXTS[0])["input_ids"], *prompt]
+    with torch.no_grad():
+        expected = lm.model(torch.tensor([row + answer])).logits[0, len(row) - 1 : -1]
+    torch.testing.assert_close(lm.logits(lm.encode(PAIRS[:1]), edit), expected, **FLOAT32)
+    with lm.edited(edit):
+        said = greedy(lm.model, lambda text: {"input_ids": row}, "", 6)
+        assert lm.generate(PAIRS[0][0], max_new_tokens=6) == used.decode(said, skip_special_tokens=True)
+
+
+# -- wearing it, and keeping it ---------------------------------------------------------------------------------------
+
+
+def test_a_second_edit_in_front_of_the_prompts_is_refused(lm):
+    edit = context_edit(lm, CONTEXTS[:1])
+    with lm.edited(edit):
+        with (
+            pytest.raises(UserError, match="already wears an edit that stands in front of its prompts"),
+            lm.edited(edit),
+        ):
+            pass
+        worn = lm.logits(lm.encode(PAIRS))  # the first is still on
+    torch.testing.assert_close(worn, torch.cat([row_logits(lm, pair, CONTEXTS[0]) for pair in PAIRS]), **FLOAT32)
+    with lm.edited(edit):  # and another time it may be worn again
+        pass
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("inside", ["the body", "the logits", "the generation"])
+def test_after_an_exception_nothing_is_left(lm, error, inside, monkeypatch):
+    lm.cache.max_bytes = 0
+    adapter, _ = an_adapter(lm)
+    gate = a_gate(lm, [[prompt] for prompt, _ in PAIRS])
+    edit, batch = context_edit(lm, CONTEXTS, adapter, gate), lm.encode(PAIRS)
+    said, before = lm.logits(batch), footprint(lm)
+
+    def fail(*args, **options):
+        raise error
+
+    def run():
+        with lm.edited(edit):
+            if inside == "the body":
+                raise error
+            if inside == "the logits":
+                lm.logits(batch)
+            else:
+                lm.generate([prompt for prompt, _ in PAIRS], max_new_tokens=2)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(vars(lm.blocks[3]), "forward", fail)
+        with pytest.raises(error):
+            run()
+    assert_untouched(lm, before)
+    assert (lm._front, lm._worn) == (None, 0)
+    assert torch.equal(lm.logits(batch), said)
+    with lm.edited(edit):
+        assert not torch.equal(lm.logits(batch), said)
+
+
+def test_it_is_no_change_of_weights(lm):
+    edit = context_edit(lm, CONTEXTS[:1], an_adapter(lm)[0])
+    with pytest.raises(UserError, match="'context' is no change of weights"):
+        lm.merge(edit)
+    with pytest.raises(UserError, match="can only be worn"):
+        edit.delta(edit.sites[0])
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_to_disk_and_back(lm, tmp_path, adapted, gated):
+    adapter = an_adapter(lm)[0] if adapted else None
+    gate = a_gate(lm, [[PAIRS[0][0]], ["Some other prompt"], [PAIRS[2][0]]]) if gated else None
+    edit, batch = context_edit(lm, CONTEXTS, adapter, gate), lm.encode(PAIRS)
+    edit.save_pretrained(tmp_path, base_model="some/model")
+    again = load_edit(tmp_path)
+    assert type(again) is ContextEdit
+    assert (len(again), again.sites) == (3, edit.sites)
+    assert (again.adapter is None, again.gate is None) == (not adapted, not gated)
+    assert again.state().keys() == edit.state().keys()
+    for name, tensor in edit.state().items():
+        assert torch.equal(again.state()[name], tensor)
+        assert again.state()[name].dtype == tensor.dtype
+    assert torch.equal(lm.logits(batch, again), lm.logits(batch, edit))
+    half = again.to(torch.bfloat16)
+    assert half.ids.dtype == half.lengths.dtype == torch.long
+    assert torch.equal(half.ids, edit.ids)
+
+
+# -- what layers see and give -----------------------------------------------------------------------------------------
+
+
+def kinds_of(lm):
+    """A site, the module of a whole MLP, and a block."""
+    site = next(s for s in lm.select(blocks=[2]) if s.output)
+    return [site.name, site.mlp, lm.block_name(1), lm.block_name(3)]
+
+
+def looked_at(model, lm, names, pair):
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, kwargs, output):
+            given = args[0] if args else kwargs["hidden_states"]
+            seen[name] = given[0], (output[0] if isinstance(output, tuple) else output)[0]
+
+        return hook
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
+    with torch.no_grad():
+        model(torch.tensor([sum(tokens(lm.tokenizer, *pair), [])]))  # noqa: RUF017
+    return seen
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("edited", [None, "own", "one", "rows"])
+def test_what_layers_see_and_give_is_what_hooks_on_a_plain_model_see(lm, edited, cached):
+    names, batch = kinds_of(lm), lm.encode(PAIRS)
+    factors = random_factors(lm.select(blocks=[1, 2]), 3, 2, scale=0.1)
+    edit, rows, worn = LowRankEdit({name: Factors(*pair) for name, pair in factors.items()}), None, (0, 1, 2)
+    if edited == "one":
+        edit, worn = edit[1], (1, 1, 1)
+    elif edited == "rows":
+        rows, worn = torch.tensor([2, 0, 0]), (2, 0, 0)
+    edit = edit if edited else None
+    before = footprint(lm)
+    for _ in range(2):
+        found = lm.observe(batch, names, edit, rows, cached=cached)
+        assert found.keys() == set(names)
+        for row, pair in enumerate(PAIRS):
+            model = dense_copy(lm, dense(factors, worn[row])) if edited else plain_model(lm)
+            for name, parts in looked_at(model, lm, names, pair).items():
+                for own, expected in zip(found[name], parts, strict=True):
+                    torch.testing.assert_close(own[row, : len(expected)], expected, **FLOAT32)
+    assert_untouched(lm, before)
+    assert bool(len(lm.cache)) is cached
+
+
+def test_nothing_above_the_last_layer_that_is_looked_at_runs(lm):
+    names, batch, ran = kinds_of(lm)[:3], lm.encode(PAIRS), []
+    lm.observe(batch, names)  # the first time the model is run to learn what its blocks return
+    handles = [lm.blocks[i].register_forward_hook(lambda *_, i=i: ran.append(i)) for i in range(4)]
+    lm.observe(batch, names, cached=False)
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1]  # and the third as far as its MLP
+
+
+def test_a_layer_that_is_not_there_is_told(lm):
+    with pytest.raises(UserError, match="no edit site 'nowhere'"):
+        lm.observe(lm.encode(PAIRS), ["nowhere"])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_without_answers_are_looked_at_as_well(tokenizer, architecture):
+    lm = random_lm(architecture, tokenizer)
+    ids, (name, *_) = [tokenizer(prompt)["input_ids"] for prompt, _ in PAIRS], kinds_of(lm)
+    found = lm.observe(rows_of(ids), [name])[name]
+    whole = lm.observe(lm.encode(PAIRS), [name])[name]
+    for row, prompt in enumerate(ids):
+        for short, long in zip(found, whole, strict=True):
+            torch.testing.assert_close(short[row, : len(prompt)], long[row, : len(prompt)], **FLOAT32)
