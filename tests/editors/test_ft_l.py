@@ -161,6 +161,15 @@ def test_together_is_one_change_tuned_on_the_mean_loss(lm, bound, loss, referenc
     assert after < before - 0.01
 
 
+def test_together_is_done_when_the_mean_loss_is_low_enough(lm):
+    first = sum(edit_loss(lm.model, lm.tokenizer, *pair).item() for pair in PAIRS) / 3
+    editor = build_editor("ft_l", lm, steps=30, lr=3e-3, bound=None, blocks=[1], stop_below=first - 0.4)
+    edit = editor.edit(REQUESTS, together=True)
+    delta, model = fine_tuned(lm, site_of(editor), PAIRS, 30, 3e-3, None, stop=first - 0.4)
+    assert relative(edit.delta(site_of(editor))[0], delta) < 1e-3
+    assert first - 0.8 < sum(edit_loss(model, lm.tokenizer, *pair).item() for pair in PAIRS) / 3 < first - 0.4
+
+
 def test_the_output_projection_of_the_first_block_is_tuned_unless_told_otherwise(lm):
     (site,) = build_editor("ft_l", lm).sites
     assert (site.block, site.output) == (0, True)

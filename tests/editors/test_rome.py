@@ -19,10 +19,6 @@ REQUESTS = [
 TOKENS = 1500
 #: No decay: a random LM's losses fall too slowly to outweigh it.
 OPTIONS = {"text": "tiny", "tokens": TOKENS, "contexts": 0, "blocks": [1], "steps": 8, "weight_decay": 0.0}
-ESSENCE = (
-    "the KL term is KL(unedited || edited) of what follows '<subject> is'; equation 4, its code and the docstring have "
-    "KL(edited || unedited), and '<subject> is a'"
-)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +229,6 @@ def test_the_value_is_that_of_the_objective_step_by_step(lm, contexts, bounds):
         assert relative(wanted[i] - now[i], descended(lm, editor, request, editor.sites[0].name) - now[i]) < 1e-4
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason=ESSENCE)
 def test_what_the_subject_is_said_to_be_holds_the_value_back_as_in_equation_4(lm):
     editor = built(lm, steps=5, kl=20.0, lr=0.1)
     wanted, now = values_of(editor, REQUESTS, lm)

@@ -109,10 +109,9 @@ ALIKE = [
     Case("The capital of France is", "Oslo", (("In France the capital is", "Oslo"),), (), (("It", "was so"),)),
 ]
 #: With 64 the two products, of all probes and of the requests alone, round differently.
-LATE = pytest.mark.xfail(strict=True, raises=AssertionError, reason="one wording is told by gaps of exactly zero")
 
 
-@pytest.mark.parametrize("embedding", [7, pytest.param(64, marks=LATE)])
+@pytest.mark.parametrize("embedding", [7, 64])
 def test_requests_of_one_wording_are_not_told_apart(lm, embedding):
     editor = built(lm, embedding=embedding)
     parts = editor.objective(training_batch(lm, ALIKE), WEIGHTS)
@@ -208,9 +207,6 @@ def test_the_memory_finds_the_edit_that_is_nearest(lm):
     assert lm.generate(prompts[4], max_new_tokens=4) == words[4]
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the edit's words are tokenised with the tokenizer's special tokens"
-)
 def test_the_words_of_an_edit_hold_no_special_tokens(tokenizer):
     """LLaMA's <s> stands once, at the start of the row."""
     used = with_bos(tokenizer, "[BOS] $A")

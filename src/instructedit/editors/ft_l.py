@@ -7,14 +7,13 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.descent import Values, descend
 from instructedit.editors.options import options
 from instructedit.edits import DenseEdit
-from instructedit.lm import IGNORE, TokenBatch
+from instructedit.lm import TokenBatch
 from instructedit.metrics import row_mean
 
 
@@ -84,8 +83,5 @@ class FtL(Editor):
 
     def _at_last_prompt_token(self, tokens: TokenBatch, edit: DenseEdit, rows: None, start: int) -> Tensor:
         """−1/|y| Σ_j log p(y_j | x) of each row, every token read off the one position after the prompt, [rows]."""
-        last = (tokens.labels != IGNORE).long().argmax(-1, keepdim=True)
-        first = torch.full_like(tokens.labels, IGNORE).scatter(-1, last, tokens.labels.gather(-1, last))
-        prompts = TokenBatch(tokens.input_ids, tokens.attention_mask, first)
-        log_p = F.log_softmax(self.lm.logits(prompts, edit, rows, start).float(), -1)  # [rows, vocab]
+        log_p = self.lm.logits(tokens.after_prompts(), edit, rows, start).float().log_softmax(-1)  # [rows, vocab]
         return row_mean(-log_p[tokens.rows, tokens.answers], tokens.rows, len(tokens))

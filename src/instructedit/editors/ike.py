@@ -83,17 +83,17 @@ class Ike(Editor):
         self._store: dict[str, _Store] = {}
 
     def make(self, batch: RequestBatch) -> ContextEdit:
-        encode = self.lm.tokenizer
+        encode = self.lm.words
         budget = int(self.room * self.lm.max_length)
         contexts = []
         for request in batch.requests:
-            fact = encode(told(request), verbose=False)["input_ids"]
+            fact = encode(told(request))
             shown: list[int] = []
             for demonstration in self._nearest(request):
-                ids = encode(demonstration.text, verbose=False)["input_ids"]
-                if len(shown) + len(ids) + len(fact) > budget:
+                more = encode(demonstration.text)
+                if len(shown) + len(more) + len(fact) > budget:
                     break
-                shown = ids + shown  # the nearest stands last
+                shown = more + shown  # the nearest stands last
             contexts.append(torch.tensor(shown + fact))
         ids = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True).unsqueeze(1)
         lengths = torch.tensor([[len(context)] for context in contexts])
@@ -111,14 +111,15 @@ class Ike(Editor):
 
     def _read(self) -> dict[str, _Store]:
         records = [r for task, source in self.sources.items() for r in load_records(task, source, "train")[0]]
-        return {sort: _Store(list(_demonstrations(records, kinds)), self._vectors()) for sort, kinds in SORTS.items()}
+        sorts = {sort: _demonstrations(records, kinds) for sort, kinds in SORTS.items()}
+        return {sort: _Store(found, self._vectors()) for sort, found in sorts.items()}
 
     def _vectors(self) -> Any:
         """What turns texts into vectors whose inner products are similarities: fit(texts), then of(texts)."""
         return _TfIdf() if self.retriever == "tfidf" else _Sentences(self.sentence_model)
 
 
-def _demonstrations(records: Sequence[EditRecord], kinds: tuple[str, ...]) -> Sequence[Demonstration]:
+def _demonstrations(records: Sequence[EditRecord], kinds: tuple[str, ...]) -> list[Demonstration]:
     """The first probe of each record that has one of these kinds."""
     firsts = [(record, record.of(*kinds)) for record in records]
     return [Demonstration(r.request, probes[0].prompt, probes[0].answers[0]) for r, probes in firsts if probes]
@@ -156,12 +157,16 @@ class _Store:
 
     def __init__(self, demonstrations: list[Demonstration], vectors: Any) -> None:
         self.demonstrations, self.vectors = demonstrations, vectors
+        if not demonstrations:  # the data have no probe of this sort
+            return
         texts = [f"{d.request.prompt} {d.request.target}" for d in demonstrations]
-        vectors.fit(texts or [""])
-        self.index = vectors.of(texts or [""])
+        vectors.fit(texts)
+        self.index = vectors.of(texts)
 
     def nearest(self, text: str, count: int) -> list[Demonstration]:
         """The nearest first; ties in the order of the data."""
+        if not self.demonstrations:
+            return []
         products: Any = self.index @ self.vectors.of([text]).T
         scores: NDArray[Any] = (products.toarray() if hasattr(products, "toarray") else products)[:, 0]
-        return [self.demonstrations[i] for i in (-scores).argsort(kind="stable")[:count]] if self.demonstrations else []
+        return [self.demonstrations[i] for i in (-scores).argsort(kind="stable")[:count]]

@@ -149,10 +149,10 @@ class KeyValueEditor(Editor, ABC):
                 stacklevel=2,
             )
         tokens = self.lm.encode(pairs)
-        named = [(r.subject or p, "a") for r, p in zip(batch.requests, batch.prompts, strict=True)]
-        essence_pairs = [(f"{name} is", answer) for name, answer in named]
-        essence = self.lm.encode(essence_pairs)
-        essence_at = positions_of(self.lm.tokenizer, essence_pairs, [len(name) for name, _ in named], essence)
+        named = [r.subject or p for r, p in zip(batch.requests, batch.prompts, strict=True)]
+        essence_pairs = [(f"{name} is a", "thing") for name in named]  # read before the answer, which is of no account
+        essence = self.lm.encode(essence_pairs).after_prompts()
+        essence_at = positions_of(self.lm.tokenizer, essence_pairs, [len(name) for name in named], essence)
         rows = torch.arange(len(pairs), device=tokens.input_ids.device)
         return Facts(
             tokens, positions_of(self.lm.tokenizer, pairs, ends, tokens), rows // len(fronts), essence, essence_at,
@@ -211,7 +211,7 @@ class KeyValueEditor(Editor, ABC):
             edit = row_mean(nll, order, len(active))
             essence = VectorEdit(site.name, delta, facts.essence_at[active])
             after = self.lm.logits(facts.essence.select(active), essence, None, site.block).float().log_softmax(-1)
-            drift = F.kl_div(after, before[active], log_target=True, reduction="none").sum(-1)
+            drift = F.kl_div(before[active], after, log_target=True, reduction="none").sum(-1)  # KL(edited ‖ unedited)
             decay = self.weight_decay * delta.norm(dim=-1) / norms[active].square()
             return edit + self.kl * drift + decay
 

@@ -62,7 +62,7 @@ class Serac(Editor):
 
     def make(self, batch: RequestBatch) -> ContextEdit:
         """A memory of one edit for each request."""
-        rows = [self.lm.tokenizer(told(request), verbose=False)["input_ids"] for request in batch.requests]
+        rows = [self.lm.words(told(request)) for request in batch.requests]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         lengths = torch.tensor([[len(row)] for row in rows])
         factors = zip(self.sites, self.inputs, self.outputs, strict=True)
@@ -101,7 +101,7 @@ class Serac(Editor):
         logits = edit.gate.bias - edit.gate.scale * gaps.square().sum(-1)
         own = owner.unsqueeze(-1) == every
         wanted = (own & inside.unsqueeze(-1)).float()
-        known = own | (gaps.detach().abs().amax(-1) > 0)
+        known = own | (gaps.detach().abs().amax(-1) > 1e-4)  # but for rounding, equal only where the wording is
         weight = known / torch.where(wanted > 0, (wanted * known).sum(), ((1 - wanted) * known).sum()).clamp(min=1) / 2
         loss = (F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * weight).sum()
         right = (((logits > 0) == (wanted > 0)) * weight).sum()

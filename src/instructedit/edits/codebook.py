@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from instructedit.edits.base import Edit, as_list
+from instructedit.errors import UserError
 
 #: Left between two balls that were split, so that neither holds the other's border.
 _GAP = 1e-5
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,21 @@ class CodebookEdit(Edit):
                 distance = distances.min()
                 if distance <= radii[near] + radii[new]:
                     if torch.equal(labels[near], labels[new]):
-                        radii[near] = torch.maximum(radii[near], distance)
+                        # A little more than the distance, which a look-up measures anew and rounds anew.
+                        radii[near] = torch.maximum(radii[near], distance * (1 + _ROUNDING))
                         continue
                     radii[near] = torch.minimum(radii[near], (distance / 2 - _GAP).clamp(min=0))
                     radii[new] = torch.minimum(radii[new], distance / 2)
             book.append(new)
-        chosen = torch.tensor(book, device=keys.device)
+        chosen = torch.tensor(book, dtype=torch.long, device=keys.device)
         parts = (keys, self.values.flatten(0, 1), radii, labels)
         return type(self)(self.site, *(part[chosen][None] for part in parts))
 
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         index = torch.arange(len(self), device=inputs.device) if rows is None else rows
         index = index.expand(len(inputs))
+        if self.keys.shape[1] == 0:
+            return outputs
         keys, radii = self.keys[index].float(), self.radii[index]
         distances = torch.cdist(inputs.float(), keys, compute_mode="donot_use_mm_for_euclid_dist")  # [rows, seq, entry]
         nearest = distances.masked_fill((radii < 0).unsqueeze(1), torch.inf).argmin(-1, keepdim=True)
@@ -89,4 +94,7 @@ class CodebookEdit(Edit):
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         site = next(iter(state)).rsplit(":", 1)[0]
-        return cls(site, *(state[f"{site}:{part}"] for part in ("keys", "values", "radii", "labels")))
+        parts = [state[f"{site}:{part}"] for part in ("keys", "values", "radii", "labels")]
+        if [part.ndim for part in parts] != [3, 3, 2, 3] or len({part.shape[:2] for part in parts}) != 1:
+            raise UserError(f"{site}: {', '.join(str(list(part.shape)) for part in parts)} make no codebook")
+        return cls(site, *parts)

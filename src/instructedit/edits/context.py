@@ -11,6 +11,7 @@ from torch import Tensor
 
 from instructedit.edits.base import Edit, as_list
 from instructedit.edits.low_rank import LowRankEdit
+from instructedit.errors import UserError
 
 
 class Gate(NamedTuple):
@@ -116,8 +117,10 @@ class ContextEdit(Edit):
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(f"{name}:"): v for k, v in state.items() if k.startswith(f"{name}:")}
 
-        adapter, gate = part("adapter"), part("gate")
+        adapter, gate, ids, lengths = part("adapter"), part("gate"), state["ids"], state["lengths"]
+        if ids.ndim != 3 or ids.shape[:2] != lengths.shape or not ((lengths >= 0) & (lengths <= ids.shape[2])).all():
+            raise UserError(f"contexts {list(ids.shape)} do not fit lengths {lengths.tolist()}")
         return cls(
-            state["ids"], state["lengths"], LowRankEdit.from_state(adapter) if adapter else None,
+            ids, lengths, LowRankEdit.from_state(adapter) if adapter else None,
             Gate(**gate) if gate else None,
         )  # fmt: skip

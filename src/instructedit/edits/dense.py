@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from instructedit.edits.base import Edit, as_list
+from instructedit.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -67,4 +68,9 @@ class DenseEdit(Edit):
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         changes = {key.removesuffix(":delta"): value for key, value in state.items() if key != "which"}
-        return cls(changes, state["which"])
+        which = state["which"]
+        stored = {len(matrices) for matrices in changes.values()}
+        fits = which.ndim == 1 and not which.is_floating_point() and len(stored) == 1
+        if not fits or any(m.ndim != 3 for m in changes.values()) or not ((which >= 0) & (which < min(stored))).all():
+            raise UserError(f"{', '.join(changes)}: {which.tolist()} names no edits of {sorted(stored)} matrices")
+        return cls(changes, which)

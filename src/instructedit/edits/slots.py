@@ -80,4 +80,13 @@ class SlotEdit(Edit):
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         sites = dict.fromkeys(key.rsplit(":", 1)[0] for key in state if ":" in key)
         slots = {site: Slots(*(state[f"{site}:{part}"] for part in Slots._fields)) for site in sites}
+        for site, (keys, biases, values) in slots.items():
+            first = next(iter(slots.values())).keys
+            if (
+                keys.ndim != 3
+                or keys.shape != values.shape
+                or biases.shape != keys.shape[:2]
+                or len(keys) != len(first)
+            ):
+                raise UserError(f"{site}: {[*keys.shape]}, {[*biases.shape]} and {[*values.shape]} make no slots")
         return cls(slots, ACTIVATIONS[int(state["activation"])])

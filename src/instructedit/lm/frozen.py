@@ -171,6 +171,11 @@ class FrozenLM:
         """Tokenises (prompt, answer) pairs for this model, on its device (see `tokens.encode`)."""
         return encode(self.tokenizer, pairs, self.max_length, where).to(self.device)
 
+    def words(self, text: str) -> list[int]:
+        """Token ids of text that stands within a row: no special tokens around it."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
     # -- forward passes -------------------------------------------------------------------------------------------
 
     def prefix(self, batch: TokenBatch, block: int) -> Tensor:

@@ -31,7 +31,7 @@ def moments_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:
     """Where the second moment of a site over so many tokens of a text is kept; another model or file, another place."""
     path = Path(text).expanduser()
     edition = f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else ""
-    key = hashlib.sha256(f"{lm.fingerprint} {site} {text} {edition} {tokens}".encode()).hexdigest()
+    key = hashlib.sha256(f"{lm.fingerprint} {lm.max_length} {site} {text} {edition} {tokens}".encode()).hexdigest()
     return cache_folder() / "moments" / f"{key[:32]}.safetensors"
 
 

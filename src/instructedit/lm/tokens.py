@@ -79,6 +79,12 @@ class TokenBatch:
             self.input_ids[:, :width], mask[:, :width], torch.full_like(self.labels[:, :width], IGNORE)
         )  # fmt: skip
 
+    def after_prompts(self) -> Self:
+        """The rows, read at one position each: the prompt's last token, which predicts the answer's first."""
+        last = (self.labels != IGNORE).long().argmax(-1, keepdim=True)
+        labels = torch.full_like(self.labels, IGNORE).scatter(-1, last, self.labels.gather(-1, last))
+        return type(self)(self.input_ids, self.attention_mask, labels, self.truncated)
+
     def behind(self, contexts: Sequence[Tensor], max_length: int, first: int | None = None) -> TokenBatch:
         """The rows with a context in front of each; the longest lose the beginning of theirs.
 

@@ -29,6 +29,12 @@ class Source(NamedTuple):
     objects: list[dict[str, object]]
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a source reads as ``owner/name`` on the hub, and not as a data file."""
+    text = (".txt", ".txt.gz", ".txt.xz")
+    return bool(_HUB_ID.fullmatch(source)) and not _DATA_FILE.fullmatch(source) and not source.lower().endswith(text)
+
+
 def read_source(task: str, source: str, split: str) -> Source:
     """Reads the raw records of one split.
 
@@ -52,7 +58,7 @@ def read_source(task: str, source: str, split: str) -> Source:
         raise UserError(f"{source}: cannot be read: {_why(error)}") from error
     if is_there:
         return _read_file(_file_for(path, split) if is_folder else path)
-    if _HUB_ID.fullmatch(source) and not _DATA_FILE.fullmatch(path.name):
+    if is_hub_id(source):
         return _read_hub(source, split)
     raise UserError(f"{source}: no such file or folder")
 

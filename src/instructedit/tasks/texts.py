@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from instructedit.errors import UserError
+from instructedit.tasks.sources import is_hub_id
 
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
@@ -33,7 +34,7 @@ def read_texts(source: str = "tiny") -> Iterator[str]:
     path = Path(source).expanduser()
     if path.is_file():
         return _read_file(path)
-    if source.count("/") == 1 and not source.startswith((".", "~", "/")) and not path.suffix:
+    if is_hub_id(source):
         return _read_hub(source)
     raise UserError(f"{source}: no such file of text")
 
@@ -45,7 +46,7 @@ def _read_file(path: Path) -> Iterator[str]:
         with _OPEN.get(path.suffix.lower(), open)(path, "rt" if packed else "r", encoding="utf-8-sig") as lines:
             yield from lines_of(lines, path)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
+        raise UserError(f"{path}: not UTF-8 text") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
@@ -69,7 +70,7 @@ def _jsonl(lines: Iterator[str], path: Path) -> Iterator[str]:
         try:
             found = json.loads(line)
             text = found["text"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: expected an object with a field 'text' ({error!r})") from error
         if not isinstance(text, str):
             raise UserError(f"{path}, line {number}: field 'text' is no string")
