@@ -236,7 +236,7 @@ def test_a_target_of_one_token_is_said(lm):
 
 
 #: How far a widened ball reaches, in distances of the key that it was widened for.
-REACH = 1.0001
+REACH = 1.01
 
 
 def one_after_the_other(keys, radii, labels):
@@ -255,6 +255,9 @@ def one_after_the_other(keys, radii, labels):
             book.append([new, radius])
         elif label == labels[near[0]]:
             near[1] = max(near[1], distance * REACH)
+        elif distance <= 1e-5:  # asked again: the newer answer stands
+            book.remove(near)
+            book.append([new, radius])
         else:
             near[1] = min(near[1], max(0.0, distance / 2 - 1e-5))
             book.append([new, min(radius, distance / 2)])
@@ -370,10 +373,11 @@ def test_a_wider_ball_holds_the_key_that_it_was_widened_for(inside):
     assert lost_in_a_wider_ball(inside) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_request_that_widened_a_ball_is_answered_in_any_company(tokenizer, architecture):
-    lm, target = random_lm(architecture, tokenizer), "in"
-    names = ("The people", "A man", "Who", "The capital", "One river", "It was so")
+def test_a_request_that_widened_a_ball_is_answered_in_any_company(tokenizer, architecture, dtype):
+    lm, target = random_lm(architecture, tokenizer, dtype), "in"
+    names = ("The people", "A man", "Who", "The capital", "One river", "It was so", "A house", "He and she")
     prompts = [f"{name} of the city" for name in names]
     editor = build_editor("grace", lm, steps=1, radius=6.0)
     unheard = []
@@ -384,7 +388,7 @@ def test_a_request_that_widened_a_ball_is_answered_in_any_company(tokenizer, arc
         for company in ([other], [other, "A much longer prompt about a river and about a city"]):
             batch = lm.encode([(prompt, target) for prompt in company]).prompts()
             given = lm.observe(batch, [book.site], book, cached=False)[book.site].outputs[0]
-            if not torch.equal(given[len(lm.tokenizer(other)["input_ids"]) - 1], book.values[0, 0]):
+            if not torch.equal(given[len(lm.tokenizer(other)["input_ids"]) - 1], book.values[0, 0].to(dtype)):
                 unheard.append((one, company))
     assert not unheard
 

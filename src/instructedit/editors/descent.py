@@ -97,4 +97,7 @@ def descend(
             with torch.no_grad():
                 for i in active:
                     project(own[i], i)
+    for i, values in enumerate(own):
+        if not all(value.isfinite().all() for value in values.values()):
+            raise UserError(f"request {i}: its values are no longer finite; try a smaller lr")
     return {name: torch.stack([values[name].detach() for values in own]) for name in start}

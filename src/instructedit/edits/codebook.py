@@ -13,7 +13,8 @@ from instructedit.errors import UserError
 
 #: Left between two balls that were split, so that neither holds the other's border.
 _GAP = 1e-5
-_ROUNDING = 1e-4
+#: A widened ball reaches so much further: a look-up measures the distance anew, in bfloat16 with an error of its own.
+_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class CodebookEdit(Edit):
         """One codebook of all entries, put in one after the other by GRACE's rules (its algorithm 1).
 
         A key outside all balls becomes a new entry. A key within reach of one with the same label only widens that
-        one's ball; with another label both balls shrink to half their distance.
+        one's ball; with another label both balls shrink to half their distance. A key that is there already with
+        another label takes its place, so that the newer edit is heard.
         """
         book: list[int] = []  # of all entries, those that are kept
         keys, radii, labels = self.keys.flatten(0, 1), self.radii.flatten().clone(), self.labels.flatten(0, 1)
@@ -64,8 +66,11 @@ class CodebookEdit(Edit):
                 distance = distances.min()
                 if distance <= radii[near] + radii[new]:
                     if torch.equal(labels[near], labels[new]):
-                        # A little more than the distance, which a look-up measures anew and rounds anew.
                         radii[near] = torch.maximum(radii[near], distance * (1 + _ROUNDING))
+                        continue
+                    if distance <= _GAP:  # the same question asked again: the newer answer stands
+                        book.remove(near)
+                        book.append(new)
                         continue
                     radii[near] = torch.minimum(radii[near], (distance / 2 - _GAP).clamp(min=0))
                     radii[new] = torch.minimum(radii[new], distance / 2)

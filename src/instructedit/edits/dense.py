@@ -63,7 +63,10 @@ class DenseEdit(Edit):
         return self.changes[site][self.which]
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{site}:delta": matrices for site, matrices in self.changes.items()} | {"which": self.which}
+        used, which = self.which.unique(return_inverse=True)  # what was not chosen is not kept
+        own = self.changes if len(used) == len(next(iter(self.changes.values()))) else None
+        changes = own or {site: matrices[used] for site, matrices in self.changes.items()}
+        return {f"{site}:delta": matrices for site, matrices in changes.items()} | {"which": which}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
