@@ -31,7 +31,7 @@ FLOORS = (
     "metrics", "tracking", "records",
 )  # fmt: skip
 #: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
-TOP = ("__init__", "cli", "commands", "experiment", "lightning_cli")
+TOP = ("__init__", "benchmark", "cli", "commands", "experiment", "lightning_cli")
 GROUND = ("registry", "provenance", "console", "errors")
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))

@@ -164,6 +164,16 @@ def test_the_edit_teaches(name, lm, editor):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("instructions", [True, False])
+def test_the_instruction_is_read_or_not(name, lm, instructions):
+    editor = built(name, lm, instructions=instructions)
+    prompts = editor.requests(REQUESTS, editor.instructor()).prompts
+    for prompt, request in zip(prompts, REQUESTS, strict=True):
+        assert prompt.endswith(request.prompt)
+        assert prompt.startswith("Task: ") == instructions
+    assert len(editor.edit(REQUESTS)) == len(REQUESTS)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

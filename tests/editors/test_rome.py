@@ -4,12 +4,15 @@ import warnings
 
 import pytest
 import torch
+from tests.conftest import random_lm
 from tests.reference import dense_copy, edit_loss, plain_model, relative
 
 from instructedit.editors import build_editor
 from instructedit.errors import UserError
 from instructedit.lm.moments import second_moments
+from instructedit.lm.pretrain import train_tokenizer
 from instructedit.records import EditRequest
+from instructedit.tasks.tiny.corpus import documents
 
 REQUESTS = [
     EditRequest("The capital of France is", "Lyon", subject="France"),
@@ -234,6 +237,18 @@ def test_what_the_subject_is_said_to_be_holds_the_value_back_as_in_equation_4(lm
     wanted, now = values_of(editor, REQUESTS, lm)
     for i, request in enumerate(REQUESTS):
         assert relative(wanted[i] - now[i], descended(lm, editor, request, editor.sites[0].name) - now[i]) < 1e-4
+
+
+def test_what_follows_the_essence_is_of_no_account(tokenizer):
+    """Also where the word that is put there has several tokens."""
+    coarse = train_tokenizer(documents(0, 1), 300, 128)
+    assert len(coarse(" thing")["input_ids"]) > 1
+    lm = random_lm("llama", coarse)
+    editor = built(lm, steps=3, kl=20.0, lr=0.1)
+    wanted, now = values_of(editor, REQUESTS, lm)
+    for i, request in enumerate(REQUESTS):
+        expected = descended(lm, editor, request, editor.sites[0].name)
+        assert relative(wanted[i] - now[i], expected - now[i]) < 1e-4
 
 
 def test_values_of_a_batch_are_values_alone(lm):

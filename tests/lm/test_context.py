@@ -110,6 +110,18 @@ def test_prompts_are_the_rows_without_their_answers(tokenizer, template):
     assert torch.equal(again.attention_mask, prompts.attention_mask)
 
 
+def test_after_prompts_only_the_answers_first_token_is_asked_for(tokenizer):
+    batch = encode(tokenizer, PAIRS, 128)
+    found = batch.after_prompts()
+    assert torch.equal(found.input_ids, batch.input_ids)
+    assert torch.equal(found.attention_mask, batch.attention_mask)
+    for row, pair in enumerate(PAIRS):
+        prompt, answer = tokens(tokenizer, *pair)
+        assert torch.nonzero(found.labels[row] != IGNORE).tolist() == [[len(prompt) - 1]]
+        assert found.labels[row, len(prompt) - 1] == answer[0]
+    assert max(len(tokens(tokenizer, *pair)[1]) for pair in PAIRS) > 1
+
+
 IDS = st.lists(st.integers(1, 50), max_size=9)
 
 
@@ -408,6 +420,7 @@ def test_generation_keeps_a_first_token_first(tokenizer):
     used = with_bos(tokenizer)
     other = random_lm("llama", tokenizer).model
     other.resize_token_embeddings(len(used), mean_resizing=False)
+    other.get_input_embeddings().weight.data[used.bos_token_id] = 2 * torch.randn(32)  # so that its place matters
     lm = FrozenLM(other, used, "with-bos")
     ids, lengths = ids_of(tokenizer, CONTEXTS[:1])
     edit = ContextEdit(ids[None], lengths[None])
@@ -418,6 +431,8 @@ def test_generation_keeps_a_first_token_first(tokenizer):
     torch.testing.assert_close(lm.logits(lm.encode(PAIRS[:1]), edit), expected, **FLOAT32)
     with lm.edited(edit):
         said = greedy(lm.model, lambda text: {"input_ids": row}, "", 6)
+        moved = greedy(lm.model, lambda text: {"input_ids": [*row[1 : -len(prompt)], row[0], *prompt]}, "", 6)
+        assert said != moved
         assert lm.generate(PAIRS[0][0], max_new_tokens=6) == used.decode(said, skip_special_tokens=True)
 
 

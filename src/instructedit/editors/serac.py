@@ -15,6 +15,7 @@ from instructedit.editors.ike import told
 from instructedit.editors.losses import LossWeights, scope_loss
 from instructedit.editors.options import options
 from instructedit.edits import ContextEdit, Factors, Gate, LowRankEdit
+from instructedit.lm import TokenBatch
 
 
 @options
@@ -101,8 +102,17 @@ class Serac(Editor):
         logits = edit.gate.bias - edit.gate.scale * gaps.square().sum(-1)
         own = owner.unsqueeze(-1) == every
         wanted = (own & inside.unsqueeze(-1)).float()
-        known = own | (gaps.detach().abs().amax(-1) > 1e-4)  # but for rounding, equal only where the wording is
+        asked = [words for part in probes for words in _wordings(part.tokens)]
+        same = [[words == request for request in _wordings(batch.requests.tokens)] for words in asked]
+        known = own | ~torch.tensor(same, device=owner.device)
         weight = known / torch.where(wanted > 0, (wanted * known).sum(), ((1 - wanted) * known).sum()).clamp(min=1) / 2
         loss = (F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * weight).sum()
         right = (((logits > 0) == (wanted > 0)) * weight).sum()
         return loss, right.detach()
+
+
+def _wordings(tokens: TokenBatch) -> list[list[int]]:
+    """The token ids of each row's prompt."""
+    prompts = tokens.prompts()
+    lengths = prompts.attention_mask.sum(-1).tolist()
+    return [row[:size] for row, size in zip(prompts.input_ids.tolist(), lengths, strict=True)]

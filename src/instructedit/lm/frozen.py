@@ -445,8 +445,8 @@ class FrozenLM:
     @property
     def _pad_id(self) -> int:
         """GPT-2 and LLaMA have no padding token; masked positions may hold any."""
-        pad = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if pad is None else pad)
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(token for token in known if token is not None))
 
 
 def _in_groups(batch: TokenBatch, groups: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:

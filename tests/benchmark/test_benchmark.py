@@ -1,0 +1,98 @@
+"""What is timed against each other computes the same; and the command says what it measured."""
+
+import contextlib
+import io
+import json
+
+import pytest
+import torch
+from tests.reference import relative
+
+from instructedit.benchmark import run
+from instructedit.benchmark.run import WEIGHTS, Bench, Setting, Shape, many_edits, measure
+from instructedit.cli import main
+from instructedit.errors import UserError
+from instructedit.evaluation import Evaluation, evaluate_batch
+
+SETTING = Setting("small", rank=8, edits=4, fluency_tokens=4, threads=1)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def bench(request, monkeypatch):
+    monkeypatch.setitem(run.SHAPES, "small", Shape(request.param, 4, 32, 2, 4096))
+    bench = Bench(SETTING)
+    bench.editor.alpha.data.fill_(0.05)
+    rng = torch.Generator().manual_seed(0)
+    for network in bench.editor.networks:
+        network.up.data = torch.randn(network.up.shape, generator=rng) * 0.01
+    return bench
+
+
+def gradients(bench):
+    found = [p.grad.clone() for p in bench.editor.parameters()]
+    bench.editor.zero_grad()
+    return found
+
+
+def test_both_train_on_the_same_loss(bench):
+    bench.editor.eval()  # the statistics stand still, which the two gather in different order
+    fast = bench.editor.objective(bench.batch, WEIGHTS)["loss"]
+    fast.backward()
+    expected = gradients(bench)
+    losses = [bench.plain.loss(record, WEIGHTS) for record in bench.records]
+    torch.stack(losses).mean().backward()
+    assert torch.stack(losses).mean().item() == pytest.approx(fast.item(), rel=1e-4)
+    for found, wanted in zip(gradients(bench), expected, strict=True):
+        assert wanted.abs().max() > 0
+        assert relative(found, wanted) < 1e-3
+
+
+def test_both_give_every_probe_the_same_scores(bench):
+    settings = Evaluation(generate=False, fluency_tokens=0, replies=99)
+    rows = evaluate_batch(bench.lm, bench.editor, bench.tested, settings).rows
+    for record in bench.tested:
+        best = {}
+        for row in bench.plain.scores(record, 4):
+            if "accuracy" in row:
+                best.setdefault(round(row["log_likelihood"], 3), row)
+        for row in (r for r in rows if r["record"] == record.id):
+            assert any(abs(row["log_likelihood"] - plain["log_likelihood"]) < 1e-3 for plain in best.values())
+    assert rows
+
+
+def test_the_plain_model_is_left_as_it_was(bench):
+    before = {name: tensor.clone() for name, tensor in bench.plain.model.state_dict().items()}
+    bench.evaluate_plain()
+    bench.train_plain()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in bench.plain.model.state_dict().items())
+
+
+def test_measures_count_what_they_time(bench, monkeypatch):
+    monkeypatch.setattr(run, "peak_memory", lambda *_: 1.0)  # its processes know no shape of ours
+    monkeypatch.setattr(run, "machine_rates", lambda _: (1e9, 1e9))
+    rows = {(r["measure"], r["variant"]): r for r in measure(SETTING, repeats=2)}
+    assert len(rows) == 9
+    assert all(row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows.values())
+    assert rows["train", "warm"]["gflop"] < rows["train", "cold"]["gflop"] < rows["train", "plain"]["gflop"]
+    assert rows["train", "plain"]["gbyte"] == pytest.approx(2 * rows["train", "warm"]["gbyte"])
+    assert all(rows[name, "plain"]["ratio"] == 1 for name in run.MEASURES)
+
+
+def test_many_edits_are_counted(bench):
+    rows = many_edits(SETTING, (3, 9))
+    assert [row["edits"] for row in rows] == [3, 9]
+    assert all(row["ms_per_edit"] > 0 for row in rows)
+
+
+def test_the_command_writes_its_figures(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "peak_memory", lambda *_: 1.0)
+    options = ["--shapes=[small]", "--rank=4", "--edits=4", "--repeats=1", "--fluency_tokens=3", "--threads=1"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["benchmark", *options, f"--json={tmp_path}/figures.json"]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {row["variant"] for row in figures["rows"]} == {"plain", "cold", "warm"}
+    assert figures["setting"]["edits"] == 4
+    assert "platform" in figures["machine"]
+    assert "× plain" in printed.getvalue()
+    with pytest.raises(UserError, match=r"no shape 'huge'.*6x256"):
+        measure(Setting("huge"))
