@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from instructedit.editors import base
 from instructedit.editors.losses import EditingLoss
 from instructedit.errors import UserError
 from instructedit.lightning_cli import run
 from instructedit.lm.pretrain import Recipe, new_model
-from instructedit.training import module as training
 
 QUIET = [
     "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
@@ -175,7 +175,7 @@ def test_a_loss_that_is_no_number_stops_the_run(options, monkeypatch, tmp_path):
         nothing = sum(f.b.sum() for f in edit.factors.values()) * float("nan")
         return EditingLoss(nothing, nothing)
 
-    monkeypatch.setattr(training, "editing_loss", broken)
+    monkeypatch.setattr(base, "editing_loss", broken)
     with pytest.raises(UserError, match=r"the loss is nan at step 1 \(records (counterfact|convsent)/train/"):
         run(["fit", *options, "--checkpoint.every_n_train_steps=1"])
     assert not list(tmp_path.rglob("*.ckpt"))  # the broken weights are not kept
