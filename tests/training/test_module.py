@@ -18,6 +18,7 @@ from instructedit.editors.losses import EditingLoss
 from instructedit.errors import UserError
 from instructedit.lightning_cli import run
 from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.training import module as training
 
 QUIET = [
     "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
