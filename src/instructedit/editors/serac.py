@@ -91,19 +91,20 @@ class Serac(Editor):
 
         Both sorts count half, however many there are. Probes of another request of the same wording are left out.
         """
-        assert edit.gate is not None  # of make
+        gate = edit.joined().gate  # every probe against every request
+        assert gate is not None  # of make
         probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
         queries = torch.cat([self.lm.query(part.tokens, self.block) for part in probes])
         owner = torch.cat([part.owner for part in probes])
         count = len(queries)
         inside = torch.arange(count, device=owner.device) < len(batch.in_scope.owner)
         every = torch.arange(len(batch), device=owner.device)
-        gaps = (queries @ edit.gate.projection.T).unsqueeze(1) - edit.gate.keys.squeeze(1)  # [probes, requests, size]
-        logits = edit.gate.bias - edit.gate.scale * gaps.square().sum(-1)
+        logits = gate.logits(queries, torch.zeros_like(owner))  # [probes, requests]
         own = owner.unsqueeze(-1) == every
         wanted = (own & inside.unsqueeze(-1)).float()
         asked = [words for part in probes for words in _wordings(part.tokens)]
-        same = [[words == request for request in _wordings(batch.requests.tokens)] for words in asked]
+        requests = _wordings(batch.requests.tokens)
+        same = [[words == request for request in requests] for words in asked]
         known = own | ~torch.tensor(same, device=owner.device)
         weight = known / torch.where(wanted > 0, (wanted * known).sum(), ((1 - wanted) * known).sum()).clamp(min=1) / 2
         loss = (F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * weight).sum()
