@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.editors.descent import Values, descend
+from instructedit.editors.descent import Values, descend, row_losses
 from instructedit.editors.options import options
 from instructedit.edits import SlotEdit, Slots
 from instructedit.errors import UserError
@@ -94,23 +95,16 @@ class CaliNet(SlotEditor):
 
     def make(self, batch: RequestBatch) -> SlotEdit:
         """Slots for each request, trained on its target."""
-
-        def losses(values: Values, active: Tensor) -> Tensor:
-            return self.lm.losses(batch.tokens.select(active), self.slot_edit(values), None, self.sites[0].block)
-
-        return self._descended(len(batch), losses)
+        return self._tuned(batch, together=False)
 
     def make_together(self, batch: RequestBatch) -> SlotEdit:
         """One set of slots, trained on the mean loss of all requests."""
+        return self._tuned(batch, together=True)
 
-        def losses(values: Values, active: Tensor) -> Tensor:
-            worn = self.slot_edit(values)
-            return self.lm.losses(batch.tokens, worn, None, self.sites[0].block).mean(0, keepdim=True)
-
-        return self._descended(1, losses)
-
-    def _descended(self, count: int, losses: Callable[[Values, Tensor], Tensor]) -> SlotEdit:
+    def _tuned(self, batch: RequestBatch, together: bool) -> SlotEdit:
+        count, loss = 1 if together else len(batch), partial(self.lm.losses, start=self.sites[0].block)
         start = {name: tensor.to(self.lm.device).expand(count, *tensor.shape) for name, tensor in self.start().items()}
+        losses = row_losses(loss, batch.tokens, self.slot_edit, together)
         return self.slot_edit(descend(start, losses, self.steps, self.lr, self.optimizer, stop_below=self.stop_below))
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from instructedit.edits import Edit
 from instructedit.errors import UserError
+from instructedit.lm import TokenBatch
 
 Values = dict[str, Tensor]
 
@@ -30,6 +32,26 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor], float, float], torch.optim.Optimiz
     "adam": _adam,
     "adafactor": _adafactor,
 }
+
+
+def row_losses(
+    loss: Callable[[TokenBatch, Edit], Tensor], tokens: TokenBatch, edit: Callable[[Values], Edit], together: bool
+) -> Callable[[Values, Tensor], Tensor]:
+    """The losses that `descend` asks for, of requests that are rows of tokens.
+
+    Args:
+        loss: Of each row under its edit, [rows].
+        tokens: Row i is request i.
+        edit: Makes the edits of values, name → [n, …].
+        together: One edit for all rows, and their mean loss, instead of an edit and a loss for each.
+    """
+
+    def losses(values: Values, active: Tensor) -> Tensor:
+        if together:
+            return loss(tokens, edit(values)).mean(0, keepdim=True)
+        return loss(tokens.select(active), edit(values))
+
+    return losses
 
 
 def descend(

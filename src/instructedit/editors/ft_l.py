@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.editors.descent import Values, descend
+from instructedit.editors.descent import Values, descend, row_losses
 from instructedit.editors.options import options
-from instructedit.edits import DenseEdit
+from instructedit.edits import DenseEdit, Edit
 from instructedit.lm import TokenBatch
 from instructedit.metrics import row_mean
 
@@ -50,38 +51,29 @@ class FtL(Editor):
 
     def make(self, batch: RequestBatch) -> DenseEdit:
         """One dense ΔW for each request and site."""
-        loss = self._at_last_prompt_token if self.loss == "last_prompt" else self.lm.losses
-
-        def losses(values: Values, active: Tensor) -> Tensor:
-            return loss(batch.tokens.select(active), DenseEdit.of(values), None, self._start)
-
-        return DenseEdit.of(self._descend(len(batch), losses))
+        return self._tuned(batch, together=False)
 
     def make_together(self, batch: RequestBatch) -> DenseEdit:
         """One ΔW, tuned on the mean loss of all requests."""
-        loss = self._at_last_prompt_token if self.loss == "last_prompt" else self.lm.losses
+        return self._tuned(batch, together=True)
 
-        def losses(values: Values, active: Tensor) -> Tensor:
-            return loss(batch.tokens, DenseEdit.of(values), None, self._start).mean(0, keepdim=True)
-
-        return DenseEdit.of(self._descend(1, losses))
-
-    @property
-    def _start(self) -> int:
-        return self.sites[0].block
-
-    def _descend(self, count: int, losses: Callable[[Values, Tensor], Tensor]) -> Values:
+    def _tuned(self, batch: RequestBatch, together: bool) -> DenseEdit:
+        of_rows = self._at_last_prompt_token if self.loss == "last_prompt" else self.lm.losses
+        loss = partial(of_rows, rows=None, start=self.sites[0].block)
+        count = 1 if together else len(batch)
         start = {s.name: torch.zeros(count, s.out_features, s.in_features, device=self.lm.device) for s in self.sites}
-        return descend(
-            start, losses, self.steps, self.lr, self.optimizer, stop_below=self.stop_below, project=self._project
-        )
+        found = descend(
+            start, row_losses(loss, batch.tokens, DenseEdit.of, together), self.steps, self.lr, self.optimizer,
+            stop_below=self.stop_below, project=self._project,
+        )  # fmt: skip
+        return DenseEdit.of(found)
 
     def _project(self, values: Values, request: int) -> None:
         if self.bound is not None:
             for change in values.values():
                 change.clamp_(-self.bound, self.bound)
 
-    def _at_last_prompt_token(self, tokens: TokenBatch, edit: DenseEdit, rows: None, start: int) -> Tensor:
+    def _at_last_prompt_token(self, tokens: TokenBatch, edit: Edit, rows: None, start: int) -> Tensor:
         """−1/|y| Σ_j log p(y_j | x) of each row, every token read off the one position after the prompt, [rows]."""
         log_p = self.lm.logits(tokens.after_prompts(), edit, rows, start).float().log_softmax(-1)  # [rows, vocab]
         return row_mean(-log_p[tokens.rows, tokens.answers], tokens.rows, len(tokens))
