@@ -15,9 +15,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import instructedit as ie
-from instructedit import commands
 from instructedit.callbacks import EditingAreaDump, Guards, ResultTables
 from instructedit.cli import main
+from instructedit.commands import commands
 from instructedit.data.module import EditData
 from instructedit.editors import Editor
 from instructedit.evaluation import Evaluation
@@ -100,9 +100,9 @@ def tested(place, options, fitted):
 def test_the_top_names_every_command(capsys):
     assert main([]) == 2
     top = said("--help")
-    for name in ("fit", "validate", "test", "predict", *commands.__all__):
+    for name in ("fit", "validate", "test", "predict", *commands()):
         assert re.search(rf"^  {name} +\w", top, re.MULTILINE), name
-    assert set(commands.__all__) >= {"edit", "experiment", "pretrain"}
+    assert set(commands()) >= {"edit", "experiment", "pretrain"}
 
 
 PARTS = {"model": EditingModule, "data": EditData, "checkpoint": Checkpoint, "guards": Guards, "results": ResultTables}
@@ -130,10 +130,19 @@ def test_fit_explains_every_option():
             assert len(words(text, f"--model.{group}.{name}")) >= 2, name
 
 
-@pytest.mark.parametrize("name", commands.__all__)
-def test_the_other_commands_explain_every_option(name):
-    text = said(name, "--help")
-    for parameter in inspect.signature(getattr(commands, f"_{name}")).parameters:
+OWN = [
+    ([name, sub], function) if sub else ([name], function)
+    for name, module in commands().items()
+    for sub, function in (module.main.items() if isinstance(module.main, dict) else [("", module.main)])
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "function"), OWN, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_the_other_commands_explain_every_option(name, function):
+    text = said(*name, "--help")
+    for parameter in inspect.signature(function).parameters:
         assert words(text, f"--{parameter}" if f"--{parameter} " in text else parameter), parameter
 
 

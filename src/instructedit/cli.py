@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from instructedit.commands import commands, run_command
 from instructedit.errors import UserError
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 DEBUG = "INSTRUCTEDIT_DEBUG"
-
-
-def commands() -> dict[str, Callable[[list[str]], int]]:
-    """The project's own commands: name → function of the arguments. Each imports what it needs when it runs."""
-    from instructedit import commands as own
-
-    return {name: getattr(own, name) for name in own.__all__}
 
 
 def usage() -> str:
@@ -35,7 +29,7 @@ def usage() -> str:
         "",
         "others:",
     ]
-    lines += [f"  {name:<11} {(f.__doc__ or '').splitlines()[0]}" for name, f in commands().items()]
+    lines += [f"  {name:<11} {(module.__doc__ or '').splitlines()[0]}" for name, module in commands().items()]
     lines += ["", f"Errors are one line; set {DEBUG}=1 for the traceback."]
     return "\n".join(lines)
 
@@ -53,7 +47,8 @@ def main(args: Sequence[str] | None = None) -> int:
             run(args)
             return 0
         if args[0] in commands():
-            return commands()[args[0]](args[1:])
+            run_command(args[0], args[1:])
+            return 0
         raise UserError(f"no command {args[0]!r}; one of {', '.join([*LIGHTNING, *commands()])}")
     except UserError as error:
         return _say(error)

@@ -364,7 +364,7 @@ def fingerprint(args: Sequence[str]) -> str:
 def _package() -> str:
     """Of the code and the data that it ships, but for what only shows results."""
     source = Path(__file__).parent
-    shows = {source / name for name in ("analysis", "experiment.py", "commands.py", "cli.py", "console.py")}
+    shows = {source / name for name in ("analysis", "experiment.py", "commands", "cli.py", "console.py")}
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.suffix != ".pyc")
     files = [path for path in files if shows.isdisjoint((path, *path.parents))]
     names = [path.relative_to(source).as_posix() for path in files]

@@ -1,0 +1,39 @@
+"""Time the engine beside a plain implementation on this machine."""
+
+from __future__ import annotations
+
+
+def main(
+    shapes: list[str] | None = None,
+    json: str | None = None,
+    rank: int = 1920,
+    edits: int = 32,
+    repeats: int = 5,
+    fluency_tokens: int = 100,
+    threads: int = 2,
+    device: str = "cpu",
+    many: bool = False,
+) -> None:
+    """Training, evaluation, one edit's latency and peak memory: the engine beside a plain implementation.
+
+    Both have the same random weights, records, hypernetwork rank and threads, and run in turn; rates are medians. The
+    plain one makes one edit at a time, with whole forward passes, logits at every position and dense updates.
+
+    Args:
+        shapes: Of 6x256, 12x768, 48-narrow, 4x512-gated; on a GPU also gpt2-xl and llama-2-7b. The small four by
+            default, all on a GPU.
+        json: File for all figures and the machine's description.
+        rank: Of the hypernetwork.
+        edits: Edits in a run, and in a batch of the engine.
+        repeats: Runs of each.
+        fluency_tokens: Length of sampled text in evaluation.
+        threads: CPU threads.
+        device: cpu, cuda, ….
+        many: Also the cost of each edit from 10 edits to 10,000, at the first of the shapes.
+    """
+    from instructedit.benchmark.run import SHAPES, Setting, many_edits, measure, report
+
+    chosen = shapes or [name for name, shape in SHAPES.items() if device != "cpu" or not shape.gpu]
+    settings = [Setting(name, rank, edits, fluency_tokens, device, threads) for name in chosen]
+    rows = [row for setting in settings for row in measure(setting, repeats)]
+    report(rows, many_edits(settings[0]) if many else [], settings[0], json)

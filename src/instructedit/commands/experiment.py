@@ -1,0 +1,35 @@
+"""Run a whole experiment: fit, test, tables, figures (`demo` is the main job)."""
+
+from __future__ import annotations
+
+POSITIONAL = True
+
+
+def main(
+    name: str,
+    scale: str = "tiny",
+    seeds: list[int] | None = None,
+    rows: list[str] | None = None,
+    root: str = "mlruns",
+    out: str | None = None,
+    overrides: list[str] | None = None,
+    fresh: bool = False,
+) -> None:
+    """Runs the rows of ``experiments/<name>/grid.yaml`` and puts them side by side.
+
+    What the store has already is used again, so that a killed experiment goes on where it stopped: runs that are
+    whole, and were made by the same options, configs and code.
+
+    Args:
+        name: Of the experiment's folder under experiments/.
+        scale: Which LM and hyper-parameters; one of the grid's scales.
+        seeds: One run of every row for each; the grid's own by default.
+        rows: Only these rows of the grid.
+        root: Folder of the MLflow store.
+        out: Folder for tables and figures; outputs/<name> by default.
+        overrides: Further options for every run, e.g. '["--trainer.max_steps=20"]'.
+        fresh: Run everything anew, for instance because a dataset or a local LM has changed.
+    """
+    from instructedit.experiment import Experiment
+
+    Experiment.load(name, scale, seeds, rows, root, out, overrides, fresh).run()

@@ -1,0 +1,32 @@
+"""Make an embedded tiny LM from its recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+def main(
+    out: str,
+    architecture: Literal["gpt2", "llama"] = "gpt2",
+    passes: int = 60,
+    seed: int = 0,
+    threads: int | None = None,
+) -> None:
+    """Makes an embedded LM: corpus, tokenizer, training, recall. A cut-off run goes on where it stopped.
+
+    Args:
+        out: Folder of the finished model.
+        architecture: gpt2 or llama.
+        passes: Times over all facts.
+        seed: Of the corpus, the weights and the order.
+        threads: CPU threads.
+    """
+    import torch
+
+    from instructedit.lm.pretrain import Recipe, pretrain
+
+    if threads:
+        torch.set_num_threads(threads)
+    recall = pretrain(Recipe(architecture=architecture, passes=passes, seed=seed), out)
+    for name, share in recall.items():
+        print(f"recall {name:<8} {100 * share:5.1f} %")
