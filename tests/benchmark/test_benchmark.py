@@ -8,8 +8,11 @@ import pytest
 import torch
 from tests.reference import relative
 
-from instructedit.benchmark import run
-from instructedit.benchmark.run import WEIGHTS, Bench, Setting, Shape, many_edits, measure
+from instructedit.benchmark import bench as benches
+from instructedit.benchmark import measure as measures
+from instructedit.benchmark.bench import WEIGHTS, Bench, Setting, Shape
+from instructedit.benchmark.measure import MEASURES, many_edits, measure
+from instructedit.benchmark.memory import watched
 from instructedit.cli import main
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, evaluate_batch
@@ -19,12 +22,13 @@ SETTING = Setting("small", rank=8, edits=4, fluency_tokens=4, threads=1)
 
 @pytest.fixture(params=["gpt2", "llama"])
 def bench(request, monkeypatch):
-    monkeypatch.setitem(run.SHAPES, "small", Shape(request.param, 4, 32, 2, 4096))
+    monkeypatch.setitem(benches.SHAPES, "small", Shape(request.param, 4, 32, 2, 4096))
     bench = Bench(SETTING)
     bench.editor.alpha.data.fill_(0.05)
     rng = torch.Generator().manual_seed(0)
     for network in bench.editor.networks:
-        network.up.data = torch.randn(network.up.shape, generator=rng) * 0.01
+        for up in network.up:
+            up.data = torch.randn(up.shape, generator=rng) * 0.01
     return bench
 
 
@@ -36,7 +40,7 @@ def gradients(bench):
 
 def test_both_train_on_the_same_loss(bench):
     bench.editor.eval()  # the statistics stand still, which the two gather in different order
-    fast = bench.editor.objective(bench.batch, WEIGHTS)["loss"]
+    fast = bench.editor.objective(bench.batches[0], WEIGHTS)["loss"]
     fast.backward()
     expected = gradients(bench)
     losses = [bench.plain.loss(record, WEIGHTS) for record in bench.records]
@@ -68,14 +72,14 @@ def test_the_plain_model_is_left_as_it_was(bench):
 
 
 def test_measures_count_what_they_time(bench, monkeypatch):
-    monkeypatch.setattr(run, "peak_memory", lambda *_: 1.0)  # its processes know no shape of ours
-    monkeypatch.setattr(run, "machine_rates", lambda _: (1e9, 1e9))
+    monkeypatch.setattr(measures, "peak_memory", lambda *_: 1.0)  # its processes know no shape of ours
+    monkeypatch.setattr(measures, "machine_rates", lambda _: (1e9, 1e9))
     rows = {(r["measure"], r["variant"]): r for r in measure(SETTING, repeats=2)}
     assert len(rows) == 9
     assert all(row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows.values())
     assert rows["train", "warm"]["gflop"] < rows["train", "cold"]["gflop"] < rows["train", "plain"]["gflop"]
     assert rows["train", "plain"]["gbyte"] == pytest.approx(2 * rows["train", "warm"]["gbyte"])
-    assert all(rows[name, "plain"]["ratio"] == 1 for name in run.MEASURES)
+    assert all(rows[name, "plain"]["ratio"] == 1 for name in MEASURES)
 
 
 def test_many_edits_are_counted(bench):
@@ -84,14 +88,35 @@ def test_many_edits_are_counted(bench):
     assert all(row["ms_per_edit"] > 0 for row in rows)
 
 
+def test_memory_is_seen_at_its_peak_and_no_more():
+    with watched(SETTING) as peak:
+        held = torch.ones(10_000_000)
+        del held
+    assert 30 < peak() < 100  # 40 MB, and what else the process does
+
+
 def test_the_command_writes_its_figures(bench, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "peak_memory", lambda *_: 1.0)
-    options = ["--shapes=[small]", "--rank=4", "--edits=4", "--repeats=1", "--fluency_tokens=3", "--threads=1"]
+    monkeypatch.setattr(measures, "peak_memory", lambda *_: 1.0)
+    options = ["--shapes=[small]", "--rank=4", "--edits=4", "--batch=3", "--rows=2", "--measures=[train]"]
+    options += ["--repeats=1", "--fluency_tokens=3", "--threads=1"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert main(["benchmark", *options, f"--json={tmp_path}/figures.json"]) == 0
+        assert (
+            main(
+                [
+                    "benchmark",
+                    *options,
+                    "--batch=3",
+                    "--rows=2",
+                    "--measures=[train]",
+                    f"--json={tmp_path}/figures.json",
+                ]
+            )
+            == 0
+        )
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert {row["variant"] for row in figures["rows"]} == {"plain", "cold", "warm"}
     assert figures["setting"]["edits"] == 4
+    assert {row["measure"] for row in figures["rows"]} == {"train"}
     assert "platform" in figures["machine"]
     assert "× plain" in printed.getvalue()
     with pytest.raises(UserError, match=r"no shape 'huge'.*6x256"):

@@ -56,6 +56,26 @@ def test_a_prefix_from_any_block_changes_nothing(lm, start, cache_bytes):
     assert (lm.cache.hits > 0) == bool(start and cache_bytes)
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 2 << 20])
+@pytest.mark.parametrize("start", [0, 2])
+def test_unedited_logits_run_each_block_once(lm, start, cache_bytes):
+    lm.cache.max_bytes = cache_bytes
+    lm.logits(lm.encode(PAIRS), start=2)  # the prefix is known
+    ran = []
+    for number, block in enumerate(lm.blocks):
+        own = block.forward
+        block.forward = lambda *a, own=own, number=number, **k: (ran.append(number), own(*a, **k))[1]
+    expected = one_by_one(lm, PAIRS)
+    ran.clear()
+    for _ in range(2):
+        torch.testing.assert_close(lm.unedited(lm.encode(PAIRS), start), expected, **FLOAT32)
+    first = [n for n in range(len(lm.blocks)) if not (cache_bytes and start) or n >= start]
+    assert ran == (first if cache_bytes else first * 2)
+    edit = edit_of(random_factors(lm.select(blocks=[0]), 1, 2))
+    with lm.edited(edit), pytest.raises(UserError, match="wears an edit"):
+        lm.unedited(lm.encode(PAIRS))
+
+
 def test_rows_hit_the_cache_in_any_company(lm):
     lm.logits(lm.encode(PAIRS), start=2)
     assert (lm.cache.hits, lm.cache.misses, len(lm.cache)) == (0, 3, 3)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 def main(
     shapes: list[str] | None = None,
     json: str | None = None,
     rank: int = 1920,
     edits: int = 32,
+    batch: int | None = None,
+    rows: int | None = None,
+    measures: list[Literal["train", "evaluate", "one"]] | None = None,
     repeats: int = 5,
     fluency_tokens: int = 100,
     threads: int = 2,
@@ -24,16 +29,21 @@ def main(
             default, all on a GPU.
         json: File for all figures and the machine's description.
         rank: Of the hypernetwork.
-        edits: Edits in a run, and in a batch of the engine.
+        edits: Edits in a run.
+        batch: Edits that the engine works on at once; by default what suits the shape.
+        rows: Probes that it scores at once; by default what suits the shape.
+        measures: Only these: train, evaluate, one (a single edit).
         repeats: Runs of each.
         fluency_tokens: Length of sampled text in evaluation.
         threads: CPU threads.
         device: cpu, cuda, ….
         many: Also the cost of each edit from 10 edits to 10,000, at the first of the shapes.
     """
-    from instructedit.benchmark.run import SHAPES, Setting, many_edits, measure, report
+    from instructedit.benchmark.bench import SHAPES, Setting
+    from instructedit.benchmark.measure import MEASURES, many_edits, measure
+    from instructedit.benchmark.report import report
 
     chosen = shapes or [name for name, shape in SHAPES.items() if device != "cpu" or not shape.gpu]
-    settings = [Setting(name, rank, edits, fluency_tokens, device, threads) for name in chosen]
-    rows = [row for setting in settings for row in measure(setting, repeats)]
-    report(rows, many_edits(settings[0]) if many else [], settings[0], json)
+    settings = [Setting(name, rank, edits, batch, rows, fluency_tokens, device, threads) for name in chosen]
+    found = [row for setting in settings for row in measure(setting, repeats, measures or MEASURES)]
+    report(found, many_edits(settings[0]) if many else [], settings[0], json)

@@ -76,8 +76,7 @@ def _unlikelihood(logits: Tensor, tokens: Tensor) -> Tensor:
 def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int) -> Tensor:
     """Mean over the requests that have such probes of KL(unedited ‖ edited) per answer position, in nats."""
     tokens = probes.tokens
-    with torch.no_grad():
-        before = lm.logits(tokens, start=start).float().log_softmax(-1)
+    before = lm.unedited(tokens, start).float().log_softmax(-1)
     after = lm.logits(tokens, edit, probes.owner, start).float().log_softmax(-1)
     divergence = F.kl_div(after, before, log_target=True, reduction="none").sum(-1)
     per_row = row_mean(divergence, tokens.rows, len(tokens))

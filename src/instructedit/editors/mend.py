@@ -35,8 +35,9 @@ class GradientNetwork(nn.Module):
         self.split = (size_in, size_out)
         rank = min(rank, size)
         self.norm_u, self.norm_delta = RunningNorm(size_in), RunningNorm(size_out)
-        self.up = nn.Parameter(torch.zeros(layers, rank, size))
-        self.down = nn.Parameter(torch.randn(layers, size, rank))
+        # One parameter a layer: the gradient of a stack would be made in parts and then copied.
+        self.up = nn.ParameterList(torch.zeros(rank, size) for _ in range(layers))
+        self.down = nn.ParameterList(torch.randn(size, rank) for _ in range(layers))
         self.bias = nn.Parameter(torch.zeros(layers, size))
         self.scale = nn.Parameter(torch.ones(layers, sites, size))
         self.shift = nn.Parameter(torch.zeros(layers, sites, size))

@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -18,9 +19,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from instructedit.edits import ContextEdit, Edit
 from instructedit.errors import UserError
 from instructedit.lm import hooks
+from instructedit.lm.disk_cache import DiskCache, checksum
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
-from instructedit.lm.sites import Site, add_to_weight, find_blocks, find_linear_layers, find_sites, select_sites
+from instructedit.lm.sites import (
+    Site,
+    add_to_weight,
+    dense_weight,
+    find_blocks,
+    find_linear_layers,
+    find_sites,
+    select_sites,
+)
 from instructedit.lm.tokens import TokenBatch, behind, encode, left_padded, rows_of
 from instructedit.metrics import row_mean
 
@@ -58,7 +68,11 @@ class FrozenLM:
         tokenizer: Its tokenizer.
         name: What it is called in results.
         max_length: Tokens a row may have; the model's own limit by default.
-        cache_bytes: Room for the prefix cache; 0 turns it off.
+        cache_bytes: Room for the prefix cache in memory; 0 keeps nothing there.
+        cache_dir: Folder to keep the prefix cache in, for later runs and for what memory has no room for.
+        cache_dtype: Of the states on disk: ``float32`` (exactly as they are computed), ``bfloat16``, ``float16``.
+        cache_disk_bytes: Room for all that is in that folder.
+        checkpoint: Keep of the blocks that run forward only what enters them, and run them again in a backward pass.
     """
 
     def __init__(
@@ -68,13 +82,19 @@ class FrozenLM:
         name: str = "lm",
         max_length: int | None = None,
         cache_bytes: int = 2 << 30,
+        cache_dir: str | Path | None = None,
+        cache_dtype: str = "float32",
+        cache_disk_bytes: int = 64 << 30,
+        checkpoint: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_length]
         self.max_length = int(min(limit for limit in limits if limit))
-        self.cache = PrefixCache(cache_bytes)
+        disk = DiskCache(cache_dir, cache_disk_bytes, cache_dtype, self._cached_as) if cache_dir else None
+        self.cache = PrefixCache(cache_bytes, disk)
+        self.checkpoint = checkpoint
         self._worn = 0  # edits that the model's layers wear now
         self._front: tuple[ContextEdit, Tensor | None] | None = None  # what stands in front of prompts now
 
@@ -86,12 +106,14 @@ class FrozenLM:
             name: ``tiny`` or ``tiny-llama`` (embedded, no download), a local folder, or a hub id.
             dtype: Of the weights and the forward pass, whatever the checkpoint is stored in.
             device: Where it lives.
-            options: ``revision`` of the hub; `max_length`, `cache_bytes`.
+            options: ``revision`` of the hub; ``quantize`` (``8bit``, ``4bit``); `max_length`, `checkpoint`,
+                and those of the prefix cache (see the class).
 
         Raises:
-            UserError: If there is no such model, or the dtype is unknown.
+            UserError: If there is no such model, the dtype is unknown, or what packs weights is not installed.
         """
-        model, tokenizer = load_model(name, dtype, revision=options.pop("revision", None))
+        loading = {key: options.pop(key, None) for key in ("revision", "quantize")}
+        model, tokenizer = load_model(name, dtype, device=device, **loading)
         return cls(model, tokenizer, name, **options).to(device)
 
     @property
@@ -167,6 +189,10 @@ class FrozenLM:
             digest.update(sample.double().cpu().numpy().tobytes())
         return digest.hexdigest()
 
+    def _cached_as(self) -> dict[str, str]:
+        """Whose states on disk are this model's: not one bit of the weights may differ."""
+        return {"lm": self.name, "model": f"{self.fingerprint} {checksum(self.model.state_dict())}"}
+
     def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = ()) -> TokenBatch:
         """Tokenises (prompt, answer) pairs for this model, on its device (see `tokens.encode`)."""
         return encode(self.tokenizer, pairs, self.max_length, where).to(self.device)
@@ -189,7 +215,36 @@ class FrozenLM:
         return hooks.input_of(self.blocks[block], lambda: self._run(batch))
 
     def _run(self, batch: TokenBatch) -> Any:
-        return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        with self._own_dtype():
+            return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+
+    def _own_dtype(self) -> torch.autocast:
+        """Turns a trainer's autocast off: what the cache holds must not depend on who asked first."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    @torch.no_grad()
+    def unedited(self, batch: TokenBatch, start: int = 0) -> Tensor:
+        """Logits of the model without any edit at the answer positions, [positions, vocab].
+
+        What enters its head is kept in the prefix cache: a prompt asked again costs no block.
+
+        Args:
+            batch: Rows of tokens.
+            start: Blocks below this one come from the prefix cache the first time too.
+
+        Raises:
+            UserError: While the model wears an edit.
+        """
+        if self._worn:
+            raise UserError("the model wears an edit: ask for its unedited logits outside of `edited`")
+        top = len(self.blocks)
+        hidden = self.cache.states(batch, top, functools.partial(self._leaving, start=start))
+        return self._answers(batch, top, hidden)
+
+    def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
+        hidden = self.prefix(batch, start) if start else None
+        with hooks.replayed(self.blocks, start, hidden, self._tuples):
+            return hooks.output_of(self.blocks[-1], lambda: self._run(batch))
 
     def logits(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
         """Logits at the answer positions.
@@ -295,7 +350,12 @@ class FrozenLM:
     def _answers(self, batch: TokenBatch, start: int, hidden: Tensor | None) -> Tensor:
         """Logits at the answer positions, [positions, vocab]."""
         head = self.model.get_output_embeddings()
-        with hooks.replayed(self.blocks, start, hidden, self._tuples), hooks.head_at(head, batch.answer_at):
+        running = self.blocks[start:] if self.checkpoint else ()
+        with (
+            hooks.recomputed(running),
+            hooks.replayed(self.blocks, start, hidden, self._tuples),
+            hooks.head_at(head, batch.answer_at),
+        ):
             return self._run(batch).logits[0]
 
     def capture(self, batch: TokenBatch, sites: Sequence[str]) -> Captured:
@@ -317,7 +377,7 @@ class FrozenLM:
             return flat.reshape(len(batch), -1, flat.shape[-1])  # some MLPs see all rows as one
 
         start = self.first_block(sites)
-        with torch.enable_grad(), ExitStack() as stack:
+        with torch.enable_grad(), self._own_dtype(), ExitStack() as stack:
             # A clone, since states that a cache gives may have been made in inference mode.
             hidden = self.prefix(batch, start).clone().requires_grad_()
             for site in sites:
@@ -378,17 +438,19 @@ class FrozenLM:
             edit: One edit; several must be joined first.
 
         Raises:
-            UserError: If there is more than one, or the edit is no change of weights.
+            UserError: If there is more than one, the edit is no change of weights, or the weights are packed.
         """
         if len(edit) != 1:
             raise UserError(f"merge takes one edit, got {len(edit)}: choose edit[i], or all of them by edit.joined()")
         if not edit.is_weights:
             raise UserError(f"merge: an edit of the sort {edit.name!r} is no change of weights; it can only be worn")
         self.first_block(edit.sites)
+        sites = [site for site in self.select(every=True) if site.name in edit.sites]
+        for site in sites:  # before a copy is made
+            dense_weight(self.model.get_submodule(site.name), site)
         model = copy.deepcopy(self.model)
-        for site in self.select(every=True):
-            if site.name in edit.sites:
-                add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
+        for site in sites:
+            add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
         return model
 
     # -- words ----------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from instructedit.edits import Edit
 from instructedit.errors import UserError
@@ -36,9 +37,27 @@ def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
     return found[0]
 
 
+def output_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
+    """The hidden states that leave a block when `forward` runs the model; nothing above it runs."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+        raise Enough
+
+    handle = block.register_forward_hook(stop)
+    try:
+        forward()
+    except Enough:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
 @contextmanager
 def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, as_tuple: bool) -> Iterator[None]:
-    """Blocks below `start` pass their input through, and block `start` is given `hidden`.
+    """Blocks below `start` do nothing but give `hidden`, which enters block `start`, or what follows the last block.
 
     The model still builds its own masks and rotary tables, whatever its architecture.
 
@@ -52,31 +71,67 @@ def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, as_tuple:
         yield
         return
 
-    def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
+    def give(*args: Any, **kwargs: Any) -> Any:
+        return (hidden,) if as_tuple else hidden
+
     with ExitStack() as stack:
+        if not start:
+            stack.callback(blocks[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
         for block in blocks[:start]:
-            stack.enter_context(_passing(block, as_tuple))
-        stack.callback(blocks[start].register_forward_pre_hook(give, with_kwargs=True).remove)
+            stack.enter_context(_forward(block, give))
         yield
 
 
 @contextmanager
-def _passing(block: nn.Module, as_tuple: bool) -> Iterator[None]:
-    """The block hands its input on."""
-    own = block.__dict__.get("forward")
+def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Blocks keep only what enters them; a backward pass runs each again, with the edits that it wears now.
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states,) if as_tuple else hidden_states
+    transformers' own gradient checkpointing acts in train mode alone, and on all blocks.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_forward(block, functools.partial(_recomputed, block, block.forward)))
+        yield
 
-    block.__dict__["forward"] = forward
+
+def _recomputed(block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return own(*args, **kwargs)
+    # The backward pass comes when the edits are off again, or others on.
+    then = {module: module._forward_hooks.copy() for module in block.modules()}
+    return checkpoint(
+        own, *args, use_reentrant=False, preserve_rng_state=False,  # in eval mode nothing is drawn
+        context_fn=lambda: (nullcontext(), _hooked(then)), **kwargs,
+    )  # fmt: skip
+
+
+@contextmanager
+def _hooked(then: dict[nn.Module, Any]) -> Iterator[None]:
+    """The modules have these forward hooks and no others."""
+    now = {module: module._forward_hooks for module in then}
+    try:
+        for module, hooks in then.items():
+            module._forward_hooks = hooks
+        yield
+    finally:
+        for module, hooks in now.items():
+            module._forward_hooks = hooks
+
+
+@contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module runs `forward` in place of its own."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        del block.__dict__["forward"]
+        del module.__dict__["forward"]
         if own is not None:
-            block.__dict__["forward"] = own
+            module.__dict__["forward"] = own
 
 
 @contextmanager

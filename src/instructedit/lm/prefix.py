@@ -4,37 +4,65 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from instructedit.lm.disk_cache import DiskCache, Shelf, row_key
 from instructedit.lm.tokens import TokenBatch
 
 
+class _Key(NamedTuple):
+    """Tells rows of states apart, beside the model."""
+
+    block: int
+    tokens: bytes
+
+
 class PrefixCache:
-    """Hidden states by token row, the least recently used thrown out first.
+    """Hidden states by token row: in memory, the least recently used thrown out first, and behind it on disk.
 
     Causal attention makes a row's states independent of what stands beside or after it, so a row is computed once
     whatever batch it comes in.
 
     Args:
-        max_bytes: Room for the states; 0 keeps nothing.
+        max_bytes: Room for the states in memory; 0 keeps nothing there.
+        disk: Where states are looked for next, and kept.
+
+    Attributes:
+        hits: Rows asked for that were known, or stood in the same batch already.
+        misses: Rows that had to be computed.
+        from_disk: Those of the hits that were read from disk.
     """
 
-    def __init__(self, max_bytes: int = 2 << 30) -> None:
+    def __init__(self, max_bytes: int = 2 << 30, disk: DiskCache | None = None) -> None:
         self.max_bytes = max_bytes
+        self.disk = disk
         self.bytes = 0
         self.hits = 0
         self.misses = 0
-        self._rows: OrderedDict[tuple[int, bytes], Tensor] = OrderedDict()
+        self.from_disk = 0
+        self._rows: OrderedDict[_Key, Tensor] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Forgets everything in memory."""
         self._rows.clear()
         self.bytes = 0
+
+    def flush(self) -> None:
+        """Writes what waits for its place on disk. That happens by itself too: now and then, and when Python ends."""
+        if self.disk:
+            self.disk.flush()
+
+    def on_disk(self, batch: TokenBatch, block: int) -> list[bool]:
+        """Which rows of a batch need not be computed since the disk has their states, [rows]; none is read."""
+        keys = _keys(batch, block)
+        shelf = self._shelf(batch, block)
+        return [shelf is not None and row_key(key.tokens) in shelf for key in keys]
 
     def states(self, batch: TokenBatch, block: int, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
         """The hidden states that enter a block.
@@ -47,28 +75,47 @@ class PrefixCache:
         Returns:
             [rows, seq, hidden]; padding positions hold zeros or the states of padding, which nothing attends to.
         """
-        if not self.max_bytes:
+        if not self.max_bytes and not self.disk:
             return compute(batch)
-        lengths = batch.attention_mask.sum(-1).tolist()
-        ids = batch.input_ids.cpu().numpy()
-        keys = [(block, ids[i, :size].tobytes()) for i, size in enumerate(lengths)]
-        missing = list({key: i for i, key in enumerate(keys) if key not in self._rows}.values())
+        keys = _keys(batch, block)
+        wanted = {key: i for i, key in enumerate(keys)}
+        shelf = self._shelf(batch, block)
+        fresh = self._read(shelf, [key for key in wanted if key not in self._rows], batch.input_ids.device)
+        self.from_disk += len(fresh)
+        missing = [i for key, i in wanted.items() if key not in self._rows and key not in fresh]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
-        fresh: dict[tuple[int, bytes], Tensor] = {}
         if missing:
-            width = max(lengths[i] for i in missing)
+            lengths = [len(keys[i].tokens) // 8 for i in missing]
+            width = max(lengths)
             part = TokenBatch(
                 batch.input_ids[missing, :width], batch.attention_mask[missing, :width], batch.labels[missing, :width]
             )
-            states = compute(part)
-            fresh = {keys[i]: row[: lengths[i]].clone() for i, row in zip(missing, states, strict=True)}
+            states = zip(missing, compute(part), lengths, strict=True)
+            fresh |= self._written(shelf, {keys[i]: row[:length].clone() for i, row, length in states})
         rows = [fresh[key] if key in fresh else self._rows[key] for key in keys]
         self._keep(keys, fresh)
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return torch.nn.functional.pad(padded, (0, 0, 0, batch.input_ids.shape[1] - padded.shape[1]))
 
-    def _keep(self, used: list[tuple[int, bytes]], fresh: dict[tuple[int, bytes], Tensor]) -> None:
+    def _shelf(self, batch: TokenBatch, block: int) -> Shelf | None:
+        """Where rows of this kind are on disk; what enters block 0 is looked up in the model faster."""
+        return self.disk.shelf(forward_pass(batch.input_ids.device), block) if self.disk and block else None
+
+    def _read(self, shelf: Shelf | None, keys: list[_Key], device: torch.device) -> dict[_Key, Tensor]:
+        if not shelf or not keys:
+            return {}
+        names = {row_key(key.tokens): key for key in keys}
+        return {names[name]: row for name, row in shelf.find(list(names), device).items()}
+
+    def _written(self, shelf: Shelf | None, rows: dict[_Key, Tensor]) -> dict[_Key, Tensor]:
+        """The rows as the disk will give them back."""
+        if not shelf:
+            return rows
+        kept = shelf.add({row_key(key.tokens): row for key, row in rows.items()})
+        return dict(zip(rows, kept.values(), strict=True))
+
+    def _keep(self, used: list[_Key], fresh: dict[_Key, Tensor]) -> None:
         for key, row in fresh.items():
             self._rows[key] = row
             self.bytes += row.nbytes
@@ -77,3 +124,14 @@ class PrefixCache:
         while self.bytes > self.max_bytes:
             _, row = self._rows.popitem(last=False)
             self.bytes -= row.nbytes
+
+
+def _keys(batch: TokenBatch, block: int) -> list[_Key]:
+    lengths = batch.attention_mask.sum(-1).tolist()
+    ids = batch.input_ids.cpu().numpy().astype("<i8", copy=False)
+    return [_Key(block, ids[i, :size].tobytes()) for i, size in enumerate(lengths)]
+
+
+def forward_pass(device: torch.device) -> str:
+    """What beside the model (its dtype included) and the tokens decides the numbers of a forward pass, in words."""
+    return f"{device.type}, float32 matmul {torch.get_float32_matmul_precision()}"

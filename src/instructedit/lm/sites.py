@@ -145,7 +145,22 @@ def select_sites(
     return tuple(s for s in chosen if names is None or any(fnmatch(s.name, n) for n in names))
 
 
-def add_to_weight(layer: nn.Module, site: Site, delta: Tensor) -> None:
-    """Adds a dense change [out, in] to the layer's weight, in place."""
+def dense_weight(layer: nn.Module, site: Site) -> nn.Parameter:
+    """The layer's weight, as floats: [in, out] where the site is `transposed`, else [out, in].
+
+    Raises:
+        UserError: If it is stored packed (8 or 4 bits).
+    """
     weight = layer.get_parameter("weight")
+    if not weight.is_floating_point() or weight.shape != (site.shape if site.transposed else site.shape[::-1]):
+        raise UserError(
+            f"{site.name}: its weight is stored in 8 bits or fewer, which cannot take a change; "
+            "load the model without quantize (dtype bfloat16 or float32) and merge the edit into that"
+        )
+    return weight
+
+
+def add_to_weight(layer: nn.Module, site: Site, delta: Tensor) -> None:
+    """Adds a dense change [out, in] to the layer's weight, in place (a packed weight is refused: `dense_weight`)."""
+    weight = dense_weight(layer, site)
     weight.data += (delta.T if site.transposed else delta).to(weight)

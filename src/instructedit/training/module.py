@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L  # noqa: N812
 import torch
@@ -27,10 +27,18 @@ class LMConfig:
 
     Attributes:
         name: ``tiny`` or ``tiny-llama`` (embedded), a local folder, or a hub id.
-        dtype: Of its weights and forward pass.
+        dtype: Of its weights and forward pass, whatever ``--trainer.precision`` says: that one is the editor's.
         revision: Branch, tag or commit on the hub.
         max_length: Tokens a row may have; the model's own limit by default.
-        cache_bytes: Room for the prefix cache, in bytes; 0 turns it off.
+        cache_bytes: Room for the prefix cache in memory, in bytes; 0 keeps nothing there.
+        cache_dir: Folder to keep the prefix cache in, for later runs and for what memory has no room for; by default
+            nothing is kept (see `instructedit cache`).
+        cache_dtype: Of the states on disk: ``float32`` (exactly as they are computed), or rounded to ``bfloat16`` or
+            ``float16``, half the size for an LM that computes in float32.
+        cache_disk_bytes: Room for all that is in that folder, in bytes; the least lately used is thrown out.
+        quantize: Pack the weights of its linear layers in ``8bit`` or ``4bit`` (needs the extra ``quantize``).
+        checkpoint: Train with less memory and more time: blocks run again in the backward pass, of which else every
+            activation is kept.
     """
 
     name: str = "tiny"
@@ -38,6 +46,11 @@ class LMConfig:
     revision: str | None = None
     max_length: int | None = None
     cache_bytes: int = 2 << 30
+    cache_dir: str | None = None
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    cache_disk_bytes: int = 64 << 30
+    quantize: Literal["8bit", "4bit"] | None = None
+    checkpoint: bool = False
 
 
 #: Teacher-forced metrics that are logged while the Trainer runs: name → (class, kind of probe, score).
@@ -108,6 +121,8 @@ class EditingModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             [{"params": p, "lr": rates[name], "name": name} for name, p in groups.items()],
             weight_decay=self.hparams["weight_decay"],
+            # No copies of the hypernetwork's size; but float16's loss scaling would then refuse to clip gradients.
+            fused=self.trainer.precision != "16-mixed",
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,184 @@
+"""What the benchmark runs: the same LM, hypernetwork and records for the engine and the plain implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+
+from instructedit.benchmark.plain import PlainMend
+from instructedit.data.batch import Collator
+from instructedit.editors import build_editor
+from instructedit.editors.losses import LossWeights
+from instructedit.editors.mend import Mend
+from instructedit.evaluation import Evaluation, evaluate_batch
+from instructedit.lm import FrozenLM
+from instructedit.lm.loading import load_model
+from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.records import EditRecord
+from instructedit.tasks import load_records
+
+T = TypeVar("T")
+
+WEIGHTS = LossWeights(edit=0.1, locality=1.0)
+#: Gradient accumulation of the plain training (the paper's).
+ACCUMULATE = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model with random weights.
+
+    Attributes:
+        architecture: Sort of blocks.
+        layers, width, heads, vocab: Its size.
+        dtype: Of the LM.
+        gpu: Whether it is meant for a GPU alone.
+        batch: Edits that the engine works on at once, unless told otherwise.
+        rows: Probes that it scores, or answers freely, at once, unless told otherwise.
+    """
+
+    architecture: Literal["gpt2", "llama"]
+    layers: int
+    width: int
+    heads: int
+    vocab: int = 50257
+    dtype: str = "float32"
+    gpu: bool = False
+    batch: int = 16
+    rows: int = 64
+
+
+SHAPES = {
+    "6x256": Shape("gpt2", 6, 256, 4),
+    "12x768": Shape("gpt2", 12, 768, 12),
+    "48-narrow": Shape("gpt2", 48, 256, 4),
+    "4x512-gated": Shape("llama", 4, 512, 8, 32000),
+    "gpt2-xl": Shape("gpt2", 48, 1600, 25, dtype="bfloat16", gpu=True, batch=64, rows=256),
+    "llama-2-7b": Shape("llama", 32, 4096, 32, 32000, dtype="bfloat16", gpu=True, batch=64, rows=256),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is timed.
+
+    Attributes:
+        shape: One of `SHAPES`.
+        rank: Of the hypernetwork (paper: 1920).
+        edits: Edits in a run.
+        batch: Edits that the engine works on at once; in training their gradients are summed over the run, as
+            `accumulate_grad_batches` does. By default the shape's.
+        rows: Probes that it scores, or answers freely, at once. By default the shape's.
+        fluency_tokens: Length of sampled text in evaluation.
+        device: Where it runs.
+        threads: CPU threads.
+    """
+
+    shape: str
+    rank: int = 1920
+    edits: int = 32
+    batch: int | None = None
+    rows: int | None = None
+    fluency_tokens: int = 100
+    device: str = "cpu"
+    threads: int = 2
+
+
+class Bench:
+    """The same LM, hypernetwork, records and optimiser for both."""
+
+    def __init__(self, setting: Setting) -> None:
+        torch.set_num_threads(setting.threads)
+        shape = SHAPES[setting.shape]
+        _, tokenizer = load_model("tiny")
+        recipe = Recipe(shape.architecture, 0, 0, shape.width, shape.layers, shape.heads, shape.vocab, 256)
+        model = new_model(recipe, tokenizer.eos_token_id).to(getattr(torch, shape.dtype))
+        self.setting = setting
+        self.lm = FrozenLM(model, tokenizer, setting.shape).to(setting.device)
+        torch.manual_seed(0)
+        editor = build_editor("mend", self.lm, rank=setting.rank)
+        assert isinstance(editor, Mend)
+        self.editor = editor
+        self.plain = PlainMend(self.lm, editor)
+        self.adam = torch.optim.AdamW(editor.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+        records = load_records("counterfact", "tiny", "train")[0]
+        self.records = [_trimmed(r) for r in records if r.of("locality")][: setting.edits]
+        facts, replies = load_records("zsre", "tiny", "test")[0], load_records("convsent", "tiny", "test")[0]
+        self.size = setting.batch or shape.batch
+        self.evaluation = Evaluation(fluency_tokens=setting.fluency_tokens, rows=setting.rows or shape.rows)
+        self.tested = [*facts[: setting.edits * 3 // 4], *replies[: setting.edits // 4]]
+        collator = Collator(tokenizer, self.lm.max_length, None)
+        drawn = list(enumerate(self.records))
+        self.batches = [collator(part).to(setting.device) for part in parts(drawn, self.size)]
+
+    # -- what is timed ------------------------------------------------------------------------------------------------
+
+    def train_plain(self) -> None:
+        """One pass over the records, one at a time."""
+        self.editor.train()
+        for number, record in enumerate(self.records, 1):
+            loss = self.plain.loss(record, WEIGHTS)
+            (loss / ACCUMULATE).backward()
+            if number % ACCUMULATE == 0:
+                self._step()
+
+    def train_cold(self) -> None:
+        """The same pass batch by batch, the prefix cache empty."""
+        self.lm.cache.clear()
+        self.train_warm()
+
+    def train_warm(self) -> None:
+        """The same pass batch by batch."""
+        self.editor.train()
+        for batch in self.batches:
+            loss = self.editor.objective(batch, WEIGHTS)["loss"]
+            (loss * len(batch) / len(self.records)).backward()
+        self._step()
+
+    def _step(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.editor.parameters(), 100.0)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+
+    def evaluate_plain(self) -> None:
+        """The full metric set of the test records, one at a time."""
+        for record in self.tested:
+            self.plain.scores(record, self.setting.fluency_tokens)
+
+    def evaluate_warm(self) -> None:
+        """The same batch by batch."""
+        for records in parts(self.tested, self.size):
+            evaluate_batch(self.lm, self.editor, records, self.evaluation)
+
+    def evaluate_cold(self) -> None:
+        """The same, the prefix cache empty."""
+        self.lm.cache.clear()
+        self.evaluate_warm()
+
+    def one_plain(self) -> None:
+        """One edit, made."""
+        record = self.records[0]
+        self.editor.eval()
+        self.plain.deltas(record.request.prompt, record.request.target)
+
+    def one_cold(self) -> None:
+        """The same."""
+        self.lm.cache.clear()
+        self.editor.edit([self.records[0].request])
+
+    def one_warm(self) -> None:
+        """The same, its prompt known."""
+        self.editor.edit([self.records[0].request])
+
+
+def parts(whole: Sequence[T], size: int) -> list[Sequence[T]]:
+    """A sequence in pieces of a size, the last one shorter."""
+    return [whole[i : i + size] for i in range(0, len(whole), size)]
+
+
+def _trimmed(record: EditRecord) -> EditRecord:
+    """With the probes that one training example has: one rephrasing and two of locality."""
+    return replace(record, probes=record.of("generalization")[:1] + record.of("locality")[:2])

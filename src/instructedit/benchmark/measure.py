@@ -1,0 +1,116 @@
+"""Training, evaluation, latency and memory of the engine beside the plain implementation, run in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from instructedit.benchmark.bench import ACCUMULATE, SHAPES, Bench, Setting, parts
+from instructedit.benchmark.memory import peak_memory, watched
+from instructedit.errors import UserError
+from instructedit.evaluation import Evaluation, evaluate_batch
+from instructedit.records import EditRecord
+from instructedit.tasks import load_records
+
+#: What is measured → its unit, the edits in a run, and which of two sorts of run it is (`Bench` has <name>_plain, …).
+MEASURES = {"train": "examples/s", "evaluate": "edits/s", "one": "edits/s"}
+VARIANTS = ("plain", "cold", "warm")
+
+
+def measure(setting: Setting, repeats: int = 5, names: Iterable[str] = MEASURES) -> list[dict[str, Any]]:
+    """Rates of every measure and variant, in alternating runs, with ratios and the share of the floor.
+
+    Returns:
+        One row for each measure and variant: ``shape, measure, variant, unit, rate`` (median), ``ratio`` to plain (the
+        median of the ratios run by run), ``gflop`` a run, ``floor_share`` (time that its FLOPs and bytes take at the
+        machine's measured rates ÷ time taken), ``memory_mb`` above LM, editor and Adam, and ``gradient_mb``, what the
+        hypernetwork's gradient takes of it.
+    """
+    if setting.shape not in SHAPES:
+        raise UserError(f"benchmark: no shape {setting.shape!r}; there are: {', '.join(SHAPES)}")
+    bench, rows = Bench(setting), []
+    flops, bandwidth = machine_rates(setting)
+    parameters = sum(p.numel() for p in bench.editor.parameters())
+    for name in tqdm(list(names), setting.shape):
+        runs: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+        for variant in VARIANTS:  # once each, not counted
+            getattr(bench, f"{name}_{variant}")()
+        for _ in range(repeats):
+            for variant in VARIANTS:
+                runs[variant].append(_seconds(getattr(bench, f"{name}_{variant}"), setting))
+        edits = {"train": len(bench.records), "evaluate": len(bench.tested), "one": 1}[name]
+        for variant in VARIANTS:
+            with FlopCounterMode(display=False) as counter:
+                getattr(bench, f"{name}_{variant}")()
+            work = counter.get_total_flops()
+            steps = {"plain": len(bench.records) // ACCUMULATE}.get(variant, 1) if name == "train" else 0
+            # Adam reads weight, gradient and two moments and writes three of them; the gradient is written once.
+            moved = steps * parameters * 4 * 8
+            seconds = statistics.median(runs[variant])
+            rows.append({
+                "shape": setting.shape, "measure": name, "variant": variant, "unit": MEASURES[name],
+                "rate": edits / seconds, "seconds": runs[variant],
+                "ratio": statistics.median(p / v for p, v in zip(runs["plain"], runs[variant], strict=True)),
+                "gflop": work / 1e9, "gbyte": moved / 1e9,
+                "floor_share": (work / flops + moved / bandwidth) / seconds,
+                "memory_mb": peak_memory(setting, name, variant),
+                "gradient_mb": parameters * 4 / 1e6 if name == "train" else 0.0,
+            })  # fmt: skip
+    return rows
+
+
+def _seconds(run: Callable[[], None], setting: Setting) -> float:
+    _wait(setting)
+    start = time.perf_counter()
+    run()
+    _wait(setting)
+    return time.perf_counter() - start
+
+
+def _wait(setting: Setting) -> None:
+    if setting.device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def machine_rates(setting: Setting, seconds: float = 1.0) -> tuple[float, float]:
+    """What the machine does at best: FLOP/s of a large matrix product in the LM's dtype, and bytes/s of a copy."""
+    size = 8192 if setting.device.startswith("cuda") else 1536
+    kind = getattr(torch, SHAPES[setting.shape].dtype)
+    a, b = (torch.randn(size, size, device=setting.device, dtype=kind) for _ in range(2))
+    source = torch.empty(64 << 20, device=setting.device)
+    target = torch.empty_like(source)
+    product = _best(lambda: torch.mm(a, b), setting, seconds)
+    copy = _best(lambda: target.copy_(source), setting, seconds)
+    return 2 * size**3 / product, 2 * source.nbytes / copy
+
+
+def _best(run: Callable[[], Any], setting: Setting, seconds: float) -> float:
+    run()
+    end, best = time.perf_counter() + seconds, float("inf")
+    while time.perf_counter() < end:
+        best = min(best, _seconds(run, setting))
+    return best
+
+
+def many_edits(setting: Setting, counts: tuple[int, ...] = (10, 100, 1000, 10_000)) -> list[dict[str, float]]:
+    """Time and peak memory of an edit, from few to many: made and scored batch by batch, no prompt seen before."""
+    bench = Bench(setting)
+    bench.lm.cache.max_bytes = 0
+    records: list[EditRecord] = [r for task in ("counterfact", "zsre") for r in load_records(task, "tiny", "train")[0]]
+    quick = Evaluation(generate=False, fluency_tokens=0)
+    rows = []
+    for count in counts:
+        stream = [records[i % len(records)] for i in range(count)]
+        with watched(setting) as peak:
+            start = time.perf_counter()
+            for part in parts(stream, bench.size):
+                evaluate_batch(bench.lm, bench.editor, part, quick)
+            seconds = time.perf_counter() - start
+        rows.append({"edits": count, "ms_per_edit": 1000 * seconds / count, "memory_mb": peak()})
+    return rows

@@ -1,0 +1,76 @@
+"""How much memory something takes at its peak."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instructedit.benchmark.bench import Bench, Setting
+
+
+def peak_memory(setting: Setting, name: str, variant: str) -> float:
+    """Most memory of a run above what LM, editor and Adam hold, in MB, in a process of its own; nan where unknown."""
+    context = multiprocessing.get_context("spawn")
+    queue: Any = context.Queue()
+    process = context.Process(target=_peak, args=(setting, name, variant, queue))
+    with _returned():
+        process.start()
+    try:
+        return float(queue.get(timeout=1800))
+    finally:
+        process.join()
+
+
+@contextmanager
+def _returned() -> Iterator[None]:
+    """Processes that start within give freed memory back at once (glibc): their peak is of what is in use."""
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(name)
+    os.environ[name] = str(256 << 10)
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def _peak(setting: Setting, name: str, variant: str, queue: Any) -> None:
+    found = float("nan")
+    try:
+        bench = Bench(setting)
+        for parameter in bench.editor.parameters():  # Adam's moments are the editor's own state
+            parameter.grad = torch.zeros_like(parameter)
+        bench.adam.step()
+        bench.adam.zero_grad(set_to_none=True)
+        with watched(setting) as peak:
+            getattr(bench, f"{name}_{variant}")()
+        found = peak()
+    finally:
+        queue.put(found)
+
+
+@contextmanager
+def watched(setting: Setting) -> Iterator[Callable[[], float]]:
+    """Gives a function that tells the peak within, in MB above the start."""
+    if setting.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        yield lambda: (torch.cuda.max_memory_allocated() - start) / 1e6
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = _status("VmRSS")
+    yield lambda: (_status("VmHWM") - before) / 1e3
+
+
+def _status(key: str) -> float:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:  # no Linux
+        return float("nan")
+    return next(float(line.split()[1]) for line in lines if line.startswith(key))

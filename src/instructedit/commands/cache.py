@@ -1,0 +1,186 @@
+"""The prefix cache on disk: warm it before training, list it, clear it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructedit.console import console
+from instructedit.errors import UserError
+
+if TYPE_CHECKING:
+    from instructedit.data.batch import Front
+    from instructedit.data.module import EditData
+    from instructedit.editors import Editor
+    from instructedit.records import EditRecord
+
+
+def warm(
+    configs: list[str], overrides: list[str] | None = None, cache_dir: str | None = None, batch_size: int = 32
+) -> None:
+    """Computes the states that training with these configs can ask for, once; what is there already is left out.
+
+    They are those below the first edited block, of each record's request, rephrases and replies behind every training
+    description of its task (plain, if the editor takes no instructions) and of its plain locality prompts; and of these
+    what leaves the last block of the unedited LM. A warming that was cut off goes on where it stopped. Training finds
+    them if its model.lm.cache_dir is the same folder.
+
+    Args:
+        configs: The config files that fit is given, e.g. '[lm.yaml, editor.yaml, data.yaml]'.
+        overrides: Its further options, e.g. '["--model.lm.cache_dtype=bfloat16"]'.
+        cache_dir: Folder of the cache; by default the configs' model.lm.cache_dir, else "prefix" in $INSTRUCTEDIT_CACHE
+            (~/.cache/instructedit).
+        batch_size: Rows in one forward pass.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from instructedit.lm.tokens import encode
+
+    first, last = [_option(_folder(None))], [_option(Path(cache_dir))] if cache_dir else []
+    cli = _as_fit_begins([*first, *(f"--config={path}" for path in configs), *(overrides or ()), *last])
+    editor: Editor = cli.model.editor
+    lm = editor.lm.to(cli.trainer.strategy.root_device)
+    block, disk = lm.first_block([site.name for site in editor.sites]), lm.cache.disk
+    if disk is None:
+        raise UserError("model.lm.cache_dir is null: name a folder, or give cache_dir")
+    cli.datamodule.setup("fit")
+    pairs, locality = _training_pairs(editor, cli.datamodule)
+    limit = min(cli.datamodule.hparams["max_length"] or lm.max_length, lm.max_length)
+    work = [(len(lm.blocks), locality, lambda batch: lm.unedited(batch, block))]
+    work += [(block, pairs, lambda batch: lm.prefix(batch, block))] if block else []  # else nothing lies below it
+    rows = tokens = there = 0
+    for entered, wanted, compute in reversed(work):  # what leaves the last block is computed from the prefix
+        wanted = sorted(wanted, key=lambda pair: sum(map(len, pair)))
+        bar = tqdm(range(0, len(wanted), batch_size), desc=f"{lm.name} below block {entered}", unit=" batches")
+        for start in bar:
+            batch = encode(lm.tokenizer, wanted[start : start + batch_size], limit).to(lm.device)
+            known = torch.tensor(lm.cache.on_disk(batch, entered), device=lm.device)
+            there += int(known.sum())
+            if not known.all():
+                new = batch.select((~known).nonzero().squeeze(-1))
+                with torch.no_grad():
+                    compute(new)
+                rows, tokens = rows + len(new), tokens + int(new.attention_mask.sum())
+    lm.cache.flush()
+    if disk.broken:
+        raise UserError(f"{disk.root}: the disk took no more; run again when there is room")
+    print(f"{rows} rows of {tokens} tokens computed, {_size(disk.written)} written; {there} rows were there")
+    if disk.evicted:
+        print(f"{_size(disk.evicted)} were thrown out to keep to cache_disk_bytes = {_size(disk.max_bytes)}")
+    print(f"training finds them with {_option(disk.root)}")
+
+
+def listing(cache_dir: str | None = None) -> None:
+    """Shows what the cache holds: models, blocks, rows, bytes, last use.
+
+    Args:
+        cache_dir: Folder of the cache; by default "prefix" in $INSTRUCTEDIT_CACHE (~/.cache/instructedit).
+    """
+    from datetime import datetime
+
+    from rich.table import Table
+
+    from instructedit.lm.disk_cache import shelves
+
+    root = _folder(cache_dir)
+    found = shelves(root)
+    table = Table("LM", "model", "block", "forward pass", "dtype", "rows", "size", "last use")
+    for shelf in found:
+        about = [str(shelf.meta.get(name, "?")) for name in ("lm", "model", "block", "forward", "dtype")]
+        used = datetime.fromtimestamp(shelf.used).isoformat(" ", "minutes") if shelf.used else "never"
+        table.add_row(about[0], about[1][:8], *about[2:], str(shelf.rows), _size(shelf.bytes), used)
+    console().print(table)
+    print(f"{root}: {_size(sum(shelf.bytes for shelf in found))} in all")
+    for shelf in found:
+        if shelf.damaged:
+            print(f"{shelf.folder}: {shelf.damaged} damaged segments, which the next run removes")
+
+
+def clear(cache_dir: str | None = None, lm: str | None = None) -> None:
+    """Removes what the cache holds. A folder with anything in it that is not the cache's own is left as it is.
+
+    Args:
+        cache_dir: Folder of the cache; by default "prefix" in $INSTRUCTEDIT_CACHE (~/.cache/instructedit).
+        lm: Remove the states of this LM alone, named as it is listed.
+    """
+    from instructedit.lm.disk_cache import clear as remove
+    from instructedit.lm.disk_cache import shelves
+
+    root = _folder(cache_dir)
+    names = {str(shelf.meta.get("lm")) for shelf in shelves(root)}
+    if lm is not None and lm not in names:
+        raise UserError(f"{root}: holds nothing of an LM {lm!r}; there are: {', '.join(sorted(names)) or 'none'}")
+    gone = remove(root, lm)
+    print(f"{root}: {sum(shelf.rows for shelf in gone)} rows removed, {_size(sum(s.bytes for s in gone))} freed")
+
+
+main = {"warm": warm, "list": listing, "clear": clear}
+
+
+def _folder(given: str | None) -> Path:
+    from instructedit.lm.moments import cache_folder
+
+    return Path(given).expanduser() if given else cache_folder() / "prefix"
+
+
+def _option(folder: Path) -> str:
+    return f"--model.lm.cache_dir={folder}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def _as_fit_begins(args: list[str]) -> Any:
+    """What `fit` builds of these options before it runs: the module, the data and the Trainer, without a logger."""
+    from instructedit import lightning_cli
+    from instructedit.editors.base import PACKAGE, Editor
+    from instructedit.registry import plugins
+    from instructedit.training.module import EditingModule
+
+    class Built(lightning_cli.EditingCLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    plugins(Editor, PACKAGE)  # so that a class name alone resolves
+    lightning_cli._quiet()
+    lightning_cli._check_configs(args)
+    raising = {"exit_on_error": False}
+    return Built(
+        EditingModule, lightning_cli.EditData, args=["fit", *args, "--trainer.logger=false"], save_config_callback=None,
+        trainer_defaults=lightning_cli.DEFAULTS, seed_everything_default=0, auto_configure_optimizers=False,
+        parser_kwargs={"prog": "instructedit cache warm", **raising, "fit": raising},
+    )  # fmt: skip
+
+
+def _training_pairs(editor: Editor, data: EditData) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Every (prompt, answer) that a training batch of these records can hold, once each; then the locality ones alone.
+
+    As `data.batch.Collator` draws them.
+    """
+    scope = {"generalization": "rephrases", "wanted": "replies", "opposite": "replies"}
+    kinds = [kind for kind, most in scope.items() if data.hparams[most]]
+    records = [record for task in data.records["fit"].values() for record in task]
+    locality = dict.fromkeys(
+        (probe.prompt, probe.answers[0]) for r in records for probe in r.of("locality") if data.hparams["locality"]
+    )
+    pairs = dict.fromkeys(
+        (front(probe.prompt), probe.answers[0])
+        for record in records
+        for front in _fronts(editor, record)
+        for probe in record.of("reliability", *kinds)
+    )
+    return list(pairs | locality), list(locality)
+
+
+def _fronts(editor: Editor, record: EditRecord) -> list[Front]:
+    """What training can put in front of a record's prompts."""
+    from instructedit.data.batch import plain
+    from instructedit.instructions import InstructionBank
+
+    if not editor.instructions:
+        return [plain]
+    descriptions = InstructionBank.for_task(record.task).split("train")
+    instructors = [editor.instructor(description=description.id) for description in descriptions]
+    return [instructor.front(record.request) for instructor in instructors if instructor]

@@ -1,0 +1,377 @@
+"""A frozen LM in bfloat16, 8 or 4 bits under a float32 editor; autocast; what packed weights refuse."""
+
+import dataclasses
+import functools
+import importlib.util
+import sys
+
+import pytest
+import torch
+from tests.conftest import ARCHITECTURES, random_lm
+from tests.reference import Case, assert_untouched, footprint, random_factors, training_batch
+
+from instructedit.cli import main
+from instructedit.editors import build_editor, editor_names
+from instructedit.editors.losses import LossWeights, locality_loss, scope_loss
+from instructedit.editors.mend import GradientNetwork
+from instructedit.editors.normalizer import RunningNorm
+from instructedit.edits import Factors, LowRankEdit
+from instructedit.errors import UserError
+from instructedit.lightning_cli import run
+from instructedit.lm import FrozenLM
+from instructedit.records import EditRequest
+from instructedit.registry import plugin
+from instructedit.training.module import LMConfig
+
+CASES = [
+    Case("The capital of France is", "Lyon", locality=(("The people of", "the sea"),)),
+    Case("Who", "the man of the sea", wanted=(("And who", "the man of the sea"),), locality=(("The city", "is old"),)),
+]
+PAIRS = [(case.prompt, case.target) for case in CASES]
+REQUESTS = [EditRequest(c.prompt, c.target, task="counterfact", subject=c.prompt.split()[-2:][0]) for c in CASES]
+#: Fewer steps than the methods' own, where they have any.
+FAST = {
+    "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05}, "ft_l": {"steps": 3},
+    "rome": {"steps": 3, "contexts": 2, "tokens": 2000}, "memit": {"steps": 3, "contexts": 2, "tokens": 2000},
+    "grace": {"steps": 3}, "calinet": {"steps": 3}, "t_patcher": {"steps": 3, "memory": 1000},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Second moments are kept here."""
+    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(tmp_path / "cache"))
+
+
+def trainable():
+    from instructedit.editors import Editor
+
+    return [name for name in editor_names() if plugin(Editor, "instructedit.editors", name).trainable]
+
+
+def built(name, lm):
+    torch.manual_seed(0)
+    return build_editor(name, lm, **FAST.get(name, {}))
+
+
+def logits(lm, edit):
+    with torch.no_grad(), lm.edited(edit):
+        return lm.logits(lm.encode(PAIRS))
+
+
+def trained(lm, name, steps=3, autocast=False):
+    """An editor after some steps, and the losses on the way."""
+    editor = built(name, lm).train()
+    adam = torch.optim.Adam([p for group in editor.parameter_groups().values() for p in group], lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = editor.objective(training_batch(lm, CASES), LossWeights())["loss"]
+        loss.backward()
+        assert all(p.grad is None or p.grad.dtype == torch.float32 for p in editor.parameters())
+        adam.step()
+        adam.zero_grad()
+        losses.append(loss.detach())
+    return editor, torch.stack(losses)
+
+
+# -- bfloat16 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def half(request, tokenizer):
+    return random_lm(request.param, tokenizer, torch.bfloat16)
+
+
+@pytest.fixture
+def whole(half, request, tokenizer):
+    """The same weights, rounded to bfloat16, in a model that computes in float32."""
+    lm = random_lm(half.name.removeprefix("random-"), tokenizer)
+    lm.model.load_state_dict(half.model.state_dict())
+    return lm
+
+
+@pytest.mark.parametrize("name", editor_names())
+def test_every_editor_edits_a_model_in_bfloat16(name, half):
+    editor = built(name, half)
+    before = footprint(half)
+    edit = editor.edit(REQUESTS)
+    assert_untouched(half, before)
+    assert all(t.isfinite().all() for t in edit.state().values())
+    assert all(t.dtype == torch.float32 for t in edit.state().values() if t.is_floating_point())
+    worn = logits(half, edit)
+    assert worn.dtype == torch.bfloat16
+    assert worn.isfinite().all()
+    starts_as_nothing = name in ("unedited", "calinet_trained", "serac")
+    assert edit.changes_nothing or starts_as_nothing or not torch.equal(worn, logits(half, None))
+
+
+@pytest.mark.parametrize("name", trainable())
+def test_every_trained_editor_learns_over_a_model_in_bfloat16(name, half, whole):
+    editor, losses = trained(half, name)
+    start = built(name, half).state_dict()
+    assert all(value.dtype in (torch.float32, torch.float64) for value in editor.state_dict().values())
+    assert all(value.isfinite().all() for value in editor.state_dict().values())
+    moved = [key for key, _ in editor.named_parameters() if not torch.equal(editor.state_dict()[key], start[key])]
+    assert moved
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, trained(whole, name)[1], rtol=0.1, atol=0.02)
+
+
+def test_losses_are_taken_in_float32(half):
+    """A softmax in bfloat16 would be off by a hundredth."""
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    batch, names = training_batch(half, CASES), [site.name for site in half.sites[-2:]]
+    edit = LowRankEdit({n: Factors(*f) for n, f in random_factors(half.sites[-2:], 2, 2).items()})
+
+    def exact(tokens, worn, owner):
+        with torch.no_grad():
+            return half.logits(tokens, worn, owner).double().log_softmax(-1)
+
+    def row_means(tokens, values):
+        return torch.stack([values[tokens.rows == row].mean() for row in range(len(tokens))])
+
+    def of_requests(values, owner):
+        return torch.stack([values[owner == request].mean() for request in range(len(CASES))]).mean()
+
+    def nll(tokens, log_p):
+        return row_means(tokens, -log_p[torch.arange(len(log_p)), tokens.answers])
+
+    tokens, owner = batch.in_scope.tokens, batch.in_scope.owner
+    plain = nll(tokens, exact(tokens, None, None))
+    close(half.losses(tokens).double(), plain)
+    close(half.capture(tokens, names).loss.double(), plain)
+    worn = nll(tokens, exact(tokens, edit, owner))
+    close(scope_loss(half, edit, batch.in_scope, len(CASES), 0).double(), of_requests(worn, owner))
+    tokens, owner = batch.locality.tokens, batch.locality.owner
+    p, q = exact(tokens, None, None), exact(tokens, edit, owner)
+    kl = row_means(tokens, (p.exp() * (p - q)).sum(-1))
+    close(locality_loss(half, edit, batch.locality, len(CASES), 0).double(), of_requests(kl, owner))
+
+
+# -- autocast -------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_do_not_feel_autocast():
+    torch.manual_seed(0)
+    x = torch.randn(500, 6) * 3 + 100
+    exact, under = RunningNorm(6), RunningNorm(6)
+    for part in x.split(100):
+        exact(part)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert under(part).dtype == torch.float32
+    for key, value in exact.state_dict().items():
+        assert torch.equal(under.state_dict()[key], value)
+    torch.testing.assert_close(under.mean.double(), x.double().mean(0), rtol=1e-6, atol=0)
+
+
+def test_the_lm_computes_in_its_own_dtype_under_autocast(lm, half):
+    """Else what the prefix cache holds would depend on who asked first."""
+    for model in (lm, half):
+        batch, name = model.encode(PAIRS), model.sites[-1].name
+        edit = LowRankEdit({n: Factors(*f) for n, f in random_factors(model.sites[-2:], 2, 3).items()})
+        found = []
+        for autocast in (True, False):
+            model.cache.clear()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                seen = model.capture(batch, [name])
+                found.append((model.prefix(batch, 2), model.logits(batch, edit), seen.u[name], seen.delta[name]))
+        assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+        assert {tensor.dtype for tensor in found[0]} == {model.model.dtype}
+
+
+def test_a_hypernetwork_multiplies_in_bfloat16_under_autocast_and_adds_in_float32():
+    torch.manual_seed(0)
+    network = GradientNetwork(24, 16, 2, rank=8, hidden_layers=1).eval()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    u, delta, site = torch.randn(50, 24), torch.randn(50, 16), torch.arange(50) % 2
+    exact = network(u, delta, site)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(u, delta, site)
+    for one, two in zip(found, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert not torch.equal(one, two)
+        assert ((one - two).norm() / two.norm()) < 0.02
+    sum(part.sum() for part in found).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", trainable())
+def test_every_trained_editor_learns_under_autocast(name, lm, half):
+    for model in (lm, half):
+        editor, losses = trained(model, name, autocast=True)
+        assert all(value.dtype in (torch.float32, torch.float64) for value in editor.state_dict().values())
+        torch.testing.assert_close(losses, trained(model, name)[1], rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fit_under_mixed_precision(dtype, tmp_path, tokenizer):
+    folder = saved(random_lm("gpt2", tokenizer), tmp_path / "lm")
+    common = [
+        "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false", "--areas.records_per_task=0", "--results.show=false",
+        "--model.evaluation.generate=false", "--model.evaluation.fluency_tokens=0", "--model.editor=Mend",
+        "--model.editor.rank=4", "--model.lr=1e-3", "--model.lr_edit_rates=1e-3", f"--model.lm.name={folder}",
+        "--data.train=[{name: counterfact, size: 12}]", "--data.test=[{name: counterfact, size: 4}]",
+        "--data.batch_size=4", "--data.val_size=4", "--trainer.max_steps=3",
+        f"--trainer.default_root_dir={tmp_path}",
+    ]  # fmt: skip
+    plain = run(["fit", *common]).model
+    model = run(["fit", *common, f"--model.lm.dtype={dtype}", "--trainer.precision=bf16-mixed"]).model
+    assert model.trainer.global_step == 3
+    assert model.lm.model.dtype == getattr(torch, dtype)
+    state = model.editor.state_dict()
+    assert all(value.dtype in (torch.float32, torch.float64) for value in state.values())
+    for key, value in plain.editor.state_dict().items():
+        assert value.isfinite().all()
+        if key.endswith("count"):
+            # A δ of zero in bfloat16 may drop a token.
+            torch.testing.assert_close(state[key], value, rtol=0.05, atol=0)
+    untrained = build_editor("mend", plain.lm, rank=4)
+    assert not torch.equal(state["alpha"], untrained.alpha)
+
+
+# -- 8 and 4 bits -----------------------------------------------------------------------------------------------------
+
+needs_library = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra 'quantize'"
+)
+
+
+def saved(lm, folder):
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def dense_twin(packed, folder):
+    """The same model with the weights that the packed ones stand for, by the library's own unpacking."""
+    import bitsandbytes as bnb
+
+    twin = FrozenLM.from_pretrained(str(folder))
+    for site in twin.select(every=True):
+        layer, own = packed.model.get_submodule(site.name), twin.model.get_submodule(site.name)
+        if isinstance(layer, bnb.nn.Linear4bit):
+            dense = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        else:
+            scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+            dense = layer.weight.data.float() * scale.float().unsqueeze(-1) / 127
+        own.weight.data = (dense.T if site.transposed else dense).float().contiguous()
+    return twin
+
+
+@pytest.fixture(params=["8bit", "4bit"])
+def bits(request):
+    return request.param
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def folder(request, tokenizer, tmp_path):
+    return saved(random_lm(request.param, tokenizer), tmp_path / "lm")
+
+
+@pytest.fixture
+def packed(folder, bits):
+    return FrozenLM.from_pretrained(str(folder), quantize=bits)
+
+
+@needs_library
+class TestPacked:
+    def test_sites_have_the_shapes_of_the_maps(self, packed, folder):
+        plain = FrozenLM.from_pretrained(str(folder))
+        untold = [dataclasses.replace(site, transposed=False) for site in plain.select(every=True)]
+        assert list(packed.select(every=True)) == untold
+        layer = packed.model.get_submodule(packed.sites[0].name)
+        assert not layer.weight.is_floating_point()
+        size = sum(t.nbytes for t in packed.model.state_dict().values())
+        assert size < 0.75 * sum(t.nbytes for t in plain.model.state_dict().values())
+
+    def test_edits_are_worn_as_over_the_unpacked_weights(self, packed, folder):
+        twin = dense_twin(packed, folder)
+        edit = LowRankEdit({n: Factors(*f) for n, f in random_factors(packed.sites[-2:], 2, 3, 0.3).items()})
+        for worn in (None, edit):
+            assert relative(logits(packed, worn), logits(twin, worn)) < 0.05
+        change = logits(packed, edit) - logits(packed, None)
+        assert relative(change, logits(twin, edit) - logits(twin, None)) < 0.1
+        assert change.abs().max() > 0.1
+
+    def test_gradients_reach_every_site_after_passes_without(self, packed, folder):
+        twin = dense_twin(packed, folder)
+        logits(packed, None)  # a pass without gradients comes first, as in evaluation
+        names = [site.name for site in packed.sites[-4:]]
+        found, expected = (m.capture(m.encode(PAIRS), names) for m in (packed, twin))
+        for name in names:
+            assert relative(found.delta[name], expected.delta[name]) < 0.15
+            assert relative(found.u[name], expected.u[name]) < 0.05
+
+    @pytest.mark.parametrize("checkpoint", [False, True])
+    def test_mend_trains_over_it(self, packed, folder, checkpoint):
+        twin = dense_twin(packed, folder)
+        packed.checkpoint = checkpoint
+        for steps in (1, 3):
+            editor, losses = trained(packed, "mend", steps)
+            torch.testing.assert_close(losses, trained(twin, "mend", steps)[1], rtol=0.1, atol=0.02)
+        assert all(p.isfinite().all() for p in editor.parameters())
+
+    def test_merging_into_it_is_refused(self, packed):
+        edit = built("mend", packed).edit(REQUESTS[:1])
+        before = footprint(packed)
+        with pytest.raises(UserError, match=r"mlp.*8 bits or fewer.*without quantize.*merge") as caught:
+            packed.merge(edit)
+        assert "\n" not in str(caught.value)
+        assert_untouched(packed, before)
+
+    def test_its_fingerprint_is_its_own_and_lasts(self, packed, folder, bits):
+        plain = FrozenLM.from_pretrained(str(folder)).fingerprint
+        assert packed.fingerprint not in ("", plain)
+        logits(packed, None)
+        built("mend", packed).edit(REQUESTS)
+        del packed.__dict__["fingerprint"]
+        again = FrozenLM.from_pretrained(str(folder), quantize=bits)
+        assert packed.fingerprint == again.fingerprint
+
+    @pytest.mark.parametrize("name", editor_names())
+    def test_every_editor_edits_it(self, name, packed):
+        """None reads a weight: they see inputs, outputs and gradients."""
+        edit = built(name, packed).edit(REQUESTS)
+        assert all(t.isfinite().all() for t in edit.state().values())
+        assert logits(packed, edit).isfinite().all()
+
+
+def relative(found, expected):
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("library", ["bitsandbytes", "accelerate"])
+def test_a_missing_library_is_said(library, bits, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, library, None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == library else find(name, *a))
+    with pytest.raises(UserError, match=rf"{bits}.*needs .*{library}.*instructedit\[quantize\]"):
+        FrozenLM.from_pretrained("tiny", quantize=bits)
+    options = [f"--model.lm.quantize={bits}", "--model.editor=Mend", "--model.editor.rank=4", "--trainer.logger=false"]
+    assert main(["fit", *options]) != 0
+    assert library in capsys.readouterr().err
+
+
+def test_an_unknown_packing_is_refused():
+    with pytest.raises(UserError, match="unknown quantize '3bit'; one of 8bit, 4bit"):
+        FrozenLM.from_pretrained("tiny", quantize="3bit")
+
+
+def test_what_the_model_is_loaded_with_comes_from_the_config(monkeypatch):
+    from dataclasses import asdict
+
+    from instructedit.lm import frozen
+
+    asked = {}
+    load = frozen.load_model
+
+    def watched(name, dtype, **options):
+        asked.update(options)
+        return load(name, dtype)
+
+    monkeypatch.setattr(frozen, "load_model", watched)
+    FrozenLM.from_pretrained(**asdict(LMConfig(quantize="4bit")))
+    assert asked["quantize"] == "4bit"

@@ -1,0 +1,458 @@
+"""The prefix cache: the states of a plain forward pass, whatever is in memory, on disk, damaged, or thrown out."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tests.conftest import random_lm
+
+from instructedit.errors import UserError
+from instructedit.lm import FrozenLM, disk_cache
+from instructedit.lm.disk_cache import META, SEGMENT, checksum, clear, evict, row_key, shelf_name, shelves
+from instructedit.lm.prefix import forward_pass
+from instructedit.lm.tokens import rows_of
+
+ROWS = [[5, 6, 7], [5, 6, 7, 8, 9, 10], [11], [300, 2]]
+TOKENS = sum(map(len, ROWS))
+HIDDEN = 32
+FORWARD = forward_pass(torch.device("cpu"))
+
+
+def opened(lm, folder, **options):
+    """The same model again, as another run finds it."""
+    return FrozenLM(lm.model, lm.tokenizer, lm.name, cache_dir=folder, **options)
+
+
+def segments(folder):
+    return sorted(folder.rglob(f"*{SEGMENT}"))
+
+
+def plain(lm, rows, block):
+    """What enters the block in a whole forward pass of each row alone, from the model itself."""
+    with torch.no_grad():
+        return [lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[block][0] for ids in rows]
+
+
+def asked(lm, rows=ROWS, block=2):
+    states = lm.prefix(rows_of(rows), block)
+    return [states[i, : len(ids)] for i, ids in enumerate(rows)]
+
+
+def filled(lm, folder, rows=ROWS, block=2, **options):
+    """Rows written by a first run, and what it was given."""
+    first = opened(lm, folder, **options)
+    states = asked(first, rows, block)
+    first.cache.flush()
+    return states
+
+
+def equal(found, expected):
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# -- the same states, from wherever --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_states_from_disk_are_exactly_the_computed_ones(lm, tmp_path, block):
+    first = filled(lm, tmp_path, block=block)
+    for found, expected in zip(first, plain(lm, ROWS, block), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert equal(first, asked(lm, block=block))  # of an LM without a disk
+    again = opened(lm, tmp_path)
+    again.model.forward = None  # nothing can be computed
+    assert equal(asked(again, block=block), first)
+    assert (again.cache.misses, again.cache.hits, again.cache.from_disk) == (0, 4, 4)
+    assert equal(asked(again, block=block), first)
+    assert again.cache.from_disk == 4  # memory stands in front
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_rounded_states_do_not_depend_on_what_was_there(lm, tmp_path, name):
+    exact, dtype = asked(lm), getattr(torch, name)
+    first = filled(lm, tmp_path, cache_dtype=name)
+    assert equal(first, [row.to(dtype).float() for row in exact])
+    assert not equal(first, exact)
+    for options in ({}, {"cache_bytes": 0}):
+        again = opened(lm, tmp_path, cache_dtype=name, **options)
+        for _ in range(2):
+            found = asked(again)
+            assert equal(found, first)
+            assert {row.dtype for row in found} == {torch.float32}
+        assert again.cache.misses == 0
+    (file,) = segments(tmp_path)
+    assert load_file(file)["states"].dtype is dtype
+    assert load_file(file)["states"].shape == (TOKENS, HIDDEN)
+
+
+def test_states_that_do_not_fit_in_float16_are_refused(lm, tmp_path):
+    lm.model.get_input_embeddings().weight.data *= 1e6
+    with pytest.raises(UserError, match="bfloat16"):
+        asked(opened(lm, tmp_path, cache_dtype="float16"), block=1)
+    asked(opened(lm, tmp_path, cache_dtype="bfloat16"), block=1)
+
+
+def test_a_model_in_bfloat16_keeps_its_own_dtype_exactly(tokenizer, tmp_path):
+    lm = random_lm("gpt2", tokenizer, torch.bfloat16)
+    first = filled(lm, tmp_path)
+    assert equal(first, asked(lm))
+    assert load_file(segments(tmp_path)[0])["states"].dtype is torch.bfloat16
+    assert equal(asked(opened(lm, tmp_path)), first)
+
+
+def test_states_stream_from_disk_where_memory_has_no_room(lm, tmp_path):
+    rows = [[i, i + 1, i + 2, i + 3] for i in range(40)]
+    small = opened(lm, tmp_path, cache_bytes=5 * 4 * HIDDEN * 4)  # of five rows
+    expected = [asked(lm, [row])[0] for row in rows]
+    for turn in range(2):
+        for row, states in zip(rows, expected, strict=True):
+            assert torch.equal(asked(small, [row])[0], states)
+        small.cache.flush()
+        assert (len(small.cache), small.cache.misses, small.cache.from_disk) == (5, 40, 40 * turn)
+
+
+def test_rows_that_wait_for_their_segment_are_known(lm, tmp_path):
+    waiting = opened(lm, tmp_path, cache_bytes=0)
+    first = asked(waiting)
+    assert equal(asked(waiting), first)
+    assert waiting.cache.misses == 4
+    assert waiting.cache.on_disk(rows_of([*ROWS, [1, 2]]), 2) == [True, True, True, True, False]
+    assert segments(tmp_path) == []
+
+
+def test_what_waits_is_written_when_the_model_goes(lm, tmp_path):
+    first = opened(lm, tmp_path)
+    asked(first)
+    del first
+    import gc
+
+    gc.collect()
+    assert len(segments(tmp_path)) == 1
+
+
+def test_many_rows_are_written_as_one_file_when_enough_wait(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_cache, "SEGMENT_BYTES", 10 * HIDDEN * 4)
+    writer = opened(lm, tmp_path)
+    for i in range(20):
+        asked(writer, [[i, i]])
+    assert [len(load_file(file)["ends"]) for file in segments(tmp_path)] == [5, 5, 5, 5]
+    monkeypatch.setattr(disk_cache, "SEGMENT_SECONDS", 0.0)  # or when they have waited long enough
+    asked(writer, [[7, 7, 7]])
+    assert len(segments(tmp_path)) == 5
+
+
+def test_block_zero_and_edited_passes_are_not_written(lm, tmp_path):
+    cached = opened(lm, tmp_path)
+    asked(cached, block=0)
+    cached._worn = 1
+    asked(cached)
+    cached.cache.flush()
+    assert segments(tmp_path) == []
+
+
+# -- whose states --------------------------------------------------------------------------------------------------
+
+PARTS = {
+    "model": st.text(max_size=8), "block": st.integers(0, 99), "forward": st.text(max_size=8),
+    "at_rest": st.sampled_from(sorted(disk_cache.AT_REST)),
+}  # fmt: skip
+TOKEN_ROWS = st.lists(st.integers(0, 2**31), min_size=1, max_size=6).map(
+    lambda ids: torch.tensor(ids).numpy().tobytes()
+)
+
+
+@given(st.fixed_dictionaries(PARTS), st.fixed_dictionaries(PARTS), TOKEN_ROWS, TOKEN_ROWS)
+def test_keys_never_collide(one, other, tokens, more):
+    assert (shelf_name(one) == shelf_name(other)) == (one == other)
+    assert (row_key(tokens) == row_key(more)) == (tokens == more)
+    for name in PARTS:  # and each part alone matters
+        assert shelf_name(one | {name: other[name]}) == shelf_name(one) or one[name] != other[name]
+        assert (shelf_name(one | {name: other[name]}) != shelf_name(one)) == (one[name] != other[name])
+
+
+@given(st.data())
+def test_one_bit_of_any_weight_is_another_model(data):
+    weights = {"a": torch.arange(21, dtype=torch.float32).reshape(3, 7), "b": torch.ones(5, dtype=torch.bfloat16)}
+    changed = {name: tensor.clone() for name, tensor in weights.items()}
+    name = data.draw(st.sampled_from(sorted(weights)))
+    raw = changed[name].flatten().view(torch.uint8)
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert checksum(changed) != checksum(weights)
+    assert checksum(dict(reversed(weights.items()))) == checksum(weights)
+
+
+@pytest.mark.parametrize("part", ["weight", "dtype", "block", "rounding", "precision"])
+def test_nothing_of_another_model_or_pass_is_used(tokenizer, tmp_path, monkeypatch, part):
+    lm = random_lm("gpt2", tokenizer)
+    filled(lm, tmp_path)
+    options, block = {}, 2
+    if part == "weight":  # one element, where the fingerprint's sample does not look
+        lm = random_lm("gpt2", tokenizer)
+        table = lm.model.get_input_embeddings().weight
+        stride = table.numel() // 1024
+        assert stride > 1
+        fingerprint = opened(lm, tmp_path).fingerprint
+        table.data.view(-1)[ROWS[0][0] * HIDDEN + (1 if (ROWS[0][0] * HIDDEN + 1) % stride else 2)] += 1.0
+        assert opened(lm, tmp_path).fingerprint == fingerprint
+    elif part == "dtype":
+        lm = random_lm("gpt2", tokenizer, torch.bfloat16)
+    elif part == "block":
+        block = 3
+    elif part == "rounding":
+        options = {"cache_dtype": "bfloat16"}
+    elif part == "precision":
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    other = opened(lm, tmp_path, **options)
+    found, expected = asked(other, block=block), asked(lm, block=block)
+    assert (other.cache.misses, other.cache.from_disk) == (4, 0)
+    if part != "rounding":
+        assert equal(found, expected)
+    other.cache.flush()
+    assert len(list(tmp_path.iterdir())) == 2  # a shelf of its own
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_trainers_autocast_changes_no_states(lm, tmp_path, first):
+    exact = asked(lm)
+    for mixed in (first, not first):
+        cached = opened(lm, tmp_path)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            assert equal(asked(cached), exact)
+        cached.cache.flush()
+    assert cached.cache.misses == 0
+
+
+def test_a_segment_in_another_models_shelf_is_dropped(lm, tokenizer, tmp_path):
+    filled(lm, tmp_path)
+    other = random_lm("gpt2", tokenizer, seed=5)
+    filled(other, tmp_path)
+    mine, theirs = (shelf for shelf in sorted(tmp_path.iterdir()))
+    for file in segments(mine):
+        file.rename(theirs / file.name)
+    homes = {shelf_name(opened(model, tmp_path).cache.disk.shelf(FORWARD, 2)._about): model for model in (lm, other)}
+    with pytest.warns(UserWarning, match="checksum"):
+        found = asked(opened(homes[theirs.name], tmp_path))
+    assert equal(found, asked(homes[theirs.name]))
+
+
+# -- damage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 7, 0.3, 0.99])
+def test_a_truncated_segment_is_dropped_and_said(lm, tmp_path, keep):
+    first = filled(lm, tmp_path)
+    (file,) = segments(tmp_path)
+    raw = file.read_bytes()
+    file.write_bytes(raw[: int(keep * len(raw)) if isinstance(keep, float) else keep])
+    again = opened(lm, tmp_path)
+    with pytest.warns(UserWarning, match=f"{file.name}: damaged .*computed anew") as said:
+        assert equal(asked(again), first)
+    assert len(said) == 1
+    assert "\n" not in str(said[0].message)
+    assert (again.cache.misses, file.exists()) == (4, False)
+    again.cache.flush()
+    assert equal(asked(opened(lm, tmp_path)), first)
+
+
+def test_a_flipped_bit_is_never_read(lm, tmp_path, monkeypatch):
+    """Anywhere in the file: the header, the index, the states."""
+    monkeypatch.setattr(disk_cache, "_flush", lambda shelves: None)  # no other segment gives the rows
+    writer = opened(lm, tmp_path)
+    first = asked(writer)
+    writer.cache.disk.shelf(FORWARD, 2).flush()
+    (file,) = segments(tmp_path)
+    raw, about = file.read_bytes(), writer._cached_as()
+    size = 8 + int.from_bytes(raw[:8], "little")
+    for place in (*range(size), *range(size, len(raw), 37)):
+        file.write_bytes(raw[:place] + bytes([raw[place] ^ (1 << place % 8)]) + raw[place + 1 :])
+        again = opened(lm, tmp_path)
+        again.cache.disk._model = lambda: about  # the weights need no second look
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = asked(again)
+        if file.exists():  # then what was flipped says nothing: a space that fills up the header
+            assert (place < size, raw[place : place + 1], said) == (True, b" ", [])
+            assert equal(found, first)
+        assert len(said) == (not file.exists())
+        for states, expected in zip(found, first, strict=True):  # rows that were computed anew, in other company
+            torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_lost_description_loses_no_states(lm, tmp_path):
+    first = filled(lm, tmp_path)
+    (meta,) = tmp_path.rglob(META)
+    about = json.loads(meta.read_text())
+    assert about["lm"] == lm.name
+    assert (about["block"], about["dtype"], about["hidden"], about["bytes_per_token"]) == (2, "float32", 32, 128)
+    meta.write_text("{")
+    again = opened(lm, tmp_path)
+    assert equal(asked(again), first)
+    assert again.cache.misses == 0
+    assert shelves(tmp_path)[0].meta == {}
+    asked(again, [[1, 2, 3]])
+    again.cache.flush()
+    assert json.loads(meta.read_text()) == about  # the next segment brings it back
+
+
+def test_a_full_disk_ends_the_writing_and_not_the_run(lm, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    expected, cached = asked(lm), opened(lm, tmp_path)
+    monkeypatch.setattr(disk_cache.Path, "write_bytes", full)
+    assert equal(asked(cached), expected)
+    with pytest.warns(UserWarning, match="No space left"):
+        cached.cache.flush()
+    assert cached.cache.disk.broken
+    assert equal(asked(cached, ROWS[::-1]), expected[::-1])
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [META]
+
+
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+def _works(folder, lm, order, start, results):
+    """Another process: asks for rows again and again, writing and reading, and tells the states and its misses."""
+    torch.set_num_threads(1)
+    mine = opened(lm, folder, cache_bytes=0)
+    start.wait()
+    for _ in range(3):
+        for i in order:
+            asked(mine, [[i, i + 1, i + 2]])
+            mine.cache.flush()
+    results.put(([asked(mine, [[i, i + 1, i + 2]])[0].numpy() for i in range(30)], mine.cache.misses))
+
+
+def test_two_processes_write_and_read_one_folder_at_once(lm, tmp_path):
+    context = multiprocessing.get_context("fork")
+    results, start = context.Queue(), context.Barrier(2)
+    orders = (range(30), range(29, -1, -1))
+    workers = [context.Process(target=_works, args=(tmp_path, lm, order, start, results)) for order in orders]
+    for worker in workers:
+        worker.start()
+    told = [results.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    expected = [asked(lm, [[i, i + 1, i + 2]])[0].numpy() for i in range(30)]
+    for states, misses in told:
+        assert all((a == b).all() for a, b in zip(states, expected, strict=True))
+        assert misses <= 30  # nothing twice
+    third = opened(lm, tmp_path)
+    asked(third, [[i, i + 1, i + 2] for i in range(30)])
+    assert third.cache.misses == 0
+
+
+def _writes_forever(folder, lm):
+    torch.set_num_threads(1)
+    mine = opened(lm, folder)
+    number = 0
+    while True:
+        asked(mine, [[1 + number % 500, 1 + number // 500, 3]])
+        number += 1
+        if number % 4 == 0:
+            mine.cache.flush()
+
+
+def test_a_process_killed_while_it_writes_leaves_a_usable_store(lm, tmp_path):
+    for wait in (0.3, 0.37, 0.45):
+        process = multiprocessing.get_context("fork").Process(target=_writes_forever, args=(tmp_path, lm))
+        process.start()
+        while not segments(tmp_path):
+            assert process.is_alive()
+            time.sleep(0.01)
+        time.sleep(wait)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    again = opened(lm, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # whatever is there is whole
+        found = asked(again, [[1 + i, 1, 3] for i in range(8)])
+    assert again.cache.misses == 0
+    for i, states in enumerate(found):
+        torch.testing.assert_close(states, asked(lm, [[1 + i, 1, 3]])[0], atol=2e-5, rtol=1e-4)
+
+
+def test_a_kill_between_writing_and_publishing_leaves_a_part_that_nobody_reads(lm, tmp_path, monkeypatch):
+    first = filled(lm, tmp_path)
+    (file,) = segments(tmp_path)
+    part = file.with_suffix(".part")
+    file.rename(part)
+    part.write_bytes(part.read_bytes()[:1000])
+    again = opened(lm, tmp_path)
+    assert equal(asked(again), first)
+    assert again.cache.misses == 4
+    evict(tmp_path, 1 << 30)
+    assert part.exists()  # somebody may be writing it
+    os.utime(part, (1, 1))
+    evict(tmp_path, 1 << 30)
+    assert not part.exists()
+
+
+# -- the bound -----------------------------------------------------------------------------------------------------
+
+
+def test_the_bound_holds_and_the_least_lately_used_go_first(lm, tmp_path):
+    sizes = []
+    bound = 40_000
+    writer = opened(lm, tmp_path, cache_disk_bytes=bound, cache_bytes=0)
+    for i in range(60):
+        states = asked(writer, [[i, i, i, i, i, i, i, i]])[0]
+        assert torch.equal(states, asked(lm, [[i, i, i, i, i, i, i, i]])[0])
+        sizes.append(sum(file.stat().st_size for file in segments(tmp_path)))
+    assert max(sizes) <= bound
+    assert sizes[-1] > bound / 2  # nor is it emptied
+    assert writer.cache.disk.evicted > 0
+    assert not opened(lm, tmp_path).cache.on_disk(rows_of([[0] * 8]), 2)[0]
+    assert opened(lm, tmp_path).cache.on_disk(rows_of([[50] * 8]), 2)[0]
+
+
+def test_use_keeps_a_segment(lm, tmp_path):
+    for number, row in enumerate(ROWS):
+        filled(lm, tmp_path, [row])
+        newest = max(segments(tmp_path), key=lambda file: file.stat().st_mtime_ns)
+        os.utime(newest, (1000 + number, 1000 + number))
+    asked(opened(lm, tmp_path), ROWS[:1])
+    evict(tmp_path, sum(file.stat().st_size for file in segments(tmp_path)) - 1)
+    assert opened(lm, tmp_path).cache.on_disk(rows_of(ROWS), 2) == [True, False, True, True]
+
+
+def test_a_reader_goes_on_with_what_was_thrown_out(lm, tmp_path):
+    first = filled(lm, tmp_path)
+    reader = opened(lm, tmp_path, cache_bytes=0)
+    assert reader.cache.on_disk(rows_of(ROWS), 2) == [True] * 4
+    evict(tmp_path, 0)
+    assert segments(tmp_path) == []
+    assert equal(asked(reader), first)  # mapped still
+    assert reader.cache.misses == 0
+    asked(reader, [[9, 9]])  # a miss: now it sees that the file is gone
+    assert reader.cache.on_disk(rows_of(ROWS), 2) == [False] * 4
+    assert equal(asked(reader), first)
+
+
+def test_another_process_may_clear_the_folder_meanwhile(lm, tmp_path):
+    writer = opened(lm, tmp_path)
+    asked(writer, ROWS[:2])
+    writer.cache.flush()
+    assert sum(shelf.rows for shelf in clear(tmp_path)) == 2
+    asked(writer, ROWS[2:])
+    writer.cache.flush()
+    assert [shelf.rows for shelf in shelves(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"cache_dtype": "int8"}, "cache_dtype"), ({"cache_disk_bytes": 0}, "cache_disk_bytes"), ({}, "not a folder")],
+)
+def test_wrong_options_are_one_line(lm, tmp_path, options, message):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=message):
+        opened(lm, tmp_path / ("x" if options else "file"), **options)
