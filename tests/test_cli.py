@@ -21,7 +21,7 @@ from instructedit.commands import commands
 from instructedit.data.module import EditData
 from instructedit.editors import Editor
 from instructedit.evaluation import Evaluation
-from instructedit.experiment import REPOSITORY
+from instructedit.experiments import REPOSITORY
 from instructedit.lightning_cli import Checkpoint
 from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.registry import plugins

@@ -18,7 +18,7 @@ import instructedit
 from instructedit.cli import main
 from instructedit.editors import Editor
 from instructedit.edits import Edit
-from instructedit.experiment import REPOSITORY, Experiment
+from instructedit.experiments import REPOSITORY, Experiment
 from instructedit.registry import plugins
 from instructedit.tasks import Task
 
@@ -27,11 +27,11 @@ TREES = {file.relative_to(SOURCE).as_posix(): ast.parse(file.read_text()) for fi
 
 #: The floors of the package, from the top down; a floor imports from itself and from those after it.
 FLOORS = (
-    "cli", "training", "callbacks", "evaluation", "editors", "data", "lm", "analysis", "tasks", "instructions", "edits",
-    "metrics", "tracking", "records",
+    "cli", "training", "callbacks", "writing", "evaluation", "editors", "data", "lm", "analysis", "tasks", "instructions",
+    "edits", "metrics", "tracking", "records",
 )  # fmt: skip
 #: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
-TOP = ("__init__", "benchmark", "cli", "commands", "experiment", "lightning_cli")
+TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli")
 GROUND = ("registry", "provenance", "console", "errors")
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))
@@ -244,4 +244,4 @@ def test_every_grid_loads_at_every_scale(name, scale):
     assert {row for pair in experiment.grid.compare for row in pair} <= set(experiment.rows)
     for row in experiment.rows:
         assert all(path.is_file() for path in experiment.configs(row))
-    parsed(*experiment.arguments(experiment.rows[-1], 0)[1:])
+    parsed(*experiment.arguments([*experiment.grid.rows][-1], 0)[1:])

@@ -22,14 +22,14 @@ def usage() -> str:
         "Train, apply, measure and compare knowledge editors of language models.",
         "",
         "with configs (--config configs/lm/tiny.yaml --config configs/editor/instructedit.yaml …):",
-        "  fit         train an editor",
-        "  validate    score an editor on validation records",
-        "  test        score an editor on test records: tables, figures, MLflow",
-        "  predict     the model's words before and after each edit",
+        "  fit          train an editor",
+        "  validate     score an editor on validation records",
+        "  test         score an editor on test records: tables, figures, MLflow",
+        "  predict      the model's words before and after each edit",
         "",
         "others:",
     ]
-    lines += [f"  {name:<11} {(module.__doc__ or '').splitlines()[0]}" for name, module in commands().items()]
+    lines += [f"  {name:<12} {(module.__doc__ or '').splitlines()[0]}" for name, module in commands().items()]
     lines += ["", f"Errors are one line; set {DEBUG}=1 for the traceback."]
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class Evaluation:
         generate: Also let the model answer freely, and keep its words before and after the edit.
         fluency_tokens: Length of the text that Fluency is measured on; 0 leaves Fluency out.
         descriptions: Which of a bank's descriptions instructions are drawn from.
-        description: Id of one description to use for every record instead.
+        description: Id of one description to use for every record instead; ``10`` is the tenth of each task's bank.
+        instruction: A free sentence for every record instead; or one for each task, by its name.
         replies: Replies of each sentiment that edit success is measured on, the first ones of a record.
         seed: Of the descriptions drawn and of sampled text.
         rows: Probes in one forward pass, at most.
@@ -45,6 +46,7 @@ class Evaluation:
     fluency_tokens: int = 100
     descriptions: Literal["train", "heldout", "unseen"] = "train"
     description: str | None = None
+    instruction: str | dict[str, str] | None = None
     replies: int = 2
     seed: int = 0
     rows: int = 256
@@ -83,7 +85,9 @@ def evaluate_batch(
     settings = settings or Evaluation()
     # Editing needs gradients, whatever mode the caller evaluates in.
     with torch.inference_mode(False), torch.no_grad():
-        instructor = editor.instructor(settings.descriptions, settings.description, settings.seed)
+        instructor = editor.instructor(
+            settings.descriptions, settings.description, settings.seed, settings.instruction
+        )
         edit = _make(editor, records, instructor)
         asked = list(_questions(records, instructor, settings.replies))
         scores = _score(lm, edit, asked, records, settings.rows)
@@ -136,23 +140,33 @@ def _score(
         names = [f"record {records[asked[i].owner].id}, {asked[i].probe.kind} probe" for i in chunk]
         tokens = lm.encode(pairs, names)
         owner = torch.tensor([asked[i].owner for i in chunk], device=lm.device)
-        before = lm.logits(tokens, start=start)
-        after = before if edit.changes_nothing else lm.logits(tokens, edit, owner, start)
+        before = _Read.of(lm.unedited(tokens, start), tokens)
+        after = before if edit.changes_nothing else _Read.of(lm.logits(tokens, edit, owner, start), tokens)
         for i, score in zip(chunk, _compare(tokens, before, after), strict=True):
             scores[i] = score
     return scores
 
 
-def _compare(tokens: TokenBatch, before: Tensor, after: Tensor) -> Iterator[dict[str, float]]:
+class _Read(NamedTuple):
+    """What scores need of logits [positions, vocab], which are too large to keep two of."""
+
+    said: Tensor  # the most likely tokens, [positions]
+    log_likelihood: Tensor  # of the answers, [rows]
+
+    @classmethod
+    def of(cls, logits: Tensor, tokens: TokenBatch) -> Self:
+        return cls(logits.argmax(-1), log_likelihood(logits, tokens.answers, tokens.rows, len(tokens)))
+
+
+def _compare(tokens: TokenBatch, before: _Read, after: _Read) -> Iterator[dict[str, float]]:
     rows, count, labels = tokens.rows, len(tokens), tokens.answers
-    said, was = after.argmax(-1), before.argmax(-1)
     columns = {
-        "accuracy": token_accuracy(said, labels, rows, count),
-        "exact": exact_match(said, labels, rows, count),
-        "agreement": agreement(said, was, rows, count),
-        "accuracy_before": token_accuracy(was, labels, rows, count),
-        "log_likelihood": log_likelihood(after, labels, rows, count),
-        "log_likelihood_before": log_likelihood(before, labels, rows, count),
+        "accuracy": token_accuracy(after.said, labels, rows, count),
+        "exact": exact_match(after.said, labels, rows, count),
+        "agreement": agreement(after.said, before.said, rows, count),
+        "accuracy_before": token_accuracy(before.said, labels, rows, count),
+        "log_likelihood": after.log_likelihood,
+        "log_likelihood_before": before.log_likelihood,
     }
     names, values = list(columns), [column.tolist() for column in columns.values()]
     for row in zip(*values, strict=True):

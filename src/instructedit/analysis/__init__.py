@@ -14,15 +14,22 @@ if TYPE_CHECKING:
         principal_components,
         separation,
     )
-    from instructedit.analysis.figures import area_map, area_maps, metric_bars, metric_dots, save_figure
+    from instructedit.analysis.figures import (
+        area_map,
+        area_maps,
+        many_edits_figure,
+        metric_bars,
+        metric_dots,
+        save_figure,
+    )
     from instructedit.analysis.summary import summarise
-    from instructedit.analysis.tables import latex_table, markdown_table, rich_table
+    from instructedit.analysis.tables import html_table, latex_table, markdown_table, rich_table
 
 _MODULES = {
     "areas": ("EditingAreas", "cosines", "embed", "fitting_perplexity", "principal_components", "separation"),
-    "figures": ("area_map", "area_maps", "metric_bars", "metric_dots", "save_figure"),
+    "figures": ("area_map", "area_maps", "many_edits_figure", "metric_bars", "metric_dots", "save_figure"),
     "summary": ("summarise",),
-    "tables": ("latex_table", "markdown_table", "rich_table"),
+    "tables": ("html_table", "latex_table", "markdown_table", "rich_table"),
 }
 
 __all__ = [
@@ -32,7 +39,9 @@ __all__ = [
     "cosines",
     "embed",
     "fitting_perplexity",
+    "html_table",
     "latex_table",
+    "many_edits_figure",
     "markdown_table",
     "metric_bars",
     "metric_dots",

@@ -184,6 +184,74 @@ def area_maps(
     return figure
 
 
+def parameter_effects(trials: pd.DataFrame, parameters: Sequence[str], metric: str) -> Figure:
+    """What each searched option does: a panel for each, a dot for each trial, a line through the means.
+
+    Args:
+        trials: One row for each trial, with a column for each option, ``score`` and ``state``; a trial whose state is
+            not ``complete`` is drawn hollow and does not count for the line.
+        parameters: The options.
+        metric: What the score is.
+
+    Raises:
+        ValueError: If no trial has a score.
+    """
+    from matplotlib.figure import Figure
+
+    shown = trials[trials["score"].notna()]
+    if shown.empty:
+        raise ValueError("nothing to draw: no trial has a score")
+    blue, orange = _colours(["trials", "mean"]).values()
+    whole = shown["state"] == "complete"
+    with _style():
+        figure = Figure(figsize=(max(2.6 * len(parameters) + 0.6, 4.4), 3.1), layout="constrained")
+        handles: dict[str, Any] = {}
+        panels = figure.subplots(1, len(parameters), sharey=True, squeeze=False)[0]
+        for axes, option in zip(panels, parameters, strict=True):
+            values = in_order(trials[option].map(str), map(str, sorted(trials[option].unique(), key=_by_size)))
+            places = shown[option].map(str).map(values.index)
+            look: dict[str, Any] = {"s": 26, "linewidths": 1.1, "edgecolors": [blue], "zorder": 3}
+            handles["trial"] = axes.scatter(places[whole], shown["score"][whole], facecolors=[blue], **look)
+            if not whole.all():
+                drawn = axes.scatter(places[~whole], shown["score"][~whole], facecolors="none", **look)
+                handles["stopped early"] = drawn
+            means = shown["score"][whole].groupby(places[whole]).mean()
+            handles["mean"] = axes.plot(means.index, means, color=orange, lw=1.4)[0]
+            axes.set(xlim=(-0.4, len(values) - 0.6), xticks=range(len(values)), xticklabels=values, xlabel=option)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+        figure.axes[0].set_ylabel(metric)
+        _legend(figure, handles)
+    return figure
+
+
+def _by_size(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, then the rest by name."""
+    number = isinstance(value, int | float) or hasattr(value, "__float__")
+    return (not number, float(value) if number else 0.0, str(value))
+
+
+def many_edits_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
+    """Cost of an edit against the number of edits: flat where nothing grows with what was edited before.
+
+    Args:
+        rows: ``edits``, ``ms_per_edit`` and ``memory_mb`` (peak above the start) of each run.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {"ms_per_edit": "time of an edit (ms)", "memory_mb": "peak memory (MB)"}
+    with _style():
+        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+        counts = [row["edits"] for row in rows]
+        for axes, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            values = [row[key] for row in rows]
+            axes.plot(counts, values, marker="o")
+            for count, value in zip(counts, values, strict=True):
+                axes.annotate(f"{value:.0f}", (count, value), (0, 6), textcoords="offset points", ha="center")
+            axes.set(xscale="log", xlabel="edits", ylabel=label, ylim=(0, 1.25 * max(values)))
+            axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def save_figure(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:
     """Write a figure as PNG (150 dpi) and SVG, and return both paths; the same figure gives the same bytes."""
     import matplotlib

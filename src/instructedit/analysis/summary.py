@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from instructedit.metrics import bootstrap_interval, convsent_edit_success, paired_difference
@@ -14,14 +15,35 @@ if TYPE_CHECKING:
 MAIN_METRICS = ("reliability", "generalization", "locality", "portability", "fluency")
 
 
+#: So small a p-value can be told from 0 that it survives the correction for some hundred comparisons.
+_RESAMPLES = 20_000
+
+
 def metric_values(table: DataFrame) -> Iterator[tuple[str, str, Series]]:
     """Every metric of every task as one value for each record.
+
+    With a column ``seed`` a record is scored under each seed on its own, and is the mean of that: one value, however
+    many seeds it was seen with.
 
     Yields:
         (task, metric, values 0..1 indexed by (cluster, record)). A record's probes are averaged first. ``.exact`` is
         exact match of the whole answer, ``.generated`` the same under free generation, ``.plain`` asked without an
         instruction, and ``portability.<group>`` and ``locality.<group>`` the dataset's own groups.
     """
+    if "seed" not in table:
+        yield from _metrics(table)
+        return
+    import pandas as pd
+
+    found: dict[tuple[str, str], list[Series]] = {}
+    for _, part in table.groupby("seed", sort=False):
+        for task, metric, values in _metrics(part):
+            found.setdefault((task, metric), []).append(values)
+    for (task, metric), parts in found.items():
+        yield task, metric, pd.concat(parts).groupby(level=["cluster", "record"], sort=False).mean()
+
+
+def _metrics(table: DataFrame) -> Iterator[tuple[str, str, Series]]:
     for task, rows in table.groupby("task", sort=False):
         main = rows[rows["main"]]
         for kind in ("reliability", "generalization", "portability"):
@@ -70,14 +92,17 @@ def _edit_success(task: str, rows: DataFrame) -> Iterator[tuple[str, str, Series
 def summarise(table: DataFrame, method: str, level: float = 0.95, seed: int = 0) -> DataFrame:
     """Means with bootstrap intervals.
 
+    The intervals are over records (clusters), of the mean over seeds; how far the seeds lie apart is ``spread``.
+
     Args:
-        table: Probe rows, as `evaluate` gives them.
+        table: Probe rows, as `evaluate` gives them; those of several runs with a column ``seed``.
         method: What to call the editor.
         level: Of the intervals.
         seed: Of the bootstrap.
 
     Returns:
-        ``method, task, metric, mean, low, high, n``, ×100; n is the number of clusters.
+        ``method, task, metric, mean, low, high, n``, ×100; n is the number of clusters. With a column ``seed`` also
+        ``seeds``, their number, and ``spread``, the standard deviation of their means (ddof 1; nan for one seed).
     """
     import pandas as pd
 
@@ -87,7 +112,21 @@ def summarise(table: DataFrame, method: str, level: float = 0.95, seed: int = 0)
         interval = bootstrap_interval(values.to_numpy(), clusters.to_numpy(), level=level, seed=seed)
         mean, low, high = (100 * x for x in (interval.mean, interval.low, interval.high))
         found.append((method, task, metric, mean, low, high, interval.n))
-    return pd.DataFrame(found, columns=["method", "task", "metric", "mean", "low", "high", "n"])
+    summary = pd.DataFrame(found, columns=["method", "task", "metric", "mean", "low", "high", "n"])
+    return summary.merge(_spread(table), how="left", on=["task", "metric"]) if "seed" in table else summary
+
+
+def _spread(table: DataFrame) -> DataFrame:
+    """``task, metric, seeds, spread``: the number of seeds and the standard deviation of their means, ×100."""
+    import pandas as pd
+
+    means = [
+        (task, metric, 100 * values.groupby(level="cluster").mean().mean())
+        for _, part in table.groupby("seed", sort=False)
+        for task, metric, values in _metrics(part)
+    ]
+    grouped = pd.DataFrame(means, columns=["task", "metric", "mean"]).groupby(["task", "metric"], sort=False)["mean"]
+    return grouped.agg(seeds="count", spread="std").reset_index()
 
 
 def compare(table: DataFrame, baseline_table: DataFrame, method: str, baseline: str, seed: int = 0) -> DataFrame:
@@ -106,10 +145,20 @@ def compare(table: DataFrame, baseline_table: DataFrame, method: str, baseline: 
             continue
         a, b = (values.droplevel("cluster") for values in (ours[task, metric], theirs[task, metric]))
         clusters = {record: cluster for cluster, record in ours[task, metric].index}
-        gap = paired_difference(a.to_dict(), b.to_dict(), clusters, seed=seed)
+        gap = paired_difference(a.to_dict(), b.to_dict(), clusters, resamples=_RESAMPLES, seed=seed)
         figures = (100 * gap.mean, 100 * gap.low, 100 * gap.high, gap.p_value, gap.n)
         found.append((method, baseline, task, metric, *figures))
     order = {metric: i for i, metric in enumerate(MAIN_METRICS)}
     columns = ["method", "baseline", "task", "metric", "mean", "low", "high", "p_value", "n"]
     frame = pd.DataFrame(sorted(found, key=lambda r: (r[2], order[r[3]])), columns=columns)
     return frame
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for being that many (Holm 1979); nan ones do not count and stay."""
+    order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
+    corrected, largest = list(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from html import escape
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
@@ -148,6 +149,38 @@ def markdown_table(
             cells = (styles[cell.mark].format(cell.text) for cell in row.cells)
             lines.append(line([*map(_markdown, row.names), *cells]))
         tables.append("".join(lines))
+    return "\n".join(tables)
+
+
+def html_table(
+    summary: pd.DataFrame,
+    titles: Mapping[str, str] | None = None,
+    baselines: pd.DataFrame | None = None,
+    metrics: Sequence[str] = METRICS,
+    layout: Layout = "wide",
+) -> str:
+    """The table of ``rich_table`` as HTML, all text escaped: one ``table`` for each part.
+
+    A cell has its interval in ``small``; the best means are in ``b``, the second best in ``u``, published ones have the
+    class ``paper``.
+    """
+    tags = {_Mark.BEST: "<b>{}</b>", _Mark.SECOND: "<u>{}</u>", _Mark.NONE: "{}", _Mark.PUBLISHED: "{}"}
+
+    def cell(value: _Cell) -> str:
+        mean, _, interval = value.text.partition(" ")
+        kind = ' class="paper"' if value.mark is _Mark.PUBLISHED else ""
+        rest = f" <small>{escape(interval)}</small>" if interval else ""
+        return f"<td{kind}>{tags[value.mark].format(escape(mean))}{rest}</td>"
+
+    tables = []
+    for part in _parts(summary, titles, baselines, metrics, layout):
+        header = "".join(f"<th>{escape(name)}</th>" for name in part.header)
+        lines = [f"<table class='names-{part.names}'>", f"<thead><tr>{header}</tr></thead>", "<tbody>"]
+        for row in part.rows:
+            names = "".join(f"<th>{escape(name)}</th>" for name in row.names)
+            kind = ' class="section"' if row.section else ""
+            lines.append(f"<tr{kind}>{names}{''.join(map(cell, row.cells))}</tr>")
+        tables.append("\n".join([*lines, "</tbody>", "</table>"]))
     return "\n".join(tables)
 
 

@@ -39,16 +39,12 @@ def measure(setting: Setting, repeats: int = 5, names: Iterable[str] = MEASURES)
     parameters = sum(p.numel() for p in bench.editor.parameters())
     for name in tqdm(list(names), setting.shape):
         runs: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        for variant in VARIANTS:  # once each, not counted
-            getattr(bench, f"{name}_{variant}")()
+        work = {variant: _flops(getattr(bench, f"{name}_{variant}")) for variant in VARIANTS}  # and warms up
         for _ in range(repeats):
             for variant in VARIANTS:
                 runs[variant].append(_seconds(getattr(bench, f"{name}_{variant}"), setting))
         edits = {"train": len(bench.records), "evaluate": len(bench.tested), "one": 1}[name]
         for variant in VARIANTS:
-            with FlopCounterMode(display=False) as counter:
-                getattr(bench, f"{name}_{variant}")()
-            work = counter.get_total_flops()
             steps = {"plain": len(bench.records) // ACCUMULATE}.get(variant, 1) if name == "train" else 0
             # Adam reads weight, gradient and two moments and writes three of them; the gradient is written once.
             moved = steps * parameters * 4 * 8
@@ -57,12 +53,18 @@ def measure(setting: Setting, repeats: int = 5, names: Iterable[str] = MEASURES)
                 "shape": setting.shape, "measure": name, "variant": variant, "unit": MEASURES[name],
                 "rate": edits / seconds, "seconds": runs[variant],
                 "ratio": statistics.median(p / v for p, v in zip(runs["plain"], runs[variant], strict=True)),
-                "gflop": work / 1e9, "gbyte": moved / 1e9,
-                "floor_share": (work / flops + moved / bandwidth) / seconds,
+                "gflop": work[variant] / 1e9, "gbyte": moved / 1e9,
+                "floor_share": (work[variant] / flops + moved / bandwidth) / seconds,
                 "memory_mb": peak_memory(setting, name, variant),
                 "gradient_mb": parameters * 4 / 1e6 if name == "train" else 0.0,
             })  # fmt: skip
     return rows
+
+
+def _flops(run: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
 
 
 def _seconds(run: Callable[[], None], setting: Setting) -> float:

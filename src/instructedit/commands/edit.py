@@ -16,6 +16,7 @@ def main(
     task: str | None = None,
     subject: str | None = None,
     description: str | None = None,
+    instruction: str | None = None,
     slots: dict[str, str] | None = None,
     ask: list[str] | None = None,
     max_new_tokens: int = 12,
@@ -32,6 +33,8 @@ def main(
         task: Name of the editing task, for editors that read instructions.
         subject: The entity in the prompt that the edit is about, for ROME and MEMIT.
         description: Id of the instruction's description; by default one that training uses, always the same.
+        instruction: A sentence of your own in the description's place, for editors that read instructions; its slots
+            are filled.
         slots: Values of the task's instruction slots, e.g. '{"LABEL": "positive", "TOPIC": "tea"}'.
         ask: Further prompts to ask before and after.
         max_new_tokens: Length of the answers.
@@ -46,7 +49,7 @@ def main(
     if built and method.trainable:
         raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")
     request = ie.EditRequest(prompt, target, task=task, subject=subject, slots=slots or {})
-    change = method.edit([request], description=description)
+    change = method.edit([request], description=description, instruction=instruction)
     prompts = [prompt, *(ask or [])]
     before = model.generate(prompts, max_new_tokens=max_new_tokens)
     with model.edited(change, rows=[0] * len(prompts)):

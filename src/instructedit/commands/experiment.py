@@ -26,10 +26,10 @@ def main(
         seeds: One run of every row for each; the grid's own by default.
         rows: Only these rows of the grid.
         root: Folder of the MLflow store.
-        out: Folder for tables and figures; outputs/<name> by default.
+        out: Folder for the results page, tables and figures; outputs/<name> by default.
         overrides: Further options for every run, e.g. '["--trainer.max_steps=20"]'.
         fresh: Run everything anew, for instance because a dataset or a local LM has changed.
     """
-    from instructedit.experiment import Experiment
+    from instructedit.experiments import Experiment
 
     Experiment.load(name, scale, seeds, rows, root, out, overrides, fresh).run()

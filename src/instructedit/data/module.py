@@ -25,7 +25,8 @@ class TaskSource:
 
     Attributes:
         name: Of the task.
-        source: ``tiny`` (embedded), a file, a folder with a file for each split, or a hub id ``owner/name``.
+        source: ``tiny`` (embedded), a file, a folder with a file for each split, or a hub id ``owner/name``; by default
+            the task's place (see `EditData`), and ``tiny`` without one.
         split: Which split to read, by default the one of the stage. ``train[:-50]`` and ``train[-50:]`` or
             ``train[:90%]`` are parts of one, for data without validation records of their own.
         size: Take so many records, chosen at random; all by default.
@@ -34,11 +35,28 @@ class TaskSource:
     """
 
     name: str
-    source: str = "tiny"
+    source: str | None = None
     split: str | None = None
     size: int | None = None
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a task's records lie, whatever a run uses them for.
+
+    Attributes:
+        source: See `TaskSource`.
+        train: Which split, or part of one, to train on.
+        val: Which one to validate on.
+        test: Which one to test on.
+    """
+
+    source: str = "tiny"
+    train: str = "train"
+    val: str = "val"
+    test: str = "test"
 
 
 class EditData(L.LightningDataModule):
@@ -48,6 +66,7 @@ class EditData(L.LightningDataModule):
         train: Tasks to train on. One task gives a single-task editor; leaving one out gives a hold-out setting.
         val: Tasks to validate on; those of `train` if empty.
         test: Tasks to test on, held-out ones among them; those of `train` if empty.
+        places: Task to where it lies, for all tasks above that name no source of their own.
         batch_size: Edit requests a training step (before accumulation).
         eval_batch_size: Edit requests an evaluation step.
         mixing: ``balanced``: tasks in the proportion of their weights, so that a large one such as ConvSent is
@@ -66,6 +85,7 @@ class EditData(L.LightningDataModule):
         train: list[TaskSource] | None = None,
         val: list[TaskSource] | None = None,
         test: list[TaskSource] | None = None,
+        places: dict[str, Place] | None = None,
         batch_size: int = 24,
         eval_batch_size: int = 32,
         mixing: Literal["balanced", "natural"] = "balanced",
@@ -80,6 +100,7 @@ class EditData(L.LightningDataModule):
         super().__init__()
         self.save_hyperparameters()
         self.sources = {"fit": train or [], "validate": val or train or [], "test": test or train or []}
+        self.places = places or {}
         self.records: dict[str, dict[str, list[EditRecord]]] = {}
         self.reports: list[LoadReport] = []
         self.batches_used = 0
@@ -100,8 +121,9 @@ class EditData(L.LightningDataModule):
         for source in self.sources[part]:
             if source.name in found:
                 raise UserError(f"data: task {source.name!r} is listed twice for {part}")
-            whole, bounds = _split(source.split or split)
-            records, report = load_records(source.name, source.source, whole, **dict(source.options))
+            place = self.places.get(source.name, Place()) if source.source is None else Place(source.source)
+            whole, bounds = _split(source.split or getattr(place, split))
+            records, report = load_records(source.name, place.source, whole, **dict(source.options))
             self.reports.append(report)
             rank_zero_info(report.line())
             found[source.name] = self._subsample(_part(records, bounds), source.size or size)

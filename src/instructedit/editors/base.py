@@ -124,7 +124,13 @@ class Editor(nn.Module, ABC):
         """Small tensors that training must move; a guard stops a run in which they stand still."""
         return {}
 
-    def edit(self, requests: Sequence[EditRequest], description: str | None = None, together: bool = False) -> Edit:
+    def edit(
+        self,
+        requests: Sequence[EditRequest],
+        description: str | None = None,
+        together: bool = False,
+        instruction: str | Mapping[str, str] | None = None,
+    ) -> Edit:
         """Makes edits for a user's requests; nothing is applied yet.
 
         Args:
@@ -132,24 +138,39 @@ class Editor(nn.Module, ABC):
             description: Id of the instruction's description; by default one that training uses, always the same.
             together: Make one edit that serves all requests instead (MEMIT solves for them at once; the edits of
                 most methods are joined).
+            instruction: A free sentence of your own in the description's place, or one for each task by its name;
+                slots such as [TOPIC] are filled from the request.
 
         Raises:
-            UserError: If the editor takes instructions and a request names no task, or a target does not fit.
+            UserError: If the editor takes instructions and a request names no task, if it takes none and one is
+                given, or a target does not fit.
         """
         was_training = self.training
         self.eval()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                batch = self.requests(requests, self.instructor(description=description))
+                batch = self.requests(requests, self.instructor(description=description, instruction=instruction))
                 return (self.make_together(batch) if together else self.make(batch)).detach()
         finally:
             self.train(was_training)
 
-    def instructor(self, split: str = "train", description: str | None = None, seed: int = 0) -> Instructor | None:
-        """Draws this editor's instructions; None if it takes none."""
-        if not self.instructions:
-            return None
-        return Instructor(split=split, description_id=description, seed=seed)  # type: ignore[arg-type]
+    def instructor(
+        self,
+        split: str = "train",
+        description: str | None = None,
+        seed: int = 0,
+        instruction: str | Mapping[str, str] | None = None,
+    ) -> Instructor | None:
+        """Draws this editor's instructions; None if it takes none.
+
+        Raises:
+            UserError: If it takes none, and a free sentence is given.
+        """
+        if self.instructions:
+            return Instructor(split, description, seed, instruction)  # type: ignore[arg-type]
+        if instruction is not None:
+            raise UserError(f"editor {self.name!r} reads no instructions (instructions: false), but one is given")
+        return None
 
     def requests(
         self, requests: Sequence[EditRequest], instructor: Instructor | None, keys: Sequence[str] = ()

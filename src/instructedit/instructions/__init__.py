@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from instructedit.instructions.bank import Description, InstructionBank, Split, bank_names
+from instructedit.instructions.bank import Description, InstructionBank, Provenance, Split, bank_names
 from instructedit.instructions.instructor import Instructor
 from instructedit.instructions.rendering import render
 
-__all__ = ["Description", "InstructionBank", "Instructor", "Split", "bank_names", "render"]
+__all__ = ["Description", "InstructionBank", "Instructor", "Provenance", "Split", "bank_names", "render"]

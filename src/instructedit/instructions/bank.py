@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,16 +47,35 @@ class Description:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Where a bank's descriptions come from, if a language model wrote them.
+
+    Attributes:
+        model: Its name.
+        prompt: Version of the prompts it was asked with.
+        date: Day, as YYYY-MM-DD.
+        seed: Of the prompts and of the choice of splits.
+    """
+
+    model: str
+    prompt: str
+    date: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class InstructionBank:
     """All descriptions of one task (Section 4.1: ten per task, of which one is held out; five more for Figure 3).
 
     Attributes:
         task: The task's title, as instructions show it.
         descriptions: In the order of the file.
+        provenance: Who wrote them, where the file says so.
     """
 
     task: str
     descriptions: tuple[Description, ...]
+    provenance: Provenance | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> InstructionBank:
@@ -72,6 +92,7 @@ class InstructionBank:
         bank = cls(
             _field(raw, "task", str, str(path)),
             tuple(_description(entry, f"{path}: descriptions[{i}]") for i, entry in enumerate(entries)),
+            _provenance(raw, str(path)),
         )
         _check_unique(bank.descriptions, str(path))
         _check_slots(bank.descriptions, _declared_slots(raw, str(path)), str(path))
@@ -96,13 +117,13 @@ class InstructionBank:
         return tuple(d for d in self.descriptions if d.split == name)
 
     def get(self, description_id: str) -> Description:
-        """The description with the given id.
+        """The description with the given id, or at the given place: ``10`` is the tenth of every task's bank.
 
         Raises:
             UserError: If the bank has none; the message lists those it has.
         """
-        for description in self.descriptions:
-            if description.id == description_id:
+        for number, description in enumerate(self.descriptions, 1):
+            if description_id in (description.id, str(number)):
                 return description
         ids = ", ".join(d.id for d in self.descriptions)
         raise UserError(f"task {self.task} has no description {description_id!r}; there are: {ids}")
@@ -175,6 +196,19 @@ def _description(entry: object, where: str) -> Description:
     if description.split not in SPLITS:
         raise UserError(f"{where}: unknown split {description.split!r}; one of {', '.join(SPLITS)}")
     return description
+
+
+def _provenance(raw: Mapping[str, Any], where: str) -> Provenance | None:
+    if "provenance" not in raw:
+        return None
+    own = _field(raw, "provenance", dict, where)
+    kinds = {"model": str, "prompt": str, "date": str, "seed": int}
+    found = Provenance(**{key: _field(own, key, kind, f"{where}: provenance") for key, kind in kinds.items()})
+    try:
+        date.fromisoformat(found.date)
+    except ValueError as error:
+        raise UserError(f"{where}: provenance: date must be a day as YYYY-MM-DD, got {found.date!r}") from error
+    return found
 
 
 def _check_version(raw: Mapping[str, Any], where: str) -> None:

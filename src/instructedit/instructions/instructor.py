@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import operator
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from instructedit.errors import UserError
 from instructedit.instructions.bank import Description, InstructionBank, Split, bank_names, check_split
-from instructedit.instructions.rendering import render
+from instructedit.instructions.rendering import in_front, render
 from instructedit.records import EditRequest
 
 
@@ -23,16 +23,21 @@ class Instructor:
         split: The descriptions to draw from. None puts nothing in front: multi-task editing without instructions.
         description_id: Always use this description, whatever its split.
         seed: Another seed, other draws.
+        sentence: Always use this free sentence instead of any description; or one for each task, by its name. Its
+            slots are filled as a description's are.
 
     Raises:
-        UserError: If there is no such split.
+        UserError: If there is no such split, or both a description and a sentence are given.
     """
 
     split: Split | None = "train"
     description_id: str | None = None
     seed: int = 0
+    sentence: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
+        if self.description_id is not None and self.sentence is not None:
+            raise UserError("give either the id of a description or an instruction of your own, not both")
         if self.split is not None:
             check_split(self.split)
 
@@ -48,8 +53,11 @@ class Instructor:
             key: Tells the edits of one step apart, e.g. the record's id.
 
         Raises:
-            UserError: If the request has no task, the task no bank, the bank no such description, or a slot no value.
+            UserError: If the request has no task, the task no bank (a free sentence needs neither), the bank no such
+                description, or a slot no value.
         """
+        if self.sentence is not None:
+            return partial(operator.add, self._free(request))
         if self.split is None and self.description_id is None:
             return str
         if not request.task:
@@ -59,6 +67,16 @@ class Instructor:
         bank = InstructionBank.for_task(request.task)
         head = render(bank, self._description(bank, step, key), request, prompt="")
         return partial(operator.add, head)  # unlike a closure it can be sent to another process
+
+    def _free(self, request: EditRequest) -> str:
+        sentence, task = self.sentence, request.task
+        if isinstance(sentence, Mapping):
+            if task is None or task not in sentence:
+                raise UserError(f"no instruction for task {task!r}; there are some for: {', '.join(sentence)}")
+            sentence = sentence[task]
+        if task and task.lower() in bank_names():  # a task without a bank goes by its name
+            task = InstructionBank.for_task(task).task
+        return in_front(task, " ".join(str(sentence).split()), request.slots, f"the instruction {sentence!r}")
 
     def _description(self, bank: InstructionBank, step: int, key: str) -> Description:
         if self.description_id is not None:

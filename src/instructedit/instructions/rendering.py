@@ -25,11 +25,27 @@ def render(
         UserError: If a slot of the description has no value.
     """
     slots = request_or_slots.slots if isinstance(request_or_slots, EditRequest) else request_or_slots
+    return in_front(bank.task, description.text, slots, f"description {description.id!r} of task {bank.task}") + prompt
+
+
+def in_front(task: str | None, text: str, slots: Mapping[str, str], name: str) -> str:
+    """What stands in front of a prompt.
+
+    Args:
+        task: The task's title; without one there is no such line.
+        text: A description or a free sentence.
+        slots: The values of its slots.
+        name: What to call it in errors.
+
+    Raises:
+        UserError: If a slot has no value.
+    """
 
     def value(slot: re.Match[str]) -> str:
-        if not (text := slots.get(slot[1], "")).strip():
-            raise UserError(f"no value for slot [{slot[1]}] of description {description.id!r} of task {bank.task}")
-        return text
+        if not (found := slots.get(slot[1], "")).strip():
+            raise UserError(f"no value for slot [{slot[1]}] of {name}")
+        return found
 
     # One pass, so that a value which itself holds square brackets is not filled again.
-    return f"Task: {bank.task}\nDescription: {SLOT.sub(value, description.text)}\nInput: {prompt}"
+    lines = [f"Description: {SLOT.sub(value, text)}", "Input: "]
+    return "\n".join([f"Task: {task}", *lines] if task else lines)

@@ -2,101 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import shutil
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-import yaml
 from mlflow import MlflowClient
+from tests.experiments.helpers import GRID, PAPER, changed, parents, run, watched, write
 
-from instructedit import experiment
+from instructedit.analysis import EditingAreas
 from instructedit.callbacks import EditingAreaDump
-from instructedit.cli import main
+from instructedit.editors import load_editor
 from instructedit.errors import UserError
-from instructedit.experiment import Experiment, Grid, fingerprint
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.experiments import Experiment, Grid, grid
+from instructedit.experiments import fingerprint as fingerprints
+from instructedit.experiments.fingerprint import fingerprint
+from instructedit.experiments.views import Shown
+from instructedit.experiments.views.metrics import MetricsView
+from instructedit.lm import FrozenLM
 from instructedit.tracking import artifact_path, runs
 
-TABLE3 = experiment.REPOSITORY / "experiments" / "table3"
-GRID = {
-    "title": "A try",
-    "seeds": [3, 4],
-    "configs": ["configs/all.yaml"],
-    "rows": {
-        "unedited": {"editor": "unedited", "fit": False},
-        "MEND (raw)": {"editor": "mend", "fit": False},
-        "MEND": {"editor": "mend", "overrides": ["--trainer.max_steps=1"]},
-    },
-    "compare": [["MEND", "MEND (raw)"]],
-    "scales": {"one": {"configs": ["configs/one.yaml"], "editors": ["new", "small"], "paper": "Big"}},
-    "layout": "tall",
-    "paper": "paper.csv",
-}
-PAPER = "model,method,task,metric,mean\nBig,MEND,zsre,reliability,81.25\nOther,MEND,zsre,reliability,12.5\n"
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory, tokenizer):
-    """A repository with one experiment for a small random LM."""
-    root = tmp_path_factory.mktemp("repository")
-    torch.manual_seed(0)
-    recipe = Recipe(architecture="gpt2", width=16, layers=4, heads=2, vocab=600, context=256)
-    new_model(recipe, tokenizer.eos_token_id).save_pretrained(root / "lm")
-    tokenizer.save_pretrained(root / "lm")
-    data = {
-        "train": [{"name": "counterfact"}],
-        "test": [{"name": "counterfact", "size": 4}, {"name": "zsre", "size": 3}],
-        "batch_size": 2,
-        "val_size": 2,
-    }
-    off = dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
-    write(root / "configs/all.yaml", {"data": data, "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, **off}})
-    write(root / "configs/one.yaml", {"model": {"lm": {"name": str(root / "lm")}}})
-    mend = {"model": {"editor": {"class_path": "Mend", "init_args": {"rank": 3, "edit_rate": 0.1}}}}
-    write(root / "configs/editor/mend.yaml", {"model": {"lr": 1.0, **mend["model"]}})
-    write(root / "configs/editor/small/mend.yaml", mend)
-    write(root / "configs/editor/unedited.yaml", {"model": {"editor": {"class_path": "Unedited"}}})
-    write(root / "experiments/try/grid.yaml", GRID)
-    write(root / "experiments/try/paper.csv", PAPER)
-    return root
-
-
-@pytest.fixture
-def place(made, monkeypatch):
-    monkeypatch.setattr(experiment, "REPOSITORY", made)
-    return made
-
-
-@pytest.fixture
-def copy(made, tmp_path, monkeypatch):
-    """One whose files a test may change."""
-    shutil.copytree(made / "configs", tmp_path / "configs")
-    shutil.copytree(made / "experiments", tmp_path / "experiments")
-    monkeypatch.setattr(experiment, "REPOSITORY", tmp_path)
-    return tmp_path
-
+TABLE3 = grid.REPOSITORY / "experiments" / "table3"
 
 # -- grids ---------------------------------------------------------------------------------------------------------
-
-
-def changed(path, value):
-    """The grid with one key set, or taken out."""
-    grid = yaml.safe_load(yaml.safe_dump(GRID, sort_keys=False))
-    *parents, last = path
-    inner = grid
-    for key in parents:
-        inner = inner[key]
-    inner[last] = value
-    return {key: value for key, value in grid.items() if value is not None}
 
 
 WRONG = {
@@ -105,7 +33,33 @@ WRONG = {
     "layout": (["layout"], "long", "grid.yaml: Parser key \"layout\": Expected a typing.Literal['wide', 'tall']"),
     "seeds": (["seeds"], "none", 'grid.yaml: Parser key "seeds"'),
     "unknown key of a row": (["rows", "MEND", "fitt"], True, "grid.yaml: rows: MEND: Option 'fitt'"),
-    "row without an editor": (["rows", "MEND"], {"fit": False}, "grid.yaml: rows: MEND: the following arguments"),
+    "row without an editor": (["rows", "MEND"], {"fit": False}, "rows: MEND: expected one of the keys editor and of"),
+    "row with both": (["rows", "MEND", "of"], "MEND", "rows: MEND: expected one of the keys editor and of"),
+    "test of no row": (["rows", "raw"], {"of": "KE"}, "grid.yaml: rows: raw: of: no row 'KE'; there are: unedited, "),
+    "test of what is not fitted": (["rows", "raw"], {"of": "unedited"}, "rows: raw: of: row 'unedited' is not fitted"),
+    "no config of a row": (["rows", "MEND", "configs"], ["absent.yaml"], "row 'MEND': configs: "),
+    "unknown view": (["views"], ["table", "tabel"], "grid.yaml: views: no view 'tabel'; there are: areas, "),
+    "options of no view": (["options"], {"tabel": {}}, "grid.yaml: options: no view 'tabel'"),
+    "unknown key of the search": (
+        ["search"],
+        {"base": "MEND", "parameters": {"--a": [1]}, "tries": 1},
+        "grid.yaml: search: Option 'tries'",
+    ),
+    "search without a row": (["search"], {"base": "KE", "parameters": {"--a": [1]}}, "search: base: no row 'KE'"),
+    "search of what is not fitted": (
+        ["search"],
+        {"base": "unedited", "parameters": {"--a": [1]}},
+        "search: base: row 'unedited' is not fitted",
+    ),
+    "search for nothing": (["search"], {"base": "MEND", "parameters": {}}, "search: parameters: nothing to try"),
+    "search among nothing": (["search"], {"base": "MEND", "parameters": {"--a": []}}, "search: parameters: --a: no va"),
+    "no option": (["search"], {"base": "MEND", "parameters": {"lr": [1]}}, "an option such as --model.lr, got 'lr'"),
+    "unknown sampler": (
+        ["search"],
+        {"base": "MEND", "parameters": {"--a": [1]}, "sampler": "best"},
+        "grid.yaml: search: Parser key",
+    ),
+    "no trials": (["search"], {"base": "MEND", "parameters": {"--a": [1]}, "trials": 0}, "search: trials: expected at"),
     "a row that is a name": (["rows", "MEND"], "mend", "grid.yaml: rows: MEND: expected keys and values, got 'mend'"),
     "a scale that is a list": (["scales", "one"], ["configs/all.yaml"], "grid.yaml: scales: one: expected keys"),
     "unknown key of a scale": (["scales", "one", "editor"], "small", "grid.yaml: scales: one: Option 'editor'"),
@@ -178,9 +132,9 @@ def test_the_papers_table_is_there():
 
 
 def test_every_published_method_has_a_row():
-    grid = Grid.load(TABLE3 / "grid.yaml")
-    assert set(pd.read_csv(TABLE3 / "paper.csv")["method"]) <= set(grid.rows)
-    assert {scale.paper for scale in grid.scales.values()} == set(pd.read_csv(TABLE3 / "paper.csv")["model"])
+    table3 = Grid.load(TABLE3 / "grid.yaml")
+    assert set(pd.read_csv(TABLE3 / "paper.csv")["method"]) <= set(table3.rows)
+    assert {scale.paper for scale in table3.scales.values()} == set(pd.read_csv(TABLE3 / "paper.csv")["model"])
 
 
 # -- fingerprints --------------------------------------------------------------------------------------------------
@@ -214,37 +168,14 @@ def test_a_fingerprint_is_of_the_package(monkeypatch, tmp_path):
     marks = []
     for name, text in (("one.py", "1"), ("one.py", "2"), ("two.py", "2"), ("data/table.csv", "")):
         write(tmp_path / name, text)
-        monkeypatch.setattr(experiment, "__file__", str(tmp_path / "experiment.py"))
-        experiment._package.cache_clear()
+        monkeypatch.setattr(fingerprints, "SOURCE", tmp_path)
+        fingerprints._package.cache_clear()
         marks.append(fingerprint(["fit"]))
-    experiment._package.cache_clear()
+    fingerprints._package.cache_clear()
     assert len(set(marks)) == 4
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
-
-
-def run(store, out, *options):
-    """Status and what was printed, on both streams."""
-    args = ["experiment", "try", "--scale=one", f"--root={store}", f"--out={out}", *options]
-    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(io.StringIO()) as errors:
-        status = main(args)
-    return status, printed.getvalue(), errors.getvalue()
-
-
-def watched(monkeypatch, fails=None, error=None):
-    """Which rows and seeds are really run."""
-    done = []
-    original = Experiment._run_row
-
-    def run_row(self, name, seed, parent):
-        if name == fails:
-            raise error
-        done.append((name, seed))
-        return original(self, name, seed, parent)
-
-    monkeypatch.setattr(Experiment, "_run_row", run_row)
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +183,7 @@ def whole(made, tmp_path_factory):
     """The store and the results of an experiment that ran from beginning to end."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "REPOSITORY", made)
+        patch.setattr(grid, "REPOSITORY", made)
         status, printed, _ = run(folder / "store", folder / "out")
     assert status == 0
     return SimpleNamespace(
@@ -260,18 +191,11 @@ def whole(made, tmp_path_factory):
     )
 
 
-def parents(store):
-    """The experiment's own runs, the newest first, with their tags."""
-    client = MlflowClient(f"sqlite:///{store}/mlflow.db")
-    found = runs(root=store)
-    return [client.get_run(run_id) for run_id in found[found["name"] == "try"]["run_id"]]
-
-
 def test_the_report(whole):
     for i, name in enumerate(GRID["rows"], 1):
         assert f"row {i} of 3: {name}" in whole.printed
     table = (whole.out / "table.md").read_text()
-    assert table.startswith("# A try\n\npaper: published figures for Big\n\n| CounterFact | Reliability |")
+    assert "paper: published figures for Big.\n\n| CounterFact | Reliability |" in table
     assert "| ZsRE (held out) | Reliability | paper | Generalization | Locality | Portability |" in table
     (line,) = [line for line in table.split("| ZsRE")[1].splitlines() if line.startswith("| MEND |")]
     assert line.split(" | ")[2] == "81.2"
@@ -367,3 +291,58 @@ def test_all_rows_fail(place, whole, monkeypatch, tmp_path):
         "instructedit: error: 1 of 1 rows failed, see above: unedited",
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_view_that_fails_does_not_take_the_others_along(place, whole, monkeypatch, tmp_path):
+    def broken(self, results):
+        yield Shown("first", "First", frame=pd.DataFrame({"a": [1]}))
+        raise RuntimeError("no such colour")
+
+    monkeypatch.setattr(MetricsView, "show", broken)
+    status, _, errors = run(whole.store, tmp_path / "out", "--rows=[unedited, MEND]", "--seeds=[3]")
+    assert status == 2
+    assert "instructedit: error: view 'metrics': no such colour" in errors
+    assert errors.splitlines()[-1].endswith("1 of 6 views failed, see above: metrics")
+    page = (tmp_path / "out/index.html").read_text()
+    assert "1 of 6 views failed, see above: metrics" in page
+    assert {"table.md", "first.csv", "areas.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert parents(whole.store)[0].info.status == "FAILED"
+
+
+def test_what_a_run_leaves_in_the_store(whole):
+    client = MlflowClient(f"sqlite:///{whole.store}/mlflow.db")
+    run_id = whole.runs.set_index("name").loc["try/MEND/seed-4", "run_id"]
+    data = client.get_run(run_id).data
+    tags = {"experiment": "try", "method": "MEND", "scale": "one", "seed": "4", "tasks.fit": "counterfact"}
+    assert {**tags, "tasks.test": "counterfact,zsre"}.items() <= data.tags.items()
+    summary = pd.read_parquet(artifact_path(run_id, "tables/summary.parquet", whole.store))
+    for row in summary.itertuples():
+        assert data.metrics[f"test/{row.task}/{row.metric}"] == pytest.approx(row.mean)
+    areas = EditingAreas.load(artifact_path(run_id, "areas/areas.safetensors", whole.store))
+    site = areas.site_names[0]
+    own = [float(n) for n, task in zip(areas.norms[site], areas.tasks, strict=True) if task == "CounterFact"]
+    assert data.metrics[f"update_norm.CounterFact/{site}"] == pytest.approx(sum(own) / len(own), rel=1e-5)
+
+
+def test_the_trained_editor_is_an_artifact(whole, made):
+    lm = FrozenLM.from_pretrained(str(made / "lm"))
+    run_id = whole.runs.set_index("name").loc["try/MEND/seed-4", "run_id"]
+    editor = load_editor(artifact_path(run_id, "editor", whole.store), lm)
+    client = MlflowClient(f"sqlite:///{whole.store}/mlflow.db")
+    checkpoint = whole.store / client.get_run(run_id).data.tags["checkpoint"]
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert saved
+    for name, value in editor.state_dict().items():
+        assert torch.equal(value, saved[f"editor.{name}"]), name
+
+
+def test_the_experiments_run_links_its_page(whole):
+    parent = parents(whole.store)[-1]
+    assert (
+        artifact_path(parent.info.run_id, "index.html", whole.store).read_text()
+        == (whole.out / "index.html").read_text()
+    )
+    note = parent.data.tags["mlflow.note.content"]
+    place = f"#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}/artifacts/index.html"
+    assert f"[results page]({place})" in note
+    assert "| ZsRE (held out) | Reliability | paper |" in note

@@ -1,0 +1,150 @@
+"""What the wording of the instruction does (Figure 3): every description on its own, the seen ones as the yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from instructedit.analysis.figures import _CAPTION, _colours, _legend, _style, _whiskers
+from instructedit.analysis.tables import METRICS, in_order, metric_title
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+#: The group that the others are tested against, and those others.
+SEEN, HELD_OUT, NOVEL = "seen", "held out", "novel"
+GROUPS = (SEEN, HELD_OUT, NOVEL)
+
+
+def description_spread(summary: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
+    """How far the descriptions of a group lie apart.
+
+    Args:
+        summary: ``method, task, metric, mean`` of each description, its name in ``method``.
+        groups: Description to its group.
+
+    Returns:
+        ``task, metric, group, descriptions, mean, lowest, highest, deviation``: of the descriptions' means; the last
+        is their standard deviation, nan for one description alone.
+    """
+    shown = summary[summary["metric"].isin(METRICS)].assign(group=lambda frame: frame["method"].map(groups))
+    spread = shown.groupby(["task", "metric", "group"], sort=False)["mean"].agg(
+        descriptions="count", mean="mean", lowest="min", highest="max", deviation="std"
+    )
+    return _ordered(spread.reset_index())
+
+
+def description_tests(
+    tables: Mapping[str, pd.DataFrame], groups: Mapping[str, str], resamples: int = 20_000, seed: int = 0
+) -> pd.DataFrame:
+    """Each description that is not seen, and each group of them, against the mean over the seen ones.
+
+    Record by record: a record's value is its mean over seeds, and for a group its mean over the group's descriptions.
+    Paired bootstrap over records (ConvSent: topics), p-values corrected for all tests of the table (Holm 1979).
+
+    Args:
+        tables: Description to its probe rows, those of all seeds, told apart by the column ``seed``.
+        groups: Description to its group.
+        resamples: Number of bootstrap samples: so many that a corrected p-value can be small.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``description, group, task, metric, mean, low, high, p_value, corrected, n``: differences × 100. The
+        description of a whole group is ``all <group>``.
+    """
+    import pandas as pd
+
+    from instructedit.analysis.summary import holm
+    from instructedit.metrics import paired_difference
+
+    values = pd.concat({name: _values(table) for name, table in tables.items()}, names=["description"])
+    rows = []
+    for (task, metric), own in values.groupby(["task", "metric"], sort=False):
+        by_record = own.droplevel(["task", "metric"]).unstack("description")
+        kind = by_record.columns.map(groups)
+        seen = by_record.loc[:, kind == SEEN].mean(axis=1)
+        clusters = {record: cluster for cluster, record in by_record.index}
+        tested = {name: (groups[name], by_record[name]) for name in by_record if groups[name] != SEEN}
+        for group in GROUPS[1:]:
+            if (kind == group).sum() > 1:
+                tested[f"all {group}"] = group, by_record.loc[:, kind == group].mean(axis=1)
+        for name, (group, theirs) in tested.items():
+            a, b = (series.droplevel("cluster").to_dict() for series in (theirs, seen))
+            gap = paired_difference(a, b, clusters, resamples=resamples, seed=seed)
+            figures = (100 * gap.mean, 100 * gap.low, 100 * gap.high, gap.p_value)
+            rows.append((name, group, task, metric, *figures, gap.n))
+    columns = ["description", "group", "task", "metric", "mean", "low", "high", "p_value", "n"]
+    frame = pd.DataFrame(rows, columns=columns)
+    frame.insert(columns.index("n"), "corrected", holm(frame["p_value"].tolist()))
+    return _ordered(frame)
+
+
+def description_dots(
+    summary: pd.DataFrame, groups: Mapping[str, str], titles: Mapping[str, str] | None = None
+) -> Figure:
+    """A row of panels for each task, a panel for each metric, a dot with its interval for each description.
+
+    Args:
+        summary: ``method, task, metric, mean, low, high`` of each description, its name in ``method``.
+        groups: Description to its group; groups stand beside each other, each in its colour, a line at its mean.
+        titles: Task name to the title of its panels; its order is the order of the rows, others follow.
+    """
+    from matplotlib.figure import Figure
+
+    shown = summary[summary["metric"].isin(METRICS) & summary["method"].isin(groups)]
+    names = sorted(in_order(shown["method"], ()), key=lambda name: GROUPS.index(groups[name]))
+    tasks = in_order(shown["task"], titles or {})
+    columns = int(shown.groupby("task")["metric"].nunique().max())
+    colours = dict(zip(GROUPS, _colours(GROUPS).values(), strict=True))
+    handles: dict[str, Any] = {}
+    with _style():
+        figure = Figure((2.5 * columns + 0.6, 2.0 * len(tasks) + 0.8), layout="constrained")
+        grid = figure.subplots(len(tasks), columns, squeeze=False)
+        for panels, task in zip(grid, tasks, strict=True):
+            own = shown[shown["task"] == task]
+            metrics = in_order(own["metric"], METRICS)
+            for axes, metric in zip(panels, metrics, strict=False):
+                handles |= _panel(axes, own[own["metric"] == metric], names, groups, colours)
+                axes.set_ylabel(metric_title(metric))
+            for axes in panels[len(metrics) :]:
+                axes.set_axis_off()
+            panels[0].set_title((titles or {}).get(task, task), loc="left")
+        _legend(figure, handles)
+        note = "A dot for each description: mean over records. Whiskers: bootstrap interval. Lines: mean of the group."
+        figure.supxlabel(note, **_CAPTION)
+    return figure
+
+
+def _panel(
+    axes: Axes, rows: pd.DataFrame, names: Sequence[str], groups: Mapping[str, str], colours: Mapping[str, Any]
+) -> dict[str, Any]:
+    handles = {}
+    for marker, (group, colour) in zip("osD", colours.items(), strict=True):
+        own = rows[rows["method"].map(groups) == group]
+        if len(own):
+            x = own["method"].map(names.index)
+            look: dict[str, Any] = {"fmt": marker, "ms": 4, "elinewidth": 1.1, "color": colour}
+            handles[group] = axes.errorbar(x, own["mean"], yerr=_whiskers(own), **look)
+            axes.hlines(own["mean"].mean(), x.min() - 0.4, x.max() + 0.4, color=colour, lw=1, alpha=0.6)
+    axes.set(xticks=[], xlim=(-0.7, len(names) - 0.3))
+    axes.spines[["top", "right"]].set_visible(False)
+    return handles
+
+
+def _values(table: pd.DataFrame) -> pd.Series:
+    """A record's value, indexed by ``task, metric, cluster, record``."""
+    import pandas as pd
+
+    from instructedit.analysis.summary import metric_values
+
+    found = {(task, metric): values for task, metric, values in metric_values(table) if metric in METRICS}
+    return pd.concat(found, names=["task", "metric"])
+
+
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """Metrics of a task in the order of the result table."""
+    order = {task: i for i, task in enumerate(frame["task"].unique())}
+    places = frame["task"].map(order) * len(METRICS) + frame["metric"].map(METRICS.index)
+    return frame.iloc[places.argsort(kind="stable")].reset_index(drop=True)

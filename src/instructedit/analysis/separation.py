@@ -1,0 +1,147 @@
+"""How far the editing areas of the tasks lie apart (Figure 4): measures over seeds, and maps of each edited matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from instructedit.analysis.figures import (
+    _CAPTION,
+    _colours,
+    _legend,
+    _map_note,
+    _scatter,
+    _short,
+    _style,
+    _task_styles,
+    _whiskers,
+)
+from instructedit.analysis.seeds import across_seeds
+from instructedit.analysis.tables import in_order
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from instructedit.analysis.areas import EditingAreas
+
+#: What `separation` measures, and what figures call it.
+MEASURES = {
+    "silhouette": "Silhouette (cosine)",
+    "variance_ratio": "Variance between / within tasks",
+    "probe_accuracy": "Accuracy of a linear probe",
+}
+#: Between which values they lie.
+_BOUNDS = {"silhouette": (-1.0, 1.0), "variance_ratio": (0.0, math.inf), "probe_accuracy": (0.0, 1.0)}
+
+
+def separation_table(areas: Mapping[str, Sequence[EditingAreas]], seed: int = 0) -> pd.DataFrame:
+    """`separation` of every editor and edited matrix.
+
+    Args:
+        areas: What to call an editor, to its areas, one for each seed that it was trained with.
+        seed: Of the probe's folds.
+
+    Returns:
+        ``method, site, measure, mean, low, high, seeds, chance``: means over the seeds with t intervals (see
+        `across_seeds`); ``chance`` is what a blind probe would reach, nan for the other measures.
+
+    Raises:
+        UserError: If an editor's seeds have not the same edited matrices.
+    """
+    import pandas as pd
+
+    from instructedit.analysis.areas import separation
+
+    rows = []
+    for method, children in areas.items():
+        for site in children[0].site_names:
+            scores = [separation(own, site, seed) for own in children]
+            for measure in MEASURES:
+                found = across_seeds((score[measure] for score in scores), bounds=_BOUNDS[measure])
+                chance = across_seeds(score["chance"] for score in scores).mean
+                blind = chance if measure == "probe_accuracy" else float("nan")
+                rows.append((method, site, measure, found.mean, found.low, found.high, found.n, blind))
+    return pd.DataFrame(rows, columns=["method", "site", "measure", "mean", "low", "high", "seeds", "chance"])
+
+
+def separation_dots(table: pd.DataFrame) -> Figure:
+    """Dots of `separation_table`: a panel for each measure, a line for each edited matrix, a colour for each editor.
+
+    A dashed line is what a blind probe would reach, of the largest share among the editors.
+    """
+    from matplotlib.figure import Figure
+
+    methods, sites = in_order(table["method"], ()), in_order(table["site"], ())
+    colours = _colours(methods)
+    handles: dict[str, Any] = {}
+    with _style():
+        figure = Figure((9.5, max(0.16 * len(methods) * len(sites), 0.4 * len(sites)) + 1.6), layout="constrained")
+        panels = figure.subplots(1, len(MEASURES), sharey=True)
+        for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
+            own = table[table["measure"] == measure]
+            for place, method in enumerate(methods):
+                dots = own[own["method"] == method]
+                shift = 0.7 * ((place + 0.5) / len(methods) - 0.5)
+                y = [sites.index(site) + shift for site in dots["site"]]
+                look: dict[str, Any] = {
+                    "fmt": "osD^vPX"[place % 7],
+                    "ms": 4,
+                    "elinewidth": 1.1,
+                    "color": colours[method],
+                }
+                handles[method] = axes.errorbar(dots["mean"], y, xerr=_whiskers(dots), **look)
+            if own["chance"].notna().any():
+                axes.axvline(own["chance"].max(), color="0.4", lw=1, ls="--")
+            axes.set(yticks=range(len(sites)), yticklabels=map(_short, sites), ylim=(len(sites) - 0.5, -0.5))
+            axes.set_xlabel(title)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+        _legend(figure, handles)
+        note = "Dots: mean over seeds. Whiskers: 95 % t interval over seeds. Dashed: a blind probe."
+        figure.supxlabel(note, **_CAPTION)
+    return figure
+
+
+def map_pairs(
+    areas: Mapping[str, EditingAreas],
+    site: str,
+    perplexity: float = 30,
+    seed: int = 0,
+    titles: Mapping[str, str] | None = None,
+) -> Figure:
+    """Maps of one edited matrix: a column for each editor that edits it, t-SNE above, principal components below.
+
+    Args:
+        areas: What to call an editor, to its areas.
+        site: Name of the edited matrix.
+        perplexity: Of t-SNE.
+        seed: Of t-SNE.
+        titles: Task name to its name in the legend; its order is the order of the legend, others follow.
+
+    Raises:
+        UserError: If no editor has such a site.
+    """
+    from matplotlib.figure import Figure
+
+    from instructedit.analysis.areas import embed
+    from instructedit.errors import UserError
+
+    shown = {method: own for method, own in areas.items() if site in own.factors}
+    if not shown:
+        raise UserError(f"no edited matrix named {site} in {', '.join(areas)}")
+    methods: tuple[Literal["tsne", "pca"], ...] = ("tsne", "pca")
+    styles = _task_styles([task for own in shown.values() for task in own.tasks], titles)
+    handles: dict[str, Any] = {}
+    with _style():
+        figure = Figure((max(2.4 * len(shown) + 0.4, 4.4), 6.0), layout="constrained")
+        grid = figure.subplots(2, len(shown), squeeze=False)
+        for column, (method, own) in enumerate(shown.items()):
+            for axes, how in zip(grid[:, column], methods, strict=True):
+                handles |= _scatter(axes, embed(own, site, how, perplexity, seed), own.tasks, styles)
+            grid[0, column].set_title(method)
+        grid[0, 0].set_ylabel("t-SNE", fontsize=10, fontweight="bold")
+        grid[1, 0].set_ylabel("PCA", fontsize=10, fontweight="bold")
+        _legend(figure, {name: handles[name] for name, *_ in styles.values()})
+        figure.supxlabel(f"{_short(site)}. {_map_note('tsne', map(len, shown.values()), perplexity, seed)}", **_CAPTION)
+    return figure

@@ -1,0 +1,42 @@
+"""What datasets hold (Table 5): records, edits, probes and tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from instructedit.records import KINDS, EditRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Kinds of probes to count; the request itself is the reliability probe.
+PROBES = tuple(kind for kind in KINDS if kind != "reliability")
+
+
+def dataset_statistics(
+    records: Mapping[tuple[str, str], Sequence[EditRecord]], tokens: Callable[[str], int]
+) -> pd.DataFrame:
+    """One line for each task and split.
+
+    Args:
+        records: (task, split) to the edit records.
+        tokens: Counts the tokens of a text.
+
+    Returns:
+        ``task, split, records, edits``, a column for each kind of probe with their number, and the tokens of a request
+        (prompt and target): ``tokens`` on average and ``longest``. A record of the dataset may give several edits
+        (ConvSent: the cases of a topic); probes that those share count once.
+    """
+    import pandas as pd
+
+    rows = []
+    for (task, split), own in records.items():
+        probes: Counter[str] = Counter(
+            probe.kind for _, probe in {(r.cluster, probe) for r in own for probe in r.probes}
+        )
+        lengths = [tokens(f"{r.request.prompt} {r.request.target}") for r in own]
+        counts = [len({r.cluster for r in own}), len(own), *(probes[kind] for kind in PROBES)]
+        rows.append((task, split, *counts, sum(lengths) / len(lengths), max(lengths)))
+    return pd.DataFrame(rows, columns=["task", "split", "records", "edits", *PROBES, "tokens", "longest"])

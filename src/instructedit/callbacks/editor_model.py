@@ -1,0 +1,30 @@
+"""Keeps the trained editor with its run, so that it can be loaded without a checkpoint's options."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812
+
+from instructedit.editors import load_editor
+from instructedit.tracking import MLflowTracker
+
+
+class EditorModel(L.Callback):
+    """Logs the editor of the best checkpoint as the artifact folder ``editor/``, which `load_editor` reads.
+
+    Without validation it is the last checkpoint's.
+    """
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """After the checkpoints: Lightning writes the last one when training ends."""
+        checkpoint = trainer.checkpoint_callback
+        best = checkpoint and (checkpoint.best_model_path or checkpoint.last_model_path)
+        if not best or not isinstance(trainer.logger, MLflowTracker) or not trainer.is_global_zero:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            editor = Path(folder, "editor")
+            load_editor(best, pl_module.lm).save_pretrained(editor)
+            trainer.logger.log_file(editor)

@@ -1,0 +1,42 @@
+"""When two runs are the same: made by the same options, files and code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+#: The package.
+SOURCE = Path(__file__).resolve().parents[1]
+
+_SHOWS = ("analysis", "experiments", "commands", "cli.py", "console.py")  # results, and makes none
+
+
+def fingerprint(args: Sequence[str]) -> str:
+    """sha256 (hex) of what a run is made from: its command line, the files that this names, and the package.
+
+    A file counts with its contents, wherever it lies. Folders (a local LM, datasets), the hub, the installed packages
+    and the machine are not looked at; nor is the part of the package that only shows results.
+    """
+    parts = [_package()]
+    for arg in args:
+        option, _, value = arg.partition("=")
+        parts.append(f"{option}={_sha256(Path(value))}" if os.path.isfile(value) else arg)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@cache
+def _package() -> str:
+    shows = {SOURCE / name for name in _SHOWS}
+    files = sorted(path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    files = [path for path in files if shows.isdisjoint((path, *path.parents))]
+    names = [path.relative_to(SOURCE).as_posix() for path in files]
+    return hashlib.sha256(json.dumps([*zip(names, map(_sha256, files), strict=True)]).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

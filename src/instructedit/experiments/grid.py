@@ -1,0 +1,218 @@
+"""What a ``grid.yaml`` says: the rows of an experiment, the scales they are run at, and what is shown of them."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+import yaml
+
+from instructedit.errors import UserError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+#: Of a clone: where configs/ and experiments/ stand.
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+#: What is shown of an experiment that does not say it, as far as there are data for it.
+VIEWS = ("table", "differences", "metrics", "areas", "search", "failures")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a grid.
+
+    Attributes:
+        editor: Name of its config under configs/editor/; a row with ``of`` has the other row's.
+        fit: Whether the editor is trained before it is tested; if not, one seed is enough.
+        of: Another row, which is fitted: this one is only a further test of the editor that the other trained, with
+            each of its seeds.
+        configs: Further configs of this row, relative to the repository.
+        overrides: Its own further options.
+        hidden: Not shown, and not run unless another row or the search needs it.
+    """
+
+    editor: str | None = None
+    fit: bool = True
+    of: str | None = None
+    configs: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    hidden: bool = False
+
+    @property
+    def fitted(self) -> bool:
+        """Whether this row trains its own editor."""
+        return self.fit and self.of is None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A language model and what goes with it.
+
+    Attributes:
+        configs: Further configs of every run, relative to the repository.
+        editors: The folder under configs/editor/ whose files come before those of configs/editor/ itself, or several
+            in order; by default the one with the scale's name.
+        paper: The model whose published figures stand beside ours.
+    """
+
+    configs: tuple[str, ...]
+    editors: str | tuple[str, ...] | None = None
+    paper: str | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """Which options of a row's editor are tried, and how. Every trial is one fit; the test records are not touched.
+
+    Attributes:
+        base: The row whose options are varied.
+        parameters: Option (``--model.lr``) to the values to choose from.
+        metric: What is logged in validation and should be high.
+        trials: How many; with ``sampler: grid`` every combination by default.
+        sampler: ``grid`` goes through the combinations, ``tpe`` goes where earlier trials were good.
+        pruner: ``median`` stops a trial that is below the median of the others at the same step.
+    """
+
+    base: str
+    parameters: dict[str, list[Any]]
+    metric: str = "val/score"
+    trials: int | None = None
+    sampler: Literal["grid", "tpe"] = "grid"
+    pruner: Literal["median", "none"] = "none"
+
+    @property
+    def count(self) -> int:
+        """How many trials there are to be."""
+        every = prod(map(len, self.parameters.values()))
+        return min(self.trials or every, every) if self.sampler == "grid" else self.trials or every
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a ``grid.yaml`` says.
+
+    Attributes:
+        title: Of the experiment.
+        seeds: Every fitted row is run once with each.
+        configs: Of every run, relative to the repository.
+        rows: Name in tables to the row.
+        scales: Name to the scale.
+        compare: Pairs of a row and a baseline, whose difference is tested.
+        layout: Of the result table: ``wide``, or ``tall`` for many rows.
+        paper: A file of published figures beside the grid, ``model,method,task,metric,mean``.
+        views: Names of what is shown, in order.
+        search: Options to be tried, before the rows are run.
+        note: What the experiment asks, for the top of its page.
+        options: Of single views: name of the view to its options.
+    """
+
+    title: str
+    seeds: tuple[int, ...]
+    configs: tuple[str, ...]
+    rows: dict[str, Row]
+    scales: dict[str, Scale]
+    compare: tuple[tuple[str, str], ...] = ()
+    layout: Literal["wide", "tall"] = "wide"
+    paper: str | None = None
+    views: tuple[str, ...] = VIEWS
+    search: Search | None = None
+    note: str = ""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        """Reads a grid.
+
+        Raises:
+            UserError: If it is not YAML, or a key is missing, unknown or of the wrong kind, or names what is not there.
+        """
+        try:
+            spec = yaml.safe_load(file.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"{file}: not YAML: {error}") from error
+        for key, kind in (("rows", Row), ("scales", Scale)):
+            if isinstance(spec, dict) and isinstance(spec.get(key), dict):
+                spec[key] = {name: _parsed(kind, part, f"{file}: {key}: {name}") for name, part in spec[key].items()}
+        if isinstance(spec, dict) and spec.get("search") is not None:
+            spec["search"] = _parsed(Search, spec["search"], f"{file}: search")
+        grid = _parsed(cls, spec, str(file))
+        grid._check(str(file))
+        return grid
+
+    def _check(self, file: str) -> None:
+        named = [("compare", name) for pair in self.compare for name in pair]
+        named += [(f"rows: {name}: of", row.of) for name, row in self.rows.items() if row.of is not None]
+        named += [("search: base", self.search.base)] if self.search else []
+        for where, name in named:
+            if name not in self.rows:
+                raise UserError(f"{file}: {where}: no row {name!r}; there are: {', '.join(self.rows)}")
+        for name, row in self.rows.items():
+            if (row.editor is None) == (row.of is None):
+                raise UserError(f"{file}: rows: {name}: expected one of the keys editor and of")
+            if row.of is not None and not self.rows[row.of].fitted:
+                raise UserError(f"{file}: rows: {name}: of: row {row.of!r} is not fitted")
+        self._check_views(file)
+        if self.search:
+            self._check_search(file, self.search)
+
+    def _check_views(self, file: str) -> None:
+        from instructedit.experiments.views import PACKAGE, View
+        from instructedit.registry import plugins
+
+        known = plugins(View, PACKAGE)
+        for key, names in (("views", self.views), ("options", self.options)):
+            if unknown := [name for name in names if name not in known]:
+                raise UserError(f"{file}: {key}: no view {unknown[0]!r}; there are: {', '.join(known)}")
+
+    def _check_search(self, file: str, search: Search) -> None:
+        if not self.rows[search.base].fitted:
+            raise UserError(f"{file}: search: base: row {search.base!r} is not fitted")
+        if not search.parameters:
+            raise UserError(f"{file}: search: parameters: nothing to try")
+        if search.trials is not None and search.trials < 1:
+            raise UserError(f"{file}: search: trials: expected at least 1, got {search.trials}")
+        for option, values in search.parameters.items():
+            if not option.startswith("--") or "=" in option:
+                raise UserError(f"{file}: search: parameters: expected an option such as --model.lr, got {option!r}")
+            if not values:
+                raise UserError(f"{file}: search: parameters: {option}: no values to choose from")
+
+
+def published(file: Path, model: str) -> DataFrame:
+    """One model's part of a file of published figures, its five columns less the model.
+
+    Raises:
+        UserError: If there is no such file, column or model.
+    """
+    import pandas as pd
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    figures = pd.read_csv(file)
+    columns = ["model", "method", "task", "metric", "mean"]
+    if missing := [name for name in columns if name not in figures]:
+        raise UserError(f"{file}: no column {missing[0]!r}")
+    if model not in set(figures["model"]):
+        raise UserError(f"{file}: no model {model!r}; there are: {', '.join(figures['model'].unique())}")
+    return figures.loc[figures["model"] == model, columns[1:]]
+
+
+def _parsed(kind: type[T], spec: Any, where: str) -> T:
+    """A dataclass from plain data, its keys and their types checked."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind)
+    try:
+        if not isinstance(spec, dict):
+            raise TypeError(f"expected keys and values, got {spec!r}")
+        return kind(**vars(parser.instantiate(parser.parse_object(spec))))
+    except (ArgumentError, TypeError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error

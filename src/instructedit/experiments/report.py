@@ -1,0 +1,91 @@
+"""What is shown of an experiment: files in its folder, artifacts of its run, and the results page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from instructedit.console import console
+from instructedit.experiments.experiment import complain
+from instructedit.experiments.views.base import PACKAGE, Results, Shown, View
+from instructedit.registry import plugin
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from instructedit.experiments.experiment import Experiment
+    from instructedit.tracking import MLflowTracker
+
+_NOTE = "mlflow.note.content"  # a run's description in MLflow's UI
+_LONGEST_NOTE = 8000  # characters that MLflow keeps of a tag
+
+
+def report(experiment: Experiment, results: Results, parent: MLflowTracker, trouble: Sequence[str] = ()) -> list[str]:
+    """Writes, logs and prints what each view shows, and the page with all of it.
+
+    Args:
+        experiment: What was run.
+        results: What it found.
+        parent: The experiment's own run.
+        trouble: What went wrong before, for the page.
+
+    Returns:
+        What went wrong here: a view that fails does not take the others along.
+    """
+    out, shown, failed = console(), [], []
+    experiment.out.mkdir(parents=True, exist_ok=True)
+    for name in results.grid.views:
+        try:
+            for each in plugin(View, PACKAGE, name)().show(results):
+                _keep(each, experiment.out, parent)
+                shown.append(each)
+                if each.terminal is not None:
+                    out.print(each.terminal, each.note, highlight=False)
+        except Exception as error:  # any, as for rows
+            complain(f"view {name!r}", error)
+            failed.append(name)
+    own = [f"{len(failed)} of {len(results.grid.views)} views failed, see above: {', '.join(failed)}"] if failed else []
+    try:
+        _keep_page(experiment, results, shown, [*trouble, *own], parent)
+    except Exception as error:
+        complain("results page", error)
+        own.append("the results page failed, see above")
+    out.print(
+        f"\nresults page: {experiment.out}/index.html   runs: "
+        f"mlflow ui --backend-store-uri sqlite:///{experiment.root}/mlflow.db",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return own
+
+
+def _keep(shown: Shown, out: Path, parent: MLflowTracker) -> None:
+    """Files under `out`, and the same as artifacts."""
+    from instructedit.analysis import save_figure
+
+    if shown.markdown is not None:
+        file = out / f"{shown.name}.md"
+        file.write_text("\n\n".join(filter(None, [f"# {shown.title}", shown.note, shown.markdown])))
+        parent.log_file(file)
+    if shown.frame is not None:
+        shown.frame.to_csv(out / f"{shown.name}.csv", index=False)
+        parent.log_table(shown.frame, shown.name)
+    if shown.figure is not None:
+        save_figure(shown.figure, out / shown.name)
+        parent.log_figure(shown.figure, shown.name)
+    for name, text in shown.files.items():
+        (out / name).write_text(text)
+        parent.log_file(out / name)
+
+
+def _keep_page(
+    experiment: Experiment, results: Results, shown: list[Shown], trouble: list[str], parent: MLflowTracker
+) -> None:
+    from instructedit.experiments.page import page
+
+    file = experiment.out / "index.html"
+    file.write_text(page(experiment, results, shown, trouble, parent))
+    parent.log_file(file)
+    tables = [f"## {each.title}\n\n{each.note}\n\n{each.markdown}" for each in shown if each.markdown is not None]
+    place = f"#/experiments/{parent.experiment_id}/runs/{parent.run_id}/artifacts/index.html"
+    note = "\n\n".join([f"# {results.grid.title}", f"[results page]({place})", results.grid.note, *tables])
+    parent.experiment.set_tag(parent.run_id, _NOTE, note[:_LONGEST_NOTE])

@@ -1,0 +1,187 @@
+"""One row and seed of an experiment: running it, or finding in the store that it was."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instructedit.console import console
+from instructedit.errors import UserError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from instructedit.analysis import EditingAreas
+    from instructedit.experiments.experiment import Experiment
+    from instructedit.tracking import MLflowTracker
+
+# Tags of a run. The fingerprint is set last of all, so that a run that was killed has none.
+_FINGERPRINT, _TITLES, _CHECKPOINT, _BASE = "fingerprint", "titles", "checkpoint", "tests_run"
+
+
+@dataclass(frozen=True)
+class Child:
+    """What one run left in the store.
+
+    Attributes:
+        run_id: Of the MLflow run.
+        seed: That it was run with.
+        table: Its probes (see `evaluate`).
+        areas: Its editing areas, if it has any.
+        titles: Task to its name in tables.
+        root: Folder of the store.
+    """
+
+    run_id: str
+    seed: int
+    table: DataFrame
+    areas: EditingAreas | None
+    titles: dict[str, str]
+    root: Path
+
+    def artifact(self, name: str) -> Path:
+        """A file or folder that the run logged, ``config.yaml`` or ``editor``.
+
+        Raises:
+            UserError: If it did not.
+        """
+        from instructedit.tracking import artifact_path
+
+        return artifact_path(self.run_id, name, self.root)
+
+
+@dataclass
+class Runner:
+    """Runs rows, each row and seed once, or takes their results from the store."""
+
+    experiment: Experiment
+    parent: MLflowTracker
+    _done: dict[tuple[str, int], Child] = field(default_factory=dict)
+    _broken: set[tuple[str, int]] = field(default_factory=set)
+
+    def child(self, name: str, seed: int) -> Child:
+        """The results of one row and seed."""
+        if (name, seed) not in self._done:
+            self._done[name, seed] = self._reused(name, seed) or self._run(name, seed)
+        return self._done[name, seed]
+
+    def _checkpoint(self, name: str, seed: int) -> tuple[str, Path]:
+        """The run that fitted a row, and its best checkpoint; it is run again if that is gone."""
+        if (name, seed) in self._broken:
+            raise UserError(f"row {name!r}, which it tests, failed")
+        file = self._checkpoint_of(self.child(name, seed))
+        if file is None:
+            console().print(f"seed {seed}: the checkpoint of row {name!r} is gone: it is run again", highlight=False)
+            file = self._checkpoint_of(self._run(name, seed))
+        if file is None:
+            raise UserError(f"row {name!r}: its run left no checkpoint")
+        return self._done[name, seed].run_id, file
+
+    def _checkpoint_of(self, child: Child) -> Path | None:
+        place = self.parent.experiment.get_run(child.run_id).data.tags.get(_CHECKPOINT)
+        file = child.root / place if place else None
+        return file if file and file.is_file() else None
+
+    def _reused(self, name: str, seed: int) -> Child | None:
+        """The newest run with the same fingerprint whose files are there."""
+        if self.experiment.fresh:
+            return None
+        client, mark = self.parent.experiment, self.experiment.fingerprint(name, seed)
+        wanted = f"tags.{_FINGERPRINT} = '{mark}' and attributes.status = 'FINISHED'"
+        for run in client.search_runs([self.parent.experiment_id], wanted):
+            try:
+                child = self._read(run.info.run_id, seed)
+            except UserError as error:
+                console().print(f"cannot be used again: {error}", markup=False)
+                continue
+            console().print(f"seed {seed}: run {child.run_id} of the store is used again", highlight=False)
+            client.set_tag(str(self.parent.run_id), plain(f"reused.{name}/{seed}"), child.run_id)
+            return child
+        return None
+
+    def _run(self, name: str, seed: int) -> Child:
+        from instructedit.callbacks.results import task_titles
+
+        of, tags, checkpoint = self.experiment.grid.rows[name].of, {}, None
+        if of:
+            tags[_BASE], checkpoint = self._checkpoint(of, seed)
+        console().print(f"seed {seed}" if (name, seed) not in self._done else f"{name}, seed {seed}")
+        try:
+            trainer = run_row(self.experiment, name, seed, self.parent, checkpoint)
+        except Exception:
+            self._broken.add((name, seed))
+            raise
+        run_id, client = trainer.logger.run_id, self.parent.experiment
+        data = trainer.datamodule
+        tags |= {_TITLES: json.dumps(task_titles(trainer))}
+        tags |= {f"tasks.{stage}": ",".join(source.name for source in data.sources[stage]) for stage in ("fit", "test")}
+        if self.experiment.grid.rows[name].fitted:
+            tags[_CHECKPOINT] = os.path.relpath(trained(trainer), self.experiment.root)
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+        child = self._done[name, seed] = self._read(run_id, seed)
+        if child.areas is not None:
+            self.log_norms(child)
+        client.set_tag(run_id, _FINGERPRINT, self.experiment.fingerprint(name, seed))
+        return child
+
+    def log_norms(self, child: Child) -> None:
+        """Logs how large the edits of each task are in each matrix, as ``update_norm.<task>/<matrix>``."""
+        assert child.areas is not None
+        tasks = list(dict.fromkeys(child.areas.tasks))
+        for site, norms in child.areas.norms.items():
+            for task in tasks:
+                own = norms[[i for i, its in enumerate(child.areas.tasks) if its == task]]
+                name = plain(f"update_norm.{task}/{site}")
+                self.parent.experiment.log_metric(child.run_id, name, own.mean().item())
+
+    def _read(self, run_id: str, seed: int) -> Child:
+        from instructedit.analysis import EditingAreas
+        from instructedit.tracking import artifact_path, load_table
+
+        root = self.experiment.root
+        table = load_table(run_id, "probes", root)
+        areas = artifact_path(run_id, "tables", root).parent / "areas" / "areas.safetensors"
+        titles = json.loads(self.parent.experiment.get_run(run_id).data.tags[_TITLES])
+        return Child(run_id, seed, table, EditingAreas.load(areas) if areas.is_file() else None, titles, root)
+
+
+def run_row(experiment: Experiment, name: str, seed: int, parent: MLflowTracker, checkpoint: Path | None) -> Any:
+    """Fits and tests one row, or tests a checkpoint with its options, in one MLflow run; gives the Trainer that did."""
+    from instructedit.callbacks.editor_model import EditorModel
+    from instructedit.lightning_cli import run
+
+    gc.collect()  # a Trainer is full of circles: the last one's LM would stay beside this one's
+    tags = {"experiment": experiment.name, "method": name, "scale": experiment.scale, "seed": str(seed)}
+    place = logger_options(f"{experiment.name}/{name}/seed-{seed}", tags, parent, experiment.root)
+    arguments = [*experiment.arguments(name, seed), *place]
+    if not experiment.grid.rows[name].fitted:
+        with warnings.catch_warnings():  # a test in a run of its own is meant
+            warnings.filterwarnings("ignore", "The dirpath has changed.*")
+            return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])]).trainer
+    cli = run(arguments, callbacks=[EditorModel()])
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=trained(cli.trainer), verbose=False)
+    return cli.trainer
+
+
+def logger_options(run_name: str, tags: dict[str, str], parent: MLflowTracker, root: Path) -> list[str]:
+    """Options that put a run under the experiment's own."""
+    logger = {"run_name": run_name, "root": root, "parent_run_id": parent.run_id, "tags": json.dumps(tags)}
+    return [f"--trainer.logger.init_args.{key}={value}" for key, value in logger.items()]
+
+
+def trained(trainer: Any) -> str:
+    """The checkpoint that a fit is judged by: the best one, or the last one where nothing was validated."""
+    checkpoint = trainer.checkpoint_callback
+    return checkpoint.best_model_path or checkpoint.last_model_path
+
+
+def plain(name: str) -> str:
+    """A name with only the characters that MLflow allows."""
+    return re.sub(r"[^\w .:/-]", "_", name)

@@ -1,0 +1,220 @@
+"""The search of a grid: each trial is one fit with other options, scored on validation records alone."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from instructedit.console import console
+from instructedit.errors import UserError
+from instructedit.experiments.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+    from pandas import DataFrame
+
+    from instructedit.experiments.experiment import Experiment
+    from instructedit.experiments.grid import Search
+    from instructedit.tracking import MLflowTracker
+
+#: In the store's folder: what was tried, for going on after a kill.
+DATABASE = "searches.db"
+
+_ERROR, _STEPS, _RUN, _AGAIN = "error", "steps", "run_id", "run_again"  # what is kept beside a score
+_WHOLE = {"COMPLETE": "complete", "PRUNED": "pruned"}
+
+
+def search(experiment: Experiment, parent: MLflowTracker) -> DataFrame:
+    """Runs the trials that the store does not have yet.
+
+    A trial that was killed or failed is run again, like a row; one that fails does not take the others along.
+
+    Returns:
+        As `Results.trials`, the best first.
+
+    Raises:
+        UserError: If no trial came to an end.
+    """
+    assert experiment.grid.search is not None
+    searching = _Searching(experiment, experiment.grid.search, parent)
+    study = searching.study()
+    left = max(searching.search.count - sum(trial.state.name in _WHOLE for trial in study.trials), 0)
+    console().rule(f"search: {left} of {searching.search.count} trials to run")
+    study.optimize(searching.trial, n_trials=left, catch=(Exception,))
+    table = _table(study, searching.search)
+    if (table["state"] != "complete").all():
+        reasons = [trial.user_attrs.get(_ERROR) for trial in study.trials]
+        raise UserError(f"no trial of {len(table)} came to an end: {next(filter(None, reasons), 'all pruned')}")
+    return table
+
+
+def best_options(trials: DataFrame, parameters: list[str]) -> list[str]:
+    """The options of the best trial, as they stand on a command line."""
+    best = trials[trials["state"] == "complete"].sort_values("score", ascending=False, kind="stable").iloc[0]
+    return [f"{option}={_text(best[option])}" for option in parameters]
+
+
+def best_config(options: list[str]) -> str:
+    """The same as a config file."""
+    config: dict[str, Any] = {}
+    for option in options:
+        path, _, value = option.removeprefix("--").partition("=")
+        *parents, last = path.split(".")
+        inner = config
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = _value(value)
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+@dataclass(frozen=True)
+class _Searching:
+    experiment: Experiment
+    search: Search
+    parent: MLflowTracker
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of every trial."""
+        return self.experiment.arguments(self.search.base, self.experiment.seeds[0])
+
+    def study(self) -> Study:
+        """One for each fingerprint of what the trials share; what it lost is back in its queue."""
+        import optuna
+        from optuna.pruners import MedianPruner, NopPruner
+        from optuna.samplers import TPESampler
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        choices = {option: [_choice(value) for value in values] for option, values in self.search.parameters.items()}
+        asked = [self.search.metric, self.search.sampler, self.search.pruner, json.dumps(choices)]
+        name = f"{self.experiment.name}/{self.experiment.scale}/{fingerprint([*self.arguments, *asked])}"
+        storage = f"sqlite:///{self.experiment.root.expanduser().absolute() / DATABASE}"
+        if self.experiment.fresh and name in optuna.get_all_study_names(storage):
+            optuna.delete_study(study_name=name, storage=storage)
+        seed = self.experiment.seeds[0]
+        study = optuna.create_study(
+            study_name=name, storage=storage, direction="maximize", load_if_exists=True,
+            pruner=MedianPruner(n_startup_trials=3) if self.search.pruner == "median" else NopPruner(),
+        )  # fmt: skip
+        study.sampler = TPESampler(seed=seed + len(study.trials))  # not the draws of before a kill once more
+        _again(study)
+        if self.search.sampler == "grid":
+            # Queued by us: optuna's own sampler of grids takes a trial that failed for one that is through.
+            every = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+            for chosen in random.Random(seed).sample(every, len(every))[: self.search.count]:
+                study.enqueue_trial(chosen, skip_if_exists=True)
+        return study
+
+    def trial(self, trial: Trial) -> float:
+        """The best validation score of one fit."""
+        from optuna import TrialPruned
+
+        from instructedit.callbacks.pruning import Pruning
+
+        chosen = {
+            option: trial.suggest_categorical(option, [_choice(value) for value in values])
+            for option, values in self.search.parameters.items()
+        }
+        options = [f"{option}={_text(value)}" for option, value in chosen.items()]
+        console().print(f"trial {trial.number}: {' '.join(options)}", highlight=False, markup=False)
+
+        def report(value: float, step: int) -> bool:
+            trial.report(value, step)
+            trial.set_user_attr(_STEPS, step)
+            return trial.should_prune()
+
+        watch = Pruning(self.search.metric, report)
+        try:
+            run_id = self._fit(trial.number, options, watch)
+        except Exception as error:
+            from instructedit.experiments.experiment import complain
+
+            trial.set_user_attr(_ERROR, " ".join(str(error).split()))
+            complain(f"trial {trial.number}", error)
+            raise
+        trial.set_user_attr(_RUN, run_id)
+        self.parent.experiment.log_metric(run_id, "search/score", watch.best)
+        if watch.stopped:
+            self.parent.experiment.set_tag(run_id, "search.pruned", "true")
+            raise TrialPruned
+        return watch.best
+
+    def _fit(self, number: int, options: list[str], watch: Any) -> str:
+        from instructedit.experiments.runs import logger_options
+        from instructedit.lightning_cli import run
+
+        gc.collect()
+        here = self.experiment
+        tags = {"experiment": here.name, "method": self.search.base, "scale": here.scale, "seed": str(here.seeds[0])}
+        tags |= {"search.trial": str(number)}
+        tags |= {f"search.{name.lstrip('-')}": value for name, _, value in (each.partition("=") for each in options)}
+        place = logger_options(f"{here.name}/search/trial-{number}", tags, self.parent, here.root)
+        trainer: Any = run([*self.arguments, *options, *place], callbacks=[watch]).trainer
+        return str(trainer.logger.run_id)
+
+
+def _again(study: Study) -> None:
+    """Puts what failed, or was going on when the search was killed, back into the queue."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(states=[TrialState.RUNNING, TrialState.FAIL]):
+        if trial.number in _replaced(study):
+            continue
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+        if trial.params:
+            study.enqueue_trial(trial.params)
+        study.set_user_attr(_AGAIN, [*_replaced(study), trial.number])
+
+
+def _replaced(study: Study) -> list[int]:
+    """Numbers of the trials that were run again, or are in the queue."""
+    return list(study.user_attrs.get(_AGAIN, []))
+
+
+def _table(study: Study, search: Search) -> DataFrame:
+    import pandas as pd
+
+    states = _WHOLE | {"FAIL": "failed"}
+    again = _replaced(study)
+    rows = [
+        {"trial": trial.number}
+        | {option: trial.params[option] for option in search.parameters}
+        | {"score": _score(trial), "state": states[trial.state.name], "steps": trial.user_attrs.get(_STEPS)}
+        | {"seconds": trial.duration.total_seconds() if trial.duration else None}
+        | {"run_id": trial.user_attrs.get(_RUN), "reason": trial.user_attrs.get(_ERROR, "")}
+        for trial in study.trials
+        if trial.state.name in states and trial.number not in again
+    ]
+    frame = pd.DataFrame(rows).sort_values(["score", "trial"], ascending=[False, True], ignore_index=True)
+    return frame if frame["reason"].any() else frame.drop(columns="reason")
+
+
+def _score(trial: FrozenTrial) -> float | None:
+    """The best value so far, of a pruned trial too."""
+    return max([*trial.intermediate_values.values(), *([trial.value] if trial.value is not None else [])], default=None)
+
+
+def _choice(value: Any) -> Any:
+    """What the study can keep: plain values as they are, others as JSON."""
+    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _text(value: Any) -> str:
+    if hasattr(value, "item"):  # a number of a table
+        value = value.item()
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,31 @@
+"""Maps of editing areas (the paper's Figure 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from instructedit.experiments.views.base import Results, Shown, View
+
+
+class AreasView(View):
+    """t-SNE of each row's editing areas, of its first seed."""
+
+    name: ClassVar[str] = "areas"
+
+    def show(self, results: Results) -> Iterator[Shown]:
+        """Nothing where no row's edits have areas."""
+        from instructedit.analysis import area_maps
+
+        first = {name: children[0] for name, children in results.rows.items()}
+        areas = {name: child.areas for name, child in first.items() if child.areas is not None}
+        if not areas:
+            return
+        seeds = sorted({first[name].seed for name in areas})
+        yield Shown(
+            "areas",
+            "Editing areas",
+            "Where in each edited matrix a record's edit writes: normalised updates, one dot a record, of the editors "
+            f"trained with seed {', '.join(map(str, seeds))}.",
+            figure=area_maps(areas),
+        )

@@ -1,0 +1,83 @@
+"""What models say before and after an edit, side by side (Appendix C)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from instructedit.experiments.views.base import Results, Shown, View
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+class CasesView(View):
+    """The edited models' own answers for the first compared pair of rows, for records chosen by a rule.
+
+    The rule: of each task the first records, in the order of the data, that the first row of the pair answers right
+    and the second wrong, the same the other way round, and those that both answer wrong. How many records there are of
+    each sort stands in a table of its own, so that the cases do not pass for the rule. All with the first seed.
+    Replies (ConvSent) have no one right wording and are not among them. Option ``each``: records of each sort and
+    task (2).
+    """
+
+    name: ClassVar[str] = "cases"
+
+    def show(self, results: Results) -> Iterator[Shown]:
+        """Nothing where no compared pair answered freely."""
+        pair = next((pair for pair in results.grid.compare if set(pair) <= set(results.rows)), None)
+        if pair is None:
+            return
+        answers = {name: answered(results.rows[name][0].table) for name in pair}
+        if not all(map(len, answers.values())):
+            return
+        a, b = pair
+        each = int(results.options(self).get("each", 2))
+        said = [own[["after", "generated"]].add_suffix(f"/{name}") for name, own in answers.items()]
+        table = answers[a].drop(columns=["after", "generated"]).join(said, how="inner")
+        right = {name: table[f"generated/{name}"] > 0 for name in pair}
+        sorts = {
+            f"only {a} right": right[a] & ~right[b],
+            f"only {b} right": right[b] & ~right[a],
+            "both wrong": ~right[a] & ~right[b],
+            "both right": right[a] & right[b],
+        }
+        table["sort"] = ""
+        for sort, chosen in sorts.items():
+            table.loc[chosen, "sort"] = sort
+        shown = table[table["sort"] != "both right"].groupby(["task", "sort"], sort=False).head(each)
+        order = {sort: i for i, sort in enumerate(sorts)}
+        shown = shown.sort_values("sort", key=lambda column: column.map(order), kind="stable")
+        shown = shown.sort_values("task", key=lambda column: column.map([*results.titles].index), kind="stable")
+        columns = {f"after/{name}": name for name in pair}
+        frame = shown[["task", "sort", "prompt", "answer", "before", *columns]].rename(columns=columns)
+        texts = ["prompt", "answer", "before", *pair]
+        frame[texts] = frame[texts].map(one_line)
+        note = (
+            f"Free generation, seed {results.rows[a][0].seed}. Of each task the first {each} records, in the order of "
+            f"the data, of each sort: only {a} right, only {b} right, both wrong. answer: what the edit asks for."
+        )
+        frame = frame.rename(columns={"answer": "target"}).assign(task=frame["task"].map(results.titles))
+        yield Shown("cases", "Before and after", note, frame=frame.reset_index(drop=True))
+        counts = table.groupby(["task", "sort"], sort=False).size().unstack("sort", fill_value=0)
+        counts = counts.reindex(columns=[*sorts], fill_value=0).rename_axis(columns=None).reset_index()
+        counts["task"] = counts["task"].map(results.titles)
+        yield Shown("case-counts", "How often each sort comes", "Records of the test, same seed.", frame=counts)
+
+
+def answered(table: DataFrame) -> DataFrame:
+    """The requests that a model answered freely, a line each.
+
+    The prompt and the answer before the edit stand without an instruction; the answer after it is the one that the
+    method's results are read from, with an instruction where the method has them.
+    """
+    if "generated" not in table:
+        return table.head(0)
+    asked = table[(table["kind"] == "reliability") & table["generated"].notna()].set_index("record")
+    words = asked.loc[asked["view"] == "plain", ["task", "prompt", "answer", "before"]]
+    return words.join(asked.loc[asked["main"], ["after", "generated"]])
+
+
+def one_line(text: object) -> str:
+    """Lines of an answer that ran on, or of a prompt with its instruction, in one."""
+    return " / ".join(line.strip() for line in str(text or "").strip().splitlines())

@@ -1,0 +1,41 @@
+"""How large the edits of each task are in each edited matrix (Figure 4d)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.views.separation import task_areas
+
+
+class MagnitudesView(View):
+    """Boxes of the updates' norms, and how much the tasks' medians differ."""
+
+    name: ClassVar[str] = "magnitudes"
+
+    def show(self, results: Results) -> Iterator[Shown]:
+        """Nothing where no row's edits have areas."""
+        from instructedit.analysis.figures import _short
+        from instructedit.analysis.magnitudes import magnitude_boxes, magnitude_spread, magnitudes
+        from instructedit.analysis.seeds import interval_text
+
+        areas = {
+            name: {child.seed: own for child in children if (own := task_areas(child))}
+            for name, children in results.rows.items()
+        }
+        areas = {name: own for name, own in areas.items() if own}
+        if not areas:
+            return
+        norms = magnitudes(areas)
+        note = "Each record's update ΔW at an edited matrix: its Frobenius norm, records of all seeds together."
+        yield Shown("magnitudes", "Size of the edits", note, figure=magnitude_boxes(norms, results.titles))
+        spread = magnitude_spread(norms)
+        ratios = [interval_text(*own) for own in zip(spread["ratio"], spread["low"], spread["high"], strict=True)]
+        frame = spread[["method", "seeds", "median"]].assign(ratio=ratios)
+        frame.insert(1, "layer", spread["site"].map(_short))
+        note = (
+            "ratio: the largest task's median norm over the smallest one's, 1 where all tasks are edited alike; mean "
+            "over seeds with a 95 % t interval. median: over all records."
+        )
+        yield Shown("magnitudes-table", "Size of the edits, in numbers", note, frame=frame)

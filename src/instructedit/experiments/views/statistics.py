@@ -1,0 +1,105 @@
+"""What the datasets of an experiment hold (Table 5), beside the paper's numbers of records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from instructedit.experiments.views.base import Results, Shown, View
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from instructedit.data.module import EditData
+
+_SPLITS = {"fit": "train", "validate": "val", "test": "test"}
+
+
+class StatisticsView(View):
+    """Records, edits, probes and tokens of each task and split that the first row's config names; what was left out.
+
+    Published figures are those of the metrics ``records.train``, ``records.val`` and ``records.test``.
+    """
+
+    name: ClassVar[str] = "statistics"
+
+    def show(self, results: Results) -> Iterator[Shown]:
+        """Nothing without rows."""
+        import pandas as pd
+        import yaml
+
+        from instructedit.analysis.statistics import dataset_statistics
+
+        children = next(iter(results.rows.values()), None)
+        if not children:
+            return
+        config = yaml.safe_load(children[0].artifact("config.yaml").read_text())
+        data, tokenizer = loaded(config["data"]), _tokenizer(config["model"]["lm"])
+        records = {
+            (task, split): own for part, split in _SPLITS.items() for task, own in data.records.get(part, {}).items()
+        }
+        table = dataset_statistics(records, lambda text: len(tokenizer(text)["input_ids"]))
+        table["tokens"] = table["tokens"].round(1)
+        if results.published is not None:
+            keys = zip(table["task"], table["split"], strict=True)
+            table.insert(3, "paper", pd.array([_published(results.published, *key) for key in keys], dtype="Int64"))
+        table = _titled(table, results).sort_values("task", key=lambda names: names.map(_order(names)), kind="stable")
+        note = (
+            "records: of the dataset (ConvSent: topics). edits: what they give; validation takes no more than "
+            f"{config['data']['val_size']} of a task. Then the probes of each kind, each once for a record. tokens "
+            "and longest: of a request with its target."
+        )
+        yield Shown("statistics", "What the datasets hold", note, frame=table.reset_index(drop=True))
+        if left := _left_out(data):
+            frame = _titled(pd.DataFrame(left, columns=["task", "split", "what", "reason", "count"]), results)
+            yield Shown("left-out", "What the readers dropped, and what they noted", frame=frame)
+
+
+def loaded(options: dict[str, Any]) -> EditData:
+    """The data module of a run's config with all its records; splits that it names no task for stay out."""
+    from jsonargparse import ArgumentParser
+
+    from instructedit.data.module import EditData
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(EditData, "data")
+    data: EditData = parser.instantiate(parser.parse_object({"data": options})).data
+    for part, sources in data.sources.items():
+        if sources:
+            data.setup(part)
+    return data
+
+
+def _tokenizer(lm: dict[str, Any]) -> Any:
+    """Of the LM alone: counting tokens needs no weights."""
+    from transformers import AutoTokenizer
+
+    from instructedit.lm import loading
+
+    name = lm["name"]
+    own = loading.EMBEDDED.get(name)
+    source = Path(loading.__file__).parent / own if own else name
+    return AutoTokenizer.from_pretrained(str(source), revision=lm.get("revision"), trust_remote_code=False)
+
+
+def _published(figures: DataFrame, task: str, split: str) -> int | None:
+    own = figures[(figures["task"] == task) & (figures["metric"] == f"records.{split}")]
+    return int(own["mean"].iloc[0]) if len(own) else None
+
+
+def _titled(frame: DataFrame, results: Results) -> DataFrame:
+    return frame.assign(task=frame["task"].map(lambda name: results.titles.get(name, name)))
+
+
+def _order(names: Any) -> dict[str, int]:
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+
+def _left_out(data: EditData) -> list[tuple[str, str, str, str, int]]:
+    return [
+        (report.task, report.split, what, reason, count)
+        for report in data.reports
+        for what, counts in (("dropped", report.dropped), ("noted", report.noted))
+        for reason, count in counts.most_common()
+    ]

@@ -1,0 +1,60 @@
+"""The result table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from instructedit.experiments.views.base import Results, Shown, View
+
+
+class TableView(View):
+    """The main metrics side by side, how far the seeds lie apart, and every metric."""
+
+    name: ClassVar[str] = "table"
+
+    def show(self, results: Results) -> Iterator[Shown]:
+        """Nothing without rows."""
+        from instructedit.analysis import html_table, markdown_table, rich_table
+        from instructedit.analysis.tables import METRICS
+
+        summary, layout = results.summary, results.grid.layout
+        if summary.empty:
+            return
+        arguments = (summary, results.titles, results.published, METRICS, layout)
+        yield Shown(
+            "table",
+            "Results",
+            _note(results),
+            markdown=markdown_table(*arguments),
+            html=html_table(*arguments),
+            terminal=rich_table(*arguments),
+        )
+        main = summary[summary["metric"].isin(METRICS) & summary["spread"].notna()]
+        if len(main):
+            spread = main.assign(task=main["task"].map(lambda task: results.titles.get(task, task)))
+            yield Shown(
+                "spread",
+                "From seed to seed",
+                "Standard deviation of the seeds' means (× 100). It stands beside the intervals above, which are over "
+                "records.",
+                frame=spread.pivot_table("spread", ["task", "metric"], "method", sort=False).reset_index(),
+                folded=True,
+            )
+        yield Shown(
+            "summary",
+            "Every metric",
+            "Also exact match of the whole answer (.exact), free generation (.generated), prompts without their "
+            "instruction (.plain) and the datasets' own groups of probes.",
+            frame=summary,
+            folded=True,
+        )
+
+
+def _note(results: Results) -> str:
+    seeds = max((len(children) for children in results.rows.values()), default=1)
+    averaged = f", a record's {seeds} seeds averaged first" if seeds > 1 else ""
+    note = f"Means × 100 over records{averaged}, with 95 % bootstrap intervals. Best mean bold, next one underlined."
+    if results.published is None:
+        return note
+    return f"{note} paper: published figures for {results.grid.scales[results.scale].paper}."

@@ -1,0 +1,44 @@
+"""The metrics of a bank by round of its optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from instructedit.analysis import figures
+from instructedit.analysis.tables import metric_title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def metric_by_round(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """A line for each metric, with the intervals of its means.
+
+    Args:
+        rows: ``round, metric, mean, low, high``, ×100.
+        title: Of the figure.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    if not rows:
+        raise ValueError("nothing to draw: no rounds")
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    with figures._style():
+        figure = Figure(figsize=(4.6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for metric, colour in figures._colours(metrics).items():
+            own = [row for row in rows if row["metric"] == metric]
+            means = [row["mean"] for row in own]
+            lengths = [[r["mean"] - r["low"] for r in own], [r["high"] - r["mean"] for r in own]]
+            look: dict[str, Any] = {"color": colour, "marker": "o", "ms": 4, "lw": 1.4, "elinewidth": 0.8, "capsize": 2}
+            axes.errorbar([row["round"] for row in own], means, lengths, label=metric_title(metric), **look)
+        axes.set(xlabel="Round", ylabel="Score (× 100)", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
