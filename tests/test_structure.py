@@ -27,8 +27,8 @@ TREES = {file.relative_to(SOURCE).as_posix(): ast.parse(file.read_text()) for fi
 
 #: The floors of the package, from the top down; a floor imports from itself and from those after it.
 FLOORS = (
-    "cli", "training", "callbacks", "writing", "evaluation", "editors", "data", "lm", "analysis", "tasks", "instructions",
-    "edits", "metrics", "tracking", "records",
+    "cli", "training", "callbacks", "writing", "evaluation", "editors", "data", "lm", "analysis", "tasks",
+    "instructions", "edits", "metrics", "tracking", "records",
 )  # fmt: skip
 #: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
 TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli")
