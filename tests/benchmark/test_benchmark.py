@@ -75,7 +75,7 @@ def test_measures_count_what_they_time(bench, monkeypatch):
     monkeypatch.setattr(measures, "peak_memory", lambda *_: 1.0)  # its processes know no shape of ours
     monkeypatch.setattr(measures, "machine_rates", lambda _: (1e9, 1e9))
     rows = {(r["measure"], r["variant"]): r for r in measure(SETTING, repeats=2)}
-    assert len(rows) == 9
+    assert len(rows) == 11
     assert all(row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows.values())
     assert rows["train", "warm"]["gflop"] < rows["train", "cold"]["gflop"] < rows["train", "plain"]["gflop"]
     assert rows["train", "plain"]["gbyte"] == pytest.approx(2 * rows["train", "warm"]["gbyte"])
@@ -114,7 +114,7 @@ def test_the_command_writes_its_figures(bench, monkeypatch, tmp_path):
             == 0
         )
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert {row["variant"] for row in figures["rows"]} == {"plain", "cold", "warm"}
+    assert {row["variant"] for row in figures["rows"]} == {"plain", "cold", "warm", "lean"}
     assert figures["setting"]["edits"] == 4
     assert {row["measure"] for row in figures["rows"]} == {"train"}
     assert "platform" in figures["machine"]

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 
 from instructedit.benchmark.plain import PlainMend
-from instructedit.data.batch import Collator
+from instructedit.data.batch import Collator, EditBatch
 from instructedit.editors import build_editor
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.mend import Mend
@@ -25,6 +25,8 @@ T = TypeVar("T")
 WEIGHTS = LossWeights(edit=0.1, locality=1.0)
 #: Gradient accumulation of the plain training (the paper's).
 ACCUMULATE = 2
+#: Edits, and probes, at once where little memory is wanted.
+LEAN = (2, 8)
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Shape:
     vocab: int = 50257
     dtype: str = "float32"
     gpu: bool = False
-    batch: int = 16
-    rows: int = 64
+    batch: int = 32
+    rows: int = 128
 
 
 SHAPES = {
@@ -107,12 +109,13 @@ class Bench:
         records = load_records("counterfact", "tiny", "train")[0]
         self.records = [_trimmed(r) for r in records if r.of("locality")][: setting.edits]
         facts, replies = load_records("zsre", "tiny", "test")[0], load_records("convsent", "tiny", "test")[0]
-        self.size = setting.batch or shape.batch
-        self.evaluation = Evaluation(fluency_tokens=setting.fluency_tokens, rows=setting.rows or shape.rows)
+        self.size, self.rows = setting.batch or shape.batch, setting.rows or shape.rows
         self.tested = [*facts[: setting.edits * 3 // 4], *replies[: setting.edits // 4]]
-        collator = Collator(tokenizer, self.lm.max_length, None)
-        drawn = list(enumerate(self.records))
-        self.batches = [collator(part).to(setting.device) for part in parts(drawn, self.size)]
+        collate = Collator(tokenizer, self.lm.max_length, None)
+        self.batches, self.small = (
+            [collate(part).to(setting.device) for part in parts(list(enumerate(self.records)), size)]
+            for size in (self.size, LEAN[0])
+        )
 
     # -- what is timed ------------------------------------------------------------------------------------------------
 
@@ -128,12 +131,19 @@ class Bench:
     def train_cold(self) -> None:
         """The same pass batch by batch, the prefix cache empty."""
         self.lm.cache.clear()
-        self.train_warm()
+        self._train(self.batches)
 
     def train_warm(self) -> None:
         """The same pass batch by batch."""
+        self._train(self.batches)
+
+    def train_lean(self) -> None:
+        """The same pass in small batches."""
+        self._train(self.small)
+
+    def _train(self, batches: Sequence[EditBatch]) -> None:
         self.editor.train()
-        for batch in self.batches:
+        for batch in batches:
             loss = self.editor.objective(batch, WEIGHTS)["loss"]
             (loss * len(batch) / len(self.records)).backward()
         self._step()
@@ -148,15 +158,23 @@ class Bench:
         for record in self.tested:
             self.plain.scores(record, self.setting.fluency_tokens)
 
+    def evaluate_cold(self) -> None:
+        """The same batch by batch, the prefix cache empty."""
+        self.lm.cache.clear()
+        self._evaluate(self.size, self.rows)
+
     def evaluate_warm(self) -> None:
         """The same batch by batch."""
-        for records in parts(self.tested, self.size):
-            evaluate_batch(self.lm, self.editor, records, self.evaluation)
+        self._evaluate(self.size, self.rows)
 
-    def evaluate_cold(self) -> None:
-        """The same, the prefix cache empty."""
-        self.lm.cache.clear()
-        self.evaluate_warm()
+    def evaluate_lean(self) -> None:
+        """The same in small batches."""
+        self._evaluate(*LEAN)
+
+    def _evaluate(self, size: int, rows: int) -> None:
+        settings = Evaluation(fluency_tokens=self.setting.fluency_tokens, rows=rows)
+        for records in parts(self.tested, size):
+            evaluate_batch(self.lm, self.editor, records, settings)
 
     def one_plain(self) -> None:
         """One edit, made."""

@@ -18,9 +18,12 @@ from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.records import EditRecord
 from instructedit.tasks import load_records
 
-#: What is measured → its unit, the edits in a run, and which of two sorts of run it is (`Bench` has <name>_plain, …).
-MEASURES = {"train": "examples/s", "evaluate": "edits/s", "one": "edits/s"}
-VARIANTS = ("plain", "cold", "warm")
+#: What is measured → its unit and its variants: `Bench` has a method ``<name>_<variant>`` for each.
+MEASURES = {
+    "train": ("examples/s", ("plain", "cold", "warm", "lean")),
+    "evaluate": ("edits/s", ("plain", "cold", "warm", "lean")),
+    "one": ("edits/s", ("plain", "cold", "warm")),
+}
 
 
 def measure(setting: Setting, repeats: int = 5, names: Iterable[str] = MEASURES) -> list[dict[str, Any]]:
@@ -38,19 +41,20 @@ def measure(setting: Setting, repeats: int = 5, names: Iterable[str] = MEASURES)
     flops, bandwidth = machine_rates(setting)
     parameters = sum(p.numel() for p in bench.editor.parameters())
     for name in tqdm(list(names), setting.shape):
-        runs: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-        work = {variant: _flops(getattr(bench, f"{name}_{variant}")) for variant in VARIANTS}  # and warms up
+        unit, variants = MEASURES[name]
+        runs: dict[str, list[float]] = {variant: [] for variant in variants}
+        work = {variant: _flops(getattr(bench, f"{name}_{variant}")) for variant in variants}  # and warms up
         for _ in range(repeats):
-            for variant in VARIANTS:
+            for variant in variants:
                 runs[variant].append(_seconds(getattr(bench, f"{name}_{variant}"), setting))
         edits = {"train": len(bench.records), "evaluate": len(bench.tested), "one": 1}[name]
-        for variant in VARIANTS:
+        for variant in variants:
             steps = {"plain": len(bench.records) // ACCUMULATE}.get(variant, 1) if name == "train" else 0
             # Adam reads weight, gradient and two moments and writes three of them; the gradient is written once.
             moved = steps * parameters * 4 * 8
             seconds = statistics.median(runs[variant])
             rows.append({
-                "shape": setting.shape, "measure": name, "variant": variant, "unit": MEASURES[name],
+                "shape": setting.shape, "measure": name, "variant": variant, "unit": unit,
                 "rate": edits / seconds, "seconds": runs[variant],
                 "ratio": statistics.median(p / v for p, v in zip(runs["plain"], runs[variant], strict=True)),
                 "gflop": work[variant] / 1e9, "gbyte": moved / 1e9,
