@@ -85,9 +85,7 @@ def evaluate_batch(
     settings = settings or Evaluation()
     # Editing needs gradients, whatever mode the caller evaluates in.
     with torch.inference_mode(False), torch.no_grad():
-        instructor = editor.instructor(
-            settings.descriptions, settings.description, settings.seed, settings.instruction
-        )
+        instructor = editor.instructor(settings.descriptions, settings.description, settings.seed, settings.instruction)
         edit = _make(editor, records, instructor)
         asked = list(_questions(records, instructor, settings.replies))
         scores = _score(lm, edit, asked, records, settings.rows)

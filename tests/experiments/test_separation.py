@@ -14,7 +14,7 @@ from sklearn.metrics import silhouette_score
 
 from instructedit.analysis import EditingAreas
 from instructedit.analysis.seeds import across_seeds, interval_text
-from instructedit.analysis.separation import map_pairs, separation_dots, separation_table
+from instructedit.analysis.separations import map_pairs, separation_dots, separation_table
 from instructedit.errors import UserError
 from instructedit.experiments.experiment import shared_titles
 from instructedit.experiments.grid import Grid, Row, Scale

@@ -26,7 +26,7 @@ class SeparationView(View):
     def show(self, results: Results) -> Iterator[Shown]:
         """Nothing where no row's edits have areas."""
         from instructedit.analysis.figures import _short
-        from instructedit.analysis.separation import map_pairs, separation_dots, separation_table
+        from instructedit.analysis.separations import map_pairs, separation_dots, separation_table
         from instructedit.analysis.tables import in_order
 
         options: dict[str, Any] = {"perplexity": 30.0, "seed": 0} | results.options(self)
@@ -54,7 +54,7 @@ def readable(table: DataFrame) -> DataFrame:
     """A line for each row and edited matrix, a column for each measure: ``0.53 [0.41, 0.66]``."""
     from instructedit.analysis.figures import _short
     from instructedit.analysis.seeds import interval_text
-    from instructedit.analysis.separation import MEASURES
+    from instructedit.analysis.separations import MEASURES
 
     texts = [
         interval_text(*figures, digits=2) for figures in zip(table["mean"], table["low"], table["high"], strict=True)
