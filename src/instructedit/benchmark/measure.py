@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def _best(run: Callable[[], Any], setting: Setting, seconds: float) -> float:
     return best
 
 
-def many_edits(setting: Setting, counts: tuple[int, ...] = (10, 100, 1000, 10_000)) -> list[dict[str, float]]:
+def many_edits(setting: Setting, counts: Sequence[int]) -> list[dict[str, float]]:
     """Time and peak memory of an edit, from few to many: made and scored batch by batch, no prompt seen before."""
     bench = Bench(setting)
     bench.lm.cache.max_bytes = 0

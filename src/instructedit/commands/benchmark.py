@@ -17,7 +17,7 @@ def main(
     fluency_tokens: int = 100,
     threads: int = 2,
     device: str = "cpu",
-    many: bool = False,
+    many: int = 0,
 ) -> None:
     """Training, evaluation, one edit's latency and peak memory: the engine beside a plain implementation.
 
@@ -37,7 +37,7 @@ def main(
         fluency_tokens: Length of sampled text in evaluation.
         threads: CPU threads.
         device: cpu, cuda, ….
-        many: Also the cost of each edit from 10 edits to 10,000, at the first of the shapes.
+        many: Also the cost of each edit, from 10 edits to so many (10000, say) by powers of ten, at the first shape.
     """
     from instructedit.benchmark.bench import SHAPES, Setting
     from instructedit.benchmark.measure import MEASURES, many_edits, measure
@@ -45,5 +45,6 @@ def main(
 
     chosen = shapes or [name for name, shape in SHAPES.items() if device != "cpu" or not shape.gpu]
     settings = [Setting(name, rank, edits, batch, rows, fluency_tokens, device, threads) for name in chosen]
+    counts = [10**power for power in range(1, 8) if 10**power <= many]
     found = [row for setting in settings for row in measure(setting, repeats, measures or MEASURES)]
-    report(found, many_edits(settings[0]) if many else [], settings[0], json)
+    report(found, many_edits(settings[0], counts) if counts else [], settings[0], json)
