@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from instructedit.edits import Edit
 from instructedit.errors import UserError
@@ -21,38 +22,32 @@ class Enough(Exception):  # noqa: N818 (a signal, not an error)
 
 def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
     """The hidden states that enter a block when `forward` runs the model; nothing above it runs."""
-    found: list[Tensor] = []
 
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-        raise Enough
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise Enough(args[0] if args else kwargs["hidden_states"])
 
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        forward()
-    except Enough:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
+    return _caught(block.register_forward_pre_hook(hook, with_kwargs=True), forward)
 
 
 def output_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
     """The hidden states that leave a block when `forward` runs the model; nothing above it runs."""
-    found: list[Tensor] = []
 
-    def stop(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-        raise Enough
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        raise Enough(output[0] if isinstance(output, tuple) else output)
 
-    handle = block.register_forward_hook(stop)
+    return _caught(block.register_forward_hook(hook), forward)
+
+
+def _caught(handle: RemovableHandle, forward: Callable[[], Any]) -> Tensor:
+    """What a hook ends a forward pass with; the hook is taken off."""
     try:
         forward()
-    except Enough:
-        pass
+    except Enough as enough:
+        found: Tensor = enough.args[0]
+        return found
     finally:
         handle.remove()
-    return found[0]
+    raise AssertionError("the block did not run")
 
 
 @contextmanager
