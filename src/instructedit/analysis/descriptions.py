@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from instructedit.analysis.figures import _CAPTION, _colours, _legend, _style, _whiskers
+from instructedit.analysis.style import CAPTION, colours_of, legend, styled, whiskers
 from instructedit.analysis.tables import METRICS, in_order, metric_title
 
 if TYPE_CHECKING:
@@ -97,9 +97,9 @@ def description_dots(
     names = sorted(in_order(shown["method"], ()), key=lambda name: GROUPS.index(groups[name]))
     tasks = in_order(shown["task"], titles or {})
     columns = int(shown.groupby("task")["metric"].nunique().max())
-    colours = dict(zip(GROUPS, _colours(GROUPS).values(), strict=True))
+    colours = dict(zip(GROUPS, colours_of(GROUPS).values(), strict=True))
     handles: dict[str, Any] = {}
-    with _style():
+    with styled():
         figure = Figure((2.5 * columns + 0.6, 2.0 * len(tasks) + 0.8), layout="constrained")
         grid = figure.subplots(len(tasks), columns, squeeze=False)
         for panels, task in zip(grid, tasks, strict=True):
@@ -111,9 +111,9 @@ def description_dots(
             for axes in panels[len(metrics) :]:
                 axes.set_axis_off()
             panels[0].set_title((titles or {}).get(task, task), loc="left")
-        _legend(figure, handles)
+        legend(figure, handles)
         note = "A dot for each description: mean over records. Whiskers: bootstrap interval. Lines: mean of the group."
-        figure.supxlabel(note, **_CAPTION)
+        figure.supxlabel(note, **CAPTION)
     return figure
 
 
@@ -126,7 +126,7 @@ def _panel(
         if len(own):
             x = own["method"].map(names.index)
             look: dict[str, Any] = {"fmt": marker, "ms": 4, "elinewidth": 1.1, "color": colour}
-            handles[group] = axes.errorbar(x, own["mean"], yerr=_whiskers(own), **look)
+            handles[group] = axes.errorbar(x, own["mean"], yerr=whiskers(own), **look)
             axes.hlines(own["mean"].mean(), x.min() - 0.4, x.max() + 0.4, color=colour, lw=1, alpha=0.6)
     axes.set(xticks=[], xlim=(-0.7, len(names) - 0.3))
     axes.spines[["top", "right"]].set_visible(False)

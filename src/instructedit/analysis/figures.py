@@ -5,14 +5,22 @@ Figures are plain matplotlib objects that no global state holds on to: show them
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import cycle
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from instructedit.analysis.style import (
+    CAPTION,
+    SPREAD,
+    colours_of,
+    legend,
+    map_note,
+    scatter_tasks,
+    short_site,
+    styled,
+    task_styles,
+    whiskers,
+)
 from instructedit.analysis.tables import METRICS, UNEDITED, in_order, metric_title
 
 if TYPE_CHECKING:
@@ -23,11 +31,8 @@ if TYPE_CHECKING:
 
     from instructedit.analysis.areas import EditingAreas
 
-_MARKERS = "os^DvPX*<>"
 _WIDEST = 14.0  # inches
 _SMALL = 6.5  # points, the values above the bars
-_SPREAD = (0, 1, 2, 3, 4, 9, 8, 5, 6)  # seaborn's colorblind palette without its grey, the most distinct colours first
-_CAPTION: dict[str, Any] = {"fontsize": 8, "color": "0.4"}
 
 
 def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) -> Figure:
@@ -50,7 +55,7 @@ def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) 
     columns = int(shown.groupby("task")["metric"].nunique().max())
     group = min(max(1.0, 0.24 * (len(looks) + 1)), _WIDEST / columns)  # inches that the bars of one metric take
     handles: dict[str, Any] = {}
-    with _style():
+    with styled():
         figure = Figure(figsize=(columns * group + 1, 2.3 * len(tasks) + 0.9), layout="constrained")
         grid = figure.add_gridspec(len(tasks), columns)
         for row, task in enumerate(tasks):
@@ -62,9 +67,9 @@ def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) 
             for axes, span in zip(drawn, panels, strict=True):
                 handles |= _bar_panel(axes, own, metrics[span], looks, group)
             drawn[0].set_title(titles.get(task, task), loc="left", pad=13)
-            drawn[-1].set_title(_count(own), loc="right", pad=13, fontweight="normal", **_CAPTION)
-        _legend(figure, {method: handles[method] for method in looks})
-        figure.supxlabel("Bars: mean over records. Whiskers: bootstrap interval.", **_CAPTION)
+            drawn[-1].set_title(_count(own), loc="right", pad=13, fontweight="normal", **CAPTION)
+        legend(figure, {method: handles[method] for method in looks})
+        figure.supxlabel("Bars: mean over records. Whiskers: bootstrap interval.", **CAPTION)
     return figure
 
 
@@ -90,7 +95,7 @@ def metric_dots(
     columns = int(shown.groupby("task")["metric"].nunique().max())
     published = shown.head(0) if baselines is None else baselines.assign(metric=baselines["metric"].str.lower())
     handles: dict[str, Any] = {}
-    with _style():
+    with styled():
         height = 0.17 * len(methods) + 0.75
         figure = Figure(figsize=(2.2 * columns + 1.4, height * len(tasks) + 0.7), layout="constrained")
         grid = figure.subplots(len(tasks), columns, squeeze=False)
@@ -105,10 +110,10 @@ def metric_dots(
             for axes in panels[len(metrics) :]:
                 axes.set_axis_off()
             panels[0].set_title(titles.get(task, task), loc="left")
-            panels[len(metrics) - 1].set_title(_count(own), loc="right", fontweight="normal", **_CAPTION)
+            panels[len(metrics) - 1].set_title(_count(own), loc="right", fontweight="normal", **CAPTION)
         if len(handles) > 1:
-            _legend(figure, handles)
-        figure.supxlabel("Dots: mean over records (× 100). Whiskers: bootstrap interval.", **_CAPTION)
+            legend(figure, handles)
+        figure.supxlabel("Dots: mean over records (× 100). Whiskers: bootstrap interval.", **CAPTION)
     return figure
 
 
@@ -126,13 +131,13 @@ def area_map(
     """
     from matplotlib.figure import Figure
 
-    with _style():
+    with styled():
         figure = Figure(figsize=(4.4, 4.6), layout="constrained")
         axes = figure.subplots()
-        handles = _scatter(axes, coordinates, tasks, _task_styles(tasks, titles))
+        handles = scatter_tasks(axes, coordinates, tasks, task_styles(tasks, titles))
         axes.set_title(title)
-        _legend(figure, handles)
-        figure.supxlabel(note, **_CAPTION)
+        legend(figure, handles)
+        figure.supxlabel(note, **CAPTION)
     return figure
 
 
@@ -163,9 +168,9 @@ def area_maps(
 
     rows = {editor: list(sites or areas.site_names) for editor, areas in areas_by_title.items()}
     columns = max(map(len, rows.values()))
-    styles = _task_styles([task for areas in areas_by_title.values() for task in areas.tasks], titles)
+    styles = task_styles([task for areas in areas_by_title.values() for task in areas.tasks], titles)
     handles: dict[str, Any] = {}
-    with _style():
+    with styled():
         figure = Figure((max(2.3 * columns + 0.4, 4.4), 2.3 * len(rows) + 1), layout="constrained")
         grid = figure.subplots(len(rows), columns, squeeze=False)
         above: list[str] = []
@@ -173,14 +178,14 @@ def area_maps(
             areas = areas_by_title[editor]
             panels[0].set_ylabel(editor, fontsize=10, fontweight="bold")
             for axes, site in zip(panels, own, strict=False):
-                handles |= _scatter(axes, embed(areas, site, method, perplexity, seed), areas.tasks, styles)
+                handles |= scatter_tasks(axes, embed(areas, site, method, perplexity, seed), areas.tasks, styles)
                 if own != above:
-                    axes.set_title(_short(site))
+                    axes.set_title(short_site(site))
             for axes in panels[len(own) :]:
                 axes.set_axis_off()
             above = own
-        _legend(figure, {name: handles[name] for name, *_ in styles.values()})
-        figure.supxlabel(_map_note(method, map(len, areas_by_title.values()), perplexity, seed), **_CAPTION)
+        legend(figure, {name: handles[name] for name, *_ in styles.values()})
+        figure.supxlabel(map_note(method, map(len, areas_by_title.values()), perplexity, seed), **CAPTION)
     return figure
 
 
@@ -201,9 +206,9 @@ def parameter_effects(trials: pd.DataFrame, parameters: Sequence[str], metric: s
     shown = trials[trials["score"].notna()]
     if shown.empty:
         raise ValueError("nothing to draw: no trial has a score")
-    blue, orange = _colours(["trials", "mean"]).values()
+    blue, orange = colours_of(["trials", "mean"]).values()
     whole = shown["state"] == "complete"
-    with _style():
+    with styled():
         figure = Figure(figsize=(max(2.6 * len(parameters) + 0.6, 4.4), 3.1), layout="constrained")
         handles: dict[str, Any] = {}
         panels = figure.subplots(1, len(parameters), sharey=True, squeeze=False)[0]
@@ -220,7 +225,7 @@ def parameter_effects(trials: pd.DataFrame, parameters: Sequence[str], metric: s
             axes.set(xlim=(-0.4, len(values) - 0.6), xticks=range(len(values)), xticklabels=values, xlabel=option)
             axes.spines[["top", "right", "left"]].set_visible(False)
         figure.axes[0].set_ylabel(metric)
-        _legend(figure, handles)
+        legend(figure, handles)
     return figure
 
 
@@ -239,7 +244,7 @@ def many_edits_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
     from matplotlib.figure import Figure
 
     panels = {"ms_per_edit": "time of an edit (ms)", "memory_mb": "peak memory (MB)"}
-    with _style():
+    with styled():
         figure = Figure(figsize=(7.2, 2.9), layout="constrained")
         counts = [row["edits"] for row in rows]
         for axes, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
@@ -264,30 +269,11 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, 
     return png, svg
 
 
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-    import seaborn as sns
-
-    style: dict[Any, Any] = sns.axes_style("whitegrid") | sns.plotting_context("paper")
-    style |= dict.fromkeys(("font.size", "axes.labelsize", "xtick.labelsize", "legend.fontsize"), 9)
-    style |= {"axes.titlesize": 10, "axes.titleweight": "bold", "axes.edgecolor": "0.6", "grid.color": "0.9"}
-    with matplotlib.rc_context(style):
-        yield
-
-
-def _colours(names: Sequence[str]) -> dict[str, Any]:
-    import seaborn as sns
-
-    palette = sns.color_palette("colorblind")
-    return {name: palette[_SPREAD[i % len(_SPREAD)]] for i, name in enumerate(names)}
-
-
 def _method_looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The unedited model in grey, the others in colour, hatched once the colours come round again."""
     looks = {UNEDITED: {"color": "0.78"}}
-    for i, (method, colour) in enumerate(_colours([name for name in methods if name != UNEDITED]).items()):
-        looks[method] = {"color": colour, "hatch": "//" * (i // len(_SPREAD))}
+    for i, (method, colour) in enumerate(colours_of([name for name in methods if name != UNEDITED]).items()):
+        looks[method] = {"color": colour, "hatch": "//" * (i // len(SPREAD))}
     return {method: looks[method] for method in methods}
 
 
@@ -301,8 +287,8 @@ def _bar_panel(
     for place, (method, look) in enumerate(looks.items()):
         own = rows[(rows["method"] == method) & rows["metric"].isin(metrics)]
         x = [metrics.index(metric) + (place - (len(looks) - 1) / 2) * width for metric in own["metric"]]
-        whiskers = {"lw": 0.8, "ecolor": "0.25"}
-        bars = axes.bar(x, own["mean"], 0.92 * width, yerr=_whiskers(own), label=method, error_kw=whiskers, **look)
+        thin = {"lw": 0.8, "ecolor": "0.25"}
+        bars = axes.bar(x, own["mean"], 0.92 * width, yerr=whiskers(own), label=method, error_kw=thin, **look)
         labels = [text if len(text) <= fitting else "" for text in own["mean"].map("{:.0f}".format)]
         axes.bar_label(bars, labels, padding=1.5, fontsize=_SMALL, annotation_clip=False)
         handles[method] = bars
@@ -316,13 +302,13 @@ def _bar_panel(
 
 def _dot_panel(axes: Axes, rows: pd.DataFrame, published: pd.DataFrame, methods: Sequence[str]) -> dict[str, Any]:
     """Means of one task and metric from the first method at the top down, with whiskers from low to high."""
-    blue, orange = _colours(["measured", "paper"]).values()
+    blue, orange = colours_of(["measured", "paper"]).values()
     places = {method: place for place, method in enumerate(methods)}
     handles: dict[str, Any] = {}
     unedited = rows["method"] == UNEDITED
     for own, colour in ((rows[unedited], "0.55"), (rows[~unedited], blue)):
         look: dict[str, Any] = {"fmt": "o", "ms": 4, "elinewidth": 1.2, "color": colour}
-        drawn = axes.errorbar(own["mean"], own["method"].map(places), xerr=_whiskers(own), **look)
+        drawn = axes.errorbar(own["mean"], own["method"].map(places), xerr=whiskers(own), **look)
         handles["measured"] = drawn  # the legend shows the last colour
     published = published[published["method"].isin(places)]
     if len(published):
@@ -334,12 +320,6 @@ def _dot_panel(axes: Axes, rows: pd.DataFrame, published: pd.DataFrame, methods:
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     return handles
-
-
-def _whiskers(rows: pd.DataFrame) -> NDArray[Any]:
-    """Lengths below and above the means, [2, rows]; 0 where there is no interval."""
-    lengths: NDArray[Any] = rows[["low", "high"]].sub(rows["mean"], axis=0).abs().fillna(0).to_numpy().T
-    return lengths
 
 
 def _drawn(summary: pd.DataFrame) -> pd.DataFrame:
@@ -354,48 +334,3 @@ def _drawn(summary: pd.DataFrame) -> pd.DataFrame:
 def _count(rows: pd.DataFrame) -> str:
     low, high = int(rows["n"].min()), int(rows["n"].max())
     return f"n = {low}" if low == high else f"n = {low} to {high}"
-
-
-def _task_styles(tasks: Sequence[str], titles: Mapping[str, str] | None) -> dict[str, tuple[str, Any, str]]:
-    """Task to its name, colour and marker; sorted, so that the same tasks look the same in every figure."""
-    names = in_order(sorted(set(tasks)), titles or {})
-    looks = zip(_colours(names).items(), cycle(_MARKERS), strict=False)
-    return {task: ((titles or {}).get(task, task), colour, marker) for (task, colour), marker in looks}
-
-
-def _scatter(
-    axes: Axes, coordinates: NDArray[Any], tasks: Sequence[str], styles: Mapping[str, tuple[str, Any, str]]
-) -> dict[str, Any]:
-    handles = {}
-    size = min(max(4000 / len(tasks), 8), 28)  # points²
-    look: dict[str, Any] = {"s": size, "alpha": 0.8, "linewidths": 0.3, "edgecolors": "white"}
-    for task, (name, colour, marker) in styles.items():
-        points = coordinates[[own == task for own in tasks]]
-        if len(points):
-            handles[name] = axes.scatter(*points.T, color=colour, marker=marker, label=name, **look)
-    axes.set(xticks=[], yticks=[])  # a map's axes have no unit
-    return handles
-
-
-def _legend(figure: Figure, handles: Mapping[str, Any]) -> None:
-    inches = sum(0.5 + 0.075 * len(name) for name in handles)
-    columns = math.ceil(len(handles) / math.ceil(inches / figure.get_figwidth()))
-    look = {"frameon": False, "markerscale": 1.5, "handlelength": 1.3, "columnspacing": 1.6}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, **look)
-
-
-def _short(site: str) -> str:
-    """``transformer.h.45.mlp.c_proj.weight`` as ``block 45 · c_proj``."""
-    name = site.removesuffix(".weight")
-    block = re.search(r"(?:^|\.)(\d+)\.", name)
-    return f"block {block[1]} · {name.rsplit('.', 1)[-1]}" if block else name
-
-
-def _map_note(method: str, records: Iterable[int], perplexity: float, seed: int) -> str:
-    from instructedit.analysis.areas import fitting_perplexity
-
-    if method == "pca":
-        return "First two principal components of the normalised updates."
-    used = sorted({fitting_perplexity(count, perplexity) for count in records})
-    span = " to ".join(f"{value:.3g}" for value in dict.fromkeys((used[0], used[-1])))
-    return f"t-SNE, perplexity {span}, seed {seed}. Neighbourhoods count; distances between clusters do not."

@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from instructedit.analysis.figures import _CAPTION, _legend, _short, _style, _task_styles
 from instructedit.analysis.seeds import across_seeds
+from instructedit.analysis.style import CAPTION, legend, short_site, styled, task_styles
 from instructedit.analysis.tables import in_order
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def magnitude_boxes(
     from matplotlib.ticker import LogLocator, NullFormatter
 
     methods, sites = in_order(norms["method"], ()), list(sites or in_order(norms["site"], ()))
-    styles = _task_styles(list(norms["task"]), titles)
-    with _style():
+    styles = task_styles(list(norms["task"]), titles)
+    with styled():
         figure = Figure((max(1.6 * len(sites) + 0.8, 4.4), 1.9 * len(methods) + 0.9), layout="constrained")
         grid = figure.subplots(len(methods), len(sites), squeeze=False, sharey=True)
         for panels, method in zip(grid, methods, strict=True):
@@ -95,12 +95,12 @@ def magnitude_boxes(
                 axes.set_yscale("log")
                 axes.spines[["top", "right"]].set_visible(False)
         for axes, site in zip(grid[0], sites, strict=True):
-            axes.set_title(_short(site))
+            axes.set_title(short_site(site))
         grid[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         grid[0, 0].yaxis.set_major_formatter("{x:g}")
         grid[0, 0].yaxis.set_minor_formatter(NullFormatter())
-        _legend(figure, {name: Patch(color=colour) for name, colour, _ in styles.values()})
-        figure.supxlabel("Frobenius norm of the update. Boxes: quartiles. Whiskers: 5 to 95 %.", **_CAPTION)
+        legend(figure, {name: Patch(color=colour) for name, colour, _ in styles.values()})
+        figure.supxlabel("Frobenius norm of the update. Boxes: quartiles. Whiskers: 5 to 95 %.", **CAPTION)
     return figure
 
 

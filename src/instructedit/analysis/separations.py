@@ -6,18 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from instructedit.analysis.figures import (
-    _CAPTION,
-    _colours,
-    _legend,
-    _map_note,
-    _scatter,
-    _short,
-    _style,
-    _task_styles,
-    _whiskers,
-)
 from instructedit.analysis.seeds import across_seeds
+from instructedit.analysis.style import (
+    CAPTION,
+    colours_of,
+    legend,
+    map_note,
+    scatter_tasks,
+    short_site,
+    styled,
+    task_styles,
+    whiskers,
+)
 from instructedit.analysis.tables import in_order
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def separation_dots(table: pd.DataFrame) -> Figure:
     from matplotlib.figure import Figure
 
     methods, sites = in_order(table["method"], ()), in_order(table["site"], ())
-    colours = _colours(methods)
+    colours = colours_of(methods)
     handles: dict[str, Any] = {}
-    with _style():
+    with styled():
         figure = Figure((9.5, max(0.16 * len(methods) * len(sites), 0.4 * len(sites)) + 1.6), layout="constrained")
         panels = figure.subplots(1, len(MEASURES), sharey=True)
         for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
@@ -91,15 +91,15 @@ def separation_dots(table: pd.DataFrame) -> Figure:
                     "elinewidth": 1.1,
                     "color": colours[method],
                 }
-                handles[method] = axes.errorbar(dots["mean"], y, xerr=_whiskers(dots), **look)
+                handles[method] = axes.errorbar(dots["mean"], y, xerr=whiskers(dots), **look)
             if own["chance"].notna().any():
                 axes.axvline(own["chance"].max(), color="0.4", lw=1, ls="--")
-            axes.set(yticks=range(len(sites)), yticklabels=map(_short, sites), ylim=(len(sites) - 0.5, -0.5))
+            axes.set(yticks=range(len(sites)), yticklabels=map(short_site, sites), ylim=(len(sites) - 0.5, -0.5))
             axes.set_xlabel(title)
             axes.spines[["top", "right", "left"]].set_visible(False)
-        _legend(figure, handles)
+        legend(figure, handles)
         note = "Dots: mean over seeds. Whiskers: 95 % t interval over seeds. Dashed: a blind probe."
-        figure.supxlabel(note, **_CAPTION)
+        figure.supxlabel(note, **CAPTION)
     return figure
 
 
@@ -131,17 +131,19 @@ def map_pairs(
     if not shown:
         raise UserError(f"no edited matrix named {site} in {', '.join(areas)}")
     methods: tuple[Literal["tsne", "pca"], ...] = ("tsne", "pca")
-    styles = _task_styles([task for own in shown.values() for task in own.tasks], titles)
+    styles = task_styles([task for own in shown.values() for task in own.tasks], titles)
     handles: dict[str, Any] = {}
-    with _style():
+    with styled():
         figure = Figure((max(2.4 * len(shown) + 0.4, 4.4), 6.0), layout="constrained")
         grid = figure.subplots(2, len(shown), squeeze=False)
         for column, (method, own) in enumerate(shown.items()):
             for axes, how in zip(grid[:, column], methods, strict=True):
-                handles |= _scatter(axes, embed(own, site, how, perplexity, seed), own.tasks, styles)
+                handles |= scatter_tasks(axes, embed(own, site, how, perplexity, seed), own.tasks, styles)
             grid[0, column].set_title(method)
         grid[0, 0].set_ylabel("t-SNE", fontsize=10, fontweight="bold")
         grid[1, 0].set_ylabel("PCA", fontsize=10, fontweight="bold")
-        _legend(figure, {name: handles[name] for name, *_ in styles.values()})
-        figure.supxlabel(f"{_short(site)}. {_map_note('tsne', map(len, shown.values()), perplexity, seed)}", **_CAPTION)
+        legend(figure, {name: handles[name] for name, *_ in styles.values()})
+        figure.supxlabel(
+            f"{short_site(site)}. {map_note('tsne', map(len, shown.values()), perplexity, seed)}", **CAPTION
+        )
     return figure

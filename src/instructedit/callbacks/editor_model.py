@@ -12,6 +12,12 @@ from instructedit.editors import load_editor
 from instructedit.tracking import MLflowTracker
 
 
+def best_checkpoint(trainer: Any) -> str:
+    """The checkpoint that a fit is judged by: the best one, or the last one where nothing was validated, or ``""``."""
+    checkpoint = trainer.checkpoint_callback
+    return str(checkpoint.best_model_path or checkpoint.last_model_path) if checkpoint else ""
+
+
 class EditorModel(L.Callback):
     """Logs the editor of the best checkpoint as the artifact folder ``editor/``, which `load_editor` reads.
 
@@ -20,8 +26,7 @@ class EditorModel(L.Callback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """After the checkpoints: Lightning writes the last one when training ends."""
-        checkpoint = trainer.checkpoint_callback
-        best = checkpoint and (checkpoint.best_model_path or checkpoint.last_model_path)
+        best = best_checkpoint(trainer)
         if not best or not isinstance(trainer.logger, MLflowTracker) or not trainer.is_global_zero:
             return
         with tempfile.TemporaryDirectory() as folder:

@@ -101,11 +101,12 @@ class Runner:
                 console().print(f"cannot be used again: {error}", markup=False)
                 continue
             console().print(f"seed {seed}: run {child.run_id} of the store is used again", highlight=False)
-            client.set_tag(str(self.parent.run_id), plain(f"reused.{name}/{seed}"), child.run_id)
+            client.set_tag(str(self.parent.run_id), mlflow_name(f"reused.{name}/{seed}"), child.run_id)
             return child
         return None
 
     def _run(self, name: str, seed: int) -> Child:
+        from instructedit.callbacks.editor_model import best_checkpoint
         from instructedit.callbacks.results import task_titles
 
         of, tags, checkpoint = self.experiment.grid.rows[name].of, {}, None
@@ -122,7 +123,7 @@ class Runner:
         tags |= {_TITLES: json.dumps(task_titles(trainer))}
         tags |= {f"tasks.{stage}": ",".join(source.name for source in data.sources[stage]) for stage in ("fit", "test")}
         if self.experiment.grid.rows[name].fitted:
-            tags[_CHECKPOINT] = os.path.relpath(trained(trainer), self.experiment.root)
+            tags[_CHECKPOINT] = os.path.relpath(best_checkpoint(trainer), self.experiment.root)
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
         child = self._done[name, seed] = self._read(run_id, seed)
@@ -138,7 +139,7 @@ class Runner:
         for site, norms in child.areas.norms.items():
             for task in tasks:
                 own = norms[[i for i, its in enumerate(child.areas.tasks) if its == task]]
-                name = plain(f"update_norm.{task}/{site}")
+                name = mlflow_name(f"update_norm.{task}/{site}")
                 self.parent.experiment.log_metric(child.run_id, name, own.mean().item())
 
     def _read(self, run_id: str, seed: int) -> Child:
@@ -154,7 +155,7 @@ class Runner:
 
 def run_row(experiment: Experiment, name: str, seed: int, parent: MLflowTracker, checkpoint: Path | None) -> Any:
     """Fits and tests one row, or tests a checkpoint with its options, in one MLflow run; gives the Trainer that did."""
-    from instructedit.callbacks.editor_model import EditorModel
+    from instructedit.callbacks.editor_model import EditorModel, best_checkpoint
     from instructedit.lightning_cli import run
 
     gc.collect()  # a Trainer is full of circles: the last one's LM would stay beside this one's
@@ -166,7 +167,7 @@ def run_row(experiment: Experiment, name: str, seed: int, parent: MLflowTracker,
             warnings.filterwarnings("ignore", "The dirpath has changed.*")
             return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])]).trainer
     cli = run(arguments, callbacks=[EditorModel()])
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=trained(cli.trainer), verbose=False)
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=best_checkpoint(cli.trainer), verbose=False)
     return cli.trainer
 
 
@@ -176,12 +177,6 @@ def logger_options(run_name: str, tags: dict[str, str], parent: MLflowTracker, r
     return [f"--trainer.logger.init_args.{key}={value}" for key, value in logger.items()]
 
 
-def trained(trainer: Any) -> str:
-    """The checkpoint that a fit is judged by: the best one, or the last one where nothing was validated."""
-    checkpoint = trainer.checkpoint_callback
-    return checkpoint.best_model_path or checkpoint.last_model_path
-
-
-def plain(name: str) -> str:
+def mlflow_name(name: str) -> str:
     """A name with only the characters that MLflow allows."""
     return re.sub(r"[^\w .:/-]", "_", name)

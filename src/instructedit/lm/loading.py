@@ -40,13 +40,7 @@ def load_model(
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise UserError(f"unknown dtype {dtype!r}; for instance float32, bfloat16, float16")
-    source = str(Path(__file__).parent / EMBEDDED[name]) if name in EMBEDDED else name
-    local = Path(source).expanduser()
-    if not local.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        known = ", ".join(EMBEDDED)
-        raise UserError(f"no model {name!r}: neither embedded ({known}), nor a local folder, nor a hub id owner/name")
-    if local.exists() and not (local / "config.json").is_file():
-        raise UserError(f"{source}: no model here (config.json is missing)")
+    source = _source(name)
     packing = {} if quantize is None else _packing(quantize, kind, device)
     if name in EMBEDDED:  # too quick for a progress bar
         logging.disable_progress_bar()
@@ -54,16 +48,51 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=kind, revision=revision, use_safetensors=True, trust_remote_code=False, **packing
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # transformers, tokenizers and safetensors each raise their own
-        reason = next(iter(str(error).strip().splitlines()), "")
-        raise UserError(f"model {name!r} cannot be loaded: {type(error).__name__}: {reason}") from error
+    except Exception as error:  # transformers and safetensors each raise their own
+        raise _unreadable(name, error) from error
     finally:
         logging.enable_progress_bar()
-    if not tokenizer.is_fast:
-        raise UserError(f"model {name!r}: its tokenizer knows no character offsets (a fast tokenizer is needed)")
+    tokenizer = load_tokenizer(name, revision)
     _keep_differentiable(model)
     return model, tokenizer
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a causal LM, without its weights (arguments as for `load_model`).
+
+    Raises:
+        UserError: If there is none, its files cannot be read, or it knows no character offsets.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_source(name), revision=revision, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # transformers and tokenizers each raise their own
+        raise _unreadable(name, error) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"model {name!r}: its tokenizer knows no character offsets (a fast tokenizer is needed)")
+    return tokenizer
+
+
+def _source(name: str) -> str:
+    """What transformers is asked for: a folder or a hub id.
+
+    Raises:
+        UserError: If it can be neither.
+    """
+    source = str(Path(__file__).parent / EMBEDDED[name]) if name in EMBEDDED else name
+    local = Path(source).expanduser()
+    if not local.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        known = ", ".join(EMBEDDED)
+        raise UserError(f"no model {name!r}: neither embedded ({known}), nor a local folder, nor a hub id owner/name")
+    if local.exists() and not (local / "config.json").is_file():
+        raise UserError(f"{source}: no model here (config.json is missing)")
+    return source
+
+
+def _unreadable(name: str, error: Exception) -> UserError:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    return UserError(f"model {name!r} cannot be loaded: {type(error).__name__}: {reason}")
 
 
 def _packing(quantize: str, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:

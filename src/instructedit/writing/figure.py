@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from instructedit.analysis import figures
+from instructedit.analysis.style import colours_of, styled
 from instructedit.analysis.tables import metric_title
 
 if TYPE_CHECKING:
@@ -28,10 +28,10 @@ def metric_by_round(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     if not rows:
         raise ValueError("nothing to draw: no rounds")
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    with figures._style():
+    with styled():
         figure = Figure(figsize=(4.6, 3.2), layout="constrained")
         axes = figure.subplots()
-        for metric, colour in figures._colours(metrics).items():
+        for metric, colour in colours_of(metrics).items():
             own = [row for row in rows if row["metric"] == metric]
             means = [row["mean"] for row in own]
             lengths = [[r["mean"] - r["low"] for r in own], [r["high"] - r["mean"] for r in own]]

@@ -63,6 +63,10 @@ class Results:
         columns = ["method", "task", "metric", "mean", "low", "high", "n", "seeds", "spread"]
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
 
+    def titled(self, frame: DataFrame) -> DataFrame:
+        """The frame with its tasks as tables name them."""
+        return frame.assign(task=frame["task"].map(lambda task: self.titles.get(task, task)))
+
     def options(self, view: View) -> dict[str, Any]:
         """What the grid's key ``options`` says for a view."""
         return self.grid.options.get(view.name, {})

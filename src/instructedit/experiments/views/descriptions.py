@@ -77,5 +77,4 @@ def titled(frame: DataFrame, results: Results) -> DataFrame:
     """The frame with tasks and metrics as tables name them."""
     from instructedit.analysis.tables import metric_title
 
-    task = frame["task"].map(lambda name: results.titles.get(name, name))
-    return frame.assign(task=task, metric=frame["metric"].map(metric_title))
+    return results.titled(frame).assign(metric=frame["metric"].map(metric_title))

@@ -34,7 +34,7 @@ class DifferencesView(View):
             "Mean differences × 100 on the same records, with 95 % intervals and two-sided p-values (paired "
             "bootstrap). p (Holm), p_holm in the file, is corrected for all "
             f"{frame['p_value'].notna().sum()} comparisons of this experiment (Holm 1979).",
-            frame=frame.assign(task=frame["task"].map(lambda task: results.titles.get(task, task))),
+            frame=results.titled(frame),
             terminal="\n".join(_lines(frame, results.titles)),
         )
 

@@ -32,7 +32,7 @@ class FailuresView(View):
         frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
         if frame.empty:
             return
-        frame["task"] = frame["task"].map(lambda task: results.titles.get(task, task))
+        frame = results.titled(frame)
         yield Shown(
             "failures",
             "Failures worth reading",

@@ -16,9 +16,9 @@ class MagnitudesView(View):
 
     def show(self, results: Results) -> Iterator[Shown]:
         """Nothing where no row's edits have areas."""
-        from instructedit.analysis.figures import _short
         from instructedit.analysis.magnitudes import magnitude_boxes, magnitude_spread, magnitudes
         from instructedit.analysis.seeds import interval_text
+        from instructedit.analysis.style import short_site
 
         areas = {
             name: {child.seed: own for child in children if (own := task_areas(child))}
@@ -33,7 +33,7 @@ class MagnitudesView(View):
         spread = magnitude_spread(norms)
         ratios = [interval_text(*own) for own in zip(spread["ratio"], spread["low"], spread["high"], strict=True)]
         frame = spread[["method", "seeds", "median"]].assign(ratio=ratios)
-        frame.insert(1, "layer", spread["site"].map(_short))
+        frame.insert(1, "layer", spread["site"].map(short_site))
         note = (
             "ratio: the largest task's median norm over the smallest one's, 1 where all tasks are edited alike; mean "
             "over seeds with a 95 % t interval. median: over all records."

@@ -25,8 +25,8 @@ class SeparationView(View):
 
     def show(self, results: Results) -> Iterator[Shown]:
         """Nothing where no row's edits have areas."""
-        from instructedit.analysis.figures import _short
         from instructedit.analysis.separations import map_pairs, separation_dots, separation_table
+        from instructedit.analysis.style import short_site
         from instructedit.analysis.tables import in_order
 
         options: dict[str, Any] = {"perplexity": 30.0, "seed": 0} | results.options(self)
@@ -47,19 +47,21 @@ class SeparationView(View):
         for i, site in enumerate(in_order((site for own in first.values() for site in own.site_names), ())):
             figure = map_pairs(first, site, titles=results.titles, **options)
             note = "Editing areas of the first seed. The measures above say how much of the picture is there."
-            yield Shown(f"map-{i}", f"Editing areas, {_short(site)}", note, figure=figure)
+            yield Shown(f"map-{i}", f"Editing areas, {short_site(site)}", note, figure=figure)
 
 
 def readable(table: DataFrame) -> DataFrame:
     """A line for each row and edited matrix, a column for each measure: ``0.53 [0.41, 0.66]``."""
-    from instructedit.analysis.figures import _short
     from instructedit.analysis.seeds import interval_text
     from instructedit.analysis.separations import MEASURES
+    from instructedit.analysis.style import short_site
 
     texts = [
         interval_text(*figures, digits=2) for figures in zip(table["mean"], table["low"], table["high"], strict=True)
     ]
-    wide = table.assign(text=texts, layer=table["site"].map(_short)).set_index(["method", "layer", "seeds", "measure"])
+    wide = table.assign(text=texts, layer=table["site"].map(short_site)).set_index(
+        ["method", "layer", "seeds", "measure"]
+    )
     wide = wide["text"].unstack("measure", sort=False)[[*MEASURES]].rename(columns=MEASURES)
     return wide.rename_axis(columns=None).reset_index()
 

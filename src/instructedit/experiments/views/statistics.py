@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from instructedit.experiments.views.base import Results, Shown, View
@@ -30,12 +29,14 @@ class StatisticsView(View):
         import yaml
 
         from instructedit.analysis.statistics import dataset_statistics
+        from instructedit.lm.loading import load_tokenizer
 
         children = next(iter(results.rows.values()), None)
         if not children:
             return
         config = yaml.safe_load(children[0].artifact("config.yaml").read_text())
-        data, tokenizer = loaded(config["data"]), _tokenizer(config["model"]["lm"])
+        lm = config["model"]["lm"]
+        data, tokenizer = loaded(config["data"]), load_tokenizer(lm["name"], lm.get("revision"))
         records = {
             (task, split): own for part, split in _SPLITS.items() for task, own in data.records.get(part, {}).items()
         }
@@ -44,7 +45,7 @@ class StatisticsView(View):
         if results.published is not None:
             keys = zip(table["task"], table["split"], strict=True)
             table.insert(3, "paper", pd.array([_published(results.published, *key) for key in keys], dtype="Int64"))
-        table = _titled(table, results).sort_values("task", key=lambda names: names.map(_order(names)), kind="stable")
+        table = results.titled(table).sort_values("task", key=lambda names: names.map(_order(names)), kind="stable")
         note = (
             "records: of the dataset (ConvSent: topics). edits: what they give; validation takes no more than "
             f"{config['data']['val_size']} of a task. Then the probes of each kind, each once for a record. tokens "
@@ -52,7 +53,7 @@ class StatisticsView(View):
         )
         yield Shown("statistics", "What the datasets hold", note, frame=table.reset_index(drop=True))
         if left := _left_out(data):
-            frame = _titled(pd.DataFrame(left, columns=["task", "split", "what", "reason", "count"]), results)
+            frame = results.titled(pd.DataFrame(left, columns=["task", "split", "what", "reason", "count"]))
             yield Shown("left-out", "What the readers dropped, and what they noted", frame=frame)
 
 
@@ -71,25 +72,9 @@ def loaded(options: dict[str, Any]) -> EditData:
     return data
 
 
-def _tokenizer(lm: dict[str, Any]) -> Any:
-    """Of the LM alone: counting tokens needs no weights."""
-    from transformers import AutoTokenizer
-
-    from instructedit.lm import loading
-
-    name = lm["name"]
-    own = loading.EMBEDDED.get(name)
-    source = Path(loading.__file__).parent / own if own else name
-    return AutoTokenizer.from_pretrained(str(source), revision=lm.get("revision"), trust_remote_code=False)
-
-
 def _published(figures: DataFrame, task: str, split: str) -> int | None:
     own = figures[(figures["task"] == task) & (figures["metric"] == f"records.{split}")]
     return int(own["mean"].iloc[0]) if len(own) else None
-
-
-def _titled(frame: DataFrame, results: Results) -> DataFrame:
-    return frame.assign(task=frame["task"].map(lambda name: results.titles.get(name, name)))
 
 
 def _order(names: Any) -> dict[str, int]:

@@ -32,7 +32,7 @@ class TableView(View):
         )
         main = summary[summary["metric"].isin(METRICS) & summary["spread"].notna()]
         if len(main):
-            spread = main.assign(task=main["task"].map(lambda task: results.titles.get(task, task)))
+            spread = results.titled(main)
             yield Shown(
                 "spread",
                 "From seed to seed",
