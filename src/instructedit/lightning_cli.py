@@ -128,8 +128,15 @@ def _flat(config: Any, prefix: str = "editor") -> dict[str, Any]:
     return {k: v for name, value in config.items() for k, v in _flat(value, f"{prefix}.{name}").items()}
 
 
-def run(args: Sequence[str], **trainer_defaults: Any) -> EditingCLI:
-    """Parses and runs one command.
+class Built(EditingCLI):
+    """Builds module, data and Trainer of a command, and does not run it."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defaults: Any) -> EditingCLI:
+    """Parses and runs one command, or only builds what it needs with `Built`.
 
     Raises:
         UserError: If the arguments are wrong, or the run's input is.
@@ -139,7 +146,7 @@ def run(args: Sequence[str], **trainer_defaults: Any) -> EditingCLI:
     _check_configs(args)
     _check_checkpoint(args)
     raising = {"exit_on_error": False}
-    return EditingCLI(
+    return cls(
         EditingModule,
         EditData,
         args=list(args),

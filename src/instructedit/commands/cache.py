@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from instructedit.console import console
 from instructedit.errors import UserError
@@ -35,10 +35,12 @@ def warm(
     import torch
     from tqdm import tqdm
 
+    from instructedit.lightning_cli import Built, run
     from instructedit.lm.tokens import encode
 
     first, last = [_option(_folder(None))], [_option(Path(cache_dir))] if cache_dir else []
-    cli = _as_fit_begins([*first, *(f"--config={path}" for path in configs), *(overrides or ()), *last])
+    options = [*first, *(f"--config={path}" for path in configs), *(overrides or ()), *last]
+    cli = run(["fit", *options, "--trainer.logger=false"], Built)
     editor: Editor = cli.model.editor
     lm = editor.lm.to(cli.trainer.strategy.root_device)
     block, disk = lm.first_block([site.name for site in editor.sites]), lm.cache.disk
@@ -130,28 +132,6 @@ def _option(folder: Path) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-def _as_fit_begins(args: list[str]) -> Any:
-    """What `fit` builds of these options before it runs: the module, the data and the Trainer, without a logger."""
-    from instructedit import lightning_cli
-    from instructedit.editors.base import PACKAGE, Editor
-    from instructedit.registry import plugins
-    from instructedit.training.module import EditingModule
-
-    class Built(lightning_cli.EditingCLI):
-        def _run_subcommand(self, subcommand: str) -> None:
-            pass
-
-    plugins(Editor, PACKAGE)  # so that a class name alone resolves
-    lightning_cli._quiet()
-    lightning_cli._check_configs(args)
-    raising = {"exit_on_error": False}
-    return Built(
-        EditingModule, lightning_cli.EditData, args=["fit", *args, "--trainer.logger=false"], save_config_callback=None,
-        trainer_defaults=lightning_cli.DEFAULTS, seed_everything_default=0, auto_configure_optimizers=False,
-        parser_kwargs={"prog": "instructedit cache warm", **raising, "fit": raising},
-    )  # fmt: skip
 
 
 def _training_pairs(editor: Editor, data: EditData) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
