@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import subprocess
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests.reference import relative
 
 from instructedit.benchmark import bench as benches
 from instructedit.benchmark import measure as measures
+from instructedit.benchmark import memory
 from instructedit.benchmark.bench import WEIGHTS, Bench, Setting, Shape
 from instructedit.benchmark.measure import MEASURES, many_edits, measure
 from instructedit.benchmark.memory import watched
@@ -80,6 +82,29 @@ def test_measures_count_what_they_time(bench, monkeypatch):
     assert rows["train", "warm"]["gflop"] < rows["train", "cold"]["gflop"] < rows["train", "plain"]["gflop"]
     assert rows["train", "plain"]["gbyte"] == pytest.approx(2 * rows["train", "warm"]["gbyte"])
     assert all(rows[name, "plain"]["ratio"] == 1 for name in MEASURES)
+
+
+def test_the_variants_differ_in_how_much_they_do_at_once(bench, monkeypatch):
+    at_once = []
+    monkeypatch.setattr(
+        benches, "evaluate_batch", lambda lm, editor, records, settings: at_once.append((len(records), settings.rows))
+    )
+    bench.evaluate_warm()
+    bench.evaluate_lean()
+    assert at_once == [(4, 128), (2, 8), (2, 8)]
+    assert [len(batch) for batch in bench.batches] == [4]
+    assert [len(batch) for batch in bench.small] == [2, 2]
+    bench.evaluate_cold()
+    assert len(bench.lm.cache) == 0
+
+
+def test_only_the_measured_process_gives_memory_back_at_once(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "7")
+    ask = ["python3", "-c", "import os; print(os.environ['MALLOC_MMAP_THRESHOLD_'])"]
+    with memory._returned():
+        within = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    after = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
+    assert (int(within), int(after)) == (256 << 10, 7)
 
 
 def test_many_edits_are_counted(bench):
