@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from instructedit.experiments.views.base import Results, Shown, View
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from rich.table import Table
+    from rich.text import Text
 
 
 class DifferencesView(View):
@@ -35,13 +37,32 @@ class DifferencesView(View):
             "bootstrap). p (Holm), p_holm in the file, is corrected for all "
             f"{frame['p_value'].notna().sum()} comparisons of this experiment (Holm 1979).",
             frame=results.titled(frame),
-            terminal="\n".join(_lines(frame, results.titles)),
+            terminal=_table(frame, results.titles),
         )
 
 
-def _lines(frame: DataFrame, titles: dict[str, str]) -> Iterator[str]:
-    for row in frame.itertuples():
-        yield (
-            f"{row.method} − {row.baseline}, {titles.get(row.task, row.task)}, {row.metric}: "
-            f"{row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}], p = {row.p_value:.3f}, corrected {row.p_holm:.3f}"
-        )
+def _table(frame: DataFrame, titles: dict[str, str]) -> Table:
+    """Pair and task down, metrics across; bold and starred where the corrected p-value is below 0.05."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    metrics = list(dict.fromkeys(frame["metric"]))
+    table = Table("difference (* p (Holm) < 0.05)", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    for metric in metrics:
+        table.add_column(metric.capitalize(), justify="right", no_wrap=True)
+    for (method, baseline), pair in frame.groupby(["method", "baseline"], sort=False):
+        table.add_section()
+        table.add_row(Text(f"{method} − {baseline}", "bold"))
+        for task, part in pair.groupby("task", sort=False):
+            cells = {row.metric: _cell(row) for row in part.itertuples()}
+            table.add_row(Text(f"  {titles.get(task, task)}"), *(cells.get(metric, Text("–")) for metric in metrics))
+    return table
+
+
+def _cell(row: Any) -> Text:
+    from rich.text import Text
+
+    sure = row.p_holm < 0.05
+    text = f"{row.mean:+.1f} [{row.low:+.1f}, {row.high:+.1f}]{'*' if sure else ' '}"
+    return Text(text, "bold" if sure else "")
