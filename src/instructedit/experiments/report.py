@@ -87,5 +87,6 @@ def _keep_page(
     parent.log_file(file)
     tables = [f"## {each.title}\n\n{each.note}\n\n{each.markdown}" for each in shown if each.markdown is not None]
     place = f"#/experiments/{parent.experiment_id}/runs/{parent.run_id}/artifacts/index.html"
-    note = "\n\n".join([f"# {results.grid.title}", f"[results page]({place})", results.grid.note, *tables])
+    # The link first: MLflow shows the first lines alone until asked for more.
+    note = "\n\n".join([f"[results page]({place})", f"# {results.grid.title}", results.grid.note, *tables])
     parent.experiment.set_tag(parent.run_id, _NOTE, note[:_LONGEST_NOTE])
