@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from instructedit.benchmark import measure as measures
 from instructedit.benchmark import memory
 from instructedit.benchmark.bench import WEIGHTS, Bench, Setting, Shape
 from instructedit.benchmark.measure import MEASURES, many_edits, measure
-from instructedit.benchmark.memory import watched
+from instructedit.benchmark.memory import in_own_process, watched
 from instructedit.cli import main
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, evaluate_batch
@@ -107,9 +109,20 @@ def test_only_the_measured_process_gives_memory_back_at_once(monkeypatch):
     assert (int(within), int(after)) == (256 << 10, 7)
 
 
-def test_many_edits_are_counted(bench):
-    rows = many_edits(SETTING, (3, 9))
+def test_what_a_process_of_its_own_finds_comes_back_and_its_failure_is_said():
+    assert in_own_process(os.getpid) != os.getpid()
+    assert in_own_process(os.getenv, "MALLOC_MMAP_THRESHOLD_") == str(256 << 10)
+    with pytest.raises(RuntimeError, match="the process of _exit ended with exit code 3"):
+        in_own_process(os._exit, 3)
+
+
+def test_many_edits_are_counted(bench, monkeypatch):
+    monkeypatch.setattr(measures, "in_own_process", lambda function, *args: function(*args))
+    made = []
+    monkeypatch.setattr(measures, "evaluate_batch", lambda lm, editor, records, _: made.append(len(records)))
+    rows = many_edits(replace(SETTING, batch=4), (3, 9))
     assert [row["edits"] for row in rows] == [3, 9]
+    assert made == [4, 3, 4, 4, 4, 1]  # one batch that is not counted comes before
     assert all(row["ms_per_edit"] > 0 for row in rows)
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from instructedit.benchmark.bench import ACCUMULATE, SHAPES, Bench, Setting, parts
-from instructedit.benchmark.memory import peak_memory, watched
+from instructedit.benchmark.memory import in_own_process, peak_memory, watched
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.records import EditRecord
@@ -105,18 +105,30 @@ def _best(run: Callable[[], Any], setting: Setting, seconds: float) -> float:
 
 
 def many_edits(setting: Setting, counts: Sequence[int]) -> list[dict[str, float]]:
-    """Time and peak memory of an edit, from few to many: made and scored batch by batch, no prompt seen before."""
+    """Time and peak memory of an edit, from few to many: made and scored batch by batch, no prompt seen before.
+
+    Both are of one process for each count, which gives freed memory back at once: without that the peak is mostly of
+    what glibc keeps, and with it an edit takes somewhat longer.
+    """
+    return [in_own_process(_so_many_edits, setting, count) for count in counts]
+
+
+def _so_many_edits(setting: Setting, count: int) -> dict[str, float]:
     bench = Bench(setting)
     bench.lm.cache.max_bytes = 0
     records: list[EditRecord] = [r for task in ("counterfact", "zsre") for r in load_records(task, "tiny", "train")[0]]
     quick = Evaluation(generate=False, fluency_tokens=0)
-    rows = []
-    for count in counts:
-        stream = [records[i % len(records)] for i in range(count)]
-        with watched(setting) as peak:
-            start = time.perf_counter()
-            for part in parts(stream, bench.size):
-                evaluate_batch(bench.lm, bench.editor, part, quick)
-            seconds = time.perf_counter() - start
-        rows.append({"edits": count, "ms_per_edit": 1000 * seconds / count, "memory_mb": peak()})
-    return rows
+
+    def some(stream: Sequence[EditRecord], bar: tqdm | None = None) -> None:
+        for part in parts(stream, bench.size):
+            evaluate_batch(bench.lm, bench.editor, part, quick)
+            if bar:
+                bar.update(len(part))
+
+    some(records[: bench.size])  # loads the code, which is not counted
+    stream = [records[i % len(records)] for i in range(count)]
+    with watched(setting) as peak, tqdm(total=count, desc=f"{count} edits", unit="edit", leave=False) as bar:
+        start = time.perf_counter()
+        some(stream, bar)
+        seconds = time.perf_counter() - start
+    return {"edits": count, "ms_per_edit": 1000 * seconds / count, "memory_mb": peak()}

@@ -21,15 +21,32 @@ def peak_memory(setting: Setting, name: str, variant: str) -> float:
 
     Of the second run: what the first one loads or leaves in the prefix cache (unless `variant` is cold) does not count.
     """
+    return float(in_own_process(_peak, setting, name, variant))
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of a module gives in a fresh process that gives freed memory back at once.
+
+    Raises:
+        RuntimeError: If that process ends without a result; its own traceback is on the terminal.
+    """
     context = multiprocessing.get_context("spawn")
-    queue: Any = context.Queue()
-    process = context.Process(target=_peak, args=(setting, name, variant, queue))
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_answer, args=(theirs, function, *args))
     with _returned():
         process.start()
+    theirs.close()  # else a process that died would be waited for
     try:
-        return float(queue.get(timeout=1800))
+        return ours.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process of {function.__name__} ended with exit code {process.exitcode}") from None
     finally:
         process.join()
+
+
+def _answer(pipe: Any, function: Callable[..., Any], *args: Any) -> None:
+    pipe.send(function(*args))
 
 
 @contextmanager
@@ -44,22 +61,18 @@ def _returned() -> Iterator[None]:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
-def _peak(setting: Setting, name: str, variant: str, queue: Any) -> None:
-    found = float("nan")
-    try:
-        if variant == "plain":  # whose edits come one by one, however many
-            setting = replace(setting, edits=min(setting.edits, 4))
-        bench = Bench(setting)
-        run = getattr(bench, f"{name}_{variant}")
-        run()  # makes Adam's moments, and loads the code: neither is counted
-        if variant == "cold":
-            bench.lm.cache.clear()
-        gc.collect()
-        with watched(setting) as peak:
-            run()
-        found = peak()
-    finally:
-        queue.put(found)
+def _peak(setting: Setting, name: str, variant: str) -> float:
+    if variant == "plain":  # whose edits come one by one, however many
+        setting = replace(setting, edits=min(setting.edits, 4))
+    bench = Bench(setting)
+    run = getattr(bench, f"{name}_{variant}")
+    run()  # makes Adam's moments, and loads the code: neither is counted
+    if variant == "cold":
+        bench.lm.cache.clear()
+    gc.collect()
+    with watched(setting) as peak:
+        run()
+    return peak()
 
 
 @contextmanager
