@@ -61,7 +61,8 @@ class ResultTables(L.Callback):
             tracker.log_table(self.table, "probes")
             tracker.log_table(self.summary, "summary")
             tracker.log_figure(metric_bars(self.summary, titles=titles), "metrics")
-            tracker.log_metrics({f"test/{r.task}/{r.metric}": r.mean for r in self.summary.itertuples()})
+            means = {f"test/{row.task}/{row.metric}": row.mean for row in self.summary.itertuples()}
+            tracker.log_metrics(means, trainer.global_step)  # where Lightning logs them: the UI draws bars, not lines
 
 
 def task_titles(trainer: Any) -> dict[str, str]:
