@@ -12,14 +12,15 @@ from pathlib import Path
 #: The package.
 SOURCE = Path(__file__).resolve().parents[1]
 
-_SHOWS = ("analysis", "experiments", "commands", "cli.py", "console.py")  # results, and makes none
+# No part in a run: they show results, or are commands of their own.
+_APART = ("analysis", "benchmark", "commands", "experiments", "writing", "cli.py", "console.py")
 
 
 def fingerprint(args: Sequence[str]) -> str:
     """sha256 (hex) of what a run is made from: its command line, the files that this names, and the package.
 
     A file counts with its contents, wherever it lies. Folders (a local LM, datasets), the hub, the installed packages
-    and the machine are not looked at; nor is the part of the package that only shows results.
+    and the machine are not looked at; nor are the parts of the package that have no part in a run.
     """
     parts = [_package()]
     for arg in args:
@@ -30,9 +31,9 @@ def fingerprint(args: Sequence[str]) -> str:
 
 @cache
 def _package() -> str:
-    shows = {SOURCE / name for name in _SHOWS}
+    apart = {SOURCE / name for name in _APART}
     files = sorted(path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    files = [path for path in files if shows.isdisjoint((path, *path.parents))]
+    files = [path for path in files if apart.isdisjoint((path, *path.parents))]
     names = [path.relative_to(SOURCE).as_posix() for path in files]
     return hashlib.sha256(json.dumps([*zip(names, map(_sha256, files), strict=True)]).encode()).hexdigest()
 
