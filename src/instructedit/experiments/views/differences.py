@@ -9,7 +9,7 @@ from instructedit.experiments.views.base import Results, Shown, View
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-    from rich.table import Table
+    from rich.console import Group
     from rich.text import Text
 
 
@@ -37,27 +37,29 @@ class DifferencesView(View):
             "bootstrap). p (Holm), p_holm in the file, is corrected for all "
             f"{frame['p_value'].notna().sum()} comparisons of this experiment (Holm 1979).",
             frame=results.titled(frame),
-            terminal=_table(frame, results.titles),
+            terminal=_tables(frame, results.titles),
         )
 
 
-def _table(frame: DataFrame, titles: dict[str, str]) -> Table:
-    """Pair and task down, metrics across; bold and starred where the corrected p-value is below 0.05."""
+def _tables(frame: DataFrame, titles: dict[str, str]) -> Group:
+    """One for each pair: tasks down, metrics across; a star where the corrected p-value is below 0.05."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    metrics = list(dict.fromkeys(frame["metric"]))
-    table = Table("difference (* p (Holm) < 0.05)", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for metric in metrics:
-        table.add_column(metric.capitalize(), justify="right", no_wrap=True)
+    metrics, tables = list(dict.fromkeys(frame["metric"])), []
     for (method, baseline), pair in frame.groupby(["method", "baseline"], sort=False):
-        table.add_section()
-        table.add_row(Text(f"{method} − {baseline}", "bold"))
+        name = Text(f"{method} − {baseline}  (*: p (Holm) < 0.05)", "bold")
+        table = Table(title=name, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
+        table.add_column()
+        for metric in metrics:
+            table.add_column(metric.capitalize(), justify="right")
         for task, part in pair.groupby("task", sort=False):
             cells = {row.metric: _cell(row) for row in part.itertuples()}
-            table.add_row(Text(f"  {titles.get(task, task)}"), *(cells.get(metric, Text("–")) for metric in metrics))
-    return table
+            table.add_row(Text(titles.get(task, task)), *(cells.get(metric, Text("– ")) for metric in metrics))
+        tables.append(table)
+    return Group(*tables)
 
 
 def _cell(row: Any) -> Text:
