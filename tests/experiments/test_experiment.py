@@ -200,7 +200,7 @@ def test_the_report(whole):
     (line,) = [line for line in table.split("| ZsRE")[1].splitlines() if line.startswith("| MEND |")]
     assert line.split(" | ")[2] == "81.2"
     assert "ZsRE (held out)" in whole.printed
-    assert "MEND − MEND (raw), ZsRE (held out), reliability: " in whole.printed
+    assert "MEND − MEND (raw)  (*: p (Holm) < 0.05)" in whole.printed
     names = {"table.md", "summary.csv", "differences.csv", "metrics.png", "areas.png"}
     assert names <= {path.name for path in whole.out.iterdir()}
     assert list(dict.fromkeys(pd.read_csv(whole.out / "summary.csv")["method"])) == list(GRID["rows"])
