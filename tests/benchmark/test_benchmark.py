@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import subprocess
 from dataclasses import replace
@@ -16,7 +17,7 @@ from instructedit.benchmark import measure as measures
 from instructedit.benchmark import memory
 from instructedit.benchmark.bench import WEIGHTS, Bench, Setting, Shape
 from instructedit.benchmark.measure import MEASURES, many_edits, measure
-from instructedit.benchmark.memory import in_own_process, watched
+from instructedit.benchmark.memory import in_own_process, peak_memory, watched
 from instructedit.cli import main
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, evaluate_batch
@@ -116,10 +117,19 @@ def test_what_a_process_of_its_own_finds_comes_back_and_its_failure_is_said():
         in_own_process(os._exit, 3)
 
 
+def test_a_failed_process_costs_the_memory_alone():
+    with pytest.warns(UserWarning, match="no peak memory of train plain: the process of _peak ended with exit code 1"):
+        assert math.isnan(peak_memory(replace(SETTING, shape="huge"), "train", "plain"))
+
+
 def test_many_edits_are_counted(bench, monkeypatch):
     monkeypatch.setattr(measures, "in_own_process", lambda function, *args: function(*args))
-    made = []
-    monkeypatch.setattr(measures, "evaluate_batch", lambda lm, editor, records, _: made.append(len(records)))
+    made, engine = [], measures.evaluate_batch
+
+    def counted(lm, editor, records, settings):
+        made.append(len({row["record"] for row in engine(lm, editor, records, settings).rows}))
+
+    monkeypatch.setattr(measures, "evaluate_batch", counted)
     rows = many_edits(replace(SETTING, batch=4), (3, 9))
     assert [row["edits"] for row in rows] == [3, 9]
     assert made == [4, 3, 4, 4, 4, 1]  # one batch that is not counted comes before

@@ -200,7 +200,10 @@ def test_the_report(whole):
     (line,) = [line for line in table.split("| ZsRE")[1].splitlines() if line.startswith("| MEND |")]
     assert line.split(" | ")[2] == "81.2"
     assert "ZsRE (held out)" in whole.printed
-    assert "MEND − MEND (raw)  (*: p (Holm) < 0.05)" in whole.printed
+    differences = whole.printed.split("MEND − MEND (raw)  (*: p (Holm) < 0.05)")[1].splitlines()
+    assert differences[2].split() == ["Reliability", "Generalization", "Locality", "Portability"]
+    (row,) = [line for line in differences if line.startswith(" ZsRE (held out)")]
+    assert row.count("[") == 4
     names = {"table.md", "summary.csv", "differences.csv", "metrics.png", "areas.png"}
     assert names <= {path.name for path in whole.out.iterdir()}
     assert list(dict.fromkeys(pd.read_csv(whole.out / "summary.csv")["method"])) == list(GRID["rows"])
@@ -336,6 +339,15 @@ def test_the_trained_editor_is_an_artifact(whole, made):
         assert torch.equal(value, saved[f"editor.{name}"]), name
 
 
+def test_a_test_metric_is_at_one_step(whole):
+    client = MlflowClient(f"sqlite:///{whole.store}/mlflow.db")
+    run_id = whole.runs.set_index("name").loc["try/MEND/seed-4", "run_id"]
+    names = [name for name in client.get_run(run_id).data.metrics if name.startswith("test/")]
+    steps = {point.step for name in names for point in client.get_metric_history(run_id, name)}
+    (step,) = steps
+    assert step > 0  # that it was trained to
+
+
 def test_the_experiments_run_links_its_page(whole):
     parent = parents(whole.store)[-1]
     assert (
@@ -344,5 +356,5 @@ def test_the_experiments_run_links_its_page(whole):
     )
     note = parent.data.tags["mlflow.note.content"]
     place = f"#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}/artifacts/index.html"
-    assert f"[results page]({place})" in note
+    assert note.startswith(f"[results page]({place})")
     assert "| ZsRE (held out) | Reliability | paper |" in note

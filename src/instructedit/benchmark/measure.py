@@ -118,17 +118,11 @@ def _so_many_edits(setting: Setting, count: int) -> dict[str, float]:
     bench.lm.cache.max_bytes = 0
     records: list[EditRecord] = [r for task in ("counterfact", "zsre") for r in load_records(task, "tiny", "train")[0]]
     quick = Evaluation(generate=False, fluency_tokens=0)
-
-    def some(stream: Sequence[EditRecord], bar: tqdm | None = None) -> None:
-        for part in parts(stream, bench.size):
-            evaluate_batch(bench.lm, bench.editor, part, quick)
-            if bar:
-                bar.update(len(part))
-
-    some(records[: bench.size])  # loads the code, which is not counted
-    stream = [records[i % len(records)] for i in range(count)]
-    with watched(setting) as peak, tqdm(total=count, desc=f"{count} edits", unit="edit", leave=False) as bar:
+    stream = parts([records[i % len(records)] for i in range(count)], bench.size)
+    evaluate_batch(bench.lm, bench.editor, records[: bench.size], quick)  # loads the code, which is not counted
+    with watched(setting) as peak:
         start = time.perf_counter()
-        some(stream, bar)
+        for part in tqdm(stream, f"{count} edits", unit="batch", leave=False):
+            evaluate_batch(bench.lm, bench.editor, part, quick)
         seconds = time.perf_counter() - start
     return {"edits": count, "ms_per_edit": 1000 * seconds / count, "memory_mb": peak()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -20,8 +21,13 @@ def peak_memory(setting: Setting, name: str, variant: str) -> float:
     """Most memory of a run above what LM, editor and Adam hold, in MB, in a process of its own; nan where unknown.
 
     Of the second run: what the first one loads or leaves in the prefix cache (unless `variant` is cold) does not count.
+    A process that fails is said and gives nan: what was timed before it is not lost.
     """
-    return float(in_own_process(_peak, setting, name, variant))
+    try:
+        return float(in_own_process(_peak, setting, name, variant))
+    except RuntimeError as error:
+        warnings.warn(f"no peak memory of {name} {variant}: {error}", stacklevel=2)
+        return float("nan")
 
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
