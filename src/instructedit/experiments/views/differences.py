@@ -48,15 +48,17 @@ def _tables(frame: DataFrame, titles: dict[str, str]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    metrics, tables = list(dict.fromkeys(frame["metric"])), []
+    from instructedit.analysis.tables import METRICS, in_order, metric_title
+
+    metrics, tables = in_order(frame["metric"], METRICS), []
     for (method, baseline), pair in frame.groupby(["method", "baseline"], sort=False):
         name = Text(f"{method} − {baseline}  (*: p (Holm) < 0.05)", "bold")
         table = Table(title=name, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
         table.add_column()
         for metric in metrics:
-            table.add_column(metric.capitalize(), justify="right")
-        for task, part in pair.groupby("task", sort=False):
-            cells = {row.metric: _cell(row) for row in part.itertuples()}
+            table.add_column(metric_title(metric), justify="right")
+        for task in in_order(pair["task"], titles):
+            cells = {row.metric: _cell(row) for row in pair[pair["task"] == task].itertuples()}
             table.add_row(Text(titles.get(task, task)), *(cells.get(metric, Text("– ")) for metric in metrics))
         tables.append(table)
     return Group(*tables)
