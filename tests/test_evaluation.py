@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.reference import (
     answer_logits,
     assert_untouched,
@@ -19,7 +21,7 @@ from tests.reference import (
 from instructedit.editors import Editor, build_editor
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.evaluation import Evaluation, evaluate
+from instructedit.evaluation import Evaluation, _chunks, evaluate, evaluate_batch
 from instructedit.metrics import answer_match
 from instructedit.records import EditRecord, EditRequest, Probe
 
@@ -29,15 +31,19 @@ SLOTS = {"LABEL": "positive", "TOPIC": "cats"}
 
 
 class Given(Editor):
-    """Makes the edits that it was given, in order, and keeps what it was asked. (Without a name: in no registry.)"""
+    """Makes the edits that it was given for each record, and keeps what it was asked. (Without a name: in no registry.)
 
-    def __init__(self, factors=None, instructions=False):
+    Records come in any order: the engine edits together what is of one length.
+    """
+
+    def __init__(self, factors=None, records=(), instructions=False):
         super().__init__(instructions)
-        self.factors, self.asked = factors, []
+        self.factors, self.known, self.asked = factors, [record.request for record in records], {}
 
     def make(self, batch):
-        chosen = slice(len(self.asked), len(self.asked) + len(batch))
-        self.asked += batch.prompts
+        chosen = [next(i for i, known in enumerate(self.known) if known is request) for request in batch.requests]
+        assert not self.asked.keys() & set(chosen)
+        self.asked |= dict(zip(chosen, batch.prompts, strict=True))
         return LowRankEdit({name: Factors(a[chosen], b[chosen]) for name, (a, b) in self.factors.items()})
 
 
@@ -120,10 +126,10 @@ def assert_scored(lm, models, records, table):
             assert row[name] == (value if name == "answer" else pytest.approx(value, abs=1e-4)), (row, name)
 
 
-@pytest.mark.parametrize(("batch_size", "rows"), [(32, 256), (3, 2), (1, 1)])
-def test_every_probe_scores_as_under_its_merged_model(lm, factors, models, records, batch_size, rows):
-    settings = Evaluation(generate=False, fluency_tokens=0, rows=rows)
-    table = evaluate(lm, Given(factors).bind(lm), records, settings, batch_size).table
+@pytest.mark.parametrize(("batch_size", "tokens"), [(32, 8192), (3, 60), (1, 1)])
+def test_every_probe_scores_as_under_its_merged_model(lm, factors, models, records, batch_size, tokens):
+    settings = Evaluation(generate=False, fluency_tokens=0, tokens=tokens)
+    table = evaluate(lm, Given(factors, records).bind(lm), records, settings, batch_size).table
     assert len(table) == 2 * 5 + 2 * 5
     assert_scored(lm, models, records, table)
     assert 0 < table["accuracy"].mean() < 1  # not all alike
@@ -132,7 +138,9 @@ def test_every_probe_scores_as_under_its_merged_model(lm, factors, models, recor
 
 
 def test_summary_is_the_mean_over_probes_then_records_then_clusters(lm, factors, models, records):
-    summary = evaluate(lm, Given(factors).bind(lm), records, QUICK).summary.set_index(["task", "metric"])["mean"]
+    summary = evaluate(lm, Given(factors, records).bind(lm), records, QUICK).summary.set_index(["task", "metric"])[
+        "mean"
+    ]
     expected = {}
     for i, record in enumerate(records):
         for kind in ("reliability", "generalization", "portability", "locality"):
@@ -154,7 +162,7 @@ def test_cases_of_a_cluster_count_as_one(lm, factors, records):
     request = EditRequest(records[0].request.prompt, "no", task="convsent", slots=SLOTS)
     alone = EditRecord("alone", request, records[2].probes)
     chosen, four = [records[2], records[3], alone], {n: tuple(f[[2, 3, 0]] for f in p) for n, p in factors.items()}
-    scores = evaluate(lm, Given(four).bind(lm), chosen, QUICK)
+    scores = evaluate(lm, Given(four, chosen).bind(lm), chosen, QUICK)
     kinds = scores.table[scores.table["kind"] == "reliability"].set_index("record")["accuracy"]
     row = scores.summary.set_index("metric").loc["reliability"]
     assert row["mean"] == pytest.approx(100 * ((kinds["c2"] + kinds["c3"]) / 2 + kinds["alone"]) / 2, abs=1e-3)
@@ -163,7 +171,7 @@ def test_cases_of_a_cluster_count_as_one(lm, factors, records):
 
 
 def test_edit_success_of_replies(lm, factors, models, records):
-    scores = evaluate(lm, Given(factors).bind(lm), records, QUICK).summary.set_index("metric")["mean"]
+    scores = evaluate(lm, Given(factors, records).bind(lm), records, QUICK).summary.set_index("metric")["mean"]
     found = []
     for i in (2, 3):
         after = {k: [expected_scores(lm, models[i], p.prompt, p.answers) for p in records[i].of(k)] for k in KINDS}
@@ -177,7 +185,7 @@ def test_edit_success_of_replies(lm, factors, models, records):
 
 
 def test_instructions_give_two_views(lm, factors, models, records):
-    editor = Given(factors, instructions=True).bind(lm)
+    editor = Given(factors, records, instructions=True).bind(lm)
     table = evaluate(lm, editor, records, QUICK).table
     assert_scored(lm, models, records, table)
     views = table.groupby("kind")["view"].agg(lambda view: sorted(set(view)))
@@ -189,7 +197,9 @@ def test_instructions_give_two_views(lm, factors, models, records):
     assert (table["main"] == ((table["view"] == "instructed") | (table["kind"] == "locality"))).all()
     assert (table["prompt"].str.startswith("Task: ") == (table["view"] == "instructed")).all()
     rows = table[(table["kind"] == "reliability") & table["main"]]
-    assert rows["prompt"].tolist() == editor.asked  # scored behind the very instruction that it was edited with
+    assert rows["prompt"].tolist() == [
+        editor.asked[i] for i in range(4)
+    ]  # scored behind the very instruction that it was edited with
 
 
 def test_nothing_changes_without_an_edit(lm, records):
@@ -200,9 +210,9 @@ def test_nothing_changes_without_an_edit(lm, records):
     assert set(scores.summary["method"]) == {"unedited"}
 
 
-@pytest.mark.parametrize("rows", [256, 2])
-def test_words_before_and_after(lm, factors, models, records, rows):
-    table = evaluate(lm, Given(factors).bind(lm), records, Evaluation(fluency_tokens=0, rows=rows)).table
+@pytest.mark.parametrize("tokens", [8192, 60])
+def test_words_before_and_after(lm, factors, models, records, tokens):
+    table = evaluate(lm, Given(factors, records).bind(lm), records, Evaluation(fluency_tokens=0, tokens=tokens)).table
     spoken = table[table["task"] == "counterfact"]
     for row in spoken[spoken["kind"] != "locality"].to_dict("records"):
         model = models[int(row["record"][1])]
@@ -218,7 +228,7 @@ def test_words_before_and_after(lm, factors, models, records, rows):
 
 def test_fluency_is_sampled_from_replies_and_leaves_the_random_state(lm, factors, records):
     settings, state = Evaluation(generate=False, fluency_tokens=12, seed=3), torch.get_rng_state()
-    first, second = (evaluate(lm, Given(factors).bind(lm), records, settings).table for _ in range(2))
+    first, second = (evaluate(lm, Given(factors, records).bind(lm), records, settings).table for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     rows = first[first["kind"] == "fluency"]
     assert rows["record"].tolist() == ["c2", "c3"]
@@ -248,3 +258,26 @@ def test_an_error_restores_training_mode(lm):
     with pytest.raises(UserError, match="record f9"):
         evaluate(lm, editor, [EditRecord("f9", EditRequest("A", "very " * 200))], QUICK)
     assert editor.training
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=30), tokens=st.integers(1, 200)
+)  # fmt: skip
+def test_no_pass_has_more_tokens_than_it_may(lengths, tokens):
+    chunks = list(_chunks(lengths, tokens))
+    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
+    for chunk in chunks:
+        padded = len(chunk) * sum(max(lengths[i][part] for i in chunk) for part in (0, 1))
+        assert padded <= tokens or len(chunk) == 1
+
+
+def test_edits_are_shown_while_they_live(lm, factors, records):
+    seen = []
+    settings = Evaluation(generate=False, fluency_tokens=0, tokens=1)
+    evaluate_batch(lm, Given(factors, records).bind(lm), records, settings, [lambda *shown: seen.append(shown)])
+    assert {record.id for shown, _ in seen for record in shown} == {record.id for record in records}
+    for shown, edit in seen:
+        assert len(shown) == len(edit) == 1  # a token budget that no request fits in
+        number = records.index(shown[0])
+        for site, (a, _) in factors.items():
+            assert torch.equal(edit.factors[site].a[0], a[number])

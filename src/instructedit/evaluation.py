@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
 from instructedit.data.batch import Front, plain
 from instructedit.editors import Editor
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor
-from instructedit.lm import FrozenLM, TokenBatch
-from instructedit.metrics import agreement, answer_match, exact_match, fluency, log_likelihood, token_accuracy
+from instructedit.lm import FrozenLM, Judged, TokenBatch
+from instructedit.metrics import agreement, answer_match, exact_match, fluency, row_mean, token_accuracy
 from instructedit.records import EditRecord, Probe
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Evaluation:
         instruction: A free sentence for every record instead; or one for each task, by its name.
         replies: Replies of each sentiment that edit success is measured on, the first ones of a record.
         seed: Of the descriptions drawn and of sampled text.
-        rows: Probes in one forward pass, at most.
+        tokens: In one forward pass, padding and what is to be generated included, at most; it bounds the memory.
     """
 
     generate: bool = True
@@ -49,7 +48,7 @@ class Evaluation:
     instruction: str | dict[str, str] | None = None
     replies: int = 2
     seed: int = 0
-    rows: int = 256
+    tokens: int = 8192
 
 
 @dataclass(frozen=True)
@@ -70,34 +69,72 @@ class Outcome:
     """What a batch of edits did.
 
     Attributes:
-        edit: The edits, one for each record.
         rows: One row for each probe and view (see `evaluate`).
     """
 
-    edit: Edit
     rows: list[Row]
 
 
+#: Is shown records and their edits, which live no longer than they are scored.
+Watcher = Callable[[list[EditRecord], Edit], Any]
+
+
 def evaluate_batch(
-    lm: FrozenLM, editor: Editor, records: Sequence[EditRecord], settings: Evaluation | None = None
+    lm: FrozenLM,
+    editor: Editor,
+    records: Sequence[EditRecord],
+    settings: Evaluation | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> Outcome:
-    """Edits each record on its own, all at once, and scores every probe under its record's edit."""
+    """Edits each record on its own, many at once, and scores every probe under its record's edit."""
     settings = settings or Evaluation()
     # Editing needs gradients, whatever mode the caller evaluates in.
     with torch.inference_mode(False), torch.no_grad():
         instructor = editor.instructor(settings.descriptions, settings.description, settings.seed, settings.instruction)
-        edit = _make(editor, records, instructor)
-        asked = list(_questions(records, instructor, settings.replies))
-        scores = _score(lm, edit, asked, records, settings.rows)
-        rows = [_row(records[a.owner], a, s) for a, s in zip(asked, scores, strict=True)]
-        rows = _best_alias(rows)
-        if settings.generate:
-            _answer_freely(lm, edit, rows, records, settings.rows)
-        if settings.fluency_tokens:
-            rows += _fluency(lm, edit, records, instructor, settings)
-    for row in rows:
+        outcome = Outcome([])
+        for numbers in _alike(lm, records, instructor, settings.tokens):
+            rows = _evaluated(lm, editor, [records[i] for i in numbers], instructor, settings, watchers)
+            outcome.rows += [row | {"owner": numbers[row["owner"]]} for row in rows]
+        asked = [row for row in outcome.rows if row["kind"] == "reliability" and "after" in row]
+        _say(lm, None, asked, "before", settings.tokens)
+    outcome.rows.sort(key=lambda row: row["owner"])
+    for row in outcome.rows:
         del row["owner"]
-    return Outcome(edit, rows)
+    return outcome
+
+
+def _alike(
+    lm: FrozenLM, records: Sequence[EditRecord], instructor: Instructor | None, tokens: int
+) -> Iterator[list[int]]:
+    """Numbers of records whose requests fit together; those with replies, which are long, stand apart."""
+    prompts = [_front(instructor, record)(record.request.prompt) for record in records]
+    lengths = _lengths(lm, [f"{p} {r.request.target}" for p, r in zip(prompts, records, strict=True)])
+    for spoken in (True, False):
+        numbers = [i for i, record in enumerate(records) if bool(record.of(*REPLIES)) == spoken]
+        # Of a request every activation is kept, for its gradient: several times what a probe takes.
+        for chunk in _chunks([(lengths[i],) for i in numbers], tokens // 4):
+            yield sorted(numbers[i] for i in chunk)
+
+
+def _front(instructor: Instructor | None, record: EditRecord) -> Front:
+    return instructor.front(record.request, key=record.id) if instructor else plain
+
+
+def _evaluated(
+    lm: FrozenLM, editor: Editor, records: list[EditRecord], instructor: Instructor | None, settings: Evaluation,
+    watchers: Sequence[Watcher],
+) -> list[Row]:  # fmt: skip
+    edit = _make(editor, records, instructor)
+    for watcher in watchers:
+        watcher(records, edit)
+    asked = list(_questions(records, instructor, settings.replies))
+    scores = _score(lm, edit, asked, records, settings.tokens)
+    rows = _best_alias([_row(records[a.owner], a, s) for a, s in zip(asked, scores, strict=True)])
+    if settings.generate:
+        _answer_freely(lm, edit, rows, records, settings.tokens)
+    if settings.fluency_tokens:
+        rows += _fluency(lm, edit, records, instructor, settings)
+    return rows
 
 
 def _make(editor: Editor, records: Sequence[EditRecord], instructor: Instructor | None) -> Edit:
@@ -112,7 +149,7 @@ def _make(editor: Editor, records: Sequence[EditRecord], instructor: Instructor 
 def _questions(records: Sequence[EditRecord], instructor: Instructor | None, replies: int) -> Iterator[_Asked]:
     """In-scope probes behind their instruction and plain (without instructions: plain alone); locality plain."""
     for owner, record in enumerate(records):
-        front = instructor.front(record.request, key=record.id) if instructor else plain
+        front = _front(instructor, record)
         views: list[tuple[str, Front]] = [("instructed", front)] if instructor else []
         views.append(("plain", plain))
         left_out = {probe for kind in REPLIES for probe in record.of(kind)[replies:]}
@@ -133,49 +170,56 @@ def _score(
     """Teacher-forced scores before and after the edit, in the order of `asked`."""
     start = lm.first_block(edit.sites)
     scores: list[dict[str, float]] = [{} for _ in asked]
-    for chunk in _chunks([len(a.prompt) + len(a.answer) for a in asked], size):
-        pairs = [(asked[i].prompt, asked[i].answer) for i in chunk]
-        names = [f"record {records[asked[i].owner].id}, {asked[i].probe.kind} probe" for i in chunk]
-        tokens = lm.encode(pairs, names)
+    names = [f"record {records[a.owner].id}, {a.probe.kind} probe" for a in asked]
+    every = lm.encode([(a.prompt, a.answer) for a in asked], names)
+    for chunk in _chunks([(length,) for length in every.attention_mask.sum(-1).tolist()], size):
+        tokens = every.select(torch.tensor(chunk, device=lm.device))
         owner = torch.tensor([asked[i].owner for i in chunk], device=lm.device)
-        before = _Read.of(lm.unedited(tokens, start), tokens)
-        after = before if edit.changes_nothing else _Read.of(lm.logits(tokens, edit, owner, start), tokens)
-        for i, score in zip(chunk, _compare(tokens, before, after), strict=True):
+        before = lm.judged(lm.unedited_states(tokens, start), tokens.answers)
+        worn = None if edit.changes_nothing else lm.judged(lm.states(tokens, edit, owner, start), tokens.answers)
+        for i, score in zip(chunk, _compare(tokens, before, worn or before), strict=True):
             scores[i] = score
     return scores
 
 
-class _Read(NamedTuple):
-    """What scores need of logits [positions, vocab], which are too large to keep two of."""
-
-    said: Tensor  # the most likely tokens, [positions]
-    log_likelihood: Tensor  # of the answers, [rows]
-
-    @classmethod
-    def of(cls, logits: Tensor, tokens: TokenBatch) -> Self:
-        return cls(logits.argmax(-1), log_likelihood(logits, tokens.answers, tokens.rows, len(tokens)))
-
-
-def _compare(tokens: TokenBatch, before: _Read, after: _Read) -> Iterator[dict[str, float]]:
+def _compare(tokens: TokenBatch, before: Judged, after: Judged) -> Iterator[dict[str, float]]:
     rows, count, labels = tokens.rows, len(tokens), tokens.answers
     columns = {
         "accuracy": token_accuracy(after.said, labels, rows, count),
         "exact": exact_match(after.said, labels, rows, count),
         "agreement": agreement(after.said, before.said, rows, count),
         "accuracy_before": token_accuracy(before.said, labels, rows, count),
-        "log_likelihood": after.log_likelihood,
-        "log_likelihood_before": before.log_likelihood,
+        "log_likelihood": -row_mean(after.nll, rows, count),
+        "log_likelihood_before": -row_mean(before.nll, rows, count),
     }
     names, values = list(columns), [column.tolist() for column in columns.values()]
     for row in zip(*values, strict=True):
         yield dict(zip(names, row, strict=True))
 
 
-def _chunks(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in groups of about one length, so that little is padding."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+def _lengths(lm: FrozenLM, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text."""
+    return [len(ids) for ids in lm.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
+
+
+def _chunks(lengths: Sequence[tuple[int, ...]], tokens: int) -> Iterator[list[int]]:
+    """Indices in groups of about one length that, padded, have at most so many tokens (or of one that has more).
+
+    Args:
+        lengths: Of the parts of each row, each of which is padded to the group's longest.
+        tokens: Of a group, padding included.
+    """
+    group: list[int] = []
+    longest: tuple[int, ...] = ()
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        wider = tuple(map(max, longest or lengths[i], lengths[i]))
+        if group and (len(group) + 1) * sum(wider) > tokens:
+            yield group
+            group, wider = [], lengths[i]
+        longest = wider
+        group.append(i)
+    if group:
+        yield group
 
 
 def _row(record: EditRecord, asked: _Asked, scores: dict[str, float]) -> Row:
@@ -197,27 +241,25 @@ def _best_alias(rows: list[Row]) -> list[Row]:
 
 
 def _answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], records: Sequence[EditRecord], size: int) -> None:
-    """Adds the model's own words and whether they are a right answer; before the edit for the requests alone.
+    """Adds the model's own words and whether they are a right answer.
 
     Replies have no one right wording: records with replies are left to Fluency.
     """
-    spoken = {i for i, record in enumerate(records) if record.of(*REPLIES)}
-    wanted = [r for r in rows if r["kind"] in IN_SCOPE and r["owner"] not in spoken]
+    wanted = [r for r in rows if r["kind"] in IN_SCOPE and not records[r["owner"]].of(*REPLIES)]
     _say(lm, edit, wanted, "after", size)
-    _say(lm, None, [r for r in wanted if r["kind"] == "reliability"], "before", size)
     for row in wanted:
         row["generated"] = float(answer_match(row["after"], row["aliases"]))
 
 
 def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: int) -> None:
-    lengths = [len(lm.tokenizer(" " + max(r["aliases"], key=len))["input_ids"]) for r in rows]
-    for chunk in _chunks([n * 1000 + len(r["prompt"]) for n, r in zip(lengths, rows, strict=True)], size):
-        # Room for the longest answer and for the model to stop or to run on.
-        room = max(lengths[i] for i in chunk) + 4
-        # The rows' own edits, gathered once: generation runs the model for every token.
-        worn = edit[[rows[i]["owner"] for i in chunk]] if edit is not None and not edit.changes_nothing else None
-        with lm.edited(worn):
-            texts = lm.generate([rows[i]["prompt"] for i in chunk], max_new_tokens=min(room, lm.max_length // 2))
+    # Room for the longest answer and for the model to stop or to run on.
+    rooms = [n + 4 for n in _lengths(lm, [" " + max(r["aliases"], key=len) for r in rows])]
+    prompts = _lengths(lm, [r["prompt"] for r in rows])
+    for chunk in _chunks(list(zip(rooms, prompts, strict=True)), size):
+        room = min(max(rooms[i] for i in chunk), lm.max_length // 2)
+        worn = None if edit is None or edit.changes_nothing else edit
+        with lm.edited(worn, [rows[i]["owner"] for i in chunk] if worn is not None else None):
+            texts = lm.generate([rows[i]["prompt"] for i in chunk], max_new_tokens=room)
         for i, text in zip(chunk, texts, strict=True):
             rows[i][column] = text
 
@@ -227,14 +269,21 @@ def _fluency(
 ) -> list[Row]:
     """Fluency of sampled text (top 5 tokens, as in ROME's measure) after the prompts of records with replies."""
     chosen = [i for i, record in enumerate(records) if record.of(*REPLIES)]
-    if not chosen:
-        return []
-    fronts = [instructor.front(records[i].request, key=records[i].id) if instructor else plain for i in chosen]
-    prompts = [front(records[i].request.prompt) for front, i in zip(fronts, chosen, strict=True)]
-    tokens = min(settings.fluency_tokens, lm.max_length - max(len(lm.tokenizer(p)["input_ids"]) for p in prompts))
-    with torch.random.fork_rng(), lm.edited(None if edit.changes_nothing else edit[chosen]):
-        torch.manual_seed(settings.seed)
-        texts = lm.generate(prompts, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=5)
+    prompts = [_front(instructor, records[i])(records[i].request.prompt) for i in chosen]
+    lengths = _lengths(lm, prompts)
+    tokens = min(settings.fluency_tokens, lm.max_length - max(lengths, default=0))
+    worn, texts = None if edit.changes_nothing else edit, [""] * len(chosen)
+    for chunk in _chunks([(length + tokens,) for length in lengths], settings.tokens):
+        with (
+            torch.random.fork_rng(),
+            lm.edited(worn, [chosen[i] for i in chunk] if worn is not None else None),
+        ):
+            torch.manual_seed(settings.seed)
+            said = lm.generate(
+                [prompts[i] for i in chunk], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=5
+            )
+        for i, text in zip(chunk, said, strict=True):
+            texts[i] = text
     view = "instructed" if instructor else "plain"
     rows = []
     for i, prompt, text in zip(chosen, prompts, texts, strict=True):

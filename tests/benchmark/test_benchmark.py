@@ -89,12 +89,13 @@ def test_measures_count_what_they_time(bench, monkeypatch):
 
 def test_the_variants_differ_in_how_much_they_do_at_once(bench, monkeypatch):
     at_once = []
+    monkeypatch.setattr(benches, "LEAN", (2, 3, 440))
     monkeypatch.setattr(
-        benches, "evaluate_batch", lambda lm, editor, records, settings: at_once.append((len(records), settings.rows))
+        benches, "evaluate_batch", lambda lm, editor, records, settings: at_once.append((len(records), settings.tokens))
     )
     bench.evaluate_warm()
     bench.evaluate_lean()
-    assert at_once == [(4, 128), (2, 8), (2, 8)]
+    assert at_once == [(4, 8192), (3, 440), (1, 440)]
     assert [len(batch) for batch in bench.batches] == [4]
     assert [len(batch) for batch in bench.small] == [2, 2]
     bench.evaluate_cold()
@@ -150,7 +151,7 @@ def test_memory_is_seen_at_its_peak_and_no_more():
 
 def test_the_command_writes_its_figures(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(measures, "peak_memory", lambda *_: 1.0)
-    options = ["--shapes=[small]", "--rank=4", "--edits=4", "--batch=3", "--rows=2", "--measures=[train]"]
+    options = ["--shapes=[small]", "--rank=4", "--edits=4", "--batch=3", "--tokens=200", "--measures=[train]"]
     options += ["--repeats=1", "--fluency_tokens=3", "--threads=1"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert (
@@ -159,7 +160,7 @@ def test_the_command_writes_its_figures(bench, monkeypatch, tmp_path):
                     "benchmark",
                     *options,
                     "--batch=3",
-                    "--rows=2",
+                    "--tokens=200",
                     "--measures=[train]",
                     f"--json={tmp_path}/figures.json",
                 ]

@@ -310,8 +310,8 @@ def test_prompts_in_scope_get_the_context_and_all_others_the_model_itself(lm, in
         torch.testing.assert_close(own, with_it if i in inside else without, **FLOAT32)
         assert (with_it - without).abs().max() > 0.01
     if outside := [i for i in range(3) if i not in inside]:
-        alone = lm.logits(batch.select(torch.tensor(outside)))
-        assert torch.equal(torch.cat([found.split(sizes)[i] for i in outside]), alone)  # bit by bit
+        states, alone = lm.states(batch, edit), lm.states(batch.select(torch.tensor(outside)))
+        assert torch.equal(torch.cat([states.split(sizes)[i] for i in outside]), alone)  # bit by bit
 
 
 def test_a_prompt_of_the_same_words_is_routed_alike_in_any_company(lm):

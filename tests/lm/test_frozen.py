@@ -68,12 +68,12 @@ def test_unedited_logits_run_each_block_once(lm, start, cache_bytes):
     expected = one_by_one(lm, PAIRS)
     ran.clear()
     for _ in range(2):
-        torch.testing.assert_close(lm.unedited(lm.encode(PAIRS), start), expected, **FLOAT32)
+        torch.testing.assert_close(lm.head(lm.unedited_states(lm.encode(PAIRS), start)), expected, **FLOAT32)
     first = [n for n in range(len(lm.blocks)) if not (cache_bytes and start) or n >= start]
     assert ran == (first if cache_bytes else first * 2)
     edit = edit_of(random_factors(lm.select(blocks=[0]), 1, 2))
     with lm.edited(edit), pytest.raises(UserError, match="wears an edit"):
-        lm.unedited(lm.encode(PAIRS))
+        lm.unedited_states(lm.encode(PAIRS))
 
 
 def test_rows_hit_the_cache_in_any_company(lm):

@@ -15,6 +15,7 @@ from torch import nn
 
 from instructedit.editors import base
 from instructedit.editors.losses import EditingLoss
+from instructedit.editors.products import held as products_of
 from instructedit.errors import UserError
 from instructedit.lightning_cli import run
 from instructedit.lm.pretrain import Recipe, new_model
@@ -246,3 +247,35 @@ def test_two_processes_make_one_editor_and_the_scores_of_one_process(options, tm
     assert first["scores"] == pytest.approx(alone["scores"], abs=1e-3) != {}
     assert first["rows"] == alone["rows"] != []
     assert second["rows"] is None
+
+
+FACTORED = [
+    "--model.editor.rank=64", "--model.editor.blocks=[-1]", "--data.batch_size=1", "--trainer.gradient_clip_val=0.05",
+    "--trainer.accumulate_grad_batches=2",
+]  # fmt: skip
+
+
+def test_gradients_held_as_products_train_the_very_same_editor(options, monkeypatch):
+    rows, clip = [], training.ProductAdamW.clip
+
+    def counted(self, max_norm):
+        rows.append(sum(len(products) for _, products in products_of(self._parameters())))
+        return clip(self, max_norm)
+
+    monkeypatch.setattr(training.ProductAdamW, "clip", counted)
+    plain = weights(run(["fit", *options, *FACTORED]))
+    assert not rows
+    own = weights(run(["fit", *options, *FACTORED, "--model.factored_gradients=true"]))
+    assert len(rows) == 4
+    assert max(rows) > 0  # the longest conversations give more rows than the matrices have
+    for name, expected in plain.items():
+        torch.testing.assert_close(own[name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_held_as_products_are_refused_where_they_cannot_be(options, monkeypatch):
+    held = [*options, *FACTORED, "--model.factored_gradients=true"]
+    with pytest.raises(UserError, match="clip by norm"):
+        run(["fit", *held, "--trainer.gradient_clip_algorithm=value"])
+    monkeypatch.setattr(L.Trainer, "world_size", 2)
+    with pytest.raises(UserError, match="several processes"):
+        run(["fit", *held])

@@ -13,20 +13,22 @@ from instructedit.data.batch import Collator, EditBatch
 from instructedit.editors import build_editor
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.mend import Mend
+from instructedit.editors.products import hold
 from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.lm import FrozenLM
 from instructedit.lm.loading import load_model
 from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.records import EditRecord
 from instructedit.tasks import load_records
+from instructedit.training.optimizer import ProductAdamW
 
 T = TypeVar("T")
 
 WEIGHTS = LossWeights(edit=0.1, locality=1.0)
 #: Gradient accumulation of the plain training (the paper's).
 ACCUMULATE = 2
-#: Edits, and probes, at once where little memory is wanted.
-LEAN = (2, 8)
+#: Where little memory is wanted: training examples at once, edits evaluated at once, and tokens of such a pass.
+LEAN = (2, 16, 440)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Shape:
         dtype: Of the LM.
         gpu: Whether it is meant for a GPU alone.
         batch: Edits that the engine works on at once, unless told otherwise.
-        rows: Probes that it scores, or answers freely, at once, unless told otherwise.
+        tokens: Of one forward pass of its evaluation, at most, unless told otherwise.
     """
 
     architecture: Literal["gpt2", "llama"]
@@ -50,7 +52,7 @@ class Shape:
     dtype: str = "float32"
     gpu: bool = False
     batch: int = 32
-    rows: int = 128
+    tokens: int = 8192
 
 
 SHAPES = {
@@ -58,8 +60,8 @@ SHAPES = {
     "12x768": Shape("gpt2", 12, 768, 12),
     "48-narrow": Shape("gpt2", 48, 256, 4),
     "4x512-gated": Shape("llama", 4, 512, 8, 32000),
-    "gpt2-xl": Shape("gpt2", 48, 1600, 25, dtype="bfloat16", gpu=True, batch=64, rows=256),
-    "llama-2-7b": Shape("llama", 32, 4096, 32, 32000, dtype="bfloat16", gpu=True, batch=64, rows=256),
+    "gpt2-xl": Shape("gpt2", 48, 1600, 25, dtype="bfloat16", gpu=True, batch=64),
+    "llama-2-7b": Shape("llama", 32, 4096, 32, 32000, dtype="bfloat16", gpu=True, batch=64),
 }
 
 
@@ -73,7 +75,7 @@ class Setting:
         edits: Edits in a run.
         batch: Edits that the engine works on at once; in training their gradients are summed over the run, as
             `accumulate_grad_batches` does. By default the shape's.
-        rows: Probes that it scores, or answers freely, at once. By default the shape's.
+        tokens: Of one forward pass of its evaluation, at most. By default the shape's.
         fluency_tokens: Length of sampled text in evaluation.
         device: Where it runs.
         threads: CPU threads.
@@ -83,7 +85,7 @@ class Setting:
     rank: int = 1920
     edits: int = 32
     batch: int | None = None
-    rows: int | None = None
+    tokens: int | None = None
     fluency_tokens: int = 100
     device: str = "cpu"
     threads: int = 2
@@ -105,11 +107,11 @@ class Bench:
         assert isinstance(editor, Mend)
         self.editor = editor
         self.plain = PlainMend(self.lm, editor)
-        self.adam = torch.optim.AdamW(editor.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+        self.adam = ProductAdamW(editor.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
         records = load_records("counterfact", "tiny", "train")[0]
         self.records = [_trimmed(r) for r in records if r.of("locality")][: setting.edits]
         facts, replies = load_records("zsre", "tiny", "test")[0], load_records("convsent", "tiny", "test")[0]
-        self.size, self.rows = setting.batch or shape.batch, setting.rows or shape.rows
+        self.size, self.tokens = setting.batch or shape.batch, setting.tokens or shape.tokens
         self.tested = [*facts[: setting.edits * 3 // 4], *replies[: setting.edits // 4]]
         collate = Collator(tokenizer, self.lm.max_length, None)
         self.batches, self.small = (
@@ -138,8 +140,12 @@ class Bench:
         self._train(self.batches)
 
     def train_lean(self) -> None:
-        """The same pass in small batches."""
-        self._train(self.small)
+        """The same pass in small batches, and the hypernetwork's gradients as products."""
+        hold(self.editor.parameters())
+        try:
+            self._train(self.small)
+        finally:
+            hold(self.editor.parameters(), False)
 
     def _train(self, batches: Sequence[EditBatch]) -> None:
         self.editor.train()
@@ -149,7 +155,7 @@ class Bench:
         self._step()
 
     def _step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.editor.parameters(), 100.0)
+        self.adam.clip(100.0)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
 
@@ -161,18 +167,18 @@ class Bench:
     def evaluate_cold(self) -> None:
         """The same batch by batch, the prefix cache empty."""
         self.lm.cache.clear()
-        self._evaluate(self.size, self.rows)
+        self._evaluate(self.size, self.tokens)
 
     def evaluate_warm(self) -> None:
         """The same batch by batch."""
-        self._evaluate(self.size, self.rows)
+        self._evaluate(self.size, self.tokens)
 
     def evaluate_lean(self) -> None:
-        """The same in small batches."""
-        self._evaluate(*LEAN)
+        """The same with little memory."""
+        self._evaluate(*LEAN[1:])
 
-    def _evaluate(self, size: int, rows: int) -> None:
-        settings = Evaluation(fluency_tokens=self.setting.fluency_tokens, rows=rows)
+    def _evaluate(self, size: int, tokens: int) -> None:
+        settings = Evaluation(fluency_tokens=self.setting.fluency_tokens, tokens=tokens)
         for records in parts(self.tested, size):
             evaluate_batch(self.lm, self.editor, records, settings)
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from instructedit.analysis import EditingAreas, area_maps
 from instructedit.callbacks.results import task_titles
-from instructedit.edits import Factors, LowRankEdit
-from instructedit.evaluation import Outcome
+from instructedit.edits import Edit, LowRankEdit
+from instructedit.records import EditRecord
 from instructedit.tracking import MLflowTracker
 
 
@@ -33,24 +33,27 @@ class EditingAreaDump(L.Callback):
         self.seen: Counter[str] = Counter()
         self.areas: EditingAreas | None = None
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.parts, self.seen, self.areas = [], Counter(), None
+        if trainer.is_global_zero:
+            pl_module.watchers.append(self._keep)
 
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        if not isinstance(outputs, Outcome) or not isinstance(outputs.edit, LowRankEdit) or not trainer.is_global_zero:
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            pl_module.watchers.remove(self._keep)
+
+    def _keep(self, records: list[EditRecord], edit: Edit) -> None:
+        if not isinstance(edit, LowRankEdit):
             return
         chosen = []
-        for i, record in enumerate(batch):
+        for i, record in enumerate(records):
             # One record of a cluster stands for it: ten cases of one topic are one place on the map.
             if self.seen[record.task] < self.records_per_task and not self.seen[f"cluster {record.cluster}"]:
                 self.seen.update([record.task, f"cluster {record.cluster}"])
                 chosen.append(i)
         if chosen:
-            ids, tasks = [batch[i].id for i in chosen], [batch[i].task for i in chosen]
-            edit = LowRankEdit({s: Factors(f.a[chosen], f.b[chosen]) for s, f in outputs.edit.factors.items()})
+            ids, tasks = [records[i].id for i in chosen], [records[i].task for i in chosen]
+            edit = edit[chosen]
             edit = (edit.compressed(self.max_rank) if self.max_rank else edit).to("cpu")
             self.parts.append(EditingAreas.from_factors(ids, tasks, dict(edit.factors)))
 

@@ -11,7 +11,7 @@ def main(
     rank: int = 1920,
     edits: int = 32,
     batch: int | None = None,
-    rows: int | None = None,
+    tokens: int | None = None,
     measures: list[Literal["train", "evaluate", "one"]] | None = None,
     repeats: int = 5,
     fluency_tokens: int = 100,
@@ -31,7 +31,7 @@ def main(
         rank: Of the hypernetwork.
         edits: Edits in a run.
         batch: Edits that the engine works on at once; by default what suits the shape.
-        rows: Probes that it scores at once; by default what suits the shape.
+        tokens: Of one forward pass of its evaluation, at most; by default what suits the shape.
         measures: Only these: train, evaluate, one (a single edit).
         repeats: Runs of each.
         fluency_tokens: Length of sampled text in evaluation.
@@ -44,7 +44,7 @@ def main(
     from instructedit.benchmark.report import report
 
     chosen = shapes or [name for name, shape in SHAPES.items() if device != "cpu" or not shape.gpu]
-    settings = [Setting(name, rank, edits, batch, rows, fluency_tokens, device, threads) for name in chosen]
+    settings = [Setting(name, rank, edits, batch, tokens, fluency_tokens, device, threads) for name in chosen]
     counts = [10**power for power in range(1, 8) if 10**power <= many]
     found = [row for setting in settings for row in measure(setting, repeats, measures or MEASURES)]
     report(found, many_edits(settings[0], counts) if counts else [], settings[0], json)

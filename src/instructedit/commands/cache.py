@@ -49,7 +49,7 @@ def warm(
     cli.datamodule.setup("fit")
     pairs, locality = _training_pairs(editor, cli.datamodule)
     limit = min(cli.datamodule.hparams["max_length"] or lm.max_length, lm.max_length)
-    work = [(len(lm.blocks), locality, lambda batch: lm.unedited(batch, block))]
+    work = [(len(lm.blocks), locality, lambda batch: lm.unedited_states(batch, block))]
     work += [(block, pairs, lambda batch: lm.prefix(batch, block))] if block else []  # else nothing lies below it
     rows = tokens = there = 0
     for entered, wanted, compute in reversed(work):  # what leaves the last block is computed from the prefix

@@ -58,10 +58,14 @@ def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch, unlikelihood: float
 def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int, weight: float = 1.0) -> Tensor:
     """Mean over requests of: mean NLL of the wanted answers + mean unlikelihood −log(1 − p) of the unwanted ones."""
     tokens = probes.tokens
-    logits = lm.logits(tokens, edit, probes.owner, start).float()
-    nll = F.cross_entropy(logits, tokens.answers, reduction="none")
     unwanted_at = probes.unwanted[tokens.rows]
-    terms = nll.masked_scatter(unwanted_at, _unlikelihood(logits[unwanted_at], tokens.answers[unwanted_at]))
+
+    def read(logits: Tensor, at: slice) -> tuple[Tensor]:
+        logits, answers, unwanted = logits.float(), tokens.answers[at], unwanted_at[at]
+        nll = F.cross_entropy(logits, answers, reduction="none")
+        return (nll.masked_scatter(unwanted, _unlikelihood(logits[unwanted], answers[unwanted])),)
+
+    (terms,) = lm.read(lm.states(tokens, edit, probes.owner, start), read)
     per_row = row_mean(terms, tokens.rows, len(tokens))
     sides = [_per_request(per_row, probes.owner, side, requests) for side in (~probes.unwanted, probes.unwanted)]
     return (sides[0] + weight * sides[1]).mean()
@@ -76,9 +80,13 @@ def _unlikelihood(logits: Tensor, tokens: Tensor) -> Tensor:
 def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int) -> Tensor:
     """Mean over the requests that have such probes of KL(unedited ‖ edited) per answer position, in nats."""
     tokens = probes.tokens
-    before = lm.unedited(tokens, start).float().log_softmax(-1)
-    after = lm.logits(tokens, edit, probes.owner, start).float().log_softmax(-1)
-    divergence = F.kl_div(after, before, log_target=True, reduction="none").sum(-1)
+    before = lm.unedited_states(tokens, start)
+
+    def read(logits: Tensor, at: slice) -> tuple[Tensor]:
+        expected = lm.head(before[at]).float().log_softmax(-1)
+        return (F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="none").sum(-1),)
+
+    (divergence,) = lm.read(lm.states(tokens, edit, probes.owner, start), read)
     per_row = row_mean(divergence, tokens.rows, len(tokens))
     every = torch.ones_like(probes.unwanted)
     having = len(probes.owner.unique())

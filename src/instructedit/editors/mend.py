@@ -13,6 +13,7 @@ from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.normalizer import RunningNorm
 from instructedit.editors.options import options
+from instructedit.editors.products import linear
 from instructedit.edits import Factors, LowRankEdit
 
 
@@ -46,7 +47,7 @@ class GradientNetwork(nn.Module):
         """Args: u [tokens, in], delta [tokens, out], site [tokens] number of each token's site. Returns (ũ, δ̃)."""
         z = torch.cat([self.norm_u(u), self.norm_delta(delta)], -1)
         for up, down, bias, scale, shift in zip(self.up, self.down, self.bias, self.scale, self.shift, strict=True):
-            mapped = torch.addmm(bias, z @ down, up)
+            mapped = linear(linear(z, down), up, bias)
             # clamp, unlike relu, has slope 1 at zero, where the identity start puts every unit
             z = z + torch.addcmul(shift[site], mapped, scale[site]).clamp(min=0)
         new_u, new_delta = z.split(self.split, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from instructedit.lm import hooks
 from instructedit.lm.disk_cache import DiskCache, checksum
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
+from instructedit.lm.readout import positionwise
 from instructedit.lm.sites import (
     Site,
     add_to_weight,
@@ -33,6 +35,9 @@ from instructedit.lm.sites import (
 )
 from instructedit.lm.tokens import TokenBatch, behind, encode, left_padded, rows_of
 from instructedit.metrics import row_mean
+
+#: Logits that are there at once, in bytes of float32.
+HEAD_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,13 @@ class Seen(NamedTuple):
 
     inputs: Tensor
     outputs: Tensor
+
+
+class Judged(NamedTuple):
+    """At each answer position: −log p of the answer's token, `nll` [positions], and the most likely one, `said`."""
+
+    nll: Tensor
+    said: Tensor
 
 
 class FrozenLM:
@@ -223,10 +235,10 @@ class FrozenLM:
         return torch.autocast(self.device.type, enabled=False)
 
     @torch.no_grad()
-    def unedited(self, batch: TokenBatch, start: int = 0) -> Tensor:
-        """Logits of the model without any edit at the answer positions, [positions, vocab].
+    def unedited_states(self, batch: TokenBatch, start: int = 0) -> Tensor:
+        """What leaves the last block at the answer positions without any edit, [positions, hidden].
 
-        What enters its head is kept in the prefix cache: a prompt asked again costs no block.
+        It is kept in the prefix cache: a prompt asked again costs no block. `head` makes logits of it.
 
         Args:
             batch: Rows of tokens.
@@ -236,15 +248,53 @@ class FrozenLM:
             UserError: While the model wears an edit.
         """
         if self._worn:
-            raise UserError("the model wears an edit: ask for its unedited logits outside of `edited`")
+            raise UserError("the model wears an edit: ask for its unedited states outside of `edited`")
         top = len(self.blocks)
-        hidden = self.cache.states(batch, top, functools.partial(self._leaving, start=start))
-        return self._answers(batch, top, hidden)
+        return self.cache.states(batch, top, functools.partial(self._leaving, start=start))[batch.answer_at]
 
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
-        hidden = self.prefix(batch, start) if start else None
-        with hooks.replayed(self.blocks, start, hidden, self._tuples):
+        return self._above(batch, start, self.prefix(batch, start) if start else None)
+
+    def _above(self, batch: TokenBatch, start: int, hidden: Tensor | None) -> Tensor:
+        """What leaves the last block, [rows, seq, hidden], when `hidden` enters block `start` (or a row the model)."""
+        running = self.blocks[start:] if self.checkpoint else ()
+        with hooks.recomputed(running), hooks.replayed(self.blocks, start, hidden, self._tuples):
             return hooks.output_of(self.blocks[-1], lambda: self._run(batch))
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits of states that left the last block, [positions, hidden] → [positions, vocab].
+
+        The model's own final norm, head, and what else it does after its blocks.
+        """
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+        bare = hooks.hooked({block: OrderedDict() for block in self.blocks})  # no block runs for whoever looks on
+        with bare, hooks.replayed(self.blocks, len(self.blocks), states.unsqueeze(1), self._tuples), self._own_dtype():
+            logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return logits.squeeze(1)
+
+    def read(self, states: Tensor, what: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `what` makes of the logits, which are never there all at once.
+
+        Args:
+            states: That left the last block, [positions, hidden].
+            what: Takes logits [n, vocab] and the places of these positions among all; gives one number for each
+                position, [n], differentiable with respect to the logits of that position, and, if wanted, more
+                tensors [n, …], which are not.
+
+        Returns:
+            The same for all positions.
+        """
+        room = HEAD_BYTES["cpu" if states.device.type == "cpu" else "gpu"]
+        size = max(1, room // (4 * self.model.config.get_text_config().vocab_size))
+        return positionwise(states, lambda part, at: what(self.head(part), at), size)
+
+    def judged(self, states: Tensor, answers: Tensor) -> Judged:
+        """How states that left the last block, [positions, hidden], take the answer tokens, [positions]."""
+
+        def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
+            return F.cross_entropy(logits.float(), answers[at], reduction="none"), logits.detach().argmax(-1)
+
+        return Judged(*self.read(states, read))
 
     def logits(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
         """Logits at the answer positions.
@@ -258,31 +308,38 @@ class FrozenLM:
         Returns:
             [positions, vocab], in the order of ``batch.answers``.
         """
+        return self.head(self.states(batch, edit, rows, start))
+
+    def states(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
+        """What leaves the last block at the answer positions, [positions, hidden] (arguments as for `logits`).
+
+        `read` and `head` make logits of it.
+        """
         if edit is None and self._front is not None:
             edit, rows = self._front
         if isinstance(edit, ContextEdit):
             return self._fronted(batch, edit, rows, start)
         groups = batch.by_length()
         if len(groups) == 1 or self._worn:  # edits that a caller put on know the batch as it is
-            return self._logits(batch, edit, rows, start)
+            return self._states(batch, edit, rows, start)
         index = None if edit is None else self._index(edit, rows, len(batch))
 
         def run(group: Tensor) -> Tensor:
             mine = None if index is None else index[group]
-            return self._logits(batch.select(group), edit, mine, start)
+            return self._states(batch.select(group), edit, mine, start)
 
         return _in_groups(batch, [group.to(self.device) for group in groups], run)
 
     def _fronted(self, batch: TokenBatch, edit: ContextEdit, rows: Tensor | None, start: int) -> Tensor:
-        """Logits of rows that read a context first, or, out of its scope, do not."""
+        """States of rows that read a context first, or, out of its scope, do not."""
         chosen = edit.choose(self._index(edit, rows, len(batch)), lambda block: self.query(batch, block))
 
         def run(group: Tensor) -> Tensor:
             part = batch.select(group)
             if chosen[group[0]] < 0:
-                return self._logits(part, None, None, start)
+                return self._states(part, None, None, start)
             part = part.behind(edit.contexts(chosen[group]), self.max_length, self.tokenizer.bos_token_id)
-            return self._logits(part, edit.adapter, None, start)
+            return self._states(part, edit.adapter, None, start)
 
         groups = [(chosen < 0).nonzero().squeeze(-1), (chosen >= 0).nonzero().squeeze(-1)]
         return _in_groups(batch, [group for group in groups if len(group)], run)
@@ -307,8 +364,8 @@ class FrozenLM:
 
     def losses(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
         """Edit loss of each row: mean over its answer's tokens of −log p, [rows] (arguments as for `logits`)."""
-        logits = self.logits(batch, edit, rows, start).float()
-        return row_mean(F.cross_entropy(logits, batch.answers, reduction="none"), batch.rows, len(batch))
+        nll = self.judged(self.states(batch, edit, rows, start), batch.answers).nll
+        return row_mean(nll, batch.rows, len(batch))
 
     @torch.no_grad()
     def observe(
@@ -342,21 +399,10 @@ class FrozenLM:
                 self._run(batch)
         return seen
 
-    def _logits(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
+    def _states(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
         hidden = self.prefix(batch, start) if start else None
         with self._edited(edit, rows):
-            return self._answers(batch, start, hidden)
-
-    def _answers(self, batch: TokenBatch, start: int, hidden: Tensor | None) -> Tensor:
-        """Logits at the answer positions, [positions, vocab]."""
-        head = self.model.get_output_embeddings()
-        running = self.blocks[start:] if self.checkpoint else ()
-        with (
-            hooks.recomputed(running),
-            hooks.replayed(self.blocks, start, hidden, self._tuples),
-            hooks.head_at(head, batch.answer_at),
-        ):
-            return self._run(batch).logits[0]
+            return self._above(batch, start, hidden)[batch.answer_at]
 
     def capture(self, batch: TokenBatch, sites: Sequence[str]) -> Captured:
         """What the edit loss of each row shows at the sites.
@@ -383,12 +429,11 @@ class FrozenLM:
             for site in sites:
                 handle = self.model.get_submodule(site).register_forward_hook(functools.partial(keep, site))
                 stack.callback(handle.remove)
-            logits = self._answers(batch, start, hidden).float()
-            nll = F.cross_entropy(logits, batch.answers, reduction="none")
+            nll, said = self.judged(self._above(batch, start, hidden)[batch.answer_at], batch.answers)
             loss = row_mean(nll, batch.rows, len(batch))
             grads = torch.autograd.grad(loss.sum(), [outputs[s] for s in sites])
         delta = {site: apart(grad) for site, grad in zip(sites, grads, strict=True)}
-        return Captured({site: apart(u[site]) for site in sites}, delta, loss.detach(), logits.detach().argmax(-1))
+        return Captured({site: apart(u[site]) for site in sites}, delta, loss.detach(), said)
 
     # -- edits ----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -99,12 +99,12 @@ def _recomputed(block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs:
     then = {module: module._forward_hooks.copy() for module in block.modules()}
     return checkpoint(
         own, *args, use_reentrant=False, preserve_rng_state=False,  # in eval mode nothing is drawn
-        context_fn=lambda: (nullcontext(), _hooked(then)), **kwargs,
+        context_fn=lambda: (nullcontext(), hooked(then)), **kwargs,
     )  # fmt: skip
 
 
 @contextmanager
-def _hooked(then: dict[nn.Module, Any]) -> Iterator[None]:
+def hooked(then: Mapping[nn.Module, Any]) -> Iterator[None]:
     """The modules have these forward hooks and no others."""
     now = {module: module._forward_hooks for module in then}
     try:
@@ -127,20 +127,6 @@ def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del module.__dict__["forward"]
         if own is not None:
             module.__dict__["forward"] = own
-
-
-@contextmanager
-def head_at(head: nn.Module, where: tuple[Tensor, Tensor]) -> Iterator[None]:
-    """The head sees the hidden states at the given rows and positions alone, as one row [1, positions, hidden]."""
-
-    def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (args[0][where][None],)
-
-    handle = head.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from instructedit.data.batch import EditBatch
 from instructedit.editors import Editor, load_weights
 from instructedit.editors.losses import LossWeights
+from instructedit.editors.products import hold
 from instructedit.errors import UserError
-from instructedit.evaluation import Evaluation, Outcome, evaluate_batch
+from instructedit.evaluation import Evaluation, Outcome, Watcher, evaluate_batch
 from instructedit.lm import FrozenLM
 from instructedit.metrics import Fluency, Generalization, Locality, PerRecordMean, Portability, Reliability
 from instructedit.records import EditRecord
+from instructedit.training.optimizer import ProductAdamW
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class EditingModule(L.LightningModule):
         weight_decay: Decoupled weight decay: 0 is Adam (MEND), 0.01 is AdamW as KE is trained with in the paper.
         warmup_steps: Optimiser steps over which both rates rise from zero.
         decay: Let both rates fall linearly to zero towards ``max_steps``.
+        factored_gradients: Hold the gradients of the hypernetwork's matrices as products of a few rows until the
+            optimiser's step, which makes them one at a time: less memory, somewhat more arithmetic. For one process.
         evaluation: How edited models are scored in `test`. Validation leaves out generation and Fluency.
     """
 
@@ -98,6 +103,7 @@ class EditingModule(L.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 0,
         decay: bool = False,
+        factored_gradients: bool = False,
         evaluation: Evaluation = Evaluation(),  # noqa: B008
     ) -> None:
         super().__init__()
@@ -106,6 +112,7 @@ class EditingModule(L.LightningModule):
         self.editor = editor.bind(self.lm)
         self.evaluation = evaluation
         self.scores = nn.ModuleDict()
+        self.watchers: list[Watcher] = []  # of the edits of `test`
 
     @property
     def lm(self) -> FrozenLM:
@@ -118,7 +125,11 @@ class EditingModule(L.LightningModule):
         """Adam (with weight decay: AdamW) with a rate for the networks and one for the edit rates."""
         groups = self.editor.parameter_groups()
         rates = {"network": self.hparams["lr"], "edit_rates": self.hparams["lr_edit_rates"]}
-        optimizer = torch.optim.AdamW(
+        factored = self.hparams["factored_gradients"]
+        if factored and (self.trainer.world_size > 1 or self.trainer.precision == "16-mixed"):
+            raise UserError("factored_gradients: not with several processes, which sum gradients, nor with 16-mixed")
+        hold(self.editor.parameters(), factored)
+        optimizer = (ProductAdamW if factored else torch.optim.AdamW)(
             [{"params": p, "lr": rates[name], "name": name} for name, p in groups.items()],
             weight_decay=self.hparams["weight_decay"],
             # No copies of the hypernetwork's size; but float16's loss scaling would then refuse to clip gradients.
@@ -131,6 +142,17 @@ class EditingModule(L.LightningModule):
         rising = min(1.0, (step + 1) / (self.hparams["warmup_steps"] + 1))
         total = self.trainer.max_steps
         return rising * (1 - step / total) if self.hparams["decay"] and total > 0 else rising
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """The trainer's; gradients that are held as products are clipped by their norm."""
+        if not isinstance(optimizer, ProductAdamW):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            raise UserError("factored_gradients: no single value is known before the step; clip by norm")
+        elif gradient_clip_val:
+            optimizer.clip(gradient_clip_val)
 
     def on_fit_start(self) -> None:
         if not self.editor.trainable:
@@ -172,14 +194,16 @@ class EditingModule(L.LightningModule):
 
     def test_step(self, batch: list[EditRecord], batch_idx: int) -> Any:
         """Scores a batch with everything that `evaluation` asks for."""
-        return self._evaluate("test", batch, self.evaluation)
+        return self._evaluate("test", batch, self.evaluation, self.watchers)
 
     def predict_step(self, batch: list[EditRecord], batch_idx: int) -> list[dict[str, Any]]:
         """The model's words before and after each edit of a batch."""
         return [r for r in evaluate_batch(self.lm, self.editor, batch, self.evaluation).rows if r["main"]]
 
-    def _evaluate(self, stage: str, batch: list[EditRecord], settings: Evaluation) -> Outcome:
-        outcome = evaluate_batch(self.lm, self.editor, batch, settings)
+    def _evaluate(
+        self, stage: str, batch: list[EditRecord], settings: Evaluation, watchers: Sequence[Watcher] = ()
+    ) -> Outcome:
+        outcome = evaluate_batch(self.lm, self.editor, batch, settings, watchers)
         for key, metric in self._metrics(stage).items():
             _, task, name = key.split("/")
             _, kind, score = METRICS[name]

@@ -1,0 +1,64 @@
+"""AdamW that makes the gradients of large matrices one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instructedit.editors.products import held
+
+
+class ProductAdamW(torch.optim.AdamW):
+    """AdamW over parameters whose gradients may be held as products (see `editors.products`): one is dense at a time.
+
+    The same step as AdamW's, but for the order of a few sums.
+    """
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for _, products in held(self._parameters()):
+            products.clear()
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> Tensor:
+        """Scales all gradients so that their norm together is at most `max_norm` (see ``clip_grad_norm_``).
+
+        Returns:
+            The norm before.
+        """
+        dense = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+        factored = [products for _, products in held(self._parameters())]
+        squares = [torch.nn.utils.get_total_norm(dense).square(), *(products.square() for products in factored)]
+        norm = torch.stack(squares).sum().sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in dense:
+            gradient.mul_(scale)
+        for products in factored:
+            products.scale(scale)
+        return norm
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; of each matrix in turn, after all whose gradients are dense already."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        waiting = list(held(self._parameters()))
+        dense = [(parameter, parameter.grad) for parameter in self._parameters()]
+        super().step()
+        for parameter, _ in dense:
+            parameter.grad = None
+        for parameter, products in waiting:
+            parameter.grad = products.dense()
+            super().step()
+            parameter.grad = None
+        for parameter, gradient in dense:
+            parameter.grad = gradient
+        return loss
