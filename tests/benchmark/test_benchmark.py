@@ -97,7 +97,7 @@ def test_the_variants_differ_in_how_much_they_do_at_once(bench, monkeypatch):
     bench.evaluate_lean()
     assert at_once == [(4, 8192), (3, 440), (1, 440)]
     assert [len(batch) for batch in bench.batches] == [4]
-    assert [len(batch) for batch in bench.small] == [2, 2]
+    assert [len(batch) for batch in bench.small] == [3, 1]
     bench.evaluate_cold()
     assert len(bench.lm.cache) == 0
 
@@ -131,9 +131,10 @@ def test_many_edits_are_counted(bench, monkeypatch):
         made.append(len({row["record"] for row in engine(lm, editor, records, settings).rows}))
 
     monkeypatch.setattr(measures, "evaluate_batch", counted)
+    monkeypatch.setattr(measures, "SETTLED", 5)
     rows = many_edits(replace(SETTING, batch=4), (3, 9))
     assert [row["edits"] for row in rows] == [3, 9]
-    assert made == [4, 3, 4, 4, 4, 1]  # one batch that is not counted comes before
+    assert made == [4, 1, 3, 4, 1, 4, 4, 1]  # five edits that are not counted come before
     assert all(row["ms_per_edit"] > 0 for row in rows)
 
 

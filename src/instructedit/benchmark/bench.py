@@ -28,7 +28,7 @@ WEIGHTS = LossWeights(edit=0.1, locality=1.0)
 #: Gradient accumulation of the plain training (the paper's).
 ACCUMULATE = 2
 #: Where little memory is wanted: training examples at once, edits evaluated at once, and tokens of such a pass.
-LEAN = (2, 16, 440)
+LEAN = (3, 16, 440)
 
 
 @dataclass(frozen=True)

@@ -36,21 +36,13 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     table = Table("shape", "measure", "variant", "rate", "× plain", "GFLOP", "share of floor", "peak MB", "÷ plain's")
-    table.caption = "peak MB: above the LM, the editor and Adam; in brackets without the hypernetwork's gradient"
+    table.caption = "peak MB: above the LM, the editor and Adam"
     plain = {(r["shape"], r["measure"]): r for r in rows if r["variant"] == "plain"}
     for row in rows:
         base = plain[row["shape"], row["measure"]]
-        own, without = (_share(row, base, of) for of in (0.0, 1.0))
         table.add_row(
             row["shape"], row["measure"], row["variant"], f"{row['rate']:.2f} {row['unit']}", f"{row['ratio']:.2f}",
             f"{row['gflop']:.0f}", f"{100 * row['floor_share']:.0f} %", f"{row['memory_mb']:.0f}",
-            f"{own:.2f}" + (f" ({without:.2f})" if row["gradient_mb"] else ""),
+            f"{row['memory_mb'] / base['memory_mb']:.2f}",
         )  # fmt: skip
     return table
-
-
-def _share(row: dict[str, Any], base: dict[str, Any], gradient: float) -> float:
-    """Memory against the plain implementation's, less so much of the gradient that both must hold."""
-    return float(row["memory_mb"] - gradient * row["gradient_mb"]) / (
-        base["memory_mb"] - gradient * base["gradient_mb"]
-    )
