@@ -18,6 +18,7 @@ from instructedit.benchmark import memory
 from instructedit.benchmark.bench import WEIGHTS, Bench, Setting, Shape
 from instructedit.benchmark.measure import MEASURES, many_edits, measure
 from instructedit.benchmark.memory import in_own_process, peak_memory, watched
+from instructedit.benchmark.roofline import Rates, counted
 from instructedit.cli import main
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, evaluate_batch
@@ -78,7 +79,7 @@ def test_the_plain_model_is_left_as_it_was(bench):
 
 def test_measures_count_what_they_time(bench, monkeypatch):
     monkeypatch.setattr(measures, "peak_memory", lambda *_: 1.0)  # its processes know no shape of ours
-    monkeypatch.setattr(measures, "machine_rates", lambda _: (1e9, 1e9))
+    monkeypatch.setattr(measures, "machine_rates", lambda _: Rates(1e9, 1e9, 1e9))
     rows = {(r["measure"], r["variant"]): r for r in measure(SETTING, repeats=2)}
     assert len(rows) == 11
     assert all(row["rate"] > 0 and len(row["seconds"]) == 2 for row in rows.values())
@@ -136,6 +137,22 @@ def test_many_edits_are_counted(bench, monkeypatch):
     assert [row["edits"] for row in rows] == [3, 9]
     assert made == [4, 1, 3, 4, 1, 4, 4, 1]  # five edits that are not counted come before
     assert all(row["ms_per_edit"] > 0 for row in rows)
+
+
+def test_a_product_counts_its_flops_and_the_bytes_that_no_cache_holds():
+    x, small, large, out = torch.ones(2, 1024), torch.ones(1024, 8), torch.ones(1024, 2048), torch.ones(2048)
+    rates = Rates(flops=1e9, read=1e9, copy=1.0)
+    for run, flops, moved in (
+        (lambda: x @ small, 2 * 2 * 1024 * 8, 0),
+        (lambda: torch.addmm(out, x, large), 2 * 2 * 1024 * 2048, 1024 * 2048 * 4),
+        (lambda: torch.bmm(x[None], large[None]), 2 * 2 * 1024 * 2048, 1024 * 2048 * 4),
+        (lambda: x + 1, 0, 0),
+    ):
+        work = counted(run, rates)
+        assert (work.flops, work.bytes) == (flops, moved)
+        assert work.seconds == max(flops, moved) / 1e9
+    both = counted(lambda: (x @ small, x @ large), rates)
+    assert both.seconds == pytest.approx((2 * 2 * 1024 * 8 + 1024 * 2048 * 4) / 1e9)  # one after the other
 
 
 def held_for_a_moment(megabytes):

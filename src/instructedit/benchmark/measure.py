@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from instructedit.benchmark.bench import ACCUMULATE, SHAPES, Bench, Setting, parts
 from instructedit.benchmark.memory import in_own_process, peak_memory, watched
+from instructedit.benchmark.roofline import Rates, counted
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.records import EditRecord
@@ -34,42 +34,36 @@ def measure(setting: Setting, repeats: int = 5, names: Iterable[str] = MEASURES)
 
     Returns:
         One row for each measure and variant: ``shape, measure, variant, unit, rate`` (median), ``ratio`` to plain (the
-        median of the ratios run by run), ``gflop`` a run, ``floor_share`` (time that its FLOPs and bytes take at the
-        machine's measured rates ÷ time taken), and ``memory_mb`` above LM, editor and Adam.
+        median of the ratios run by run), ``gflop`` and ``gbyte`` a run, ``floor_share`` (time that these take at
+        the machine's measured rates ÷ time taken), and ``memory_mb`` above LM, editor and Adam.
     """
     if setting.shape not in SHAPES:
         raise UserError(f"benchmark: no shape {setting.shape!r}; there are: {', '.join(SHAPES)}")
     bench, rows = Bench(setting), []
-    flops, bandwidth = machine_rates(setting)
+    rates = machine_rates(setting)
     parameters = sum(p.numel() for p in bench.editor.parameters())
     for name in tqdm(list(names), setting.shape):
         unit, variants = MEASURES[name]
         runs: dict[str, list[float]] = {variant: [] for variant in variants}
-        work = {variant: _flops(getattr(bench, f"{name}_{variant}")) for variant in variants}  # and warms up
+        work = {variant: counted(getattr(bench, f"{name}_{variant}"), rates) for variant in variants}  # and warms up
         for _ in range(repeats):
             for variant in variants:
                 runs[variant].append(_seconds(getattr(bench, f"{name}_{variant}"), setting))
         edits = {"train": len(bench.records), "evaluate": len(bench.tested), "one": 1}[name]
         for variant in variants:
             steps = {"plain": len(bench.records) // ACCUMULATE}.get(variant, 1) if name == "train" else 0
-            # Adam reads weight, gradient and two moments and writes three of them; the gradient is written once.
-            moved = steps * parameters * 4 * 8
+            # Adam reads weight, gradient and two moments and writes three of them.
+            moved = steps * parameters * 4 * 7
             seconds = statistics.median(runs[variant])
             rows.append({
                 "shape": setting.shape, "measure": name, "variant": variant, "unit": unit,
                 "rate": edits / seconds, "seconds": runs[variant],
                 "ratio": statistics.median(p / v for p, v in zip(runs["plain"], runs[variant], strict=True)),
-                "gflop": work[variant] / 1e9, "gbyte": moved / 1e9,
-                "floor_share": (work[variant] / flops + moved / bandwidth) / seconds,
+                "gflop": work[variant].flops / 1e9, "gbyte": (work[variant].bytes + moved) / 1e9,
+                "floor_share": (work[variant].seconds + moved / rates.copy) / seconds,
                 "memory_mb": peak_memory(setting, name, variant),
             })  # fmt: skip
     return rows
-
-
-def _flops(run: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())
 
 
 def _seconds(run: Callable[[], None], setting: Setting) -> float:
@@ -85,16 +79,18 @@ def _wait(setting: Setting) -> None:
         torch.cuda.synchronize()
 
 
-def machine_rates(setting: Setting, seconds: float = 1.0) -> tuple[float, float]:
-    """What the machine does at best: FLOP/s of a large matrix product in the LM's dtype, and bytes/s of a copy."""
+def machine_rates(setting: Setting, seconds: float = 1.0) -> Rates:
+    """What the machine does at best, the products in the LM's dtype."""
     size = 8192 if setting.device.startswith("cuda") else 1536
     kind = getattr(torch, SHAPES[setting.shape].dtype)
     a, b = (torch.randn(size, size, device=setting.device, dtype=kind) for _ in range(2))
-    source = torch.empty(64 << 20, device=setting.device)
+    source = torch.zeros(64 << 20, device=setting.device)
     target = torch.empty_like(source)
-    product = _best(lambda: torch.mm(a, b), setting, seconds)
-    copy = _best(lambda: target.copy_(source), setting, seconds)
-    return 2 * size**3 / product, 2 * source.nbytes / copy
+    return Rates(
+        2 * size**3 / _best(lambda: torch.mm(a, b), setting, seconds),
+        source.nbytes / _best(source.sum, setting, seconds),
+        2 * source.nbytes / _best(lambda: target.copy_(source), setting, seconds),
+    )
 
 
 def _best(run: Callable[[], Any], setting: Setting, seconds: float) -> float:

@@ -35,14 +35,16 @@ def report(rows: list[dict[str, Any]], many: list[dict[str, float]], setting: Se
 def _table(rows: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table("shape", "measure", "variant", "rate", "× plain", "GFLOP", "share of floor", "peak MB", "÷ plain's")
+    table = Table(
+        "shape", "measure", "variant", "rate", "× plain", "GFLOP", "GB", "share of floor", "peak MB", "÷ plain's"
+    )
     table.caption = "peak MB: above the LM, the editor and Adam"
     plain = {(r["shape"], r["measure"]): r for r in rows if r["variant"] == "plain"}
     for row in rows:
         base = plain[row["shape"], row["measure"]]
         table.add_row(
             row["shape"], row["measure"], row["variant"], f"{row['rate']:.2f} {row['unit']}", f"{row['ratio']:.2f}",
-            f"{row['gflop']:.0f}", f"{100 * row['floor_share']:.0f} %", f"{row['memory_mb']:.0f}",
-            f"{row['memory_mb'] / base['memory_mb']:.2f}",
+            f"{row['gflop']:.0f}", f"{row['gbyte']:.1f}", f"{100 * row['floor_share']:.0f} %",
+            f"{row['memory_mb']:.0f}", f"{row['memory_mb'] / base['memory_mb']:.2f}",
         )  # fmt: skip
     return table
