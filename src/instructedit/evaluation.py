@@ -253,15 +253,29 @@ def _answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], records: Sequence[
 
 def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: int) -> None:
     # Room for the longest answer and for the model to stop or to run on.
-    rooms = [n + 4 for n in _lengths(lm, [" " + max(r["aliases"], key=len) for r in rows])]
-    prompts = _lengths(lm, [r["prompt"] for r in rows])
-    for chunk in _chunks(list(zip(rooms, prompts, strict=True)), size):
-        room = min(max(rooms[i] for i in chunk), lm.max_length // 2)
-        worn = None if edit is None or edit.changes_nothing else edit
-        with lm.edited(worn, [rows[i]["owner"] for i in chunk] if worn is not None else None):
-            texts = lm.generate([rows[i]["prompt"] for i in chunk], max_new_tokens=room)
-        for i, text in zip(chunk, texts, strict=True):
-            rows[i][column] = text
+    lengths = _lengths(lm, [" " + max(r["aliases"], key=len) for r in rows])
+    rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
+    texts = _continued(lm, edit, [r["owner"] for r in rows], [r["prompt"] for r in rows], rooms, size)
+    for row, text in zip(rows, texts, strict=True):
+        row[column] = text
+
+
+def _continued(
+    lm: FrozenLM, edit: Edit | None, owners: Sequence[int], prompts: Sequence[str], rooms: Sequence[int], size: int,
+    seed: int = 0, **options: Any,
+) -> list[str]:  # fmt: skip
+    """What follows each prompt under its owner's edit: as many tokens as the roomiest prompt of its pass may have."""
+    texts = [""] * len(prompts)
+    worn = None if edit is None or edit.changes_nothing else edit
+    for chunk in _chunks(list(zip(rooms, _lengths(lm, prompts), strict=True)), size):
+        wearing = lm.edited(worn, None if worn is None else [owners[i] for i in chunk])
+        with torch.random.fork_rng(), wearing:
+            torch.manual_seed(seed)
+            room = max(rooms[i] for i in chunk)
+            said = lm.generate([prompts[i] for i in chunk], max_new_tokens=room, **options)
+        for i, text in zip(chunk, said, strict=True):
+            texts[i] = text
+    return texts
 
 
 def _fluency(
@@ -270,20 +284,11 @@ def _fluency(
     """Fluency of sampled text (top 5 tokens, as in ROME's measure) after the prompts of records with replies."""
     chosen = [i for i, record in enumerate(records) if record.of(*REPLIES)]
     prompts = [_front(instructor, records[i])(records[i].request.prompt) for i in chosen]
-    lengths = _lengths(lm, prompts)
-    tokens = min(settings.fluency_tokens, lm.max_length - max(lengths, default=0))
-    worn, texts = None if edit.changes_nothing else edit, [""] * len(chosen)
-    for chunk in _chunks([(length + tokens,) for length in lengths], settings.tokens):
-        with (
-            torch.random.fork_rng(),
-            lm.edited(worn, [chosen[i] for i in chunk] if worn is not None else None),
-        ):
-            torch.manual_seed(settings.seed)
-            said = lm.generate(
-                [prompts[i] for i in chunk], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=5
-            )
-        for i, text in zip(chunk, said, strict=True):
-            texts[i] = text
+    tokens = min(settings.fluency_tokens, lm.max_length - max(_lengths(lm, prompts), default=0))
+    texts = _continued(
+        lm, edit, chosen, prompts, [tokens] * len(chosen), settings.tokens, settings.seed,
+        min_new_tokens=tokens, do_sample=True, top_k=5,
+    )  # fmt: skip
     view = "instructed" if instructor else "plain"
     rows = []
     for i, prompt, text in zip(chosen, prompts, texts, strict=True):

@@ -15,7 +15,7 @@ from tests.reference import relative
 from instructedit.benchmark import bench as benches
 from instructedit.benchmark import measure as measures
 from instructedit.benchmark import memory
-from instructedit.benchmark.bench import WEIGHTS, Bench, Setting, Shape
+from instructedit.benchmark.bench import WEIGHTS, Bench, Lean, Setting, Shape
 from instructedit.benchmark.measure import MEASURES, many_edits, measure
 from instructedit.benchmark.memory import in_own_process, peak_memory, watched
 from instructedit.benchmark.roofline import Rates, counted
@@ -90,7 +90,7 @@ def test_measures_count_what_they_time(bench, monkeypatch):
 
 def test_the_variants_differ_in_how_much_they_do_at_once(bench, monkeypatch):
     at_once = []
-    monkeypatch.setattr(benches, "LEAN", (2, 3, 440))
+    monkeypatch.setattr(benches, "LEAN", Lean(2, 3, 440))
     monkeypatch.setattr(
         benches, "evaluate_batch", lambda lm, editor, records, settings: at_once.append((len(records), settings.tokens))
     )

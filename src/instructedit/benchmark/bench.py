@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -27,8 +27,17 @@ T = TypeVar("T")
 WEIGHTS = LossWeights(edit=0.1, locality=1.0)
 #: Gradient accumulation of the plain training (the paper's).
 ACCUMULATE = 2
-#: Where little memory is wanted: training examples at once, edits evaluated at once, and tokens of such a pass.
-LEAN = (3, 16, 440)
+
+
+class Lean(NamedTuple):
+    """What is done at once where little memory is wanted: training examples, edits evaluated, and tokens of a pass."""
+
+    examples: int = 3
+    edits: int = 16
+    tokens: int = 440
+
+
+LEAN = Lean()
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Bench:
         collate = Collator(tokenizer, self.lm.max_length, None)
         self.batches, self.small = (
             [collate(part).to(setting.device) for part in parts(list(enumerate(self.records)), size)]
-            for size in (self.size, LEAN[0])
+            for size in (self.size, LEAN.examples)
         )
 
     # -- what is timed ------------------------------------------------------------------------------------------------
@@ -175,7 +184,7 @@ class Bench:
 
     def evaluate_lean(self) -> None:
         """The same with little memory."""
-        self._evaluate(*LEAN[1:])
+        self._evaluate(LEAN.edits, LEAN.tokens)
 
     def _evaluate(self, size: int, tokens: int) -> None:
         settings = Evaluation(fluency_tokens=self.setting.fluency_tokens, tokens=tokens)
