@@ -271,6 +271,17 @@ def test_no_pass_has_more_tokens_than_it_may(lengths, tokens):
         assert padded <= tokens or len(chunk) == 1
 
 
+@pytest.mark.parametrize("tokens", [160, 400])
+def test_requests_take_a_quarter_of_the_tokens_of_a_pass(lm, factors, records, tokens, monkeypatch):
+    made, make = [], Given.make
+    monkeypatch.setattr(Given, "make", lambda self, batch: made.append(batch.tokens) or make(self, batch))
+    settings = Evaluation(generate=False, fluency_tokens=0, tokens=tokens)
+    evaluate_batch(lm, Given(factors, records).bind(lm), records, settings)
+    assert sum(map(len, made)) == 4
+    assert max(map(len, made)) > 1
+    assert all(batch.input_ids.numel() <= tokens // 4 for batch in made)
+
+
 def test_edits_are_shown_while_they_live(lm, factors, records):
     seen = []
     settings = Evaluation(generate=False, fluency_tokens=0, tokens=1)
