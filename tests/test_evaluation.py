@@ -1,6 +1,7 @@
 """Scores against merged dense models, one record, one probe and one answer at a time."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -234,6 +235,11 @@ def test_fluency_is_sampled_from_replies_and_leaves_the_random_state(lm, factors
     assert rows["record"].tolist() == ["c2", "c3"]
     assert rows["after"].tolist() == second[second["kind"] == "fluency"]["after"].tolist()
     assert all(len(lm.tokenizer(text)["input_ids"]) >= 6 for text in rows["after"])
+    # what a record says depends on no record beside it
+    alone = evaluate(lm, Given(factors, records).bind(lm), records, replace(settings, tokens=1), batch_size=1).table
+    assert alone[alone["kind"] == "fluency"]["after"].tolist() == rows["after"].tolist()
+    other = evaluate(lm, Given(factors, records).bind(lm), records, replace(settings, seed=4)).table
+    assert (other[other["kind"] == "fluency"]["after"].to_numpy() != rows["after"].to_numpy()).all()
 
 
 @pytest.mark.parametrize("training", [True, False])

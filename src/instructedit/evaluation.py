@@ -255,24 +255,27 @@ def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: in
     # Room for the longest answer and for the model to stop or to run on.
     lengths = _lengths(lm, [" " + max(r["aliases"], key=len) for r in rows])
     rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
-    texts = _continued(lm, edit, [r["owner"] for r in rows], [r["prompt"] for r in rows], rooms, size)
+    prompts = [r["prompt"] for r in rows]
+
+    def say(chunk: list[int], room: int) -> list[str]:
+        found: list[str] = lm.generate([prompts[i] for i in chunk], max_new_tokens=room)
+        return found
+
+    texts = _continued(lm, edit, [r["owner"] for r in rows], prompts, rooms, size, say)
     for row, text in zip(rows, texts, strict=True):
         row[column] = text
 
 
 def _continued(
     lm: FrozenLM, edit: Edit | None, owners: Sequence[int], prompts: Sequence[str], rooms: Sequence[int], size: int,
-    seed: int = 0, **options: Any,
+    say: Callable[[list[int], int], list[str]],
 ) -> list[str]:  # fmt: skip
-    """What follows each prompt under its owner's edit: as many tokens as the roomiest prompt of its pass may have."""
+    """What `say` says after some of the prompts under their owners' edits, in as many tokens as the roomiest has."""
     texts = [""] * len(prompts)
     worn = None if edit is None or edit.changes_nothing else edit
     for chunk in _chunks(list(zip(rooms, _lengths(lm, prompts), strict=True)), size):
-        wearing = lm.edited(worn, None if worn is None else [owners[i] for i in chunk])
-        with torch.random.fork_rng(), wearing:
-            torch.manual_seed(seed)
-            room = max(rooms[i] for i in chunk)
-            said = lm.generate([prompts[i] for i in chunk], max_new_tokens=room, **options)
+        with lm.edited(worn, None if worn is None else [owners[i] for i in chunk]):
+            said = say(chunk, max(rooms[i] for i in chunk))
         for i, text in zip(chunk, said, strict=True):
             texts[i] = text
     return texts
@@ -285,10 +288,12 @@ def _fluency(
     chosen = [i for i, record in enumerate(records) if record.of(*REPLIES)]
     prompts = [_front(instructor, records[i])(records[i].request.prompt) for i in chosen]
     tokens = min(settings.fluency_tokens, lm.max_length - max(_lengths(lm, prompts), default=0))
-    texts = _continued(
-        lm, edit, chosen, prompts, [tokens] * len(chosen), settings.tokens, settings.seed,
-        min_new_tokens=tokens, do_sample=True, top_k=5,
-    )  # fmt: skip
+    seeds = [f"{settings.seed} {records[i].id}" for i in chosen]
+
+    def say(chunk: list[int], room: int) -> list[str]:
+        return lm.sample([prompts[i] for i in chunk], room, [seeds[i] for i in chunk])
+
+    texts = _continued(lm, edit, chosen, prompts, [tokens] * len(chosen), settings.tokens, say)
     view = "instructed" if instructor else "plain"
     rows = []
     for i, prompt, text in zip(chosen, prompts, texts, strict=True):

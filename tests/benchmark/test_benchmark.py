@@ -90,7 +90,7 @@ def test_measures_count_what_they_time(bench, monkeypatch):
 
 def test_the_variants_differ_in_how_much_they_do_at_once(bench, monkeypatch):
     at_once = []
-    monkeypatch.setattr(benches, "LEAN", Lean(2, 3, 440))
+    monkeypatch.setattr(bench, "lean", Lean(2, 3, 440))
     monkeypatch.setattr(
         benches, "evaluate_batch", lambda lm, editor, records, settings: at_once.append((len(records), settings.tokens))
     )
@@ -109,12 +109,12 @@ def test_only_the_measured_process_gives_memory_back_at_once(monkeypatch):
     with memory._returned():
         within = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
     after = subprocess.run(ask, capture_output=True, text=True, check=True).stdout
-    assert (int(within), int(after)) == (256 << 10, 7)
+    assert (int(within), int(after)) == (32 << 10, 7)
 
 
 def test_what_a_process_of_its_own_finds_comes_back_and_its_failure_is_said():
     assert in_own_process(os.getpid) != os.getpid()
-    assert in_own_process(os.getenv, "MALLOC_MMAP_THRESHOLD_") == str(256 << 10)
+    assert in_own_process(os.getenv, "MALLOC_MMAP_THRESHOLD_") == str(32 << 10)
     with pytest.raises(RuntimeError, match="the process of _exit ended with exit code 3"):
         in_own_process(os._exit, 3)
 

@@ -51,6 +51,7 @@ class Shape:
         gpu: Whether it is meant for a GPU alone.
         batch: Edits that the engine works on at once, unless told otherwise.
         tokens: Of one forward pass of its evaluation, at most, unless told otherwise.
+        lean: The same where little memory is wanted.
     """
 
     architecture: Literal["gpt2", "llama"]
@@ -62,12 +63,13 @@ class Shape:
     gpu: bool = False
     batch: int = 32
     tokens: int = 8192
+    lean: Lean = LEAN
 
 
 SHAPES = {
     "6x256": Shape("gpt2", 6, 256, 4),
     "12x768": Shape("gpt2", 12, 768, 12),
-    "48-narrow": Shape("gpt2", 48, 256, 4),
+    "48-narrow": Shape("gpt2", 48, 256, 4, lean=Lean(tokens=225)),
     "4x512-gated": Shape("llama", 4, 512, 8, 32000),
     "gpt2-xl": Shape("gpt2", 48, 1600, 25, dtype="bfloat16", gpu=True, batch=64),
     "llama-2-7b": Shape("llama", 32, 4096, 32, 32000, dtype="bfloat16", gpu=True, batch=64),
@@ -120,12 +122,13 @@ class Bench:
         records = load_records("counterfact", "tiny", "train")[0]
         self.records = [_trimmed(r) for r in records if r.of("locality")][: setting.edits]
         facts, replies = load_records("zsre", "tiny", "test")[0], load_records("convsent", "tiny", "test")[0]
+        self.lean = shape.lean
         self.size, self.tokens = setting.batch or shape.batch, setting.tokens or shape.tokens
         self.tested = [*facts[: setting.edits * 3 // 4], *replies[: setting.edits // 4]]
         collate = Collator(tokenizer, self.lm.max_length, None)
         self.batches, self.small = (
             [collate(part).to(setting.device) for part in parts(list(enumerate(self.records)), size)]
-            for size in (self.size, LEAN.examples)
+            for size in (self.size, self.lean.examples)
         )
 
     # -- what is timed ------------------------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ class Bench:
 
     def evaluate_lean(self) -> None:
         """The same with little memory."""
-        self._evaluate(LEAN.edits, LEAN.tokens)
+        self._evaluate(self.lean.edits, self.lean.tokens)
 
     def _evaluate(self, size: int, tokens: int) -> None:
         settings = Evaluation(fluency_tokens=self.setting.fluency_tokens, tokens=tokens)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from instructedit.edits import ContextEdit, Edit
 from instructedit.errors import UserError
 from instructedit.lm import hooks
+from instructedit.lm.decoding import TopKDraw, draws, roomy_cache
 from instructedit.lm.disk_cache import DiskCache, checksum
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
@@ -500,7 +501,7 @@ class FrozenLM:
 
     # -- words ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 20, **options: Any) -> Any:
         """What the model says next, greedily unless told otherwise.
 
@@ -513,22 +514,53 @@ class FrozenLM:
             The new text alone: a string for one prompt, else a list.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not several:
-            return []
-        width = self.max_length - max_new_tokens
-        if width < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in {self.max_length} tokens")
-        ids = self.tokenizer(several, verbose=False)["input_ids"]
-        settings = {"do_sample": False, "pad_token_id": self._pad_id, "max_new_tokens": max_new_tokens, **options}
-        texts = (self._continued if self._front is None else self._continued_behind)(ids, width, settings)
+        texts = self._said(several, max_new_tokens, lambda rows: options)
         return texts[0] if isinstance(prompts, str) else texts
 
-    def _continued(self, prompts: list[list[int]], width: int, settings: dict[str, Any]) -> list[str]:
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], top_k: int = 5) -> list[str]:
+        """Text of a fixed length, each token drawn among the likeliest ones.
+
+        Args:
+            prompts: What it follows.
+            tokens: Its length.
+            seeds: One for each prompt: what it draws depends on that alone, not on the prompts beside it.
+            top_k: Tokens to draw from.
+        """
+        drawn = draws(seeds, tokens).to(self.device)
+        return self._said(
+            prompts, tokens, lambda rows: {"logits_processor": [TopKDraw(drawn[rows], top_k, self._ends)]}
+        )
+
+    def _said(self, prompts: Sequence[str], room: int, options: Callable[[list[int]], dict[str, Any]]) -> list[str]:
+        """What follows the prompts; `options` gives those of transformers' ``generate`` for some of the rows."""
+        if not prompts:
+            return []
+        width = self.max_length - room
+        if width < 1:
+            raise UserError(f"max_new_tokens={room} leaves no room for a prompt in {self.max_length} tokens")
+        ids = self.tokenizer(list(prompts), verbose=False)["input_ids"]
+
+        def settings(rows: list[int]) -> dict[str, Any]:
+            return {"do_sample": False, "pad_token_id": self._pad_id, "max_new_tokens": room, **options(rows)}
+
+        return (self._continued if self._front is None else self._continued_behind)(ids, width, settings)
+
+    def _continued(
+        self, prompts: list[list[int]], width: int, settings: Callable[[list[int]], dict[str, Any]],
+        rows: list[int] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """The words that follow; `rows` are the prompts' numbers among all."""
         ids, mask = left_padded(prompts, width)
-        output = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **settings)
+        own = settings(list(range(len(prompts))) if rows is None else rows)
+        if not own.keys() & {"use_cache", "cache_implementation", "past_key_values"}:
+            own["past_key_values"] = roomy_cache(self.model.config, ids.shape[1] + own["max_new_tokens"])
+        output = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **own)
         return list(self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
 
-    def _continued_behind(self, prompts: list[list[int]], width: int, settings: dict[str, Any]) -> list[str]:
+    def _continued_behind(
+        self, prompts: list[list[int]], width: int, settings: Callable[[list[int]], dict[str, Any]]
+    ) -> list[str]:
         """The words that follow where prompts in scope of a context stand behind it."""
         assert self._front is not None  # the caller's condition
         edit, rows = self._front
@@ -545,9 +577,15 @@ class FrozenLM:
                 first = self.tokenizer.bos_token_id
                 ids = [behind(own, c.tolist(), width, first) for own, c in zip(ids, contexts, strict=True)]
             with self._edited(worn, None):
-                for i, text in zip(group, self._continued(ids, width, settings), strict=True):
+                for i, text in zip(group, self._continued(ids, width, settings, group), strict=True):
                     texts[i] = text
         return texts
+
+    @property
+    def _ends(self) -> list[int]:
+        """Tokens that end a text."""
+        ends = self.model.generation_config.eos_token_id
+        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
     @property
     def _pad_id(self) -> int:

@@ -1,0 +1,162 @@
+"""Decoding against transformers' own cache, against concatenation, and draws against the distribution they are of."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.conftest import ARCHITECTURES, random_lm
+from tests.reference import dense, dense_copy, greedy, plain_model, random_factors
+from transformers import GPT2Config, MistralConfig, MistralForCausalLM
+
+from instructedit.edits import Factors, LowRankEdit
+from instructedit.lm import FrozenLM
+from instructedit.lm.decoding import TopKDraw, _Buffer, draws, roomy_cache
+
+PROMPTS = ["The capital of France is", "A", "In the year 1969 the first people"]
+
+
+# -- keys and values --------------------------------------------------------------------------------------------------
+
+
+@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=8), room=st.integers(1, 20), data=st.data())
+def test_a_buffer_holds_what_concatenation_would(sizes, room, data):
+    buffer, held, expected = _Buffer(room), torch.tensor([]), None
+    for size in sizes:
+        new = torch.randn(3, 2, size, 5)
+        expected = new if expected is None else torch.cat([expected, new], -2)
+        held = buffer.after(held, new)
+        assert torch.equal(held, expected)
+        if data.draw(st.booleans()):  # as a beam search does
+            order = torch.tensor(data.draw(st.permutations(range(3))))
+            held, expected = held[order], expected[order]
+        if expected.shape[-2] > 1 and data.draw(st.booleans()):  # as a rejected guess does
+            held, expected = held[..., :-1, :], expected[..., :-1, :]
+
+
+def test_a_buffer_with_room_copies_nothing():
+    buffer = _Buffer(10)
+    held = buffer.after(torch.tensor([]), torch.randn(2, 1, 4, 3))
+    place = held.data_ptr()
+    for _ in range(6):
+        held = buffer.after(held, torch.randn(2, 1, 1, 3))
+        assert held.data_ptr() == place
+    assert buffer.after(held, torch.randn(2, 1, 1, 3)).shape[-2] == 11  # more than there is room for
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_p": 0.8}])
+def test_generation_is_that_of_the_usual_cache(tokenizer, architecture, options):
+    lm = random_lm(architecture, tokenizer)
+    torch.manual_seed(0)
+    found = lm.generate(PROMPTS, max_new_tokens=8, **options)
+    torch.manual_seed(0)
+    assert lm.generate(PROMPTS, max_new_tokens=8, use_cache=False, **options) == found
+    torch.manual_seed(0)
+    assert lm.generate(PROMPTS, max_new_tokens=8, past_key_values=None, **options) == found
+
+
+def test_layers_that_forget_keep_their_own_cache(tokenizer):
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=4, max_position_embeddings=128,
+    )  # fmt: skip
+    assert roomy_cache(config, 20) is None
+    torch.manual_seed(0)
+    lm = FrozenLM(MistralForCausalLM(config), tokenizer, "sliding")
+    expected = [greedy(plain_model(lm), tokenizer, prompt, 8) for prompt in PROMPTS]
+    assert lm.generate(PROMPTS, max_new_tokens=8) == [tokenizer.decode(ids) for ids in expected]
+
+
+def test_the_cache_of_a_plain_model_has_room():
+    cache = roomy_cache(GPT2Config(n_layer=2, n_embd=8, n_head=2), 6)
+    first, second = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 1, 4)
+    for layer in range(2):
+        kept = cache.update(first, 2 * first, layer)[0].data_ptr()
+        keys, values = cache.update(second, 2 * second, layer)
+        assert torch.equal(keys, torch.cat([first, second], -2))
+        assert torch.equal(values, 2 * keys)
+        assert keys.data_ptr() == kept
+    assert cache.get_seq_length() == 4
+
+
+# -- draws ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_draws_follow_the_distribution_of_the_likeliest_tokens(k):
+    count, logits = 4000, torch.tensor([0.3, 2.0, -1.0, 1.5, 0.9, 1.1, -torch.inf])
+    even = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
+    chosen = TopKDraw(even, k)(None, logits.repeat(count, 1)).argmax(-1)
+    found = torch.bincount(chosen, minlength=len(logits)) / count
+    kept = logits.where(logits >= logits.topk(k).values[-1], -torch.inf)
+    torch.testing.assert_close(found, kept.softmax(-1), atol=1.5 / count, rtol=0)
+
+
+def test_each_step_takes_the_next_draw_of_its_row():
+    logits, process = torch.zeros(2, 4), TopKDraw(torch.tensor([[0.1, 0.9], [0.9, 0.1]]), 2)
+    first, second = (process(None, logits.clone()).argmax(-1).tolist() for _ in range(2))
+    assert first == second[::-1]
+    assert first[0] != first[1]
+
+
+@given(seeds=st.lists(st.text(max_size=5), min_size=1, max_size=5, unique=True), tokens=st.integers(1, 6))
+def test_a_rows_draws_are_its_own(seeds, tokens):
+    found = draws(seeds, tokens)
+    assert found.shape == (len(seeds), tokens)
+    assert ((found >= 0) & (found < 1)).all()
+    assert len({tuple(row) for row in found.tolist()}) == len(seeds)
+    for i, seed in enumerate(seeds):
+        assert torch.equal(draws([seed], tokens + 2)[0, :tokens], found[i])
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(model, tokenizer, prompt, seed, count, k, ends=(0,)):
+    """Sampled text, the whole row through the model for each token."""
+    ids, said = tokenizer(prompt)["input_ids"], []
+    for draw in draws([seed], count)[0]:
+        logits = model(torch.tensor([ids + said])).logits[0, -1]
+        logits[list(ends)] = -torch.inf
+        likeliest = logits.topk(k)
+        reached = likeliest.values.double().softmax(-1).cumsum(-1)
+        said.append(int(likeliest.indices[min(int((reached <= draw).sum()), k - 1)]))
+    return tokenizer.decode(said)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sampled_text_is_drawn_row_by_row_under_each_rows_edit(tokenizer, architecture):
+    lm = random_lm(architecture, tokenizer)
+    factors = random_factors(lm.select(blocks=[1, 3]), 3, 2)
+    models = [dense_copy(lm, dense(factors, i)) for i in (2, 0, 0)]
+    seeds = ["a", 7, "b"]
+    expected = [
+        by_hand(model, tokenizer, prompt, seed, 12, 5)
+        for model, prompt, seed in zip(models, PROMPTS, seeds, strict=True)
+    ]
+    edit = LowRankEdit({name: Factors(*pair) for name, pair in factors.items()})
+    with lm.edited(edit, [2, 0, 0]):
+        assert lm.sample(PROMPTS, 12, seeds) == expected
+    plain = [by_hand(plain_model(lm), tokenizer, p, s, 12, 5) for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert lm.sample(PROMPTS, 12, seeds) == plain
+    assert lm.sample(PROMPTS[1:2], 12, seeds[1:2]) == plain[1:2]
+    assert plain != expected
+    assert lm.sample([], 12, []) == []
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_sampled_text_does_not_end_early(tokenizer, several):
+    lm = random_lm("gpt2", tokenizer)
+    first = greedy(plain_model(lm), tokenizer, PROMPTS[0], 1)[0]
+    lm.model.generation_config.eos_token_id = [first, 5] if several else first
+    assert lm.generate(PROMPTS[0], max_new_tokens=9) == tokenizer.decode([first])
+    (said,) = lm.sample(PROMPTS[:1], 9, [0], top_k=1)
+    expected = by_hand(lm.model, tokenizer, PROMPTS[0], 0, 9, 1, [first, 5] if several else [first])
+    assert said == expected
+
+
+def test_the_random_state_stays(lm):
+    state = torch.get_rng_state()
+    lm.sample(PROMPTS, 4, [0, 1, 2])
+    assert torch.equal(torch.get_rng_state(), state)
