@@ -19,13 +19,22 @@ def roomy_cache(config: PreTrainedConfig, room: int) -> Cache | None:
     twice the memory of a layer.
 
     Returns:
-        None where no layer attends to all tokens; the model then knows better what to keep.
+        None unless all layers attend to all tokens: the model then knows better what to keep.
     """
-    cache = DynamicCache(config=config.get_text_config(decoder=True))
-    if not any(type(layer) is DynamicLayer for layer in cache.layers):
-        return None
-    cache.layers = [_RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+    cache = _usual_cache(config)
+    if attends_to_all(config):
+        cache.layers = [_RoomyLayer(room) for _ in cache.layers]
+        return cache
+    return None
+
+
+def attends_to_all(config: PreTrainedConfig) -> bool:
+    """Whether each layer of a model attends to all tokens before, and to nothing else (no window, no running state)."""
+    return all(type(layer) is DynamicLayer for layer in _usual_cache(config).layers)
+
+
+def _usual_cache(config: PreTrainedConfig) -> DynamicCache:
+    return DynamicCache(config=config.get_text_config(decoder=True))
 
 
 class _RoomyLayer(DynamicLayer):

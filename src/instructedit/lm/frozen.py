@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from instructedit.edits import ContextEdit, Edit
 from instructedit.errors import UserError
 from instructedit.lm import hooks
-from instructedit.lm.decoding import TopKDraw, draws, roomy_cache
+from instructedit.lm.decoding import TopKDraw, attends_to_all, draws, roomy_cache
 from instructedit.lm.disk_cache import DiskCache, checksum
+from instructedit.lm.forest import Forest
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
 from instructedit.lm.readout import positionwise
@@ -221,11 +222,46 @@ class FrozenLM:
         """The hidden states that enter a block, from the cache where they are known, [rows, seq, hidden]."""
         if self._worn:  # the caller's own edits may reach below the block
             return self._prefix(batch, block)
-        return self.cache.states(batch, block, functools.partial(self._prefix, block=block))
+        compute = self._prefix_of_trees if self._takes_trees else self._prefix
+        return self.cache.states(batch, block, functools.partial(compute, block=block))
 
     @torch.no_grad()
     def _prefix(self, batch: TokenBatch, block: int) -> Tensor:
         return hooks.input_of(self.blocks[block], lambda: self._run(batch))
+
+    @torch.no_grad()
+    def _prefix_of_trees(self, batch: TokenBatch, block: int) -> Tensor:
+        """The same, what rows begin with together once."""
+        lengths = batch.attention_mask.sum(-1).tolist()
+        forest = Forest.of([ids[:size] for ids, size in zip(batch.input_ids.tolist(), lengths, strict=True)])
+        unseen = torch.zeros(forest.sees.shape, dtype=self.model.dtype)
+        unseen.masked_fill_(~forest.sees, torch.finfo(unseen.dtype).min)
+
+        def run() -> Any:
+            with self._own_dtype():
+                return self.model(
+                    input_ids=forest.ids.to(self.device), position_ids=forest.positions.to(self.device),
+                    attention_mask=unseen.unsqueeze(1).to(self.device), use_cache=False,
+                )  # fmt: skip
+
+        return forest.states(hooks.input_of(self.blocks[block], run), batch.input_ids.shape[1])
+
+    @functools.cached_property
+    def _takes_trees(self) -> bool:
+        """Whether the model sees in trees of tokens what it sees row by row: tried out, since architectures differ.
+
+        Not so where a layer attends to the last tokens alone, or the model counts positions in its own way.
+        """
+        if not attends_to_all(self.model.config):
+            return False
+        batch = rows_of([[1, 2, 3, 4, 5], [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2]]).to(self.device)
+        kept, top = batch.attention_mask.bool(), len(self.blocks) - 1
+        try:
+            found = self._prefix_of_trees(batch, top)[kept]
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        expected = self._prefix(batch, top)[kept]
+        return float((found - expected).abs().max() / expected.abs().max()) < torch.finfo(found.dtype).eps ** 0.5
 
     def _run(self, batch: TokenBatch) -> Any:
         with self._own_dtype():
