@@ -34,30 +34,28 @@ class Forest:
     places: list[Tensor]
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], width: int = WIDTH) -> Forest:
-        """The rows' trees. Rows in dictionary order share most with the one before."""
-        paths: dict[int, list[int]] = {}  # row → place of each of its tokens within its tree
-        trees: list[list[int]] = []  # rows
-        size, last = width, -1
-        for i in sorted(range(len(rows)), key=lambda i: rows[i]):
-            shared = _common(rows[last], rows[i]) if trees else 0
-            if size + len(rows[i]) - shared > width or not trees:
-                trees.append([])
-                size = shared = 0
-            paths[i] = [*(paths[last][:shared] if shared else ()), *range(size, size + len(rows[i]) - shared)]
-            trees[-1].append(i)
-            size, last = size + len(rows[i]) - shared, i
-        width = max(max(paths[i]) for i in paths) + 1
-        ids = torch.zeros(len(trees), width, dtype=torch.long)
-        positions, sees = torch.zeros_like(ids), torch.eye(width, dtype=torch.bool).repeat(len(trees), 1, 1)
-        places: list[Tensor] = [ids[0]] * len(rows)
-        for tree, members in enumerate(trees):
-            for i in members:
-                path = torch.tensor(paths[i])
-                ids[tree, path] = torch.tensor(rows[i])
-                positions[tree, path] = torch.arange(len(path))
-                sees[tree, path[:, None], path] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
-                places[i] = tree * width + path
+    def of(cls, rows: Sequence[list[int]], width: int = WIDTH) -> Forest:
+        """The rows' trees."""
+        paths: dict[int, list[int]] = {}  # of a row's tokens within its tree
+        tree_of: dict[int, int] = {}
+        tree, size, before = -1, 0, None
+        for i in sorted(range(len(rows)), key=rows.__getitem__):  # each shares most with the one before
+            shared = 0 if before is None else _common(rows[before], rows[i])
+            if before is None or size + len(rows[i]) - shared > width:
+                tree, size, shared = tree + 1, 0, 0
+            opening = paths[before][:shared] if before is not None else []
+            paths[i], tree_of[i] = [*opening, *range(size, size + len(rows[i]) - shared)], tree
+            size, before = size + len(rows[i]) - shared, i
+        width = max(map(max, paths.values())) + 1
+        ids = torch.zeros(tree + 1, width, dtype=torch.long)
+        positions, sees = torch.zeros_like(ids), torch.eye(width, dtype=torch.bool).repeat(tree + 1, 1, 1)
+        places = []
+        for i, row in enumerate(rows):
+            tree, path = tree_of[i], torch.tensor(paths[i])
+            ids[tree, path] = torch.tensor(row)
+            positions[tree, path] = torch.arange(len(row))
+            sees[tree, path[:, None], path] = torch.ones(len(row), len(row), dtype=torch.bool).tril()
+            places.append(tree * width + path)
         return cls(ids, positions, sees, places)
 
     def states(self, found: Tensor, width: int) -> Tensor:

@@ -1,0 +1,120 @@
+"""Trees of tokens against the rows they stand for."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.conftest import ARCHITECTURES, random_lm
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    GPTNeoXConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
+
+from instructedit.lm import FrozenLM
+from instructedit.lm.forest import Forest
+from instructedit.lm.tokens import rows_of
+
+FRONT = "Task: CounterFact\nDescription: a sentence about the world that is to be changed.\nInput: "
+PROMPTS = ["The capital of France is", "The capital of Spain is", "A", "In the year 1969 the first people"]
+ROWS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1, max_size=12)
+
+
+@given(rows=ROWS, width=st.integers(1, 20))
+def test_each_row_finds_itself_in_a_tree(rows, width):
+    forest = Forest.of(rows, width)
+    for row, places in zip(rows, forest.places, strict=True):
+        tree = int(places[0]) // forest.ids.shape[1]
+        assert forest.ids.flatten()[places].tolist() == row
+        assert forest.positions.flatten()[places].tolist() == list(range(len(row)))
+        within = places - tree * forest.ids.shape[1]
+        for number, place in enumerate(within.tolist()):
+            assert forest.sees[tree, place].nonzero().flatten().tolist() == within[: number + 1].tolist()
+
+
+@given(rows=ROWS, width=st.integers(1, 20))
+def test_trees_are_full_and_hold_nothing_twice(rows, width):
+    forest = Forest.of(rows, width)
+    members = {}
+    for row, places in zip(rows, forest.places, strict=True):
+        members.setdefault(int(places[0]) // forest.ids.shape[1], []).append((row, places.tolist()))
+    sizes = []
+    for inside in members.values():
+        beginnings = {tuple(row[: end + 1]) for row, _ in inside for end in range(len(row))}
+        sizes.append(len({place for _, places in inside for place in places}))
+        assert sizes[-1] == len(beginnings)
+        assert sizes[-1] <= width or all(row == inside[0][0] for row, _ in inside)
+    assert forest.ids.shape == (len(members), max(sizes))
+
+
+def test_padding_sees_itself():
+    forest = Forest.of([[1] * 4, [2]], 4)
+    assert forest.ids.shape == (2, 4)
+    assert forest.sees.any(-1).all()  # a softmax over nothing would be nan
+
+
+@given(rows=ROWS, width=st.integers(1, 20))
+def test_states_come_back_row_by_row(rows, width):
+    forest = Forest.of(rows, width)
+    found = forest.states(forest.ids.unsqueeze(-1).double(), 10)
+    assert found.shape == (len(rows), 10, 1)
+    for row, states in zip(rows, found, strict=True):
+        assert states.flatten().tolist() == [*row, *[0] * (10 - len(row))]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_the_prefix_is_that_of_each_row(tokenizer, architecture, block):
+    lm = random_lm(architecture, tokenizer)
+    batch = lm.encode([(front + prompt, " Paris") for front in ("", FRONT) for prompt in PROMPTS])
+    kept = batch.attention_mask.bool()
+    found = lm.prefix(batch, block)
+    for i, row in enumerate(batch.input_ids):
+        alone = lm._prefix(rows_of([row[kept[i]].tolist()]), block)
+        torch.testing.assert_close(found[i][kept[i]], alone[0], rtol=1e-4, atol=1e-5)
+    assert not found[~kept].any()
+
+
+def test_what_prompts_begin_with_together_is_computed_once(tokenizer):
+    lm = random_lm("gpt2", tokenizer)
+    assert lm._takes_trees
+    seen = []
+    lm.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
+    alone, together = lm.encode([(FRONT + PROMPTS[0], "x")]), lm.encode([(FRONT + p, "x") for p in PROMPTS])
+    lm.prefix(alone, 2)
+    lm.cache.clear()
+    lm.prefix(together, 2)
+    rests = lm.encode([(prompt, "x") for prompt in PROMPTS]).attention_mask.sum()
+    assert seen[1] <= seen[0] + rests
+
+
+# -- other architectures ----------------------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 600}
+OTHERS = {
+    "opt": (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32), True),
+    "gpt-neox": (GPTNeoXConfig(**SMALL, intermediate_size=64), True),
+    "qwen2": (Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2), True),
+    "sliding": (MistralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, sliding_window=4), False),
+    "bloom": (BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=600), False),
+    "alibi": (FalconConfig(**SMALL, alibi=True, new_decoder_architecture=False), False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_that_takes_no_trees_gets_rows(tokenizer, name):
+    config, takes = OTHERS[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = torch.randn(parameter.shape) * 0.15
+    lm = FrozenLM(model, tokenizer, name, max_length=128)
+    assert lm._takes_trees is takes
+    batch = lm.encode([(FRONT + prompt, " Paris") for prompt in PROMPTS])
+    kept = batch.attention_mask.bool()
+    torch.testing.assert_close(lm.prefix(batch, 2)[kept], lm._prefix(batch, 2)[kept], rtol=1e-4, atol=1e-5)
