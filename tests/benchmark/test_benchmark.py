@@ -26,10 +26,11 @@ from instructedit.evaluation import Evaluation, evaluate_batch
 SETTING = Setting("small", rank=8, edits=4, fluency_tokens=4, threads=1)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama", "instructed"])
 def bench(request, monkeypatch):
-    monkeypatch.setitem(benches.SHAPES, "small", Shape(request.param, 4, 32, 2, 4096))
-    bench = Bench(SETTING)
+    instructed = request.param == "instructed"
+    monkeypatch.setitem(benches.SHAPES, "small", Shape("gpt2" if instructed else request.param, 4, 32, 2, 4096))
+    bench = Bench(replace(SETTING, instructions=instructed))
     bench.editor.alpha.data.fill_(0.05)
     rng = torch.Generator().manual_seed(0)
     for network in bench.editor.networks:
@@ -42,6 +43,14 @@ def gradients(bench):
     found = [p.grad.clone() for p in bench.editor.parameters()]
     bench.editor.zero_grad()
     return found
+
+
+def test_instructions_stand_in_front_of_all_that_is_in_scope(bench):
+    records = [*bench.records, *bench.tested]
+    asked = [p for r in records for p in (r.reliability, *r.probes)]
+    prompts = [p.prompt for p in asked if p.kind != "locality"]
+    assert {prompt.startswith("Task: ") for prompt in prompts} == {bench.setting.instructions}
+    assert not any(p.prompt.startswith("Task: ") for p in asked if p.kind == "locality")
 
 
 def test_both_train_on_the_same_loss(bench):

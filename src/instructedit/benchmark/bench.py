@@ -15,6 +15,7 @@ from instructedit.editors.losses import LossWeights
 from instructedit.editors.mend import Mend
 from instructedit.editors.products import hold
 from instructedit.evaluation import Evaluation, evaluate_batch
+from instructedit.instructions import Instructor
 from instructedit.lm import FrozenLM
 from instructedit.lm.loading import load_model
 from instructedit.lm.pretrain import Recipe, new_model
@@ -87,6 +88,7 @@ class Setting:
         batch: Edits that the engine works on at once; in training their gradients are summed over the run, as
             `accumulate_grad_batches` does. By default the shape's.
         tokens: Of one forward pass of its evaluation, at most. By default the shape's.
+        instructions: Put an instruction in front of each request and its in-scope probes.
         fluency_tokens: Length of sampled text in evaluation.
         device: Where it runs.
         threads: CPU threads.
@@ -97,6 +99,7 @@ class Setting:
     edits: int = 32
     batch: int | None = None
     tokens: int | None = None
+    instructions: bool = False
     fluency_tokens: int = 100
     device: str = "cpu"
     threads: int = 2
@@ -125,6 +128,8 @@ class Bench:
         self.lean = shape.lean
         self.size, self.tokens = setting.batch or shape.batch, setting.tokens or shape.tokens
         self.tested = [*facts[: setting.edits * 3 // 4], *replies[: setting.edits // 4]]
+        if setting.instructions:
+            self.records, self.tested = ([_instructed(r) for r in part] for part in (self.records, self.tested))
         collate = Collator(tokenizer, self.lm.max_length, None)
         self.batches, self.small = (
             [collate(part).to(setting.device) for part in parts(list(enumerate(self.records)), size)]
@@ -213,6 +218,14 @@ class Bench:
 def parts(whole: Sequence[T], size: int) -> list[Sequence[T]]:
     """A sequence in pieces of a size, the last one shorter."""
     return [whole[i : i + size] for i in range(0, len(whole), size)]
+
+
+def _instructed(record: EditRecord) -> EditRecord:
+    """With its instruction in the prompts themselves, so that both sides see it."""
+    front = Instructor("train").front(record.request, key=record.id)
+    probes = [p if p.kind == "locality" else replace(p, prompt=front(p.prompt)) for p in record.probes]
+    request = replace(record.request, prompt=front(record.request.prompt))
+    return replace(record, request=request, probes=tuple(probes))
 
 
 def _trimmed(record: EditRecord) -> EditRecord:

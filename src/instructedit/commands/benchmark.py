@@ -12,6 +12,7 @@ def main(
     edits: int = 32,
     batch: int | None = None,
     tokens: int | None = None,
+    instructions: bool = False,
     measures: list[Literal["train", "evaluate", "one"]] | None = None,
     repeats: int = 5,
     fluency_tokens: int = 100,
@@ -32,6 +33,7 @@ def main(
         edits: Edits in a run.
         batch: Edits that the engine works on at once; by default what suits the shape.
         tokens: Of one forward pass of its evaluation, at most; by default what suits the shape.
+        instructions: Put an instruction in front of each request and its in-scope probes.
         measures: Only these: train, evaluate, one (a single edit).
         repeats: Runs of each.
         fluency_tokens: Length of sampled text in evaluation.
@@ -44,7 +46,9 @@ def main(
     from instructedit.benchmark.report import report
 
     chosen = shapes or [name for name, shape in SHAPES.items() if device != "cpu" or not shape.gpu]
-    settings = [Setting(name, rank, edits, batch, tokens, fluency_tokens, device, threads) for name in chosen]
+    settings = [
+        Setting(name, rank, edits, batch, tokens, instructions, fluency_tokens, device, threads) for name in chosen
+    ]
     counts = [10**power for power in range(1, 8) if 10**power <= many]
     found = [row for setting in settings for row in measure(setting, repeats, measures or MEASURES)]
     report(found, many_edits(settings[0], counts) if counts else [], settings[0], json)

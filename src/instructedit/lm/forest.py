@@ -43,7 +43,7 @@ class Forest:
             shared = 0 if before is None else _common(rows[before], rows[i])
             if before is None or size + len(rows[i]) - shared > width:
                 tree, size, shared = tree + 1, 0, 0
-            opening = paths[before][:shared] if before is not None else []
+            opening: list[int] = paths[before][:shared] if before is not None else []
             paths[i], tree_of[i] = [*opening, *range(size, size + len(rows[i]) - shared)], tree
             size, before = size + len(rows[i]) - shared, i
         width = max(map(max, paths.values())) + 1
