@@ -37,7 +37,7 @@ class Evaluation:
         description: Id of one description to use for every record instead; ``10`` is the tenth of each task's bank.
         instruction: A free sentence for every record instead; or one for each task, by its name.
         replies: Replies of each sentiment that edit success is measured on, the first ones of a record.
-        seed: Of the descriptions drawn and of sampled text.
+        seed: Of the descriptions drawn and of sampled text, which depends on it and the record alone.
         tokens: In one forward pass, padding and what is to be generated included, at most; it bounds the memory.
     """
 
