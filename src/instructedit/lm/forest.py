@@ -58,6 +58,12 @@ class Forest:
             places.append(tree * width + path)
         return cls(ids, positions, sees, places)
 
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a model of this dtype is called with."""
+        mask = torch.zeros(self.sees.shape, dtype=dtype).masked_fill_(~self.sees, torch.finfo(dtype).min)
+        inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": mask.unsqueeze(1)}
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+
     def states(self, found: Tensor, width: int) -> Tensor:
         """The trees' states row by row, [trees, width, hidden] → [rows, width, hidden]; padding holds zeros."""
         flat = found.flatten(0, 1)

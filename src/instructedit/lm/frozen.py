@@ -227,24 +227,15 @@ class FrozenLM:
 
     @torch.no_grad()
     def _prefix(self, batch: TokenBatch, block: int) -> Tensor:
-        return hooks.input_of(self.blocks[block], lambda: self._run(batch))
+        return hooks.input_of(self.blocks[block], lambda: self._run(batch.inputs))
 
     @torch.no_grad()
     def _prefix_of_trees(self, batch: TokenBatch, block: int) -> Tensor:
         """The same, what rows begin with together once."""
-        lengths = batch.attention_mask.sum(-1).tolist()
-        forest = Forest.of([ids[:size] for ids, size in zip(batch.input_ids.tolist(), lengths, strict=True)])
-        unseen = torch.zeros(forest.sees.shape, dtype=self.model.dtype)
-        unseen.masked_fill_(~forest.sees, torch.finfo(unseen.dtype).min)
-
-        def run() -> Any:
-            with self._own_dtype():
-                return self.model(
-                    input_ids=forest.ids.to(self.device), position_ids=forest.positions.to(self.device),
-                    attention_mask=unseen.unsqueeze(1).to(self.device), use_cache=False,
-                )  # fmt: skip
-
-        return forest.states(hooks.input_of(self.blocks[block], run), batch.input_ids.shape[1])
+        forest = Forest.of([ids.tolist() for ids in batch.to("cpu").unpadded()])
+        inputs = forest.inputs(self.device, self.model.dtype)
+        found = hooks.input_of(self.blocks[block], lambda: self._run(inputs))
+        return forest.states(found, batch.input_ids.shape[1])
 
     @functools.cached_property
     def _takes_trees(self) -> bool:
@@ -263,9 +254,9 @@ class FrozenLM:
         expected = self._prefix(batch, top)[kept]
         return float((found - expected).abs().max() / expected.abs().max()) < torch.finfo(found.dtype).eps ** 0.5
 
-    def _run(self, batch: TokenBatch) -> Any:
+    def _run(self, inputs: dict[str, Tensor]) -> Any:
         with self._own_dtype():
-            return self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+            return self.model(**inputs, use_cache=False)
 
     def _own_dtype(self) -> torch.autocast:
         """Turns a trainer's autocast off: what the cache holds must not depend on who asked first."""
@@ -296,7 +287,7 @@ class FrozenLM:
         """What leaves the last block, [rows, seq, hidden], when `hidden` enters block `start` (or a row the model)."""
         running = self.blocks[start:] if self.checkpoint else ()
         with hooks.recomputed(running), hooks.replayed(self.blocks, start, hidden, self._tuples):
-            return hooks.output_of(self.blocks[-1], lambda: self._run(batch))
+            return hooks.output_of(self.blocks[-1], lambda: self._run(batch.inputs))
 
     def head(self, states: Tensor) -> Tensor:
         """Logits of states that left the last block, [positions, hidden] → [positions, vocab].
@@ -433,7 +424,7 @@ class FrozenLM:
                 hook = functools.partial(keep, site)
                 stack.callback(self.model.get_submodule(site).register_forward_hook(hook, with_kwargs=True).remove)
             with hooks.replayed(self.blocks, start, hidden, self._tuples):
-                self._run(batch)
+                self._run(batch.inputs)
         return seen
 
     def _states(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:

@@ -46,6 +46,15 @@ class TokenBatch:
         return rows, positions
 
     @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def unpadded(self) -> list[Tensor]:
+        """The tokens of each row, [length]."""
+        return [ids[:size] for ids, size in zip(self.input_ids, self.attention_mask.sum(-1).tolist(), strict=True)]
+
+    @property
     def rows(self) -> Tensor:
         """Row of each answer position, [positions]."""
         return self.answer_at[0]
