@@ -99,7 +99,7 @@ OTHERS = {
     "opt": (OPTConfig(**SMALL, ffn_dim=64, word_embed_proj_dim=32), True),
     "gpt-neox": (GPTNeoXConfig(**SMALL, intermediate_size=64), True),
     "qwen2": (Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2), True),
-    "sliding": (MistralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, sliding_window=4), False),
+    "sliding": (MistralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, sliding_window=20), False),
     "bloom": (BloomConfig(hidden_size=32, n_layer=3, n_head=4, vocab_size=600), False),
     "alibi": (FalconConfig(**SMALL, alibi=True, new_decoder_architecture=False), False),
 }
@@ -118,3 +118,10 @@ def test_a_model_that_takes_no_trees_gets_rows(tokenizer, name):
     batch = lm.encode([(FRONT + prompt, " Paris") for prompt in PROMPTS])
     kept = batch.attention_mask.bool()
     torch.testing.assert_close(lm.prefix(batch, 2)[kept], lm._prefix(batch, 2)[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_counts_positions_itself_gets_rows(tokenizer):
+    lm = random_lm("gpt2", tokenizer)
+    own = lm.model.forward
+    lm.model.forward = lambda *args, position_ids=None, **kwargs: own(*args, **kwargs)
+    assert not lm._takes_trees
