@@ -208,6 +208,8 @@ COMMANDS = {
     "unknown command": (["fitt"], "no command 'fitt'; one of fit, "),
     "edit, unknown editor": ([*EDIT, "--editor=nosuch"], "nosuch"),
     "edit, untrained editor": ([*EDIT, "--editor=mend"], "editor 'mend' must be trained first"),
+    "edit, unknown hyper-parameter": ([*EDIT, "--editor=ft_l", '--options={"rate": 1}'], "rate"),
+    "edit, hyper-parameters of a trained editor": ([*EDIT, "--editor=.", '--options={"lr": 1}'], "leave out --options"),
     "edit, empty prompt": ([*EDIT, "--editor=unedited", "--prompt="], "prompt must be a non-empty string"),
     "edit, missing model": ([*EDIT, "--editor=unedited", "--lm=./absent"], "'./absent'"),
     "edit, missing option": (EDIT, "editor"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import json
 import logging
 import re
 from pathlib import Path
@@ -235,6 +236,19 @@ def test_edit_shows_saves_and_merges(place, fitted, tmp_path):
         edited = lm.model(ids).logits
     assert not torch.allclose(edited, lm.model(ids).logits, atol=1e-2)
     torch.testing.assert_close(model(ids).logits.detach(), edited, rtol=1e-3, atol=1e-3)
+
+
+def test_edit_takes_the_methods_own_options(place):
+    lm = ie.FrozenLM.from_pretrained(str(place / "lm"))
+    site = lm.select(blocks=[1])[-1].name
+    ask = ["edit", "--prompt=The capital of Peru is", "--target=Lyon", "--editor=ft_l", f"--lm={place}/lm"]
+    for bound in (0.05, 0.1):
+        options = {"lr": 0.1, "bound": bound, "steps": 3, "blocks": [1]}
+        printed = said(*ask, f"--options={json.dumps(options)}", f"--save={place}/ft_l_{bound}")
+        assert "after" in printed
+        edit = ie.load_edit(place / f"ft_l_{bound}")
+        assert edit.sites == (site,)
+        assert edit.delta(site).abs().max().item() == pytest.approx(bound)
 
 
 def test_experiment_demo(place, options, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from instructedit.console import console
 from instructedit.errors import UserError
@@ -12,6 +13,7 @@ def main(
     prompt: str,
     target: str,
     editor: str,
+    options: dict[str, Any] | None = None,
     lm: str = "tiny",
     task: str | None = None,
     subject: str | None = None,
@@ -29,6 +31,8 @@ def main(
         prompt: What the model is asked.
         target: What it should say.
         editor: A trained editor (folder, checkpoint or hub id), or the name of a method that needs no training.
+        options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by default the
+            published ones, which suit larger models (configs/editor/tiny has values for the embedded ones).
         lm: tiny, tiny-llama, a local folder, or a hub id.
         task: Name of the editing task, for editors that read instructions.
         subject: The entity in the prompt that the edit is about, for ROME and MEMIT.
@@ -45,7 +49,9 @@ def main(
 
     model = ie.FrozenLM.from_pretrained(lm)
     built = editor in ie.editor_names() or not (Path(editor).exists() or "/" in editor)
-    method = ie.build_editor(editor, model) if built else ie.load_editor(editor, model)
+    if options and not built:
+        raise UserError(f"editor {editor!r} is a trained one, which has its own options: leave out --options")
+    method = ie.build_editor(editor, model, **options or {}) if built else ie.load_editor(editor, model)
     if built and method.trainable:
         raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")
     request = ie.EditRequest(prompt, target, task=task, subject=subject, slots=slots or {})
