@@ -22,15 +22,19 @@ def roomy_cache(config: PreTrainedConfig, room: int) -> Cache | None:
         None unless all layers attend to all tokens: the model then knows better what to keep.
     """
     cache = _usual_cache(config)
-    if attends_to_all(config):
-        cache.layers = [_RoomyLayer(room) for _ in cache.layers]
-        return cache
-    return None
+    if not _all_plain(cache):
+        return None
+    cache.layers = [_RoomyLayer(room) for _ in cache.layers]
+    return cache
 
 
 def attends_to_all(config: PreTrainedConfig) -> bool:
     """Whether each layer of a model attends to all tokens before, and to nothing else (no window, no running state)."""
-    return all(type(layer) is DynamicLayer for layer in _usual_cache(config).layers)
+    return _all_plain(_usual_cache(config))
+
+
+def _all_plain(cache: Cache) -> bool:
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _usual_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -222,8 +222,10 @@ class FrozenLM:
         """The hidden states that enter a block, from the cache where they are known, [rows, seq, hidden]."""
         if self._worn:  # the caller's own edits may reach below the block
             return self._prefix(batch, block)
-        compute = self._prefix_of_trees if self._takes_trees else self._prefix
-        return self.cache.states(batch, block, functools.partial(compute, block=block))
+        return self.cache.states(batch, block, functools.partial(self._unknown_prefix, block=block))
+
+    def _unknown_prefix(self, batch: TokenBatch, block: int) -> Tensor:
+        return (self._prefix_of_trees if self._takes_trees else self._prefix)(batch, block)
 
     @torch.no_grad()
     def _prefix(self, batch: TokenBatch, block: int) -> Tensor:
@@ -232,7 +234,7 @@ class FrozenLM:
     @torch.no_grad()
     def _prefix_of_trees(self, batch: TokenBatch, block: int) -> Tensor:
         """The same, what rows begin with together once."""
-        forest = Forest.of([ids.tolist() for ids in batch.to("cpu").unpadded()])
+        forest = Forest.of(batch.unpadded())
         inputs = forest.inputs(self.device, self.model.dtype)
         found = hooks.input_of(self.blocks[block], lambda: self._run(inputs))
         return forest.states(found, batch.input_ids.shape[1])
@@ -571,18 +573,16 @@ class FrozenLM:
         def settings(rows: list[int]) -> dict[str, Any]:
             return {"do_sample": False, "pad_token_id": self._pad_id, "max_new_tokens": room, **options(rows)}
 
-        return (self._continued if self._front is None else self._continued_behind)(ids, width, settings)
+        if self._front is None:
+            return self._continued(ids, width, settings(list(range(len(ids)))))
+        return self._continued_behind(ids, width, settings)
 
-    def _continued(
-        self, prompts: list[list[int]], width: int, settings: Callable[[list[int]], dict[str, Any]],
-        rows: list[int] | None = None,
-    ) -> list[str]:  # fmt: skip
-        """The words that follow; `rows` are the prompts' numbers among all."""
+    def _continued(self, prompts: list[list[int]], width: int, settings: dict[str, Any]) -> list[str]:
         ids, mask = left_padded(prompts, width)
-        own = settings(list(range(len(prompts))) if rows is None else rows)
-        if not own.keys() & {"use_cache", "cache_implementation", "past_key_values"}:
-            own["past_key_values"] = roomy_cache(self.model.config, ids.shape[1] + own["max_new_tokens"])
-        output = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **own)
+        if not settings.keys() & {"use_cache", "cache_implementation", "past_key_values"}:
+            cache = roomy_cache(self.model.config, ids.shape[1] + settings["max_new_tokens"])
+            settings = {**settings, "past_key_values": cache}
+        output = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **settings)
         return list(self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
 
     def _continued_behind(
@@ -604,7 +604,7 @@ class FrozenLM:
                 first = self.tokenizer.bos_token_id
                 ids = [behind(own, c.tolist(), width, first) for own, c in zip(ids, contexts, strict=True)]
             with self._edited(worn, None):
-                for i, text in zip(group, self._continued(ids, width, settings, group), strict=True):
+                for i, text in zip(group, self._continued(ids, width, settings(group)), strict=True):
                     texts[i] = text
         return texts
 

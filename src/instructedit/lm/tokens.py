@@ -50,9 +50,10 @@ class TokenBatch:
         """What a model is called with."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
-    def unpadded(self) -> list[Tensor]:
-        """The tokens of each row, [length]."""
-        return [ids[:size] for ids, size in zip(self.input_ids, self.attention_mask.sum(-1).tolist(), strict=True)]
+    def unpadded(self) -> list[list[int]]:
+        """The token ids of each row."""
+        sizes = self.attention_mask.sum(-1).tolist()
+        return [ids[:size] for ids, size in zip(self.input_ids.tolist(), sizes, strict=True)]
 
     @property
     def rows(self) -> Tensor:
