@@ -408,6 +408,19 @@ def test_generation_goes_on_behind_the_context_where_the_prompt_is_in_scope(lm):
     assert lm.generate(prompts, max_new_tokens=6) == plain
 
 
+def test_sampled_text_keeps_each_rows_own_draws(lm):
+    prompts, seeds = [prompt for prompt, _ in PAIRS], ["a", "b", "c"]
+    keys = [[prompts[i] if i in (1, 2) else f"Some other prompt {i}"] for i in range(3)]
+    edit = context_edit(lm, CONTEXTS, None, a_gate(lm, keys))
+    expected = []
+    for i, prompt in enumerate(prompts):
+        with lm.edited(edit[i]):
+            expected += lm.sample([prompt], 12, [seeds[i]])
+    with lm.edited(edit):
+        assert lm.sample(prompts, 12, seeds) == expected
+        assert lm.sample(prompts, 12, seeds[::-1]) != expected
+
+
 def test_generation_cuts_the_context_to_make_room(lm):
     long = "An old story of the sea and " * 40 + "the end.\n"
     with lm.edited(context_edit(lm, [long])):
