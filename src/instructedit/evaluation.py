@@ -172,8 +172,8 @@ def _score(
     scores: list[dict[str, float]] = [{} for _ in asked]
     names = [f"record {records[a.owner].id}, {a.probe.kind} probe" for a in asked]
     every = lm.encode([(a.prompt, a.answer) for a in asked], names)
-    for chunk in _chunks([(length,) for length in every.attention_mask.sum(-1).tolist()], size):
-        tokens = every.select(torch.tensor(chunk, device=lm.device))
+    for chunk in _chunks([(length,) for length in every.lengths], size):
+        tokens = every.select(torch.tensor(chunk))
         owner = torch.tensor([asked[i].owner for i in chunk], device=lm.device)
         before = lm.judged(lm.unedited_states(tokens, start), tokens.answers)
         worn = None if edit.changes_nothing else lm.judged(lm.states(tokens, edit, owner, start), tokens.answers)
@@ -192,9 +192,8 @@ def _compare(tokens: TokenBatch, before: Judged, after: Judged) -> Iterator[dict
         "log_likelihood": -row_mean(after.nll, rows, count),
         "log_likelihood_before": -row_mean(before.nll, rows, count),
     }
-    names, values = list(columns), [column.tolist() for column in columns.values()]
-    for row in zip(*values, strict=True):
-        yield dict(zip(names, row, strict=True))
+    for row in torch.stack(list(columns.values()), -1).tolist():  # the device is waited for once
+        yield dict(zip(columns, row, strict=True))
 
 
 def _lengths(lm: FrozenLM, texts: Sequence[str]) -> list[int]:

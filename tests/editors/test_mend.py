@@ -216,6 +216,11 @@ def test_identity_before_any_token_and_frozen_in_evaluation():
     assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
 
 
+def test_estimates_wait_for_no_device():
+    norm = RunningNorm(3).train().to("meta")  # whose tensors hold nothing: looking into one raises
+    assert norm(torch.randn(5, 3, device="meta")).shape == (5, 3)
+
+
 def test_constant_coordinates_stay_finite():
     norm = RunningNorm(2).train()
     out = norm(torch.tensor([[3.0, 1.0], [3.0, 2.0]]))

@@ -134,3 +134,43 @@ def test_labels_spell_the_answer_whatever_the_text(tokenizer, pairs):
         assert tokenizer.decode(labels[labels != IGNORE], clean_up_tokenization_spaces=False) == " " + answer
         read = batch.input_ids[row][batch.attention_mask[row].bool()]
         assert tokenizer.decode(read, clean_up_tokenization_spaces=False) == f"{prompt} {answer}"
+
+
+def test_what_is_asked_of_tokens_waits_for_no_device(tokenizer):
+    here = encode(tokenizer, PAIRS, 128)
+    there = here.to("meta")  # whose tensors hold nothing: looking into one raises
+    for tensor in (*there.inputs.values(), *there.answer_at, there.rows, there.answers):
+        assert tensor.device.type == "meta"
+    assert (there.lengths, there.answer_sizes()) == (here.lengths, here.answer_sizes())
+    for name in ("select", "in_order"):
+        asked = torch.tensor([2, 0]) if name == "select" else [torch.tensor([1]), torch.tensor([0, 2])]
+        found = getattr(there, name)(asked)
+        assert found.device.type == "meta"
+    contexts = [torch.tensor([5, 6])] * 3
+    for change in (lambda b: b.prompts(), lambda b: b.after_prompts(), lambda b: b.behind(contexts, 40), lambda b: b):
+        changed = change(there)
+        assert changed.device.type == "meta"
+        assert changed.unpadded() == change(here).unpadded()
+    assert [group.tolist() for group in there.by_length()] == [group.tolist() for group in here.by_length()]
+
+
+def test_padding_at_the_end_is_nothing_to_a_model(lm):
+    batch = lm.encode(PAIRS)
+    together = lm.states(batch)
+    for i in range(len(batch)):
+        alone = lm.states(batch.select(torch.tensor([i])))
+        torch.testing.assert_close(together[batch.rows == i], alone, atol=1e-5, rtol=1e-5)
+
+
+@given(sizes=st.lists(st.integers(0, 3), min_size=1, max_size=6), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_answer_positions_of_groups_come_back_in_order(sizes, data):
+    labels = torch.full((len(sizes), 4), IGNORE)
+    for i, size in enumerate(sizes):
+        labels[i, :size] = torch.arange(size) + 10 * i
+    batch = TokenBatch(torch.zeros_like(labels), torch.ones_like(labels), labels)
+    group = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
+    groups = [torch.tensor([i for i, g in enumerate(group) if g == side], dtype=torch.long) for side in (False, True)]
+    parts = torch.cat([batch.select(rows).answers for rows in groups if len(rows)])
+    assert parts[batch.in_order(groups)].tolist() == batch.answers.tolist()
+    assert batch.answer_sizes() == sizes

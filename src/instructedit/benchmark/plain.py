@@ -76,7 +76,7 @@ class PlainMend:
     def answers(self, prompt: str, answer: str, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Logits of one row at its answer positions, [tokens, vocab], out of those of all, and the answer tokens."""
         batch = self.lm.encode([(prompt, answer)])
-        output = functional_call(self.model, weights or {}, (batch.input_ids,), {"use_cache": False})
+        output = functional_call(self.model, weights or {}, (), {**batch.inputs, "use_cache": False})
         return output.logits[batch.answer_at].float(), batch.answers
 
     def edited(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ class PlainMend:
         return rows
 
     def _words(self, prompt: str, tokens: int, **options: object) -> str:
-        ids = self.lm.encode([(prompt, "a")]).prompts().input_ids
+        ids = self.lm.encode([(prompt, "a")]).prompts().inputs["input_ids"]
         output = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=1,
             pad_token_id=self.lm.tokenizer.eos_token_id, **options,

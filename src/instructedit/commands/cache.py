@@ -57,13 +57,13 @@ def warm(
         bar = tqdm(range(0, len(wanted), batch_size), desc=f"{lm.name} below block {entered}", unit=" batches")
         for start in bar:
             batch = encode(lm.tokenizer, wanted[start : start + batch_size], limit).to(lm.device)
-            known = torch.tensor(lm.cache.on_disk(batch, entered), device=lm.device)
+            known = torch.tensor(lm.cache.on_disk(batch, entered))
             there += int(known.sum())
             if not known.all():
                 new = batch.select((~known).nonzero().squeeze(-1))
                 with torch.no_grad():
                     compute(new)
-                rows, tokens = rows + len(new), tokens + int(new.attention_mask.sum())
+                rows, tokens = rows + len(new), tokens + sum(new.lengths)
     lm.cache.flush()
     if disk.broken:
         raise UserError(f"{disk.root}: the disk took no more; run again when there is room")

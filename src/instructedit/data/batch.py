@@ -47,7 +47,7 @@ class ProbeBatch:
     Attributes:
         tokens: Prompts with answers.
         owner: Which request each row belongs to, [rows].
-        unwanted: Rows whose answer should become unlikely (ConvSent's opposite replies), bool [rows].
+        unwanted: Rows whose answer should become unlikely (ConvSent's opposite replies), bool [rows], on the host.
     """
 
     tokens: TokenBatch
@@ -56,7 +56,7 @@ class ProbeBatch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        return type(self)(self.tokens.to(device), self.owner.to(device), self.unwanted.to(device))
+        return type(self)(self.tokens.to(device), self.owner.to(device), self.unwanted)
 
 
 @dataclass

@@ -60,13 +60,13 @@ class Grace(Editor):
         site, count = self.sites[0], len(batch)
         seen = self.lm.observe(batch.tokens.prompts(), [site.name])[site.name]
         last = (batch.tokens.labels != IGNORE).long().argmax(-1)
-        where = torch.arange(count, device=last.device), last
+        where = torch.arange(count), last
         keys, starts = seen.inputs[where].float(), seen.outputs[where].float()
         if self.init == "cold":
             drawn = torch.rand(site.out_features, generator=torch.Generator().manual_seed(self.seed))
             starts = drawn.to(starts.device).expand_as(starts)
         targets = [row[row != IGNORE] for row in batch.tokens.labels]
-        labels = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1)
+        labels = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1).to(keys.device)
         radii = keys.new_full((count, 1), self.radius)
 
         def book(values: Tensor, active: Tensor) -> CodebookEdit:

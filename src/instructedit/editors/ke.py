@@ -97,7 +97,7 @@ class Ke(Editor):
     def make(self, batch: RequestBatch) -> LowRankEdit:
         names = [site.name for site in self.sites]
         seen = self.lm.capture(batch.tokens, names)
-        said = self.lm.tokenizer.batch_decode(seen.said.split(batch.tokens.rows.bincount().tolist()))
+        said = self.lm.tokenizer.batch_decode(seen.said.split(batch.tokens.answer_sizes()))
         condition = self._read(batch, said)
         factors: dict[str, Factors] = {}
         for name, gates in zip(names, self.gates, strict=True):
@@ -115,9 +115,8 @@ class Ke(Editor):
         ]
         ids = [row[-self.lm.max_length :] for row in self.lm.tokenizer(texts, verbose=False)["input_ids"]]
         rows = rows_of(ids).to(self.lm.device)
-        embedded = self.lm.model.get_input_embeddings()(rows.input_ids).float()
-        lengths = rows.attention_mask.sum(-1).cpu()
-        packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+        embedded = self.lm.model.get_input_embeddings()(rows.inputs["input_ids"]).float()
+        packed = pack_padded_sequence(embedded, torch.tensor(rows.lengths), batch_first=True, enforce_sorted=False)
         _, (last, _) = self.reader(packed)  # [directions, n, lstm]
         return self.summary(torch.cat([last[0], last[1]], -1)).tanh()
 

@@ -153,7 +153,7 @@ class KeyValueEditor(Editor, ABC):
         essence_pairs = [(f"{name} is a", "thing") for name in named]  # read before the answer, which is of no account
         essence = self.lm.encode(essence_pairs).after_prompts()
         essence_at = positions_of(self.lm.tokenizer, essence_pairs, [len(name) for name in named], essence)
-        rows = torch.arange(len(pairs), device=tokens.input_ids.device)
+        rows = torch.arange(len(pairs), device=tokens.device)
         return Facts(
             tokens, positions_of(self.lm.tokenizer, pairs, ends, tokens), rows // len(fronts), essence, essence_at,
             rows[:: len(fronts)],

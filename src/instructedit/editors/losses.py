@@ -58,17 +58,19 @@ def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch, unlikelihood: float
 def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int, weight: float = 1.0) -> Tensor:
     """Mean over requests of: mean NLL of the wanted answers + mean unlikelihood −log(1 − p) of the unwanted ones."""
     tokens = probes.tokens
-    unwanted_at = probes.unwanted[tokens.rows]
+    unwanted_at = probes.unwanted[tokens.places[0]]
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor]:
-        logits, answers, unwanted = logits.float(), tokens.answers[at], unwanted_at[at]
+        logits, answers = logits.float(), tokens.answers[at]
         nll = F.cross_entropy(logits, answers, reduction="none")
-        return (nll.masked_scatter(unwanted, _unlikelihood(logits[unwanted], answers[unwanted])),)
+        unwanted = unwanted_at[at].nonzero().squeeze(-1).to(logits.device)
+        return (nll.index_copy(0, unwanted, _unlikelihood(logits[unwanted], answers[unwanted])),)
 
     (terms,) = lm.read(lm.states(tokens, edit, probes.owner, start), read)
     per_row = row_mean(terms, tokens.rows, len(tokens))
-    sides = [_per_request(per_row, probes.owner, side, requests) for side in (~probes.unwanted, probes.unwanted)]
-    return (sides[0] + weight * sides[1]).mean()
+    unwanted = probes.unwanted.to(per_row.device)
+    wanted_part, unwanted_part = (_per_request(per_row, probes.owner, s, requests)[0] for s in (~unwanted, unwanted))
+    return (wanted_part + weight * unwanted_part).mean()
 
 
 def _unlikelihood(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -88,14 +90,13 @@ def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, s
 
     (divergence,) = lm.read(lm.states(tokens, edit, probes.owner, start), read)
     per_row = row_mean(divergence, tokens.rows, len(tokens))
-    every = torch.ones_like(probes.unwanted)
-    having = len(probes.owner.unique())
-    return _per_request(per_row, probes.owner, every, requests).sum() / having
+    means, counts = _per_request(per_row, probes.owner, torch.ones_like(probes.owner), requests)
+    return means.sum() / (counts > 0).sum()
 
 
-def _per_request(values: Tensor, owner: Tensor, chosen: Tensor, requests: int) -> Tensor:
-    """Mean of the chosen rows of each request, 0 for a request without any, [requests]."""
+def _per_request(values: Tensor, owner: Tensor, chosen: Tensor, requests: int) -> tuple[Tensor, Tensor]:
+    """Mean of the chosen rows of each request, 0 for a request without any, and their number, both [requests]."""
     weight = chosen.to(values.dtype)
     total = values.new_zeros(requests).index_add(0, owner, values * weight)
     count = values.new_zeros(requests).index_add(0, owner, weight)
-    return total / count.clamp(min=1)
+    return total / count.clamp(min=1), count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -96,12 +95,11 @@ class Mend(Editor):
         for group, network in zip(self.groups, self.networks, strict=True):
             u = torch.stack([seen.u[names[i]] for i in group]).float()
             delta = torch.stack([seen.delta[names[i]] for i in group]).float()
-            where = (delta != 0).any(-1).nonzero(as_tuple=True)  # site, row, position
-            new_u, new_delta = network(u[where], delta[where], where[0])
-            new_delta = -self.alpha[torch.tensor(group, device=u.device)][where[0]].unsqueeze(-1) * new_delta
-            slot, width = _slots(where, u.shape[:3])
-            a = u.new_zeros(*u.shape[:2], width, u.shape[-1]).index_put((*where[:2], slot), new_u)
-            b = u.new_zeros(*u.shape[:2], width, delta.shape[-1]).index_put((*where[:2], slot), new_delta)
+            (site, row, at, slot), width = _slots((delta != 0).any(-1))
+            new_u, new_delta = network(u[site, row, at], delta[site, row, at], site)
+            new_delta = -self.alpha[torch.tensor(group, device=u.device)][site].unsqueeze(-1) * new_delta
+            a = u.new_zeros(*u.shape[:2], width, u.shape[-1]).index_put((site, row, slot), new_u)
+            b = u.new_zeros(*u.shape[:2], width, delta.shape[-1]).index_put((site, row, slot), new_delta)
             factors |= {names[i]: Factors(a[j], b[j]) for j, i in enumerate(group)}
         return LowRankEdit({name: factors[name] for name in names})
 
@@ -112,11 +110,17 @@ class Mend(Editor):
         return {"edit_rates": self.alpha}
 
 
-def _slots(where: tuple[Tensor, ...], shape: Sequence[int]) -> tuple[Tensor, int]:
-    """For each kept token its place among the kept ones of its (site, row), and the largest such count."""
-    kept = torch.zeros(*shape, dtype=torch.long, device=where[0].device)
-    kept[where] = 1
-    return (kept.cumsum(-1) - 1)[where], int(kept.sum(-1).max())
+def _slots(kept: Tensor) -> tuple[Tensor, int]:
+    """Where a mask [sites, rows, positions] keeps tokens; found on the host, which waits for the device once.
+
+    Returns:
+        Site, row, position, and place among those kept of the same row, [4, tokens]; most kept of a row.
+    """
+    host = kept.cpu()
+    reached = host.cumsum(-1)
+    site, row, at = host.nonzero(as_tuple=True)
+    where = torch.stack([site, row, at, reached[site, row, at] - 1])
+    return where.to(kept.device), int(reached.max())
 
 
 @options

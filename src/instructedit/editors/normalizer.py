@@ -39,22 +39,21 @@ class RunningNorm(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Adds tokens [tokens, size]; under data parallelism those of every process."""
-        count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+        count = torch.full((), len(x), dtype=torch.float64, device=x.device)
         total = x.sum(0).double()
         if _several():
             both = torch.cat([count[None], total])
             distributed.all_reduce(both)
             count, total = both[0], both[1:]
-        if count == 0:
-            return
-        mean = total / count
+        mean = total / count.clamp(min=1)  # no token at all changes nothing, without a look at how many there are
         squares = (x.double() - mean).square().sum(0)
         if _several():
             distributed.all_reduce(squares)
         shift = mean - self.mean
         both_counts = self.count + count
-        self.squares += (squares + shift.square() * self.count * count / both_counts).float()
-        self.mean += (shift * count / both_counts).float()
+        share = count / both_counts.clamp(min=1)
+        self.squares += (squares + shift.square() * self.count * share).float()
+        self.mean += (shift * share).float()
         self.count.copy_(both_counts)
 
 

@@ -114,6 +114,4 @@ class Serac(Editor):
 
 def _wordings(tokens: TokenBatch) -> list[list[int]]:
     """The token ids of each row's prompt."""
-    prompts = tokens.prompts()
-    lengths = prompts.attention_mask.sum(-1).tolist()
-    return [row[:size] for row, size in zip(prompts.input_ids.tolist(), lengths, strict=True)]
+    return tokens.prompts().unpadded()

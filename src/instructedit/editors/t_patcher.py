@@ -74,8 +74,8 @@ class TPatcher(Editor):
             self._memory = sample_inputs(self.lm, self.module, self.text, self.memory)
         tokens = batch.tokens
         queries = self.lm.observe(tokens, [self.module])[self.module].inputs[tokens.answer_at].float()
-        sizes = tokens.rows.bincount(minlength=len(batch)).tolist()
-        q = torch.nn.utils.rnn.pad_sequence(list(queries.split(sizes)), batch_first=True)  # [n, patches, hidden]
+        parts = list(queries.split(tokens.answer_sizes()))
+        q = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [n, patches, hidden]
         real = (q != 0).any(-1)
         drawn = torch.randn(q.shape[-1], generator=torch.Generator().manual_seed(self.seed))
         start = {

@@ -64,12 +64,10 @@ class Forest:
         inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": mask.unsqueeze(1)}
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
-    def states(self, found: Tensor, width: int) -> Tensor:
-        """The trees' states row by row, [trees, width, hidden] → [rows, width, hidden]; padding holds zeros."""
-        flat = found.flatten(0, 1)
-        rows = [flat[place.to(flat.device)] for place in self.places]
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return torch.nn.functional.pad(padded, (0, 0, 0, width - padded.shape[1]))
+    def states(self, found: Tensor) -> Tensor:
+        """The trees' states row by row, [trees, width, hidden] → [rows, longest row, hidden]; padding holds some."""
+        places = torch.nn.utils.rnn.pad_sequence(self.places, batch_first=True)
+        return found.flatten(0, 1)[places.to(found.device)]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

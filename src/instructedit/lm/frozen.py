@@ -237,7 +237,7 @@ class FrozenLM:
         forest = Forest.of(batch.unpadded())
         inputs = forest.inputs(self.device, self.model.dtype)
         found = hooks.input_of(self.blocks[block], lambda: self._run(inputs))
-        return forest.states(found, batch.input_ids.shape[1])
+        return forest.states(found)
 
     @functools.cached_property
     def _takes_trees(self) -> bool:
@@ -355,14 +355,14 @@ class FrozenLM:
         index = None if edit is None else self._index(edit, rows, len(batch))
 
         def run(group: Tensor) -> Tensor:
-            mine = None if index is None else index[group]
+            mine = None if index is None else index[group.to(self.device)]
             return self._states(batch.select(group), edit, mine, start)
 
-        return _in_groups(batch, [group.to(self.device) for group in groups], run)
+        return _in_groups(batch, groups, run)
 
     def _fronted(self, batch: TokenBatch, edit: ContextEdit, rows: Tensor | None, start: int) -> Tensor:
         """States of rows that read a context first, or, out of its scope, do not."""
-        chosen = edit.choose(self._index(edit, rows, len(batch)), lambda block: self.query(batch, block))
+        chosen = edit.choose(self._index(edit, rows, len(batch)), lambda block: self.query(batch, block)).cpu()
 
         def run(group: Tensor) -> Tensor:
             part = batch.select(group)
@@ -387,9 +387,10 @@ class FrozenLM:
         """
         prompts = batch.prompts()
         hidden = self.prefix(prompts, block).float()
-        lengths = prompts.attention_mask.sum(-1, keepdim=True)
+        mask = prompts.attention_mask.to(hidden.device)
+        lengths = mask.sum(-1, keepdim=True)
         last = hidden[torch.arange(len(prompts), device=hidden.device), lengths.squeeze(-1) - 1]
-        mean = (hidden * prompts.attention_mask.unsqueeze(-1)).sum(1) / lengths
+        mean = (hidden * mask.unsqueeze(-1)).sum(1) / lengths
         return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in (last, mean)], -1)
 
     def losses(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
@@ -479,9 +480,10 @@ class FrozenLM:
         Raises:
             UserError: If the model has no such sites, or (in a forward pass) rows and batch do not match.
         """
-        index = None if rows is None else torch.as_tensor(rows, device=self.device)
+        index = None if rows is None else torch.as_tensor(rows)  # looked at where it is: no device is waited for
         if edit is not None and index is not None and not ((index >= 0) & (index < len(edit))).all():
             raise UserError(f"rows must name edits 0 to {len(edit) - 1}, got {index.tolist()}")
+        index = None if index is None else index.to(self.device)
         if not isinstance(edit, ContextEdit):
             with self._edited(edit, index):
                 yield self
@@ -624,7 +626,4 @@ class FrozenLM:
 def _in_groups(batch: TokenBatch, groups: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
     """Runs groups of a batch's rows, each in ascending order, and puts their answer positions back in order."""
     parts = [run(group) for group in groups]
-    if len(parts) == 1:
-        return parts[0]
-    places = [torch.isin(batch.rows, group).nonzero().squeeze(-1) for group in groups]
-    return torch.cat(parts)[torch.cat(places).argsort()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[batch.in_order(groups)]

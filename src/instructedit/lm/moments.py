@@ -80,8 +80,8 @@ def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[
         for batch in _batches(lm, text):
             seen = lm.observe(batch, sites, cached=False)
             real = batch.attention_mask.bool()
-            yield {site: seen[site].inputs[real][:left].float() for site in sites}
-            count = min(left, int(real.sum()))
+            yield {site: seen[site].inputs[real.to(lm.device)][:left].float() for site in sites}
+            count = min(left, sum(batch.lengths))
             left -= count
             bar.update(count)
             if left <= 0:

@@ -80,18 +80,14 @@ class PrefixCache:
         keys = _keys(batch, block)
         wanted = {key: i for i, key in enumerate(keys)}
         shelf = self._shelf(batch, block)
-        fresh = self._read(shelf, [key for key in wanted if key not in self._rows], batch.input_ids.device)
+        fresh = self._read(shelf, [key for key in wanted if key not in self._rows], batch.device)
         self.from_disk += len(fresh)
         missing = [i for key, i in wanted.items() if key not in self._rows and key not in fresh]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
-            lengths = [len(keys[i].tokens) // 8 for i in missing]
-            width = max(lengths)
-            part = TokenBatch(
-                batch.input_ids[missing, :width], batch.attention_mask[missing, :width], batch.labels[missing, :width]
-            )
-            states = zip(missing, compute(part), lengths, strict=True)
+            part = batch.select(torch.tensor(missing))
+            states = zip(missing, compute(part), part.lengths, strict=True)
             fresh |= self._written(shelf, {keys[i]: row[:length].clone() for i, row, length in states})
         rows = [fresh[key] if key in fresh else self._rows[key] for key in keys]
         self._keep(keys, fresh)
@@ -100,7 +96,7 @@ class PrefixCache:
 
     def _shelf(self, batch: TokenBatch, block: int) -> Shelf | None:
         """Where rows of this kind are on disk; what enters block 0 is looked up in the model faster."""
-        return self.disk.shelf(forward_pass(batch.input_ids.device), block) if self.disk and block else None
+        return self.disk.shelf(forward_pass(batch.device), block) if self.disk and block else None
 
     def _read(self, shelf: Shelf | None, keys: list[_Key], device: torch.device) -> dict[_Key, Tensor]:
         if not shelf or not keys:
@@ -127,9 +123,8 @@ class PrefixCache:
 
 
 def _keys(batch: TokenBatch, block: int) -> list[_Key]:
-    lengths = batch.attention_mask.sum(-1).tolist()
-    ids = batch.input_ids.cpu().numpy().astype("<i8", copy=False)
-    return [_Key(block, ids[i, :size].tobytes()) for i, size in enumerate(lengths)]
+    ids = batch.input_ids.numpy().astype("<i8", copy=False)
+    return [_Key(block, ids[i, :size].tobytes()) for i, size in enumerate(batch.lengths)]
 
 
 def forward_pass(device: torch.device) -> str:

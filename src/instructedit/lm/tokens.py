@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from instructedit.errors import UserError
 
+HOST = torch.device("cpu")
 #: Label of a position whose output nobody reads.
 IGNORE = -100
 _CUT = "some prompts are longer than the model's context or max_length and lose their beginning"
@@ -23,37 +24,54 @@ _CUT = "some prompts are longer than the model's context or max_length and lose 
 class TokenBatch:
     """Rows of tokens.
 
+    The tokens themselves stay on the host, where what is asked of them (lengths, places, keys of a cache) waits for no
+    device; `inputs`, `answer_at`, `rows` and `answers` are on the model's.
+
     Attributes:
         input_ids: [rows, seq], padded on the right.
         attention_mask: [rows, seq], 0 on padding.
         labels: [rows, seq]: at each position the token that should come *next*, where that token belongs to the
             answer; `IGNORE` elsewhere. So the position that predicts the first answer token is labelled too.
         truncated: Rows whose prompt had to lose its beginning.
+        device: Where the model is.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     truncated: int = 0
+    device: torch.device = HOST
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     @functools.cached_property
-    def answer_at(self) -> tuple[Tensor, Tensor]:
-        """Row and position of each answer token's prediction, both [positions], row by row."""
-        rows, positions = torch.nonzero(self.labels != IGNORE, as_tuple=True)
-        return rows, positions
-
-    @property
     def inputs(self) -> dict[str, Tensor]:
-        """What a model is called with."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        """What a model is called with; nothing is masked, since no token attends to padding behind it."""
+        ids = self.input_ids.to(self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        sizes: list[int] = self.attention_mask.sum(-1).tolist()
+        return sizes
 
     def unpadded(self) -> list[list[int]]:
         """The token ids of each row."""
-        sizes = self.attention_mask.sum(-1).tolist()
-        return [ids[:size] for ids, size in zip(self.input_ids.tolist(), sizes, strict=True)]
+        return [ids[:size] for ids, size in zip(self.input_ids.tolist(), self.lengths, strict=True)]
+
+    @functools.cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and position of each answer token's prediction, both [positions], row by row, on the host."""
+        rows, positions = torch.nonzero(self.labels != IGNORE, as_tuple=True)
+        return rows, positions
+
+    @functools.cached_property
+    def answer_at(self) -> tuple[Tensor, Tensor]:
+        """The same on the model's device."""
+        rows, positions = self.places
+        return rows.to(self.device), positions.to(self.device)
 
     @property
     def rows(self) -> Tensor:
@@ -63,19 +81,24 @@ class TokenBatch:
     @functools.cached_property
     def answers(self) -> Tensor:
         """The answer tokens of all rows, [positions]."""
-        return self.labels[self.answer_at]
+        return self.labels[self.places].to(self.device)
+
+    def answer_sizes(self) -> list[int]:
+        """Answer tokens of each row."""
+        sizes: list[int] = self.places[0].bincount(minlength=len(self)).tolist()
+        return sizes
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device."""
-        return type(self)(
-            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.truncated
-        )
+        """The same batch for a model on another device."""
+        return replace(self, device=torch.device(device))
 
     def select(self, rows: Tensor) -> Self:
         """The given rows, no wider than the longest of them."""
+        rows = rows.cpu()
         width = int(self.attention_mask[rows].sum(-1).max())
-        return type(self)(
-            self.input_ids[rows, :width], self.attention_mask[rows, :width], self.labels[rows, :width]
+        return replace(
+            self, input_ids=self.input_ids[rows, :width], attention_mask=self.attention_mask[rows, :width],
+            labels=self.labels[rows, :width], truncated=0,
         )  # fmt: skip
 
     def prompts(self) -> Self:
@@ -83,17 +106,18 @@ class TokenBatch:
         first = (self.labels != IGNORE).long().argmax(-1)  # the last token of the prompt predicts the answer's first
         answered = (self.labels != IGNORE).any(-1)
         ends = torch.where(answered, first + 1, self.attention_mask.sum(-1))
-        mask = (torch.arange(self.input_ids.shape[1], device=ends.device) < ends.unsqueeze(-1)).long()
+        mask = (torch.arange(self.input_ids.shape[1]) < ends.unsqueeze(-1)).long()
         width = int(ends.max())
-        return type(self)(
-            self.input_ids[:, :width], mask[:, :width], torch.full_like(self.labels[:, :width], IGNORE)
+        return replace(
+            self, input_ids=self.input_ids[:, :width], attention_mask=mask[:, :width],
+            labels=torch.full_like(self.labels[:, :width], IGNORE), truncated=0,
         )  # fmt: skip
 
     def after_prompts(self) -> Self:
         """The rows, read at one position each: the prompt's last token, which predicts the answer's first."""
         last = (self.labels != IGNORE).long().argmax(-1, keepdim=True)
         labels = torch.full_like(self.labels, IGNORE).scatter(-1, last, self.labels.gather(-1, last))
-        return type(self)(self.input_ids, self.attention_mask, labels, self.truncated)
+        return replace(self, labels=labels)
 
     def behind(self, contexts: Sequence[Tensor], max_length: int, first: int | None = None) -> TokenBatch:
         """The rows with a context in front of each; the longest lose the beginning of theirs.
@@ -104,13 +128,11 @@ class TokenBatch:
             first: A token that stays in front of the context where a row starts with it (LLaMA's ``<s>``).
         """
         rows, labels = [], []
-        for i, context in enumerate(contexts):
-            size = int(self.attention_mask[i].sum())
-            own = self.input_ids[i, :size].tolist()
+        for i, (own, context) in enumerate(zip(self.unpadded(), contexts, strict=True)):
             rows.append(behind(own, context.tolist(), max_length, first))
-            label = self.labels[i, :size].tolist()
+            label = self.labels[i, : len(own)].tolist()
             labels.append([IGNORE] * (len(rows[-1]) - len(label)) + label[-len(rows[-1]) :])
-        batch = rows_of(rows).to(self.input_ids.device)
+        batch = rows_of(rows).to(self.device)
         for i, label in enumerate(labels):
             batch.labels[i, : len(label)] = torch.tensor(label)
         return batch
@@ -121,13 +143,23 @@ class TokenBatch:
         Args:
             worth: Split if the two groups have at most this share of the whole's tokens, padding included.
         """
-        lengths, order = self.attention_mask.sum(-1).cpu().sort()
+        lengths, order = torch.tensor(self.lengths).sort()
         count = torch.arange(1, len(self) + 1)
         tokens = count * lengths + (len(self) - count) * lengths[-1]
         best = int(tokens.argmin())
         if tokens[best] > worth * tokens[-1]:
             return [torch.arange(len(self))]
         return [order[: best + 1].sort().values, order[best + 1 :].sort().values]
+
+    def in_order(self, groups: Sequence[Tensor]) -> Tensor:
+        """Where this batch's answer positions are among those of groups of its rows, one after the other, [positions].
+
+        Args:
+            groups: Row numbers, each group in ascending order.
+        """
+        rows = self.places[0]
+        places = [torch.isin(rows, group).nonzero().squeeze(-1) for group in groups]
+        return torch.cat(places).argsort().to(self.device)
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
@@ -140,7 +172,7 @@ class TokenBatch:
 
         return cls(
             joined("input_ids", 0), joined("attention_mask", 0), joined("labels", IGNORE),
-            sum(b.truncated for b in batches),
+            sum(b.truncated for b in batches), batches[0].device,
         )  # fmt: skip
 
 
@@ -205,13 +237,12 @@ def positions_of(
         batch: The rows.
     """
     encoded = tokenizer([f"{prompt} {answer}" for prompt, answer in pairs], return_offsets_mapping=True, verbose=False)
-    sizes = batch.attention_mask.sum(-1).tolist()
     found = []
-    for offsets, end, size in zip(encoded["offset_mapping"], ends, sizes, strict=True):
+    for offsets, end, size in zip(encoded["offset_mapping"], ends, batch.lengths, strict=True):
         offsets = _without_special_end(offsets)
         inside = max((t for t, (start, stop) in enumerate(offsets) if start < end and stop > start), default=0)
         found.append(max(0, inside - (len(offsets) - size)))
-    return torch.tensor(found, device=batch.input_ids.device)
+    return torch.tensor(found, device=batch.device)
 
 
 def _without_special_end(offsets: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
