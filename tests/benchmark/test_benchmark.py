@@ -79,6 +79,20 @@ def test_both_give_every_probe_the_same_scores(bench):
     assert rows
 
 
+def test_beside_an_lm_in_half_precision_the_hypernetwork_multiplies_in_it_too(bench, monkeypatch):
+    under = []
+    for shape, kind in (("small", "float32"), ("half", "bfloat16")):
+        monkeypatch.setitem(benches.SHAPES, shape, replace(benches.SHAPES["small"], dtype=kind))
+        one = Bench(replace(bench.setting, shape=shape))
+        for network in one.editor.networks:
+            network.register_forward_hook(lambda *_: under.append(torch.is_autocast_enabled("cpu")))
+        for variant in ("plain", "warm"):
+            under.clear()
+            one.run("train", variant)
+            assert set(under) == {kind == "bfloat16"}
+        one.run("evaluate", "plain")
+
+
 def test_the_plain_model_is_left_as_it_was(bench):
     before = {name: tensor.clone() for name, tensor in bench.plain.model.state_dict().items()}
     bench.evaluate_plain()

@@ -181,6 +181,21 @@ def test_the_lm_computes_in_its_own_dtype_under_autocast(lm, half):
         assert {tensor.dtype for tensor in found[0]} == {model.model.dtype}
 
 
+def test_words_are_of_the_lms_own_dtype_under_autocast(lm, half):
+    for model in (lm, half):
+        seen = {}
+        for autocast in (True, False):
+            outputs = seen.setdefault(autocast, [])
+            site = model.model.get_submodule(model.sites[-1].name)
+            handle = site.register_forward_hook(lambda module, args, output, kept=outputs: kept.append(output.clone()))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model.generate([prompt for prompt, _ in PAIRS], max_new_tokens=5)
+                model.sample([prompt for prompt, _ in PAIRS], 5, range(len(PAIRS)))
+            handle.remove()
+        assert all(torch.equal(one, two) for one, two in zip(seen[True], seen[False], strict=True))
+        assert {output.dtype for output in seen[True]} == {model.model.dtype}
+
+
 def test_a_hypernetwork_multiplies_in_bfloat16_under_autocast_and_adds_in_float32():
     torch.manual_seed(0)
     network = GradientNetwork(24, 16, 2, rank=8, hidden_layers=1).eval()

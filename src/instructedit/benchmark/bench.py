@@ -136,6 +136,16 @@ class Bench:
             for size in (self.size, self.lean.examples)
         )
 
+    def run(self, measure: str, variant: str) -> None:
+        """One run of what is timed."""
+        with self.precision():
+            getattr(self, f"{measure}_{variant}")()
+
+    def precision(self) -> torch.autocast:
+        """Beside an LM in half precision the hypernetwork multiplies in it too, as under ``--trainer.precision``."""
+        kind = self.lm.model.dtype
+        return torch.autocast(self.lm.device.type, kind, enabled=kind != torch.float32)
+
     # -- what is timed ------------------------------------------------------------------------------------------------
 
     def train_plain(self) -> None:

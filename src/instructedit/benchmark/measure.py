@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,10 +46,10 @@ def measure(setting: Setting, repeats: int = 5, names: Iterable[str] = MEASURES)
     for name in tqdm(list(names), setting.shape):
         unit, variants = MEASURES[name]
         runs: dict[str, list[float]] = {variant: [] for variant in variants}
-        work = {variant: counted(getattr(bench, f"{name}_{variant}"), rates) for variant in variants}  # and warms up
+        work = {variant: counted(partial(bench.run, name, variant), rates) for variant in variants}  # and warms up
         for _ in range(repeats):
             for variant in variants:
-                runs[variant].append(_seconds(getattr(bench, f"{name}_{variant}"), setting))
+                runs[variant].append(_seconds(partial(bench.run, name, variant), setting))
         edits = {"train": len(bench.records), "evaluate": len(bench.tested), "one": 1}[name]
         for variant in variants:
             steps = {"plain": len(bench.records) // ACCUMULATE}.get(variant, 1) if name == "train" else 0
@@ -119,7 +120,8 @@ def _so_many_edits(setting: Setting, count: int) -> dict[str, float]:
 
     def edit(stream: Sequence[Sequence[EditRecord]]) -> None:
         for part in tqdm(stream, f"{count} edits", unit="batch", leave=False):
-            evaluate_batch(bench.lm, bench.editor, part, quick)
+            with bench.precision():
+                evaluate_batch(bench.lm, bench.editor, part, quick)
 
     edit(_around(records, SETTLED, bench.size))
     with watched(setting) as peak:

@@ -74,13 +74,12 @@ def _peak(setting: Setting, name: str, variant: str) -> float:
     if variant == "plain":  # whose edits come one by one, however many
         setting = replace(setting, edits=min(setting.edits, 4))
     bench = Bench(setting)
-    run = getattr(bench, f"{name}_{variant}")
-    run()  # makes Adam's moments, and loads the code: neither is counted
+    bench.run(name, variant)  # makes Adam's moments, and loads the code: neither is counted
     if variant == "cold":
         bench.lm.cache.clear()
     gc.collect()
     with watched(setting) as peak:
-        run()
+        bench.run(name, variant)
     return peak()
 
 

@@ -76,7 +76,8 @@ class PlainMend:
     def answers(self, prompt: str, answer: str, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Logits of one row at its answer positions, [tokens, vocab], out of those of all, and the answer tokens."""
         batch = self.lm.encode([(prompt, answer)])
-        output = functional_call(self.model, weights or {}, (), {**batch.inputs, "use_cache": False})
+        with torch.autocast(self.lm.device.type, enabled=False):  # the LM keeps its own dtype, here and there
+            output = functional_call(self.model, weights or {}, (), {**batch.inputs, "use_cache": False})
         return output.logits[batch.answer_at].float(), batch.answers
 
     def edited(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,8 +155,9 @@ class PlainMend:
 
     def _words(self, prompt: str, tokens: int, **options: object) -> str:
         ids = self.lm.encode([(prompt, "a")]).prompts().inputs["input_ids"]
-        output = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=1,
-            pad_token_id=self.lm.tokenizer.eos_token_id, **options,
-        )  # fmt: skip
+        with torch.autocast(self.lm.device.type, enabled=False):
+            output = self.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=1,
+                pad_token_id=self.lm.tokenizer.eos_token_id, **options,
+            )  # fmt: skip
         return str(self.lm.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))

@@ -584,7 +584,9 @@ class FrozenLM:
         if not settings.keys() & {"use_cache", "cache_implementation", "past_key_values"}:
             cache = roomy_cache(self.model.config, ids.shape[1] + settings["max_new_tokens"])
             settings = {**settings, "past_key_values": cache}
-        output = self.model.generate(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **settings)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with self._own_dtype():
+            output = self.model.generate(input_ids=ids, attention_mask=mask, **settings)
         return list(self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
 
     def _continued_behind(
