@@ -151,6 +151,7 @@ def test_what_is_asked_of_tokens_waits_for_no_device(tokenizer):
         changed = change(there)
         assert changed.device.type == "meta"
         assert changed.unpadded() == change(here).unpadded()
+    assert TokenBatch.cat([there, there]).answers.device.type == "meta"
     assert [group.tolist() for group in there.by_length()] == [group.tolist() for group in here.by_length()]
 
 
