@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,6 +40,8 @@ class Evaluation:
         replies: Replies of each sentiment that edit success is measured on, the first ones of a record.
         seed: Of the descriptions drawn and of sampled text, which depends on it and the record alone.
         tokens: In one forward pass, padding and what is to be generated included, at most; it bounds the memory.
+        kv_dtype: Keys and values of sampled text (Fluency) as they are computed (``float32``), or rounded, in half the
+            memory, so that twice as many rows are sampled at once.
     """
 
     generate: bool = True
@@ -49,6 +52,12 @@ class Evaluation:
     replies: int = 2
     seed: int = 0
     tokens: int = 8192
+    kv_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def text_tokens(self) -> int:
+        """Of sampled text in one pass, at most."""
+        return self.tokens if self.kv_dtype == "float32" else 2 * self.tokens
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ def evaluate_batch(
     with torch.inference_mode(False), torch.no_grad():
         instructor = editor.instructor(settings.descriptions, settings.description, settings.seed, settings.instruction)
         outcome = Outcome([])
-        for numbers in _alike(lm, records, instructor, settings.tokens):
+        for numbers in _alike(lm, records, instructor, settings):
             rows = _evaluated(lm, editor, [records[i] for i in numbers], instructor, settings, watchers)
             outcome.rows += [row | {"owner": numbers[row["owner"]]} for row in rows]
         asked = [row for row in outcome.rows if row["kind"] == "reliability" and "after" in row]
@@ -104,15 +113,21 @@ def evaluate_batch(
 
 
 def _alike(
-    lm: FrozenLM, records: Sequence[EditRecord], instructor: Instructor | None, tokens: int
+    lm: FrozenLM, records: Sequence[EditRecord], instructor: Instructor | None, settings: Evaluation
 ) -> Iterator[list[int]]:
-    """Numbers of records whose requests fit together; those with replies, which are long, stand apart."""
+    """Numbers of records whose requests fit together; those with replies stand apart, as many as speak at once."""
     prompts = [_front(instructor, record)(record.request.prompt) for record in records]
-    lengths = _lengths(lm, [f"{p} {r.request.target}" for p, r in zip(prompts, records, strict=True)])
-    for spoken in (True, False):
-        numbers = [i for i, record in enumerate(records) if bool(record.of(*REPLIES)) == spoken]
-        # Of a request every activation is kept, for its gradient: several times what a probe takes.
-        for chunk in _chunks([(lengths[i],) for i in numbers], tokens // 4):
+    # Of a request activations are kept, for its gradient: more than a probe takes.
+    room = [2 * n for n in _lengths(lm, [f"{p} {r.request.target}" for p, r in zip(prompts, records, strict=True)])]
+    spoken = [bool(record.of(*REPLIES)) for record in records]
+    if settings.fluency_tokens:
+        share = settings.text_tokens // settings.tokens
+        beside = settings.fluency_tokens + lm.row_tokens
+        texts = [math.ceil((length + beside) / share) for length in _lengths(lm, prompts)]
+        room = [max(r, text) if s else r for r, text, s in zip(room, texts, spoken, strict=True)]
+    for kind in (True, False):
+        numbers = [i for i, s in enumerate(spoken) if s == kind]
+        for chunk in _chunks([(room[i],) for i in numbers], settings.tokens):
             yield sorted(numbers[i] for i in chunk)
 
 
@@ -175,7 +190,7 @@ def _score(
     for chunk in _chunks([(length,) for length in every.lengths], size):
         tokens = every.select(torch.tensor(chunk))
         owner = torch.tensor([asked[i].owner for i in chunk], device=lm.device)
-        before = lm.judged(lm.unedited_states(tokens, start), tokens.answers)
+        before = lm.unedited_judged(tokens, start)
         worn = None if edit.changes_nothing else lm.judged(lm.states(tokens, edit, owner, start), tokens.answers)
         for i, score in zip(chunk, _compare(tokens, before, worn or before), strict=True):
             scores[i] = score
@@ -254,30 +269,37 @@ def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: in
     # Room for the longest answer and for the model to stop or to run on.
     lengths = _lengths(lm, [" " + max(r["aliases"], key=len) for r in rows])
     rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
-    prompts = [r["prompt"] for r in rows]
+    prompts, owners = [r["prompt"] for r in rows], [r["owner"] for r in rows]
 
-    def say(chunk: list[int], room: int) -> list[str]:
-        found: list[str] = lm.generate([prompts[i] for i in chunk], max_new_tokens=room)
+    def say(chunk: list[int]) -> list[str]:
+        found: list[str] = lm.generate([prompts[i] for i in chunk], [rooms[i] for i in chunk])
         return found
 
-    texts = _continued(lm, edit, [r["owner"] for r in rows], prompts, rooms, size, say)
+    def said(these: Sequence[int]) -> list[str]:
+        return _continued(lm, edit, these, owners, prompts, rooms, size, say)
+
+    if edit is None or edit.changes_nothing:
+        texts = lm.cache.recalled("words", list(zip(prompts, rooms, strict=True)), said)
+    else:
+        texts = said(range(len(rows)))
     for row, text in zip(rows, texts, strict=True):
         row[column] = text
 
 
 def _continued(
-    lm: FrozenLM, edit: Edit | None, owners: Sequence[int], prompts: Sequence[str], rooms: Sequence[int], size: int,
-    say: Callable[[list[int], int], list[str]],
+    lm: FrozenLM, edit: Edit | None, these: Sequence[int], owners: Sequence[int], prompts: Sequence[str],
+    rooms: Sequence[int], size: int, say: Callable[[list[int]], list[str]],
 ) -> list[str]:  # fmt: skip
-    """What `say` says after some of the prompts under their owners' edits, in as many tokens as the roomiest has."""
-    texts = [""] * len(prompts)
+    """What `say` says after these prompts under their owners' edits, in passes of at most so many tokens."""
+    texts: dict[int, str] = {}
     worn = None if edit is None or edit.changes_nothing else edit
-    for chunk in _chunks(list(zip(rooms, _lengths(lm, prompts), strict=True)), size):
+    lengths = _lengths(lm, [prompts[i] for i in these])
+    sizes = [(rooms[i] + lm.row_tokens, length) for i, length in zip(these, lengths, strict=True)]
+    for places in _chunks(sizes, size):
+        chunk = [these[place] for place in places]
         with lm.edited(worn, None if worn is None else [owners[i] for i in chunk]):
-            said = say(chunk, max(rooms[i] for i in chunk))
-        for i, text in zip(chunk, said, strict=True):
-            texts[i] = text
-    return texts
+            texts |= zip(chunk, say(chunk), strict=True)
+    return [texts[i] for i in these]
 
 
 def _fluency(
@@ -289,10 +311,11 @@ def _fluency(
     tokens = min(settings.fluency_tokens, lm.max_length - max(_lengths(lm, prompts), default=0))
     seeds = [f"{settings.seed} {records[i].id}" for i in chosen]
 
-    def say(chunk: list[int], room: int) -> list[str]:
-        return lm.sample([prompts[i] for i in chunk], room, [seeds[i] for i in chunk])
+    def say(chunk: list[int]) -> list[str]:
+        return lm.sample([prompts[i] for i in chunk], tokens, [seeds[i] for i in chunk], kv_dtype=settings.kv_dtype)
 
-    texts = _continued(lm, edit, chosen, prompts, [tokens] * len(chosen), settings.tokens, say)
+    rooms = [tokens] * len(chosen)
+    texts = _continued(lm, edit, range(len(chosen)), chosen, prompts, rooms, settings.text_tokens, say)
     view = "instructed" if instructor else "plain"
     rows = []
     for i, prompt, text in zip(chosen, prompts, texts, strict=True):

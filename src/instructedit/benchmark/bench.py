@@ -31,11 +31,15 @@ ACCUMULATE = 2
 
 
 class Lean(NamedTuple):
-    """What is done at once where little memory is wanted: training examples, edits evaluated, and tokens of a pass."""
+    """What is done at once where little memory is wanted: training examples, edits evaluated, and tokens of a pass.
+
+    `kv_dtype` is that of `Evaluation`.
+    """
 
     examples: int = 3
     edits: int = 16
     tokens: int = 440
+    kv_dtype: Literal["float32", "float16"] = "float32"
 
 
 LEAN = Lean()
@@ -70,7 +74,7 @@ class Shape:
 SHAPES = {
     "6x256": Shape("gpt2", 6, 256, 4),
     "12x768": Shape("gpt2", 12, 768, 12),
-    "48-narrow": Shape("gpt2", 48, 256, 4, lean=Lean(tokens=225)),
+    "48-narrow": Shape("gpt2", 48, 256, 4, lean=Lean(tokens=232, kv_dtype="float16")),
     "4x512-gated": Shape("llama", 4, 512, 8, 32000),
     "gpt2-xl": Shape("gpt2", 48, 1600, 25, dtype="bfloat16", gpu=True, batch=64),
     "llama-2-7b": Shape("llama", 32, 4096, 32, 32000, dtype="bfloat16", gpu=True, batch=64),
@@ -202,10 +206,10 @@ class Bench:
 
     def evaluate_lean(self) -> None:
         """The same with little memory."""
-        self._evaluate(self.lean.edits, self.lean.tokens)
+        self._evaluate(self.lean.edits, self.lean.tokens, self.lean.kv_dtype)
 
-    def _evaluate(self, size: int, tokens: int) -> None:
-        settings = Evaluation(fluency_tokens=self.setting.fluency_tokens, tokens=tokens)
+    def _evaluate(self, size: int, tokens: int, kv_dtype: Literal["float32", "float16"] = "float32") -> None:
+        settings = Evaluation(fluency_tokens=self.setting.fluency_tokens, tokens=tokens, kv_dtype=kv_dtype)
         for records in parts(self.tested, size):
             evaluate_batch(self.lm, self.editor, records, settings)
 

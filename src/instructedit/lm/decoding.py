@@ -12,11 +12,16 @@ from transformers import DynamicCache, LogitsProcessor, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-def roomy_cache(config: PreTrainedConfig, room: int) -> Cache | None:
+def roomy_cache(config: PreTrainedConfig, room: int, at_rest: torch.dtype | None = None) -> Cache | None:
     """A cache of keys and values that copies none of them for the tokens that follow, up to `room` tokens a row.
 
     transformers' own makes the whole tensor anew for each token: most of the time of a long text, and for a moment
     twice the memory of a layer.
+
+    Args:
+        config: Of the model.
+        room: Tokens.
+        at_rest: What they are rounded to while their layer does not run; None keeps them as they are computed.
 
     Returns:
         None unless all layers attend to all tokens: the model then knows better what to keep.
@@ -24,7 +29,7 @@ def roomy_cache(config: PreTrainedConfig, room: int) -> Cache | None:
     cache = _usual_cache(config)
     if not _all_plain(cache):
         return None
-    cache.layers = [_RoomyLayer(room) for _ in cache.layers]
+    cache.layers = [_RoomyLayer(room, at_rest) for _ in cache.layers]
     return cache
 
 
@@ -42,23 +47,23 @@ def _usual_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 class _RoomyLayer(DynamicLayer):
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, at_rest: torch.dtype | None) -> None:
         super().__init__()
-        self._buffers = (_Buffer(room), _Buffer(room))
+        self._buffers = (_Buffer(room, at_rest), _Buffer(room, at_rest))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._buffers
         self.keys, self.values = keys.after(self.keys, key_states), values.after(self.values, value_states)
-        return self.keys, self.values
+        return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
 
 
 class _Buffer:
     """Room for one tensor that grows along its sequence, [rows, heads, room, size]."""
 
-    def __init__(self, room: int) -> None:
-        self.room = room
+    def __init__(self, room: int, at_rest: torch.dtype | None) -> None:
+        self.room, self.at_rest = room, at_rest
         self.whole = self.filled = torch.empty(0)
 
     def after(self, held: Tensor | None, new: Tensor) -> Tensor:
@@ -66,7 +71,8 @@ class _Buffer:
         start = 0 if held is None or not held.numel() else held.shape[-2]
         end = start + new.shape[-2]
         if held is not self.filled or end > self.whole.shape[-2]:
-            self.whole = new.new_empty(*new.shape[:-2], max(self.room, end), new.shape[-1])
+            shape = (*new.shape[:-2], max(self.room, end), new.shape[-1])
+            self.whole = new.new_empty(shape, dtype=self.at_rest or new.dtype)
             if held is not None and start:
                 self.whole.narrow(-2, 0, start).copy_(held)
         self.whole.narrow(-2, start, end - start).copy_(new)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +22,7 @@ from instructedit.edits import ContextEdit, Edit
 from instructedit.errors import UserError
 from instructedit.lm import hooks
 from instructedit.lm.decoding import TopKDraw, attends_to_all, draws, roomy_cache
-from instructedit.lm.disk_cache import DiskCache, checksum
+from instructedit.lm.disk_cache import AT_REST, DiskCache, checksum
 from instructedit.lm.forest import Forest
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
@@ -35,6 +36,7 @@ from instructedit.lm.sites import (
     find_sites,
     select_sites,
 )
+from instructedit.lm.thin import thin_products
 from instructedit.lm.tokens import TokenBatch, behind, encode, left_padded, rows_of
 from instructedit.metrics import row_mean
 
@@ -282,6 +284,22 @@ class FrozenLM:
         top = len(self.blocks)
         return self.cache.states(batch, top, functools.partial(self._leaving, start=start))[batch.answer_at]
 
+    def unedited_judged(self, batch: TokenBatch, start: int = 0) -> Judged:
+        """How the unedited model takes the answers, [positions] each; rows asked again cost nothing.
+
+        Arguments and errors as for `unedited_states`.
+        """
+        pairs = zip(batch.input_ids.numpy(), batch.labels.numpy(), batch.lengths, strict=True)
+        keys = [(ids[:size].tobytes(), labels[:size].tobytes()) for ids, labels, size in pairs]
+
+        def judge(rows: list[int]) -> list[tuple[Tensor, ...]]:
+            part = batch.select(torch.tensor(rows))
+            judged = self.judged(self.unedited_states(part, start), part.answers)
+            columns = [column.split(part.answer_sizes()) for column in judged]
+            return list(zip(*columns, strict=True))
+
+        return Judged(*map(torch.cat, zip(*self.cache.recalled("judged", keys, judge), strict=True)))
+
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
         return self._above(batch, start, self.prefix(batch, start) if start else None)
 
@@ -298,7 +316,8 @@ class FrozenLM:
         """
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
         bare = hooks.hooked({block: OrderedDict() for block in self.blocks})  # no block runs for whoever looks on
-        with bare, hooks.replayed(self.blocks, len(self.blocks), states.unsqueeze(1), self._tuples), self._own_dtype():
+        replayed = hooks.replayed(self.blocks, len(self.blocks), states.unsqueeze(1), self._tuples)
+        with bare, replayed, self._own_dtype(), thin_products([self.model.get_output_embeddings()]):
             logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return logits.squeeze(1)
 
@@ -533,23 +552,28 @@ class FrozenLM:
     # -- words ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def generate(self, prompts: str | Sequence[str], max_new_tokens: int = 20, **options: Any) -> Any:
+    def generate(self, prompts: str | Sequence[str], max_new_tokens: int | Sequence[int] = 20, **options: Any) -> Any:
         """What the model says next, greedily unless told otherwise.
 
         Args:
             prompts: A prompt, or several.
-            max_new_tokens: At most so many tokens each.
+            max_new_tokens: At most so many tokens each; or for each prompt its own number.
             options: Further arguments of transformers' ``generate``.
 
         Returns:
             The new text alone: a string for one prompt, else a list.
         """
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        texts = self._said(several, max_new_tokens, lambda rows: options)
+        rooms = [max_new_tokens] * len(several) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if len(rooms) != len(several):
+            raise UserError(f"max_new_tokens has {len(rooms)} numbers for {len(several)} prompts")
+        texts = self._said(several, rooms, lambda rows: options)
         return texts[0] if isinstance(prompts, str) else texts
 
     @torch.inference_mode()
-    def sample(self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], top_k: int = 5) -> list[str]:
+    def sample(
+        self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], top_k: int = 5, kv_dtype: str = "float32"
+    ) -> list[str]:
         """Text of a fixed length, each token drawn among the likeliest ones.
 
         Args:
@@ -557,16 +581,23 @@ class FrozenLM:
             tokens: Its length.
             seeds: One for each prompt: what it draws depends on that alone, not on the prompts beside it.
             top_k: Tokens to draw from.
+            kv_dtype: Of keys and values at rest: ``float32`` (as they are computed), ``bfloat16``, ``float16``.
         """
         drawn = draws(seeds, tokens).to(self.device)
-        return self._said(
-            prompts, tokens, lambda rows: {"logits_processor": [TopKDraw(drawn[rows], top_k, self._ends)]}
-        )
 
-    def _said(self, prompts: Sequence[str], room: int, options: Callable[[list[int]], dict[str, Any]]) -> list[str]:
+        def options(rows: list[int]) -> dict[str, Any]:
+            return {"logits_processor": [TopKDraw(drawn[rows], top_k, self._ends)]}
+
+        return self._said(prompts, [tokens] * len(prompts), options, AT_REST[kv_dtype])
+
+    def _said(
+        self, prompts: Sequence[str], rooms: list[int], options: Callable[[list[int]], dict[str, Any]],
+        kv: torch.dtype | None = None,
+    ) -> list[str]:  # fmt: skip
         """What follows the prompts; `options` gives those of transformers' ``generate`` for some of the rows."""
         if not prompts:
             return []
+        room = max(rooms)
         width = self.max_length - room
         if width < 1:
             raise UserError(f"max_new_tokens={room} leaves no room for a prompt in {self.max_length} tokens")
@@ -576,28 +607,36 @@ class FrozenLM:
             return {"do_sample": False, "pad_token_id": self._pad_id, "max_new_tokens": room, **options(rows)}
 
         if self._front is None:
-            return self._continued(ids, width, settings(list(range(len(ids)))))
-        return self._continued_behind(ids, width, settings)
+            new = self._continued(ids, width, settings(list(range(len(ids)))), kv)
+        else:
+            new = self._continued_behind(ids, width, settings, kv)
+        cut = [own[:most] for own, most in zip(new, rooms, strict=True)]
+        return list(self.tokenizer.batch_decode(cut, skip_special_tokens=True))
 
-    def _continued(self, prompts: list[list[int]], width: int, settings: dict[str, Any]) -> list[str]:
+    def _continued(
+        self, prompts: list[list[int]], width: int, settings: dict[str, Any], kv: torch.dtype | None
+    ) -> list[list[int]]:
+        """The token ids that follow."""
         ids, mask = left_padded(prompts, width)
         if not settings.keys() & {"use_cache", "cache_implementation", "past_key_values"}:
-            cache = roomy_cache(self.model.config, ids.shape[1] + settings["max_new_tokens"])
+            cache = roomy_cache(self.model.config, ids.shape[1] + settings["max_new_tokens"], kv)
             settings = {**settings, "past_key_values": cache}
         ids, mask = ids.to(self.device), mask.to(self.device)
-        with self._own_dtype():
+        with self._own_dtype(), thin_products(self.model.modules()):
             output = self.model.generate(input_ids=ids, attention_mask=mask, **settings)
-        return list(self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True))
+        new: list[list[int]] = output[:, ids.shape[1] :].tolist()
+        return new
 
     def _continued_behind(
-        self, prompts: list[list[int]], width: int, settings: Callable[[list[int]], dict[str, Any]]
-    ) -> list[str]:
-        """The words that follow where prompts in scope of a context stand behind it."""
+        self, prompts: list[list[int]], width: int, settings: Callable[[list[int]], dict[str, Any]],
+        kv: torch.dtype | None,
+    ) -> list[list[int]]:  # fmt: skip
+        """The same where prompts in scope of a context stand behind it."""
         assert self._front is not None  # the caller's condition
         edit, rows = self._front
         batch = rows_of([prompt[-self.max_length :] for prompt in prompts]).to(self.device)
         chosen = edit.choose(self._index(edit, rows, len(batch)), lambda block: self.query(batch, block)).tolist()
-        texts = [""] * len(prompts)
+        new: list[list[int]] = [[]] * len(prompts)
         for inside in (False, True):
             group = [i for i, choice in enumerate(chosen) if (choice >= 0) == inside]
             if not group:
@@ -608,9 +647,15 @@ class FrozenLM:
                 first = self.tokenizer.bos_token_id
                 ids = [behind(own, c.tolist(), width, first) for own, c in zip(ids, contexts, strict=True)]
             with self._edited(worn, None):
-                for i, text in zip(group, self._continued(ids, width, settings(group)), strict=True):
-                    texts[i] = text
-        return texts
+                for i, own in zip(group, self._continued(ids, width, settings(group), kv), strict=True):
+                    new[i] = own
+        return new
+
+    @functools.cached_property
+    def row_tokens(self) -> int:
+        """How many tokens' keys and values take about as much memory as what a row says next: logits and a copy."""
+        config = self.model.config.get_text_config()
+        return math.ceil(config.vocab_size / (config.num_hidden_layers * config.hidden_size))
 
     @property
     def _ends(self) -> list[int]:

@@ -76,7 +76,7 @@ def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, as_tuple:
         if not start:
             stack.callback(blocks[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
         for block in blocks[:start]:
-            stack.enter_context(_forward(block, give))
+            stack.enter_context(swapped(block, give))
         yield
 
 
@@ -88,7 +88,7 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_forward(block, functools.partial(_recomputed, block, block.forward)))
+            stack.enter_context(swapped(block, functools.partial(_recomputed, block, block.forward)))
         yield
 
 
@@ -117,7 +117,7 @@ def hooked(then: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module runs `forward` in place of its own."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward

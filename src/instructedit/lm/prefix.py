@@ -1,16 +1,18 @@
-"""The prefix cache: hidden states below the first edited block, which no edit ever changes."""
+"""The prefix cache: hidden states below the first edited block, and outputs of the unedited model."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from instructedit.lm.disk_cache import DiskCache, Shelf, row_key
 from instructedit.lm.tokens import TokenBatch
+
+T = TypeVar("T")
 
 
 class _Key(NamedTuple):
@@ -43,7 +45,7 @@ class PrefixCache:
         self.hits = 0
         self.misses = 0
         self.from_disk = 0
-        self._rows: OrderedDict[_Key, Tensor] = OrderedDict()
+        self._rows: OrderedDict[Hashable, Any] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -94,6 +96,22 @@ class PrefixCache:
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return torch.nn.functional.pad(padded, (0, 0, 0, batch.input_ids.shape[1] - padded.shape[1]))
 
+    def recalled(self, kind: str, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
+        """What was found out once about rows, from memory alone.
+
+        Args:
+            kind: What it is.
+            keys: What tells the rows apart.
+            compute: Gives it for the rows of these numbers, which are not known: tensors, strings, or tuples of them.
+        """
+        named = [(kind, key) for key in keys]
+        missing = [i for key, i in {key: i for i, key in enumerate(named)}.items() if key not in self._rows]
+        found = zip(missing, compute(missing), strict=True) if missing else ()
+        fresh = {named[i]: value for i, value in found}
+        values = [fresh[key] if key in fresh else self._rows[key] for key in named]
+        self._keep(named, fresh)
+        return values
+
     def _shelf(self, batch: TokenBatch, block: int) -> Shelf | None:
         """Where rows of this kind are on disk; what enters block 0 is looked up in the model faster."""
         return self.disk.shelf(forward_pass(batch.device), block) if self.disk and block else None
@@ -111,15 +129,22 @@ class PrefixCache:
         kept = shelf.add({row_key(key.tokens): row for key, row in rows.items()})
         return dict(zip(rows, kept.values(), strict=True))
 
-    def _keep(self, used: list[_Key], fresh: dict[_Key, Tensor]) -> None:
-        for key, row in fresh.items():
-            self._rows[key] = row
-            self.bytes += row.nbytes
+    def _keep(self, used: Sequence[Hashable], fresh: Mapping[Any, Any]) -> None:
+        for key, value in fresh.items():
+            self._rows[key] = value
+            self.bytes += _size(value)
         for key in used:
             self._rows.move_to_end(key)
         while self.bytes > self.max_bytes:
-            _, row = self._rows.popitem(last=False)
-            self.bytes -= row.nbytes
+            _, value = self._rows.popitem(last=False)
+            self.bytes -= _size(value)
+
+
+def _size(value: Any) -> int:
+    """Bytes of a tensor, a string, or a tuple of these."""
+    if isinstance(value, tuple):
+        return sum(map(_size, value))
+    return value.nbytes if isinstance(value, Tensor) else len(value)
 
 
 def _keys(batch: TokenBatch, block: int) -> list[_Key]:
