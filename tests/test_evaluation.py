@@ -242,6 +242,33 @@ def test_fluency_is_sampled_from_replies_and_leaves_the_random_state(lm, factors
     assert (other[other["kind"] == "fluency"]["after"].to_numpy() != rows["after"].to_numpy()).all()
 
 
+def test_what_the_unedited_model_says_is_asked_once(lm, factors, records, monkeypatch):
+    asked, generate = [], lm.generate
+    monkeypatch.setattr(lm, "generate", lambda prompts, *a: (asked.append(len(prompts)), generate(prompts, *a))[1])
+    settings = Evaluation(fluency_tokens=0)
+    first = evaluate(lm, Given(factors, records).bind(lm), records, settings).table
+    before, known = sum(asked), first["before"].notna().sum()
+    asked.clear()
+    assert evaluate(lm, Given(factors, records).bind(lm), records, settings).table.equals(first)
+    assert 0 < known == before - sum(asked)
+    asked.clear()
+    lm.cache.clear()
+    evaluate(lm, Given(factors, records).bind(lm), records, settings)
+    assert sum(asked) == before
+
+
+@pytest.mark.parametrize(("kv_dtype", "rows"), [("float32", [1, 1]), ("float16", [2])])
+def test_half_the_keys_and_values_let_twice_the_rows_speak(lm, factors, records, kv_dtype, rows, monkeypatch):
+    spoken, sample = [], lm.sample
+    monkeypatch.setattr(
+        lm, "sample", lambda p, *a, **k: (spoken.append((len(p), k["kv_dtype"])), sample(p, *a, **k))[1]
+    )
+    settings = Evaluation(generate=False, fluency_tokens=30, kv_dtype=kv_dtype)
+    one = max(len(lm.tokenizer(r.request.prompt)["input_ids"]) for r in records) + 30 + lm.row_tokens
+    evaluate(lm, Given(factors, records).bind(lm), records, replace(settings, tokens=one + one % 2))
+    assert spoken == [(count, kv_dtype) for count in rows]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_evaluation_works_in_any_mode_and_leaves_no_trace(lm, records, mode, training):
@@ -277,15 +304,15 @@ def test_no_pass_has_more_tokens_than_it_may(lengths, tokens):
         assert padded <= tokens or len(chunk) == 1
 
 
-@pytest.mark.parametrize("tokens", [160, 400])
-def test_requests_take_a_quarter_of_the_tokens_of_a_pass(lm, factors, records, tokens, monkeypatch):
+@pytest.mark.parametrize("tokens", [80, 200])
+def test_requests_take_half_of_the_tokens_of_a_pass(lm, factors, records, tokens, monkeypatch):
     made, make = [], Given.make
     monkeypatch.setattr(Given, "make", lambda self, batch: made.append(batch.tokens) or make(self, batch))
     settings = Evaluation(generate=False, fluency_tokens=0, tokens=tokens)
     evaluate_batch(lm, Given(factors, records).bind(lm), records, settings)
     assert sum(map(len, made)) == 4
     assert max(map(len, made)) > 1
-    assert all(batch.input_ids.numel() <= tokens // 4 for batch in made)
+    assert all(batch.input_ids.numel() <= tokens // 2 for batch in made)
 
 
 def test_edits_are_shown_while_they_live(lm, factors, records):

@@ -9,6 +9,7 @@ from tests.reference import dense, dense_copy, greedy, plain_model, random_facto
 from transformers import GPT2Config, MistralConfig, MistralForCausalLM
 
 from instructedit.edits import Factors, LowRankEdit
+from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 from instructedit.lm.decoding import TopKDraw, _Buffer, draws, roomy_cache
 
@@ -18,14 +19,17 @@ PROMPTS = ["The capital of France is", "A", "In the year 1969 the first people"]
 # -- keys and values --------------------------------------------------------------------------------------------------
 
 
-@given(sizes=st.lists(st.integers(1, 4), min_size=1, max_size=8), room=st.integers(1, 20), data=st.data())
-def test_a_buffer_holds_what_concatenation_would(sizes, room, data):
-    buffer, held, expected = _Buffer(room), torch.tensor([]), None
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=8), room=st.integers(1, 20),
+    at_rest=st.sampled_from([None, torch.float16]), data=st.data(),
+)  # fmt: skip
+def test_a_buffer_holds_what_concatenation_would(sizes, room, at_rest, data):
+    buffer, held, expected = _Buffer(room, at_rest), torch.tensor([]), None
     for size in sizes:
         new = torch.randn(3, 2, size, 5)
         expected = new if expected is None else torch.cat([expected, new], -2)
         held = buffer.after(held, new)
-        assert torch.equal(held, expected)
+        assert torch.equal(held, expected.to(at_rest))
         if data.draw(st.booleans()):  # as a beam search does
             order = torch.tensor(data.draw(st.permutations(range(3))))
             held, expected = held[order], expected[order]
@@ -34,7 +38,7 @@ def test_a_buffer_holds_what_concatenation_would(sizes, room, data):
 
 
 def test_a_buffer_with_room_copies_nothing():
-    buffer = _Buffer(10)
+    buffer = _Buffer(10, None)
     held = buffer.after(torch.tensor([]), torch.randn(2, 1, 4, 3))
     place = held.data_ptr()
     for _ in range(6):
@@ -76,6 +80,18 @@ def test_the_cache_of_a_plain_model_has_room():
         assert torch.equal(keys, torch.cat([first, second], -2))
         assert torch.equal(values, 2 * keys)
         assert keys.data_ptr() == kept
+    assert cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("at_rest", [torch.float16, torch.bfloat16])
+def test_keys_and_values_are_rounded_at_rest_alone(at_rest):
+    cache = roomy_cache(GPT2Config(n_layer=1, n_embd=8, n_head=2), 6, at_rest)
+    parts = [torch.randn(2, 2, 3, 4), torch.randn(2, 2, 1, 4)]
+    cache.update(parts[0], -parts[0], 0)
+    keys, values = cache.update(parts[1], -parts[1], 0)
+    assert torch.equal(keys, torch.cat(parts, -2).to(at_rest).float())
+    assert torch.equal(values, -keys)
+    assert cache.layers[0].keys.dtype == at_rest
     assert cache.get_seq_length() == 4
 
 
@@ -143,6 +159,22 @@ def test_sampled_text_is_drawn_row_by_row_under_each_rows_edit(tokenizer, archit
     assert lm.sample(PROMPTS[1:2], 12, seeds[1:2]) == plain[1:2]
     assert plain != expected
     assert lm.sample([], 12, []) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sampled_text_of_rounded_keys_and_values(tokenizer, architecture, monkeypatch):
+    lm, caches, own = random_lm(architecture, tokenizer), [], type(random_lm(architecture, tokenizer).model).generate
+
+    def generate(model, **options):
+        caches.append(options["past_key_values"])
+        return own(model, **options)
+
+    monkeypatch.setattr(type(lm.model), "generate", generate)
+    exact = lm.sample(PROMPTS, 12, [1, 2, 3])
+    assert lm.sample(PROMPTS, 12, [1, 2, 3], kv_dtype="float16") == exact  # no draw here is so near a bound
+    assert [cache.layers[0].keys.dtype for cache in caches] == [torch.float32, torch.float16]
+    with pytest.raises(UserError, match="kv_dtype: 'int8' is none of float32, bfloat16, float16"):
+        lm.sample(PROMPTS, 12, [1, 2, 3], kv_dtype="int8")
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -76,6 +76,25 @@ def test_unedited_logits_run_each_block_once(lm, start, cache_bytes):
         lm.unedited_states(lm.encode(PAIRS))
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 2 << 20])
+@torch.no_grad()
+def test_unedited_answers_are_judged_once(lm, cache_bytes, monkeypatch):
+    lm.cache.max_bytes = cache_bytes
+    heads, own = [], lm.head
+    monkeypatch.setattr(lm, "head", lambda states: (heads.append(len(states)), own(states))[1])
+    pairs = [*PAIRS, (PAIRS[0][0], "another answer")]
+    for chosen in ([0, 1, 2, 3], [3, 0], [2, 2, 1]):
+        batch = lm.encode([pairs[i] for i in chosen])
+        alone = [lm.logits(lm.encode([pairs[i]])) for i in chosen]
+        expected = -torch.cat(alone).log_softmax(-1)[range(len(batch.answers)), batch.answers]
+        heads.clear()
+        found = lm.unedited_judged(batch, 1)
+        torch.testing.assert_close(found.nll, expected, **FLOAT32)
+        assert torch.equal(found.said, torch.cat(alone).argmax(-1))
+        assert bool(heads) == (not cache_bytes or len(chosen) == 4)
+    assert lm.cache.bytes <= cache_bytes
+
+
 def test_rows_hit_the_cache_in_any_company(lm):
     lm.logits(lm.encode(PAIRS), start=2)
     assert (lm.cache.hits, lm.cache.misses, len(lm.cache)) == (0, 3, 3)
@@ -259,6 +278,14 @@ def test_generation_stops_row_by_row(lm):
     expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in alone]
     found = lm.generate(prompts, max_new_tokens=6, eos_token_id=stop)
     assert found == [lm.tokenizer.decode(ids) for ids in expected]
+
+
+def test_each_prompt_may_have_its_own_room(lm):
+    prompts = [prompt for prompt, _ in PAIRS]
+    alone = [lm.generate(prompt, max_new_tokens=room) for prompt, room in zip(prompts, (1, 6, 3), strict=True)]
+    assert lm.generate(prompts, max_new_tokens=[1, 6, 3]) == alone
+    with pytest.raises(UserError, match="2 numbers for 3 prompts"):
+        lm.generate(prompts, max_new_tokens=[1, 6])
 
 
 def test_generation_makes_room_in_the_context(lm):

@@ -17,7 +17,7 @@ from tests.conftest import random_lm
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, disk_cache
 from instructedit.lm.disk_cache import META, SEGMENT, checksum, clear, evict, row_key, shelf_name, shelves
-from instructedit.lm.prefix import forward_pass
+from instructedit.lm.prefix import PrefixCache, forward_pass
 from instructedit.lm.tokens import rows_of
 
 ROWS = [[5, 6, 7], [5, 6, 7, 8, 9, 10], [11], [300, 2]]
@@ -456,3 +456,38 @@ def test_wrong_options_are_one_line(lm, tmp_path, options, message):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=message):
         opened(lm, tmp_path / ("x" if options else "file"), **options)
+
+
+@given(
+    asked=st.lists(st.lists(st.integers(0, 6), max_size=5), max_size=6), room=st.integers(0, 40),
+    as_tensors=st.booleans(),
+)  # fmt: skip
+def test_what_is_recalled_is_what_was_found_out(asked, room, as_tensors):
+    cache, found = PrefixCache(room), []
+
+    def value(key):
+        return (torch.full((key,), float(key)), "x" * key) if as_tensors else "x" * key
+
+    for keys in asked:
+
+        def compute(rows, keys=keys):
+            found.append([keys[i] for i in rows])
+            return [value(keys[i]) for i in rows]
+
+        values = cache.recalled("kind", keys, compute)
+        assert [str(v) for v in values] == [str(value(key)) for key in keys]
+        assert cache.bytes <= room
+    assert all(len(set(keys)) == len(keys) > 0 for keys in found)
+    if room == 40 and not as_tensors:  # room for all
+        assert sum(map(len, found)) == len({key for keys in asked for key in keys})
+
+
+def test_kinds_are_kept_apart_and_forgotten_with_the_states():
+    cache = PrefixCache()
+    for _ in range(2):
+        assert cache.recalled("a", [1], lambda rows: ["one"]) == ["one"]
+        assert cache.recalled("b", [1], lambda rows: ["other"]) == ["other"]
+        assert cache.recalled("a", [1], lambda rows: ["new"]) == ["one"]
+        cache.clear()
+        assert cache.recalled("a", [1], lambda rows: ["new"]) == ["new"]
+        cache.clear()

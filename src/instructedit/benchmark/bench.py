@@ -38,7 +38,7 @@ class Lean(NamedTuple):
 
     examples: int = 3
     edits: int = 16
-    tokens: int = 440
+    tokens: int = 352
     kv_dtype: Literal["float32", "float16"] = "float32"
 
 

@@ -582,7 +582,12 @@ class FrozenLM:
             seeds: One for each prompt: what it draws depends on that alone, not on the prompts beside it.
             top_k: Tokens to draw from.
             kv_dtype: Of keys and values at rest: ``float32`` (as they are computed), ``bfloat16``, ``float16``.
+
+        Raises:
+            UserError: If there is no such dtype.
         """
+        if kv_dtype not in AT_REST:
+            raise UserError(f"kv_dtype: {kv_dtype!r} is none of {', '.join(AT_REST)}")
         drawn = draws(seeds, tokens).to(self.device)
 
         def options(rows: list[int]) -> dict[str, Any]:
