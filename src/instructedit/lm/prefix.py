@@ -80,19 +80,22 @@ class PrefixCache:
         if not self.max_bytes and not self.disk:
             return compute(batch)
         keys = _keys(batch, block)
-        wanted = {key: i for i, key in enumerate(keys)}
         shelf = self._shelf(batch, block)
-        fresh = self._read(shelf, [key for key in wanted if key not in self._rows], batch.device)
-        self.from_disk += len(fresh)
-        missing = [i for key, i in wanted.items() if key not in self._rows and key not in fresh]
-        self.hits += len(keys) - len(missing)
-        self.misses += len(missing)
-        if missing:
-            part = batch.select(torch.tensor(missing))
-            states = zip(missing, compute(part), part.lengths, strict=True)
-            fresh |= self._written(shelf, {keys[i]: row[:length].clone() for i, row, length in states})
-        rows = [fresh[key] if key in fresh else self._rows[key] for key in keys]
-        self._keep(keys, fresh)
+
+        def find(rows: list[int]) -> list[Tensor]:
+            found = self._read(shelf, [keys[i] for i in rows], batch.device)
+            self.from_disk += len(found)
+            missing = [i for i in rows if keys[i] not in found]
+            self.hits -= len(missing)
+            self.misses += len(missing)
+            if missing:
+                part = batch.select(torch.tensor(missing))
+                states = zip(missing, compute(part), part.lengths, strict=True)
+                found |= self._written(shelf, {keys[i]: row[:length].clone() for i, row, length in states})
+            return [found[keys[i]] for i in rows]
+
+        self.hits += len(keys)
+        rows = self._remembered(keys, find)
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return torch.nn.functional.pad(padded, (0, 0, 0, batch.input_ids.shape[1] - padded.shape[1]))
 
@@ -104,12 +107,14 @@ class PrefixCache:
             keys: What tells the rows apart.
             compute: Gives it for the rows of these numbers, which are not known: tensors, strings, or tuples of them.
         """
-        named = [(kind, key) for key in keys]
-        missing = [i for key, i in {key: i for i, key in enumerate(named)}.items() if key not in self._rows]
+        return self._remembered([(kind, key) for key in keys], compute)
+
+    def _remembered(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
+        missing = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if key not in self._rows]
         found = zip(missing, compute(missing), strict=True) if missing else ()
-        fresh = {named[i]: value for i, value in found}
-        values = [fresh[key] if key in fresh else self._rows[key] for key in named]
-        self._keep(named, fresh)
+        fresh = {keys[i]: value for i, value in found}
+        values = [fresh[key] if key in fresh else self._rows[key] for key in keys]
+        self._keep(keys, fresh)
         return values
 
     def _shelf(self, batch: TokenBatch, block: int) -> Shelf | None:
