@@ -163,7 +163,8 @@ def test_sampled_text_is_drawn_row_by_row_under_each_rows_edit(tokenizer, archit
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sampled_text_of_rounded_keys_and_values(tokenizer, architecture, monkeypatch):
-    lm, caches, own = random_lm(architecture, tokenizer), [], type(random_lm(architecture, tokenizer).model).generate
+    lm, caches = random_lm(architecture, tokenizer), []
+    own = type(lm.model).generate
 
     def generate(model, **options):
         caches.append(options["past_key_values"])

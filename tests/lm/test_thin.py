@@ -23,13 +23,11 @@ def exact(layer, inputs):
     bias=st.booleans(), strided=st.booleans(),
 )  # fmt: skip
 def test_the_threads_parts_make_the_whole(size, features, rows, threads, bias, strided):
-    inputs = torch.randn(size, rows).T.reshape(rows, size)
-    if strided:
-        inputs = torch.randn(rows, 2 * size)[:, ::2]
+    inputs = torch.randn(rows, 2 * size)[:, ::2] if strided else torch.randn(size, rows).T
     for layer, product in ((nn.Linear(size, features, bias), _linear), (Conv1D(features, size), _conv1d)):
         if layer.bias is not None:
             nn.init.normal_(layer.bias)  # a Conv1D's is zero
-        found = product(layer.weight.detach(), layer.bias, threads)(inputs.reshape(rows, size))
+        found = product(layer.weight.detach(), layer.bias, threads)(inputs)
         torch.testing.assert_close(found, exact(layer, inputs).float(), atol=1e-5, rtol=1e-4)
 
 
