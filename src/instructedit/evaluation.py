@@ -15,6 +15,7 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor
 from instructedit.lm import FrozenLM, Judged, TokenBatch
+from instructedit.lm.forest import in_parts
 from instructedit.metrics import agreement, answer_match, exact_match, fluency, row_mean, token_accuracy
 from instructedit.records import EditRecord, Probe
 
@@ -143,8 +144,7 @@ def _evaluated(
     for watcher in watchers:
         watcher(records, edit)
     asked = list(_questions(records, instructor, settings.replies))
-    scores = _score(lm, edit, asked, records, settings.tokens)
-    rows = _best_alias([_row(records[a.owner], a, s) for a, s in zip(asked, scores, strict=True)])
+    rows = _scored(lm, edit, asked, records, settings.tokens)
     if settings.generate:
         _answer_freely(lm, edit, rows, records, settings.tokens)
     if settings.fluency_tokens:
@@ -179,22 +179,68 @@ def _questions(records: Sequence[EditRecord], instructor: Instructor | None, rep
                     yield _Asked(owner, probe, number, view, view == views[0][0], fronted(probe.prompt), answer)
 
 
-def _score(
-    lm: FrozenLM, edit: Edit, asked: list[_Asked], records: Sequence[EditRecord], size: int
-) -> list[dict[str, float]]:
-    """Teacher-forced scores before and after the edit, in the order of `asked`."""
+def _scored(lm: FrozenLM, edit: Edit, asked: list[_Asked], records: Sequence[EditRecord], size: int) -> list[Row]:
+    """Teacher-forced scores before and after the edit, one row for each probe and view.
+
+    Any given alias counts, so the row is of the one that fits best after the edit; that one alone is scored before it.
+    """
     start = lm.first_block(edit.sites)
-    scores: list[dict[str, float]] = [{} for _ in asked]
     names = [f"record {records[a.owner].id}, {a.probe.kind} probe" for a in asked]
-    every = lm.encode([(a.prompt, a.answer) for a in asked], names)
-    for chunk in _chunks([(length,) for length in every.lengths], size):
-        tokens = every.select(torch.tensor(chunk))
-        owner = torch.tensor([asked[i].owner for i in chunk], device=lm.device)
-        before = lm.unedited_judged(tokens, start)
-        worn = None if edit.changes_nothing else lm.judged(lm.states(tokens, edit, owner, start), tokens.answers)
-        for i, score in zip(chunk, _compare(tokens, before, worn or before), strict=True):
-            scores[i] = score
-    return scores
+    tokens = lm.encode([(a.prompt, a.answer) for a in asked], names)
+    owners = [a.owner for a in asked]
+    after = None if edit.changes_nothing else _predicted(lm, tokens, edit, owners, start, size)
+    every = after or _predicted(lm, tokens, None, owners, start, size)
+    best = _best_aliases(asked, _fit(tokens, every))
+    kept = tokens.select(torch.tensor(best))
+    own = _of_rows(every, tokens, best)
+    before = own if after is None else _predicted(lm, kept, None, [owners[i] for i in best], start, size)
+    return [
+        _row(records[asked[i].owner], asked[i], scores)
+        for i, scores in zip(best, _compare(kept, before, own), strict=True)
+    ]
+
+
+def _predicted(lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, owners: list[int], start: int, size: int) -> Judged:
+    """How the model takes all answers, each row under its owner's edit, in passes of at most so many tokens."""
+    if lm.takes_trees:
+        parts = [sorted(part) for part in in_parts(tokens.unpadded(), owners, size)]
+    else:
+        parts = [sorted(part) for part in _chunks([(length,) for length in tokens.lengths], size)]
+    groups = [torch.tensor(part) for part in parts]
+    found = []
+    for group in groups:
+        part = tokens.select(group)
+        if edit is None:
+            found.append(lm.unedited_judged(part, start))
+        else:
+            rows = torch.tensor([owners[i] for i in group.tolist()], device=lm.device)
+            found.append(lm.predictions(part, edit, rows, start))
+    order = tokens.in_order(groups)
+    return Judged(*(torch.cat(column)[order] for column in zip(*found, strict=True)))
+
+
+def _of_rows(judged: Judged, tokens: TokenBatch, rows: list[int]) -> Judged:
+    """The part of some rows, in their order."""
+    sizes = tokens.answer_sizes()
+    columns = [column.split(sizes) for column in judged]
+    return Judged(*(torch.cat([column[i] for i in rows]) for column in columns))
+
+
+def _best_aliases(asked: list[_Asked], scores: list[tuple[float, ...]]) -> list[int]:
+    """For each probe and view the number of the answer that fits best; of equal ones the first."""
+    best: dict[tuple[int, int, str], int] = {}
+    for i, question in enumerate(asked):
+        key = (question.owner, question.number, question.view)
+        if key not in best or scores[i] > scores[best[key]]:
+            best[key] = i
+    return list(best.values())
+
+
+def _fit(tokens: TokenBatch, judged: Judged) -> list[tuple[float, ...]]:
+    """How well each row's answer fits: whether all of its tokens are predicted, and the share that is."""
+    scores = (exact_match, token_accuracy)
+    columns = [score(judged.said, tokens.answers, tokens.rows, len(tokens)) for score in scores]
+    return [tuple(row) for row in torch.stack(columns, -1).tolist()]
 
 
 def _compare(tokens: TokenBatch, before: Judged, after: Judged) -> Iterator[dict[str, float]]:
@@ -242,16 +288,6 @@ def _row(record: EditRecord, asked: _Asked, scores: dict[str, float]) -> Row:
         "probe": asked.number, "kind": asked.probe.kind, "group": asked.probe.group, "view": asked.view,
         "main": asked.main, "prompt": asked.prompt, "answer": asked.answer, "aliases": asked.probe.answers, **scores,
     }  # fmt: skip
-
-
-def _best_alias(rows: list[Row]) -> list[Row]:
-    """One row for each probe and view: any given alias counts, so the one that fits best."""
-    best: dict[tuple[int, int, str], Row] = {}
-    for row in rows:
-        key = (row["owner"], row["probe"], row["view"])
-        if key not in best or (row["exact"], row["accuracy"]) > (best[key]["exact"], best[key]["accuracy"]):
-            best[key] = row
-    return list(best.values())
 
 
 def _answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], records: Sequence[EditRecord], size: int) -> None:

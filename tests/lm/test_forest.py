@@ -81,7 +81,7 @@ def test_the_prefix_is_that_of_each_row(tokenizer, architecture, block):
 
 def test_what_prompts_begin_with_together_is_computed_once(tokenizer):
     lm = random_lm("gpt2", tokenizer)
-    assert lm._takes_trees
+    assert lm.takes_trees
     seen = []
     lm.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
     alone, together = lm.encode([(FRONT + PROMPTS[0], "x")]), lm.encode([(FRONT + p, "x") for p in PROMPTS])
@@ -114,7 +114,7 @@ def test_a_model_that_takes_no_trees_gets_rows(tokenizer, name):
         if parameter.ndim == 2:
             parameter.data = torch.randn(parameter.shape) * 0.15
     lm = FrozenLM(model, tokenizer, name, max_length=128)
-    assert lm._takes_trees is takes
+    assert lm.takes_trees is takes
     batch = lm.encode([(FRONT + prompt, " Paris") for prompt in PROMPTS])
     kept = batch.attention_mask.bool()
     torch.testing.assert_close(lm.prefix(batch, 2)[kept], lm._prefix(batch, 2)[kept], rtol=1e-4, atol=1e-5)
@@ -124,4 +124,4 @@ def test_a_model_that_counts_positions_itself_gets_rows(tokenizer):
     lm = random_lm("gpt2", tokenizer)
     own = lm.model.forward
     lm.model.forward = lambda *args, position_ids=None, **kwargs: own(*args, **kwargs)
-    assert not lm._takes_trees
+    assert not lm.takes_trees

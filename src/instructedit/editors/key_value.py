@@ -34,6 +34,7 @@ class VectorEdit(Edit):
     site: str
     vectors: Tensor  # [n, out]
     positions: Tensor  # [n]
+    positionwise = False
 
     @property
     def sites(self) -> tuple[str, ...]:

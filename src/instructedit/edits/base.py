@@ -29,6 +29,8 @@ class Edit(ABC):
     name: ClassVar[str] = ""
     #: Whether the edits are changes of weights, which a model can hold for good.
     is_weights: ClassVar[bool] = False
+    #: Whether a site's output at a position depends on its input there alone, wherever in a row the position is.
+    positionwise: ClassVar[bool] = True
 
     @property
     def changes_nothing(self) -> bool:

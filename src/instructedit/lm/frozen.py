@@ -26,7 +26,7 @@ from instructedit.lm.disk_cache import AT_REST, DiskCache, checksum
 from instructedit.lm.forest import Forest
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
-from instructedit.lm.readout import positionwise
+from instructedit.lm.readout import parts, positionwise
 from instructedit.lm.sites import (
     Site,
     add_to_weight,
@@ -40,8 +40,8 @@ from instructedit.lm.thin import thin_products
 from instructedit.lm.tokens import TokenBatch, behind, encode, left_padded, rows_of
 from instructedit.metrics import row_mean
 
-#: Logits that are there at once, in bytes of float32.
-HEAD_BYTES = {"cpu": 8 << 20, "gpu": 256 << 20}
+#: Logits that are there at once: of so many positions at least, and of more within so many bytes of float32.
+HEAD = {"cpu": (128, 8 << 20), "gpu": (512, 256 << 20)}
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class FrozenLM:
         return self.cache.states(batch, block, functools.partial(self._unknown_prefix, block=block))
 
     def _unknown_prefix(self, batch: TokenBatch, block: int) -> Tensor:
-        return (self._prefix_of_trees if self._takes_trees else self._prefix)(batch, block)
+        return (self._prefix_of_trees if self.takes_trees else self._prefix)(batch, block)
 
     @torch.no_grad()
     def _prefix(self, batch: TokenBatch, block: int) -> Tensor:
@@ -236,13 +236,13 @@ class FrozenLM:
     @torch.no_grad()
     def _prefix_of_trees(self, batch: TokenBatch, block: int) -> Tensor:
         """The same, what rows begin with together once."""
-        forest = Forest.of(batch.unpadded())
+        forest = Forest.fitting(batch.unpadded())
         inputs = forest.inputs(self.device, self.model.dtype)
         found = hooks.input_of(self.blocks[block], lambda: self._run(inputs))
         return forest.states(found)
 
     @functools.cached_property
-    def _takes_trees(self) -> bool:
+    def takes_trees(self) -> bool:
         """Whether the model sees in trees of tokens what it sees row by row: tried out, since architectures differ.
 
         Not so where a layer attends to the last tokens alone, or the model counts positions in its own way.
@@ -294,20 +294,19 @@ class FrozenLM:
 
         def judge(rows: list[int]) -> list[tuple[Tensor, ...]]:
             part = batch.select(torch.tensor(rows))
-            judged = self.judged(self.unedited_states(part, start), part.answers)
-            columns = [column.split(part.answer_sizes()) for column in judged]
+            columns = [column.split(part.answer_sizes()) for column in self.predictions(part, start=start)]
             return list(zip(*columns, strict=True))
 
         return Judged(*map(torch.cat, zip(*self.cache.recalled("judged", keys, judge), strict=True)))
 
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
-        return self._above(batch, start, self.prefix(batch, start) if start else None)
+        return self._above(batch.inputs, start, self.prefix(batch, start) if start else None)
 
-    def _above(self, batch: TokenBatch, start: int, hidden: Tensor | None) -> Tensor:
+    def _above(self, inputs: dict[str, Tensor], start: int, hidden: Tensor | None) -> Tensor:
         """What leaves the last block, [rows, seq, hidden], when `hidden` enters block `start` (or a row the model)."""
         running = self.blocks[start:] if self.checkpoint else ()
         with hooks.recomputed(running), hooks.replayed(self.blocks, start, hidden, self._tuples):
-            return hooks.output_of(self.blocks[-1], lambda: self._run(batch.inputs))
+            return hooks.output_of(self.blocks[-1], lambda: self._run(inputs))
 
     def head(self, states: Tensor) -> Tensor:
         """Logits of states that left the last block, [positions, hidden] → [positions, vocab].
@@ -333,9 +332,17 @@ class FrozenLM:
         Returns:
             The same for all positions.
         """
-        room = HEAD_BYTES["cpu" if states.device.type == "cpu" else "gpu"]
-        size = max(1, room // (4 * self.model.config.get_text_config().vocab_size))
-        return positionwise(states, lambda part, at: what(self.head(part), at), size)
+        return positionwise(states, lambda part, at: what(self.head(part), at), self._head_positions)
+
+    @functools.cached_property
+    def _head_positions(self) -> int:
+        """Positions whose logits are there at once.
+
+        Enough that the head's product is bound by arithmetic rather than by reading its matrix, whose size does not
+        matter for that: a small vocabulary just has room for more.
+        """
+        few, room = HEAD["cpu" if self.device.type == "cpu" else "gpu"]
+        return max(few, room // (4 * self.model.config.get_text_config().vocab_size))
 
     def judged(self, states: Tensor, answers: Tensor) -> Judged:
         """How states that left the last block, [positions, hidden], take the answer tokens, [positions]."""
@@ -344,6 +351,27 @@ class FrozenLM:
             return F.cross_entropy(logits.float(), answers[at], reduction="none"), logits.detach().argmax(-1)
 
         return Judged(*self.read(states, read))
+
+    @torch.no_grad()
+    def predictions(
+        self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0
+    ) -> Judged:
+        """How the model takes the answers, each [positions], without gradients (arguments as for `logits`).
+
+        Logits of a position that several rows share are made once.
+        """
+        batch = batch if self._worn else batch.read_part()
+        states, node = self._shared_states(batch, edit, rows, start)
+        answers, order = batch.answers, node.argsort()
+        ends = node[order]
+        nll, said = torch.empty(len(node), device=node.device), torch.empty_like(node)
+        for at in parts(len(states), self._head_positions):
+            logits = self.head(states[at]).float()
+            mine = order[torch.searchsorted(ends, at.start) : torch.searchsorted(ends, at.stop)]
+            here = node[mine] - at.start
+            nll[mine] = logits.logsumexp(-1)[here] - logits[here, answers[mine]]
+            said[mine] = logits.argmax(-1)[here]
+        return Judged(nll, said)
 
     def logits(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
         """Logits at the answer positions.
@@ -364,12 +392,46 @@ class FrozenLM:
 
         `read` and `head` make logits of it.
         """
+        states, node = self._shared_states(batch, edit, rows, start)
+        return states if len(states) == len(node) and bool((node.diff() > 0).all()) else states[node]
+
+    def _shared_states(
+        self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """The states at answer positions, [nodes, hidden], and which of them each position has, [positions]."""
         if edit is None and self._front is not None:
             edit, rows = self._front
         if isinstance(edit, ContextEdit):
-            return self._fronted(batch, edit, rows, start)
+            states = self._fronted(batch, edit, rows, start)
+        elif (forest := self._forest(batch, edit, rows)) is not None:
+            return self._states_of_trees(batch, forest, edit, start)
+        else:
+            states = self._states_by_length(batch, edit, rows, start)
+        return states, torch.arange(len(states), device=states.device)
+
+    def _forest(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None) -> Forest | None:
+        """The rows as trees of one edit each, if the model takes trees and these have fewer tokens than the rows."""
+        # Edits that a caller put on know the batch as it is.
+        if self._worn or len(batch) == 1 or not (edit is None or edit.positionwise) or not self.takes_trees:
+            return None
+        one = edit is None or len(edit) == 1
+        forest = Forest.fitting(batch.unpadded(), None if one else self._index(edit, rows, len(batch)).tolist())
+        padded = sum(len(group) * max(batch.lengths[i] for i in group.tolist()) for group in batch.by_length())
+        return forest if forest.padded < padded else None
+
+    def _states_of_trees(
+        self, batch: TokenBatch, forest: Forest, edit: Edit | None, start: int
+    ) -> tuple[Tensor, Tensor]:
+        hidden = forest.gather(self.prefix(batch, start)) if start else None
+        rows = None if edit is None or len(edit) == 1 else forest.groups.to(self.device)
+        with self._edited(edit, rows):
+            found = self._above(forest.inputs(self.device, self.model.dtype), start, hidden)
+        at, node = forest.at(*batch.places).unique(return_inverse=True)
+        return found.flatten(0, 1)[at.to(self.device)], node.to(self.device)
+
+    def _states_by_length(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
         groups = batch.by_length()
-        if len(groups) == 1 or self._worn:  # edits that a caller put on know the batch as it is
+        if len(groups) == 1 or self._worn:
             return self._states(batch, edit, rows, start)
         index = None if edit is None else self._index(edit, rows, len(batch))
 
@@ -452,7 +514,7 @@ class FrozenLM:
     def _states(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
         hidden = self.prefix(batch, start) if start else None
         with self._edited(edit, rows):
-            return self._above(batch, start, hidden)[batch.answer_at]
+            return self._above(batch.inputs, start, hidden)[batch.answer_at]
 
     def capture(self, batch: TokenBatch, sites: Sequence[str]) -> Captured:
         """What the edit loss of each row shows at the sites.
@@ -479,7 +541,7 @@ class FrozenLM:
             for site in sites:
                 handle = self.model.get_submodule(site).register_forward_hook(functools.partial(keep, site))
                 stack.callback(handle.remove)
-            nll, said = self.judged(self._above(batch, start, hidden)[batch.answer_at], batch.answers)
+            nll, said = self.judged(self._above(batch.inputs, start, hidden)[batch.answer_at], batch.answers)
             loss = row_mean(nll, batch.rows, len(batch))
             grads = torch.autograd.grad(loss.sum(), [outputs[s] for s in sites])
         delta = {site: apart(grad) for site, grad in zip(sites, grads, strict=True)}

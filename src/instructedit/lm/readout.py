@@ -27,21 +27,21 @@ def positionwise(states: Tensor, read: Read, size: int) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and states.requires_grad:
         found: tuple[Tensor, ...] = _Positionwise.apply(states, read, size)
         return found
-    return _joined([read(states[at], at) for at in _places(states, size)])
+    return _joined([read(states[at], at) for at in parts(len(states), size)])
 
 
 class _Positionwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, read: Read, size: int) -> tuple[Tensor, ...]:
-        slopes, parts = [], []
-        for at in _places(states, size):
+        slopes, found_parts = [], []
+        for at in parts(len(states), size):
             with torch.enable_grad():
                 part = states[at].detach().requires_grad_()
                 number, *others = read(part, at)
                 slopes.append(torch.autograd.grad(number.sum(), part)[0])
-            parts.append((number.detach(), *others))
+            found_parts.append((number.detach(), *others))
         ctx.save_for_backward(torch.cat(slopes))
-        found = _joined(parts)
+        found = _joined(found_parts)
         ctx.mark_non_differentiable(*found[1:])
         return found
 
@@ -52,12 +52,12 @@ class _Positionwise(torch.autograd.Function):
         return slopes * grad.unsqueeze(-1).to(slopes.dtype), None, None
 
 
-def _places(states: Tensor, size: int) -> list[slice]:
-    """Parts of at most `size` positions and about one length; one part, if empty, where there are none."""
-    count = max(1, -(-len(states) // size))
-    ends = [len(states) * i // count for i in range(count + 1)]
+def parts(positions: int, size: int) -> list[slice]:
+    """Slices of at most `size` positions and about one length; one slice, if empty, where there are none."""
+    count = max(1, -(-positions // size))
+    ends = [positions * i // count for i in range(count + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
 
-def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+def _joined(columns: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(column) for column in zip(*columns, strict=True))

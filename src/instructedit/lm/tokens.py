@@ -101,6 +101,17 @@ class TokenBatch:
             labels=self.labels[rows, :width], truncated=0,
         )  # fmt: skip
 
+    def read_part(self) -> Self:
+        """The rows without what stands behind their last answer position: nobody reads what the model makes of it."""
+        answered = self.labels != IGNORE
+        ends = (torch.arange(1, answered.shape[1] + 1) * answered).amax(-1)
+        mask = (torch.arange(answered.shape[1]) < ends.unsqueeze(-1)).long()
+        width = int(ends.max())
+        return replace(
+            self, input_ids=self.input_ids[:, :width], attention_mask=mask[:, :width], labels=self.labels[:, :width],
+            truncated=0,
+        )  # fmt: skip
+
     def prompts(self) -> Self:
         """The rows without their answers."""
         first = (self.labels != IGNORE).long().argmax(-1)  # the last token of the prompt predicts the answer's first
