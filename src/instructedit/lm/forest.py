@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from instructedit.lm.prompt_prefixes import shared_tokens
+
 #: Tokens of a tree, at most (a longer row stands alone): attention costs each token as many products.
 WIDTH = 256
 #: Widths that are tried where trees of several groups would be padded to the largest.
@@ -60,10 +62,21 @@ class Forest:
         """Tokens of all trees, padding included."""
         return self.ids.numel()
 
-    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a model of this dtype is called with."""
-        mask = torch.zeros(self.sees.shape, dtype=dtype).masked_fill_(~self.sees, torch.finfo(dtype).min)
-        inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": mask.unsqueeze(1)}
+    def inputs(self, device: torch.device, dtype: torch.dtype, behind: Tensor | None = None) -> dict[str, Tensor]:
+        """What a model of this dtype is called with.
+
+        Args:
+            device: Where the model is.
+            dtype: Of the model.
+            behind: How many tokens stand before each tree, in a cache of keys and values padded at its end, [trees].
+        """
+        sees, positions = self.sees, self.positions
+        if behind is not None:
+            before = torch.arange(int(behind.max())) < behind.unsqueeze(-1)
+            sees = torch.cat([before.unsqueeze(1).expand(-1, sees.shape[1], -1), sees], -1)
+            positions = positions + behind.unsqueeze(-1)
+        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
+        inputs = {"input_ids": self.ids, "position_ids": positions, "attention_mask": mask.unsqueeze(1)}
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def states(self, found: Tensor) -> Tensor:
@@ -119,7 +132,7 @@ class _Steps(list[tuple[int, int]]):
         steps, before = cls(), None
         for i in sorted(range(len(rows)), key=lambda i: (of_row[i], rows[i])):
             together = before is not None and of_row[before] == of_row[i]
-            steps.append((i, _common(rows[before], rows[i]) if together and before is not None else 0))
+            steps.append((i, shared_tokens(rows[before], rows[i]) if together and before is not None else 0))
             before = i
         steps.sizes, steps.groups = [len(row) for row in rows], of_row
         return steps
@@ -176,11 +189,3 @@ def _planted(rows: Sequence[list[int]], groups: Sequence[int], plan: _Plan) -> F
         of_tree[tree] = groups[i]
         places.append(tree * plan.width + path)
     return Forest(ids, positions, sees, places, of_tree)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of what both begin with."""
-    for length, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
-            return length
-    return min(len(one), len(other))

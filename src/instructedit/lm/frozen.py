@@ -26,6 +26,7 @@ from instructedit.lm.disk_cache import AT_REST, DiskCache, checksum
 from instructedit.lm.forest import Forest
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
+from instructedit.lm.prompt_prefixes import ROW, Beginning, PromptPrefixes, filled_cache, laid_down
 from instructedit.lm.readout import parts, positionwise
 from instructedit.lm.sites import (
     Site,
@@ -110,6 +111,7 @@ class FrozenLM:
         self.max_length = int(min(limit for limit in limits if limit))
         disk = DiskCache(cache_dir, cache_disk_bytes, cache_dtype, self._cached_as) if cache_dir else None
         self.cache = PrefixCache(cache_bytes, disk)
+        self.beginnings = PromptPrefixes(cache_bytes // 8)
         self.checkpoint = checkpoint
         self._worn = 0  # edits that the model's layers wear now
         self._front: tuple[ContextEdit, Tensor | None] | None = None  # what stands in front of prompts now
@@ -142,6 +144,7 @@ class FrozenLM:
         if torch.device(device) != self.device:
             self.model.to(torch.device(device))
             self.cache.clear()
+            self.beginnings.clear()
         return self
 
     @functools.cached_property
@@ -235,11 +238,59 @@ class FrozenLM:
 
     @torch.no_grad()
     def _prefix_of_trees(self, batch: TokenBatch, block: int) -> Tensor:
-        """The same, what rows begin with together once."""
-        forest = Forest.fitting(batch.unpadded())
+        """Like `_prefix`, but what rows begin with together is computed once."""
+        rows = batch.unpadded()
+        if block and self._takes_beginnings:
+            return torch.nn.utils.rnn.pad_sequence(self._behind_beginnings(rows, block), batch_first=True)
+        return self._of_trees(rows, block)
+
+    @torch.no_grad()
+    def _of_trees(self, rows: list[list[int]], block: int) -> Tensor:
+        forest = Forest.fitting(rows)
         inputs = forest.inputs(self.device, self.model.dtype)
-        found = hooks.input_of(self.blocks[block], lambda: self._run(inputs))
-        return forest.states(found)
+        return forest.states(hooks.input_of(self.blocks[block], lambda: self._run(inputs)))
+
+    @torch.no_grad()
+    def _behind_beginnings(self, rows: list[list[int]], block: int) -> list[Tensor]:
+        """The states that enter a block, [length, hidden] for each row; known beginnings are not computed again."""
+        known = [self.beginnings.find(block, row) for row in rows]
+        which = {id(one): number for number, one in enumerate(known)}  # rows behind one beginning share trees
+        sizes = [0 if one is None else len(one.ids) for one in known]
+        forest = Forest.fitting(
+            [row[size:] for row, size in zip(rows, sizes, strict=True)], [which[id(one)] for one in known]
+        )
+        of_trees = [known[number] for number in forest.groups.tolist()]
+        behind = torch.tensor([0 if one is None else len(one.ids) for one in of_trees])
+        width = int(behind.max())
+        inputs: dict[str, Any] = forest.inputs(self.device, self.model.dtype, behind if width else None)
+        cache = filled_cache(self.model.config, of_trees, width)
+        found = hooks.input_of(self.blocks[block], lambda: self._run(inputs | {"past_key_values": cache}))
+        found, states = found.flatten(0, 1), []
+        for row, one, places in zip(rows, known, forest.places, strict=True):
+            at = places.to(self.device)
+            states.append(found[at] if one is None else torch.cat([one.states, found[at]]))
+            if self.beginnings.lacks(block, row):
+                keys, values = laid_down(cache, block, places, forest.ids.shape[1], one)
+                self.beginnings.add(block, Beginning(tuple(row), states[-1].clone(), keys, values))
+        return states
+
+    @functools.cached_property
+    def _takes_beginnings(self) -> bool:
+        """Whether a tree behind keys and values of its beginning sees what it sees in one piece: tried out."""
+        if not self.beginnings.max_bytes or not self.takes_trees:
+            return False
+        opening, top = [1 + i % 3 for i in range(ROW)], len(self.blocks) - 1
+        rows = [[*opening, 2, 1], [*opening, 3, 3, 1], [2, 1]]
+        batch = rows_of(rows).to(self.device)
+        expected = self._prefix(batch, top)
+        try:
+            self._behind_beginnings(rows[:1], top)
+            found = self._behind_beginnings(rows[1:], top)
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return False
+        finally:
+            self.beginnings.clear()
+        return all(_close(one, expected[i, : len(one)]) for i, one in enumerate(found, 1))
 
     @functools.cached_property
     def takes_trees(self) -> bool:
@@ -252,15 +303,14 @@ class FrozenLM:
         batch = rows_of([[1, 2, 3, 4, 5], [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2]]).to(self.device)
         kept, top = batch.attention_mask.bool(), len(self.blocks) - 1
         try:
-            found = self._prefix_of_trees(batch, top)[kept]
+            found = self._of_trees(batch.unpadded(), top)[kept]
         except (TypeError, ValueError, RuntimeError):
             return False
-        expected = self._prefix(batch, top)[kept]
-        return float((found - expected).abs().max() / expected.abs().max()) < torch.finfo(found.dtype).eps ** 0.5
+        return _close(found, self._prefix(batch, top)[kept])
 
-    def _run(self, inputs: dict[str, Tensor]) -> Any:
+    def _run(self, inputs: dict[str, Any]) -> Any:
         with self._own_dtype():
-            return self.model(**inputs, use_cache=False)
+            return self.model(**inputs, use_cache="past_key_values" in inputs)
 
     def _own_dtype(self) -> torch.autocast:
         """Turns a trainer's autocast off: what the cache holds must not depend on who asked first."""
@@ -735,6 +785,11 @@ class FrozenLM:
         """GPT-2 and LLaMA have no padding token; masked positions may hold any."""
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return int(next(token for token in known if token is not None))
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways of computing the same states differ by no more than rounding."""
+    return float((found - expected).abs().max() / expected.abs().max()) < torch.finfo(found.dtype).eps ** 0.5
 
 
 def _in_groups(batch: TokenBatch, groups: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
