@@ -163,10 +163,7 @@ class KeyValueEditor(Editor, ABC):
         if not self.contexts:
             return []
         openings = [OPENINGS[i % len(OPENINGS)] for i in range(self.contexts)]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            length = {"max_new_tokens": self.context_tokens, "min_new_tokens": self.context_tokens}
-            texts = self.lm.generate(openings, do_sample=True, top_k=5, **length)
+        texts = self.lm.sample(openings, self.context_tokens, [f"{self.seed} {i}" for i in range(self.contexts)])
         return [f"{opening}{' '.join(text.split(chr(10)))}. " for opening, text in zip(openings, texts, strict=True)]
 
     # -- keys, values, second moments -------------------------------------------------------------------------------

@@ -265,25 +265,8 @@ def _pad(rows: list[tuple[list[int], int]], truncated: int) -> TokenBatch:
     return TokenBatch(input_ids, mask, labels, truncated)
 
 
-def left_padded(prompts: Sequence[list[int]], max_length: int) -> tuple[Tensor, Tensor]:
-    """Prompts to be continued: ids and mask, both [rows, seq], padded on the left.
-
-    Args:
-        prompts: Token ids.
-        max_length: Tokens a prompt may have; a longer one loses its beginning.
-
-    Raises:
-        UserError: If a prompt is empty.
-    """
-    if not all(prompts):
-        raise UserError("an empty prompt has nothing to continue")
+def shortened(prompts: Sequence[list[int]], max_length: int) -> list[list[int]]:
+    """Prompts of at most so many tokens; a longer one loses its beginning."""
     if max(map(len, prompts)) > max_length:
         warnings.warn(_CUT, stacklevel=2)
-    width = min(max(map(len, prompts)), max_length)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(prompts):
-        kept = row[-width:]
-        ids[i, width - len(kept) :] = torch.tensor(kept)
-        mask[i, width - len(kept) :] = 1
-    return ids, mask
+    return [ids[-max_length:] for ids in prompts]
