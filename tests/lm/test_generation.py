@@ -56,6 +56,7 @@ def model_of(config, tokenizer):
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.normal_(0, 0.15)
+    model.generation_config.eos_token_id = None  # some have one by default
     return FrozenLM(model, tokenizer, config.model_type)
 
 
