@@ -20,7 +20,6 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm import Seen, Site, TokenBatch
 from instructedit.lm.moments import second_moments
-from instructedit.lm.tokens import positions_of
 from instructedit.metrics import row_mean
 
 #: What random contexts open with, as MEMIT's do.
@@ -152,10 +151,10 @@ class KeyValueEditor(Editor, ABC):
         named = [r.subject or p for r, p in zip(batch.requests, batch.prompts, strict=True)]
         essence_pairs = [(f"{name} is a", "thing") for name in named]  # read before the answer, which is of no account
         essence = self.lm.encode(essence_pairs).after_prompts()
-        essence_at = positions_of(self.lm.tokenizer, essence_pairs, [len(name) for name in named], essence)
+        essence_at = self.lm.text.positions(essence_pairs, [len(name) for name in named], essence)
         rows = torch.arange(len(pairs), device=tokens.device)
         return Facts(
-            tokens, positions_of(self.lm.tokenizer, pairs, ends, tokens), rows // len(fronts), essence, essence_at,
+            tokens, self.lm.text.positions(pairs, ends, tokens), rows // len(fronts), essence, essence_at,
             rows[:: len(fronts)],
         )  # fmt: skip
 

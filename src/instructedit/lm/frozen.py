@@ -36,8 +36,9 @@ from instructedit.lm.sites import (
     find_sites,
     select_sites,
 )
+from instructedit.lm.text import Text
 from instructedit.lm.thin import thin_products
-from instructedit.lm.tokens import TokenBatch, encode, rows_of
+from instructedit.lm.tokens import TokenBatch, rows_of
 from instructedit.metrics import row_mean
 
 #: Logits that are there at once, in bytes of float32.
@@ -88,6 +89,8 @@ class FrozenLM:
         cache_dir: Folder to keep the prefix cache in, for later runs and for what memory has no room for.
         cache_dtype: Of the states on disk: ``float32`` (exactly as they are computed), ``bfloat16``, ``float16``.
         cache_disk_bytes: Room for all that is in that folder.
+        joiner: What stands between a prompt and its answer; ``auto`` is a space or nothing (see `joining.joiner`).
+        chat: Put prompts into the user's turn of the model's own chat template, answers into its own.
         checkpoint: Keep of the blocks that run forward only what enters them, and run them again in a backward pass.
     """
 
@@ -102,6 +105,8 @@ class FrozenLM:
         cache_dtype: str = "float32",
         cache_disk_bytes: int = 64 << 30,
         checkpoint: bool = False,
+        joiner: str = "auto",
+        chat: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         for config in (model.config, model.config.get_text_config(decoder=True)):
@@ -110,6 +115,7 @@ class FrozenLM:
         self.name = name
         limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_length]
         self.max_length = int(min(limit for limit in limits if limit))
+        self.text = Text(tokenizer, self.max_length, joiner, chat)
         disk = DiskCache(cache_dir, cache_disk_bytes, cache_dtype, self._cached_as) if cache_dir else None
         self.cache = PrefixCache(cache_bytes, disk)
         self.checkpoint = checkpoint
@@ -125,7 +131,7 @@ class FrozenLM:
             dtype: Of the weights and the forward pass, whatever the checkpoint is stored in.
             device: Where it lives.
             options: ``revision`` of the hub; ``quantize`` (``8bit``, ``4bit``); `max_length`, `checkpoint`,
-                and those of the prefix cache (see the class).
+                `joiner`, `chat`, and those of the prefix cache (see the class).
 
         Raises:
             UserError: If there is no such model, the dtype is unknown, or what packs weights is not installed.
@@ -211,14 +217,13 @@ class FrozenLM:
         """Whose states on disk are this model's: not one bit of the weights may differ."""
         return {"lm": self.name, "model": f"{self.fingerprint} {checksum(self.model.state_dict())}"}
 
-    def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = ()) -> TokenBatch:
-        """Tokenises (prompt, answer) pairs for this model, on its device (see `tokens.encode`)."""
-        return encode(self.tokenizer, pairs, self.max_length, where).to(self.device)
+    def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = (), scored: bool = False) -> TokenBatch:
+        """Tokenises (prompt, answer) pairs for this model, on its device (see `Text.encode`)."""
+        return self.text.encode(pairs, where, scored).to(self.device)
 
     def words(self, text: str) -> list[int]:
         """Token ids of text that stands within a row: no special tokens around it."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return self.text.words(text)
 
     # -- forward passes -------------------------------------------------------------------------------------------
 
@@ -389,7 +394,7 @@ class FrozenLM:
             part = batch.select(group)
             if chosen[group[0]] < 0:
                 return self._states(part, None, None, start)
-            part = part.behind(edit.contexts(chosen[group]), self.max_length, self.tokenizer.bos_token_id)
+            part = part.behind(edit.contexts(chosen[group]), self.max_length, self.text.opening)
             return self._states(part, edit.adapter, None, start)
 
         groups = [(chosen < 0).nonzero().squeeze(-1), (chosen >= 0).nonzero().squeeze(-1)]

@@ -11,7 +11,8 @@ import torch
 from instructedit.errors import UserError
 from instructedit.lm.decoding import Choice, Draw, draws, likeliest
 from instructedit.lm.disk_cache import AT_REST
-from instructedit.lm.tokens import behind, shortened
+from instructedit.lm.tokens import behind
+from instructedit.records import stripped
 
 if TYPE_CHECKING:
     from instructedit.lm.frozen import FrozenLM
@@ -80,13 +81,13 @@ def _said(lm: FrozenLM, prompts: Sequence[str], rooms: Sequence[int], go_on: _Go
     width = lm.max_length - max(rooms)
     if width < 1:
         raise UserError(f"max_new_tokens={max(rooms)} leaves no room for a prompt in {lm.max_length} tokens")
-    ids = [lm.tokenizer(prompt, verbose=False)["input_ids"] for prompt in prompts]
-    if not all(ids):
+    ids = lm.text.prompts(prompts)
+    if not all(stripped(prompt) for prompt in prompts):
         raise UserError("an empty prompt has nothing to continue")
     contexts, adapter = lm.in_front([row[-lm.max_length :] for row in ids])
-    first = lm.tokenizer.bos_token_id
-    ids = [row if c is None else behind(row, c, width, first) for row, c in zip(ids, contexts, strict=True)]
-    ids = shortened(ids, width)
+    opening = lm.text.opening
+    ids = [row if c is None else behind(row, c, width, opening) for row, c in zip(ids, contexts, strict=True)]
+    ids = lm.text.shortened(ids, width)
     new: list[list[int]] = [[]] * len(ids)
     adapted = [adapter is not None and context is not None for context in contexts]
     for inside in (False, True):
