@@ -207,7 +207,8 @@ class Text:
         while size and tuple(offsets[size - 1]) == (0, 0):
             size -= 1
         first = self.tokenizer.bos_token_id
-        twice = first is not None and self._turn is None and ids[:2] == [first, first] and offsets[1][1] > 0
+        # One that the tokenizer adds covers no text, one that the text opens with does.
+        twice = first is not None and ids[:2] == [first, first] and offsets[0][1] == 0 < offsets[1][1]
         return _Tokens(ids[int(twice) : size], offsets[int(twice) : size])
 
 
