@@ -544,7 +544,7 @@ class FrozenLM:
     def _edited(self, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
         if edit is not None:
             self.first_block(edit.sites)
-            _ = self._tuples  # found out while the model wears nothing
+        _ = self._tuples  # found out while the model wears nothing
         with hooks.worn(self.model, edit, rows):
             self._worn += 1
             try:

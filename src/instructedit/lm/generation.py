@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,7 @@ def _said(lm: FrozenLM, prompts: Sequence[str], rooms: Sequence[int], go_on: _Go
     adapted = [adapter is not None and context is not None for context in contexts]
     for inside in (False, True):
         if group := [i for i, own in enumerate(adapted) if own == inside]:
-            with lm.edited(adapter if inside else None):
+            with lm.edited(adapter) if inside else nullcontext():
                 found = go_on(group, [ids[i] for i in group], [rooms[i] for i in group])
             for i, own in zip(group, found, strict=True):
                 new[i] = own
