@@ -11,7 +11,13 @@ from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, decoding
 from instructedit.lm.decoding import Layout
 
-PROMPTS = ["The capital of France is", "A", "In the year 1969 the first people " * 3, "Who", "A river and a city in it"]
+PROMPTS = [
+    "The capital of France is",
+    "A",
+    "In the year 1969" + " the first people" * 4,
+    "Who",
+    "A river and a city in it",
+]
 COMMON = {
     "vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 599,
