@@ -102,8 +102,10 @@ def expected_scores(lm, model, prompt, answers):
     best = None
     for answer in answers:
         wanted = torch.tensor(tokens(lm.tokenizer, prompt, answer)[1])
+        lone = int(lm.tokenizer.decode(wanted[:1]) == " ")  # a space piece of its own is no part of the answer
+        wanted = wanted[lone:]
         with torch.no_grad():
-            said, was = (answer_logits(m, lm.tokenizer, prompt, answer) for m in (model, lm.model))
+            said, was = (answer_logits(m, lm.tokenizer, prompt, answer)[lone:] for m in (model, lm.model))
         hits = (said.argmax(-1) == wanted).float()
         log_p = [part.log_softmax(-1)[torch.arange(len(wanted)), wanted].mean().item() for part in (said, was)]
         scores = {

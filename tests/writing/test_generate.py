@@ -245,12 +245,12 @@ def test_a_local_model_that_can_write(tmp_path, monkeypatch):
 
     texts = iter(MANY)
 
-    def sample(self, prompt, max_new_tokens, **options):
-        assert options["do_sample"]
-        assert prompt.endswith("\n-")
-        return " " + "\n- ".join(next(texts) for _ in range(4)) + "\n\nTask: other"
+    def sample(self, prompts, tokens, seeds, **options):
+        assert options["ends"]
+        assert prompts[0].endswith("\n-")
+        return [" " + "\n- ".join(next(texts) for _ in range(4)) + "\n\nTask: other"]
 
-    monkeypatch.setattr(FrozenLM, "generate", sample)
+    monkeypatch.setattr(FrozenLM, "sample", sample)
     assert main(
         [
             "instructions", "generate", "--task=counterfact", "--model=local:tiny", f"--out={tmp_path}/bank.yaml",
