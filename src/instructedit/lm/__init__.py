@@ -1,7 +1,8 @@
 """The frozen LM: loading, edit sites, capture of (u, δ), edits worn row by row, prefix and suffix, merging."""
 
 from instructedit.lm.frozen import Captured, FrozenLM, Judged, Seen
+from instructedit.lm.reading import Loading
 from instructedit.lm.sites import Site
 from instructedit.lm.tokens import IGNORE, TokenBatch
 
-__all__ = ["IGNORE", "Captured", "FrozenLM", "Judged", "Seen", "Site", "TokenBatch"]
+__all__ = ["IGNORE", "Captured", "FrozenLM", "Judged", "Loading", "Seen", "Site", "TokenBatch"]
