@@ -204,7 +204,7 @@ def _packing(options: Loading, dtype: torch.dtype, device: torch.device | str) -
     if quantize not in known:
         raise UserError(f"unknown quantize {quantize!r}; one of {', '.join(map(str, known))}")
     if options.gguf_file is not None:
-        raise UserError(f"quantize={quantize!r} does not go with a GGUF file: merge or save it as a plain model first")
+        raise UserError(f"quantize={quantize!r} does not go with {options.gguf_file}: save that as a plain model first")
     if missing := [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"quantize={quantize!r} needs {' and '.join(missing)}, which is not installed: "
