@@ -20,6 +20,8 @@ from instructedit.lm import pretrained
 from instructedit.lm.pretrained import MANIFEST, fetch, known, remove
 
 PARTS = 3
+#: The real ones that are on this machine.
+REAL = {name: model.folder for name, model in known().items() if model.is_there}
 LICENCE = "tiny_gguf/data/LICENSE"
 
 
@@ -131,6 +133,19 @@ def test_what_is_known_can_be_asked_for():
     for name, model in known().items():
         assert model.folder.name == name
         assert {package for package, _ in [*model.members, *model.notices]} <= set(model.wheels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "place"), [("smollm2-135m", 1), ("gemma-3-270m", 3)])
+def test_the_real_ones_know_their_capitals(name, place):
+    if name not in REAL:
+        pytest.skip(f"{name} is not on this machine: instructedit models --get {name}")
+    lm = ie.FrozenLM.from_pretrained(str(REAL[name]))
+    ids = lm.tokenizer("The capital of France is")["input_ids"]
+    assert ids.count(lm.tokenizer.bos_token_id) == (name == "gemma-3-270m")
+    with torch.no_grad():
+        likeliest = lm.model(torch.tensor([ids])).logits[0, -1].topk(place).indices.tolist()
+    assert lm.tokenizer.decode(likeliest[-1:]) == " Paris"
 
 
 # -- what may go wrong ------------------------------------------------------------------------------------------------

@@ -41,9 +41,9 @@ def load_model(
         logging.enable_progress_bar()
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, options: Loading = PLAIN) -> PreTrainedTokenizerBase:
     """The tokenizer of a causal LM, without its weights (arguments and errors as for `load_model`)."""
-    return read_tokenizer(*find_source(name, Loading(revision=revision)))
+    return read_tokenizer(*find_source(name, options))
 
 
 def find_source(name: str, options: Loading = PLAIN) -> tuple[str, Loading]:
