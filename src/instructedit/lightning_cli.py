@@ -15,13 +15,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from instructedit.callbacks import DataReport, EditingAreaDump, Guards, PredictionTable, ResultTables
 from instructedit.cli import LIGHTNING
 from instructedit.data.module import EditData
-from instructedit.editors.base import PACKAGE, Editor
+from instructedit.editors.base import PACKAGE, Editor, load_weights, read_folder
+from instructedit.editors.sources import find_editor
 from instructedit.errors import UserError
-from instructedit.registry import plugins
+from instructedit.registry import plugin, plugins
 from instructedit.tracking import SaveConfig
 from instructedit.training.module import EditingModule
 
@@ -37,6 +39,9 @@ DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
 }
+
+#: Values of ``--ckpt_path`` that Lightning resolves.
+LIGHTNINGS_OWN = ("best", "last", "hpc")
 
 
 class Checkpoint(ModelCheckpoint):
@@ -103,23 +108,90 @@ class EditingCLI(LightningCLI):
             raise UserError(f"{' '.join(str(error).split())}{hint}") from error
 
     def _parse_ckpt_path(self) -> None:
-        """Takes the editor's options from a checkpoint, and says where they differ from the command line.
+        """Finds the checkpoint, takes the editor's options from it, and says where they differ from the command line.
 
         LightningCLI would take all of the model's, so that one could not test a checkpoint in another way than it was
         trained: with another instruction, say, or in another dtype.
+
+        Raises:
+            UserError: If there is none.
         """
+        self._weights: dict[str, Tensor] | None = None  # of an editor that is no checkpoint
         config = self.config[self.config.subcommand]
-        path = config.get("ckpt_path")
-        if not path or not Path(path).is_file():
+        asked = config.get("ckpt_path")
+        if not asked or asked in LIGHTNINGS_OWN:
             return
-        asked = _flat(config.model.editor)
-        saved = torch.load(path, weights_only=True, map_location="cpu")["hyper_parameters"]["editor"]
+        try:
+            found = find_editor(asked, _store(config))
+            if found.is_dir() and self.config.subcommand == "fit":
+                raise UserError(f"{found}: holds a trained editor alone; training goes on from a checkpoint (.ckpt)")
+            saved, self._weights = _saved_editor(found)
+        except UserError as error:
+            raise UserError(f"--ckpt_path {error}") from error
+        config["ckpt_path"] = str(found)
+        self._take(saved)
+
+    def _take(self, saved: dict[str, Any]) -> None:
+        """Puts a saved editor's class and options in the place of the command line's."""
+        before = _flat(self.config[self.config.subcommand].model.editor)
         taken = {self.config.subcommand: {"model": {"editor": saved}}}
         self.config = self.parser.parse_object(taken, self.config)
         now = _flat(self.config[self.config.subcommand].model.editor)
-        changed = [f"{k} = {now[k]} (not {asked[k]})" for k in asked if k in now and asked[k] != now[k]]
+        changed = [f"{k} = {now[k]} (not {before[k]})" for k in before if k in now and before[k] != now[k]]
         if changed:
             rank_zero_info(f"the checkpoint's own editor is used: {', '.join(changed)}")
+
+    def after_instantiate_classes(self) -> None:
+        """Puts the weights of a saved editor in place; an untrained one is not scored under its method's name."""
+        editor = self.model.editor
+        if self._weights is not None:
+            load_weights(editor, self._weights, "--ckpt_path")
+        elif self.subcommand != "fit" and editor.trainable and not self._get(self.config_init, "ckpt_path"):
+            raise UserError(
+                f"editor {editor.name!r} must be trained first: give --ckpt_path a run's id, folder or checkpoint"
+            )
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """What Lightning is called with: it cannot read a saved editor, whose weights are in place."""
+        return super()._prepare_subcommand_kwargs(subcommand) | ({"ckpt_path": None} if self._weights else {})
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Lightning goes on without a checkpoint where ``last`` finds none, and has its own errors for the others."""
+        asked = self._get(self.config_init, "ckpt_path")
+        with warnings.catch_warnings():
+            if asked in LIGHTNINGS_OWN:
+                warnings.filterwarnings("error", ".*there is no last checkpoint available")
+            try:
+                super()._run_subcommand(subcommand)
+            except (ValueError, UserWarning) as error:
+                if asked in LIGHTNINGS_OWN and "ckpt_path" in str(error):
+                    raise UserError(f"--ckpt_path {asked}: finds no checkpoint: name a run, folder or file") from error
+                raise
+
+
+def _store(config: Any) -> str:
+    """Folder of the store that a command logs to."""
+    options = getattr(config.trainer.logger, "init_args", None) or {}
+    return str(options.get("root") or "mlruns")
+
+
+def _saved_editor(found: Path) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """Class and options of a saved editor as the parser has them; and its weights, if it is no checkpoint.
+
+    Raises:
+        UserError: If it is damaged, or a checkpoint of something else.
+    """
+    if found.is_dir():
+        name, options, weights = read_folder(found)
+        cls = plugin(Editor, PACKAGE, name)
+        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}, weights
+    try:
+        saved = torch.load(found, map_location="cpu", weights_only=True)
+        assert {"state_dict", "hyper_parameters"} <= set(saved)
+        editor: dict[str, Any] = saved["hyper_parameters"]["editor"]
+    except Exception as error:
+        raise UserError(f"{found}: not a checkpoint of an editor ({type(error).__name__})") from error
+    return editor, None
 
 
 def _flat(config: Any, prefix: str = "editor") -> dict[str, Any]:
@@ -144,7 +216,6 @@ def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defau
     plugins(Editor, PACKAGE)  # imports every editing method, so that its class name alone resolves
     _quiet()
     _check_configs(args)
-    _check_checkpoint(args)
     raising = {"exit_on_error": False}
     return cls(
         EditingModule,
@@ -179,20 +250,6 @@ def _check_configs(args: Sequence[str]) -> None:
             yaml.safe_load(Path(path).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"--config {path}: not YAML: {error}") from error
-
-
-def _check_checkpoint(args: Sequence[str]) -> None:
-    """A clear word on a checkpoint that is none, before Lightning reads it."""
-    for path in _given(args, "--ckpt_path"):
-        if path in ("best", "last", "hpc", "registry") or path == "null":
-            continue
-        if not Path(path).is_file():
-            raise UserError(f"--ckpt_path {path}: no such file")
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            assert {"state_dict", "hyper_parameters"} <= set(saved)
-        except Exception as error:
-            raise UserError(f"--ckpt_path {path}: not a checkpoint of an editor ({type(error).__name__})") from error
 
 
 def _quiet() -> None:

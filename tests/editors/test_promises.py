@@ -69,6 +69,7 @@ def test_making_edits_changes_nothing(name, lm, editor, training):
     assert len(edit) == len(REQUESTS)
     assert not any(tensor.requires_grad for tensor in edit.state().values())
     assert len(editor.edit(REQUESTS[:1])) == 1
+    assert edit.is_weights == editor.changes_weights
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])

@@ -32,6 +32,8 @@ def made(tmp_path_factory, tokenizer):
     mend = {"model": {"editor": {"class_path": "Mend", "init_args": {"rank": 3, "edit_rate": 0.1}}}}
     write(root / "configs/editor/mend.yaml", {"model": {"lr": 1.0, **mend["model"]}})
     write(root / "configs/editor/small/mend.yaml", mend)
+    ft_l = {"class_path": "FtL", "init_args": {"steps": 1, "lr": 0.01, "bound": 0.01}}
+    write(root / "configs/editor/ft_l.yaml", {"model": {"editor": ft_l}})
     write(root / "configs/editor/unedited.yaml", {"model": {"editor": {"class_path": "Unedited"}}})
     write(root / "experiments/try/grid.yaml", GRID)
     write(root / "experiments/try/paper.csv", PAPER)

@@ -18,10 +18,10 @@ GRID = {
     "configs": ["configs/all.yaml"],
     "rows": {
         "unedited": {"editor": "unedited", "fit": False},
-        "MEND (raw)": {"editor": "mend", "fit": False},
+        "FT-L (raw)": {"editor": "ft_l", "fit": False},
         "MEND": {"editor": "mend", "overrides": ["--trainer.max_steps=1"]},
     },
-    "compare": [["MEND", "MEND (raw)"]],
+    "compare": [["MEND", "FT-L (raw)"]],
     "scales": {"one": {"configs": ["configs/one.yaml"], "editors": ["new", "small"], "paper": "Big"}},
     "layout": "tall",
     "paper": "paper.csv",

@@ -146,7 +146,7 @@ def test_a_fingerprint_is_of_what_a_run_is_made_from(copy, tmp_path_factory):
 
     first = mark()
     assert mark(root="elsewhere", out="elsewhere", seeds=[3], rows=["MEND"]) == first
-    others = [mark(seed=4), mark("MEND (raw)"), mark(overrides=["--model.lr=1"])]
+    others = [mark(seed=4), mark("FT-L (raw)"), mark(overrides=["--model.lr=1"])]
     for file in ("configs/all.yaml", "configs/editor/small/mend.yaml"):
         text = (copy / file).read_text()
         write(copy / file, text + "# more\n")
@@ -200,7 +200,7 @@ def test_the_report(whole):
     (line,) = [line for line in table.split("| ZsRE")[1].splitlines() if line.startswith("| MEND |")]
     assert line.split(" | ")[2] == "81.2"
     assert "ZsRE (held out)" in whole.printed
-    differences = whole.printed.split("MEND − MEND (raw)  (*: p (Holm) < 0.05)")[1].splitlines()
+    differences = whole.printed.split("MEND − FT-L (raw)  (*: p (Holm) < 0.05)")[1].splitlines()
     assert differences[2].split() == ["Reliability", "Generalization", "Locality", "Portability"]
     (row,) = [line for line in differences if line.startswith(" ZsRE (held out)")]
     assert row.count("[") == 4
@@ -223,7 +223,7 @@ def test_what_is_done_is_not_done_again(place, whole, monkeypatch, tmp_path):
     assert parent.info.run_id not in set(whole.runs["run_id"])
     assert {key: value for key, value in parent.data.tags.items() if key.startswith("reused.")} == {
         "reused.unedited/3": children["try/unedited/seed-3"],
-        "reused.MEND _raw_/3": children["try/MEND (raw)/seed-3"],
+        "reused.FT-L _raw_/3": children["try/FT-L (raw)/seed-3"],
         "reused.MEND/3": children["try/MEND/seed-3"],
         "reused.MEND/4": children["try/MEND/seed-4"],
     }
@@ -273,12 +273,12 @@ def test_a_run_killed_before_its_areas_were_written_is_done_again(place, whole, 
     ("error", "said"), [(UserError("no such thing"), ""), (RuntimeError("out of memory"), "Traceback")]
 )
 def test_a_row_that_fails_does_not_take_the_others_along(place, whole, monkeypatch, tmp_path, error, said):
-    done = watched(monkeypatch, "MEND (raw)", error)
-    status, _, errors = run(whole.store, tmp_path / "out", "--rows=['MEND (raw)', unedited]", "--fresh=true")
+    done = watched(monkeypatch, "FT-L (raw)", error)
+    status, _, errors = run(whole.store, tmp_path / "out", "--rows=['FT-L (raw)', unedited]", "--fresh=true")
     assert (status, done) == (2, [("unedited", 3)])
-    assert f"row 'MEND (raw)': {error}" in errors
+    assert f"row 'FT-L (raw)': {error}" in errors
     assert ("Traceback" in errors) == bool(said)
-    assert errors.splitlines()[-1].endswith("1 of 2 rows failed, see above: MEND (raw)")
+    assert errors.splitlines()[-1].endswith("1 of 2 rows failed, see above: FT-L (raw)")
     table = (tmp_path / "out/table.md").read_text()
     assert "| unedited |" in table
     assert "MEND" not in table

@@ -16,7 +16,7 @@ OF = GRID | {
     "rows": {
         "ZsRE alone": {"of": "MEND", "configs": ["configs/zsre.yaml"]},
         "MEND": {"editor": "mend", "overrides": ["--trainer.max_steps=2", "--model.lr=0.01"], "hidden": True},
-        "raw": {"editor": "mend", "fit": False, "configs": ["configs/zsre.yaml"]},
+        "raw": {"editor": "ft_l", "fit": False, "configs": ["configs/zsre.yaml"]},
         "never": {"editor": "unedited", "fit": False, "hidden": True},
     },
     "compare": [["ZsRE alone", "raw"]],
@@ -63,7 +63,7 @@ def test_rows_of_another_row(repository, tmp_path, monkeypatch):
     )
     assert set(base["task"]) == {"counterfact", "zsre"}
     assert set(alone["task"]) == {"zsre"}
-    # The same editor on the same records, and not the one before training.
+    # The same editor on the same records, and not another.
     scores = ["record", "probe", "view", "accuracy", "log_likelihood"]
     same = base.loc[base["task"] == "zsre", scores].reset_index(drop=True)
     pd.testing.assert_frame_equal(alone[scores], same, rtol=1e-4)

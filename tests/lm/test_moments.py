@@ -213,14 +213,6 @@ def test_what_is_killed_in_the_middle_leaves_no_file(lm, file, folder, monkeypat
         assert relative(found[name].double(), dense_moment(inputs)) < 1e-5
 
 
-def test_moments_are_kept_under_the_home_without_a_folder_of_ones_own(monkeypatch, tmp_path):
-    monkeypatch.delenv("INSTRUCTEDIT_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert moments.cache_folder() == tmp_path / ".cache" / "instructedit"
-    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(tmp_path / "own"))
-    assert moments.cache_folder() == tmp_path / "own"
-
-
 @pytest.fixture(scope="module")
 def one_lm(tokenizer):
     return random_lm("gpt2", tokenizer)

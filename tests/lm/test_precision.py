@@ -384,9 +384,9 @@ def test_what_the_model_is_loaded_with_comes_from_the_config(monkeypatch):
     asked = {}
     load = frozen.load_model
 
-    def watched(name, dtype, **options):
-        asked.update(options)
-        return load(name, dtype)
+    def watched(name, options, device):
+        asked.update(asdict(options))
+        return load(name)
 
     monkeypatch.setattr(frozen, "load_model", watched)
     FrozenLM.from_pretrained(**asdict(LMConfig(quantize="4bit")))

@@ -120,7 +120,7 @@ main = {"warm": warm, "list": listing, "clear": clear}
 
 
 def _folder(given: str | None) -> Path:
-    from instructedit.lm.moments import cache_folder
+    from instructedit.paths import cache_folder
 
     return Path(given).expanduser() if given else cache_folder() / "prefix"
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from instructedit.console import console
 from instructedit.errors import UserError
+from instructedit.paths import check_writable
+
+if TYPE_CHECKING:
+    from instructedit.editors import Editor
+    from instructedit.lm import FrozenLM
 
 
 def main(
@@ -31,10 +35,11 @@ def main(
     Args:
         prompt: What the model is asked.
         target: What it should say.
-        editor: A trained editor (folder, checkpoint or hub id), or the name of a method that needs no training.
+        editor: A trained editor (folder, checkpoint, a run's id or a hub id), or the name of a method that needs no
+            training.
         options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by
             default the published ones, which suit larger models (configs/editor/tiny has values for the embedded ones).
-        lm: tiny, tiny-llama, a local folder, or a hub id.
+        lm: tiny, tiny-llama, smollm2-135m, gemma-3-270m, a local folder, a .gguf file, or a hub id.
         task: Name of the editing task, for editors that read instructions.
         subject: The entity in the prompt that the edit is about, for ROME and MEMIT.
         description: Id of the instruction's description; by default one that training uses, always the same.
@@ -49,14 +54,12 @@ def main(
     """
     import instructedit as ie
 
-    model = ie.FrozenLM.from_pretrained(lm, chat=chat)
-    built = editor in ie.editor_names() or not (Path(editor).exists() or "/" in editor)
-    if options and not built:
-        raise UserError(f"editor {editor!r} is a trained one, which has its own options: leave out --options")
-    method = ie.build_editor(editor, model, **options or {}) if built else ie.load_editor(editor, model)
-    if built and method.trainable:
-        raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")
+    _check_targets(save, merge)
     request = ie.EditRequest(prompt, target, task=task, subject=subject, slots=slots or {})
+    model = ie.FrozenLM.from_pretrained(lm, chat=chat)
+    method = _method(editor, model, options)
+    if merge and not method.changes_weights:
+        raise UserError(f"--merge: edits of {method.name!r} are no change of weights, so no model can hold them")
     change = method.edit([request], description=description, instruction=instruction)
     prompts = [prompt, *(ask or [])]
     before = model.generate(prompts, max_new_tokens=max_new_tokens)
@@ -64,16 +67,44 @@ def main(
         after = model.generate(prompts, max_new_tokens=max_new_tokens)
     _show_words(prompts, before, after)
     if save:
-        change.save_pretrained(save, base_model=lm)
+        change.save_pretrained(save, base_model=model.source, lm=lm)
     if merge:
         model.merge(change).save_pretrained(merge)
         model.tokenizer.save_pretrained(merge)
 
 
+def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None) -> Editor:
+    """A trained editor, or one that needs no training."""
+    import instructedit as ie
+    from instructedit.editors.sources import is_place
+
+    if editor not in ie.editor_names() and is_place(editor):
+        if options:
+            raise UserError(f"editor {editor!r} is a trained one, which has its own options: leave out --options")
+        return ie.load_editor(editor, lm)
+    method = ie.build_editor(editor, lm, **options or {})
+    if method.trainable:
+        raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")
+    return method
+
+
+def _check_targets(save: str | None, merge: str | None) -> None:
+    """Finds out before the work whether both folders can be written, and that no model gets the edit twice."""
+    adapter = check_writable(save, "--save") if save else None
+    model = check_writable(merge, "--merge") if merge else None
+    if adapter and adapter == model:
+        raise UserError("--save and --merge name one folder: loading it would apply the edit twice")
+    if model and (model / "adapter_config.json").exists():
+        raise UserError(f"--merge {merge}: holds an adapter, which loading would apply to the model: another folder")
+    if adapter and (adapter / "config.json").exists():
+        raise UserError(f"--save {save}: holds a model, to which loading would apply the adapter: another folder")
+
+
 def _show_words(prompts: list[str], before: list[str], after: list[str]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("prompt", "before", "after")
     for row in zip(prompts, before, after, strict=True):
-        table.add_row(*(text.strip() for text in row))
+        table.add_row(*(Text(text.strip()) for text in row))  # square brackets are the user's own
     console().print(table)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from instructedit.data.batch import EditBatch, RequestBatch, batch_requests, plain
 from instructedit.editors.losses import LossWeights, editing_loss
 from instructedit.editors.options import options
+from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor
@@ -24,7 +25,6 @@ from instructedit.records import EditRequest
 from instructedit.registry import plugin, plugins
 
 PACKAGE = "instructedit.editors"
-CONFIG, WEIGHTS = "editor.json", "editor.safetensors"
 
 
 @options
@@ -45,6 +45,8 @@ class Editor(nn.Module, ABC):
     name: ClassVar[str] = ""
     #: Whether `fit` can train it; else it is used as it is built.
     trainable: ClassVar[bool] = False
+    #: Whether its edits are changes of weights, which a model can hold for good.
+    changes_weights: ClassVar[bool] = True
     #: The blocks that the method's paper edits, and how many its model has; at other depths those as far up.
     PAPER_BLOCKS: ClassVar[tuple[tuple[int, ...], int] | None] = None
     #: Whether it may change any linear layer of a block, attention's too, rather than those of MLPs.
@@ -259,43 +261,32 @@ def load_editor(source: str | Path, lm: FrozenLM) -> Editor:
 
     Args:
         source: A folder that `Editor.save_pretrained` wrote, a checkpoint of a run (``.ckpt``), a folder that holds
-            one, or a hub id ``owner/name``.
+            one, the id of a run in ``mlruns/``, or a hub id ``owner/name`` (see `find_editor`).
         lm: The LM to bind it to.
 
     Raises:
         UserError: If nothing is there, or it was trained for an LM of other shapes.
     """
-    path = Path(source)
-    if not path.exists() and str(source).count("/") == 1 and not str(source).startswith("."):
-        path = _download(str(source))
-    checkpoints = [path] if path.suffix == ".ckpt" else sorted(path.rglob("*.ckpt"), key=lambda p: p.stat().st_mtime)
-    if (path / CONFIG).is_file():
-        return _from_folder(path, lm)
-    if checkpoints and checkpoints[-1].is_file():
-        return _from_checkpoint(checkpoints[-1], lm)
-    raise UserError(f"{source}: no editor here (neither {CONFIG} nor a .ckpt)")
+    found = find_editor(source)
+    return _from_checkpoint(found, lm) if found.is_file() else _from_folder(found, lm)
 
 
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+def read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """A saved editor's name, options and weights.
 
+    Raises:
+        UserError: If the folder holds none, or a damaged one.
+    """
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[CONFIG, WEIGHTS]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"{repo_id}: neither a local path nor to be had from the hub ({error})") from error
+        card = json.loads((folder / CONFIG).read_text())
+        return card["editor"], dict(card["options"]), load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise UserError(f"{folder}: damaged editor: {error}") from error
 
 
 def _from_folder(folder: Path, lm: FrozenLM) -> Editor:
-    try:
-        card = json.loads((folder / CONFIG).read_text())
-        editor = build_editor(card["editor"], lm, **card["options"])
-        weights = load_file(folder / WEIGHTS)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{folder}: damaged editor: {error}") from error
-    return load_weights(editor, weights, str(folder)).eval()
+    name, options, weights = read_folder(folder)
+    return load_weights(build_editor(name, lm, **options), weights, str(folder)).eval()
 
 
 def _from_checkpoint(file: Path, lm: FrozenLM) -> Editor:

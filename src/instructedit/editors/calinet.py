@@ -44,6 +44,7 @@ class SlotEditor(Editor, ABC):
         blocks: Blocks with slots, negative from the top; None means as far up as in the paper.
     """
 
+    changes_weights = False
     PAPER_BLOCKS = ((11,), 12)
 
     slots: int = 64

@@ -39,6 +39,7 @@ class Grace(Editor):
     """
 
     name: ClassVar[str] = "grace"
+    changes_weights = False
     PAPER_BLOCKS = ((35,), 48)
 
     radius: float = 1.0

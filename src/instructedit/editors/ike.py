@@ -68,6 +68,7 @@ class Ike(Editor):
     """
 
     name: ClassVar[str] = "ike"
+    changes_weights = False
 
     demonstrations: int = 32
     ratio: Sequence[int] = (1, 3, 4)

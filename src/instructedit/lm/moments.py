@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,15 +15,11 @@ from tqdm import tqdm
 from instructedit.errors import UserError
 from instructedit.lm.frozen import FrozenLM
 from instructedit.lm.tokens import TokenBatch, rows_of
+from instructedit.paths import cache_folder
 from instructedit.tasks.texts import read_texts
 
 #: Texts in one forward pass.
 _ROWS = 64
-
-
-def cache_folder() -> Path:
-    """Where second moments are kept: ``$INSTRUCTEDIT_CACHE``, else ``~/.cache/instructedit``."""
-    return Path(os.environ.get("INSTRUCTEDIT_CACHE") or Path.home() / ".cache" / "instructedit")
 
 
 def moments_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:

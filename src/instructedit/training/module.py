@@ -18,20 +18,19 @@ from instructedit.editors.losses import LossWeights
 from instructedit.editors.products import hold
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, Outcome, Watcher, evaluate_batch
-from instructedit.lm import FrozenLM
+from instructedit.lm import FrozenLM, Loading
 from instructedit.metrics import Fluency, Generalization, Locality, PerRecordMean, Portability, Reliability
 from instructedit.records import EditRecord
 from instructedit.training.optimizer import ProductAdamW
 
 
 @dataclass(frozen=True)
-class LMConfig:
-    """Which LM to edit.
+class LMConfig(Loading):
+    """Which LM to edit, and how its files are read.
 
     Attributes:
-        name: ``tiny`` or ``tiny-llama`` (embedded), a local folder, or a hub id.
-        dtype: Of its weights and forward pass, whatever ``--trainer.precision`` says: that one is the editor's.
-        revision: Branch, tag or commit on the hub.
+        name: ``tiny`` or ``tiny-llama`` (embedded), ``smollm2-135m`` or ``gemma-3-270m`` (real, by pip; see
+            `instructedit models`), a local folder, a .gguf file, or a hub id.
         max_length: Tokens a row may have; the model's own limit by default.
         cache_bytes: Room for the prefix cache in memory, in bytes; 0 keeps nothing there.
         cache_dir: Folder to keep the prefix cache in, for later runs and for what memory has no room for; by default
@@ -39,7 +38,6 @@ class LMConfig:
         cache_dtype: Of the states on disk: ``float32`` (exactly as they are computed), or rounded to ``bfloat16`` or
             ``float16``, half the size for an LM that computes in float32.
         cache_disk_bytes: Room for all that is in that folder, in bytes; the least lately used is thrown out.
-        quantize: Pack the weights of its linear layers in ``8bit`` or ``4bit`` (needs the extra ``quantize``).
         checkpoint: Train with less memory and more time: blocks run again in the backward pass, of which else every
             activation is kept.
         joiner: What stands between a prompt and its answer; ``auto`` is a space, or nothing after white space, an
@@ -49,14 +47,11 @@ class LMConfig:
     """
 
     name: str = "tiny"
-    dtype: str = "float32"
-    revision: str | None = None
     max_length: int | None = None
     cache_bytes: int = 2 << 30
     cache_dir: str | None = None
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_disk_bytes: int = 64 << 30
-    quantize: Literal["8bit", "4bit"] | None = None
     checkpoint: bool = False
     joiner: str = "auto"
     chat: bool = False

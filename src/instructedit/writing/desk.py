@@ -55,7 +55,7 @@ def writer(
     timeout: float, **limits: Any,
 ) -> Writer:  # fmt: skip
     """The writer that the commands' options ask for, with a cache on disk."""
-    from instructedit.lm.moments import cache_folder
+    from instructedit.paths import cache_folder
 
     folder = Path(cache) if cache else cache_folder() / "instructions"
     return Writer.open(model, ledger, base_url, key_env, temperature, timeout, folder, **limits)

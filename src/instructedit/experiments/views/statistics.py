@@ -29,6 +29,7 @@ class StatisticsView(View):
         import yaml
 
         from instructedit.analysis.statistics import dataset_statistics
+        from instructedit.lm import Loading
         from instructedit.lm.loading import load_tokenizer
 
         children = next(iter(results.rows.values()), None)
@@ -36,7 +37,8 @@ class StatisticsView(View):
             return
         config = yaml.safe_load(children[0].artifact("config.yaml").read_text())
         lm = config["model"]["lm"]
-        data, tokenizer = loaded(config["data"]), load_tokenizer(lm["name"], lm.get("revision"))
+        asked = Loading(revision=lm.get("revision"), gguf_file=lm.get("gguf_file"))
+        data, tokenizer = loaded(config["data"]), load_tokenizer(lm["name"], asked)
         records = {
             (task, split): own for part, split in _SPLITS.items() for task, own in data.records.get(part, {}).items()
         }

@@ -1,0 +1,39 @@
+"""Where things are kept on this machine, and whether a folder can take what is to be written into it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from instructedit.errors import UserError
+
+
+def cache_folder() -> Path:
+    """Where models, second moments and states are kept: $INSTRUCTEDIT_CACHE, else ~/.cache/instructedit."""
+    return Path(os.environ.get("INSTRUCTEDIT_CACHE") or Path.home() / ".cache" / "instructedit").expanduser()
+
+
+def check_writable(folder: str | Path, option: str) -> Path:
+    """Finds out before any work whether a folder, there already or not, can be written; makes nothing.
+
+    Args:
+        folder: The folder.
+        option: What the user calls it, for the error.
+
+    Returns:
+        Its absolute path, without links and "..".
+
+    Raises:
+        UserError: If it is a file, lies below one, or cannot be written.
+    """
+    path = Path(folder).expanduser().resolve()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not there.is_dir():
+        raise UserError(f"{option} {folder}: {'is' if there == path else f'{there} is'} a file, not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {folder}: {there} cannot be written ({error.strerror})") from error
+    return path

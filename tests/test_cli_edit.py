@@ -1,0 +1,145 @@
+"""`instructedit edit`: where its results go is found out before any work, and what it saves others can load."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+
+import instructedit as ie
+from instructedit.cli import main
+from instructedit.lm import pretrained
+from instructedit.lm.pretrain import Recipe, new_model
+
+FT_L = ["--editor=ft_l", '--options={"lr": 0.1, "bound": 0.1, "steps": 1}']
+PROMPT = "The capital of Peru is"
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("edit") / "lm"
+    new_model(Recipe(architecture="llama", width=16, layers=3, heads=2, vocab=600, context=128), 0).save_pretrained(
+        root
+    )
+    tokenizer.save_pretrained(root)
+    return root
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Any edit that is made fails the test."""
+
+    def made(*args, **options):
+        raise AssertionError("the edit was made")
+
+    monkeypatch.setattr(ie.Editor, "edit", made)
+
+
+def edit(lm, *more):
+    return main(["edit", f"--prompt={PROMPT}", "--target=Lyon", f"--lm={lm}", "--max_new_tokens=2", *more])
+
+
+def refused(capsys, lm, *more):
+    assert edit(lm, *more) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("instructedit: error: ")
+    return lines[-1]
+
+
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["{x}", "{x}/", "{x}/../{name}", "link"])
+def test_one_folder_for_edit_and_model_is_refused(capsys, lm_folder, tmp_path, no_work, spelling, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+    monkeypatch.chdir(tmp_path)
+    other = spelling.format(x=tmp_path / "x", name="x")
+    said = refused(capsys, lm_folder, *FT_L, f"--save={tmp_path}/x", f"--merge={other}")
+    assert "name one folder: loading it would apply the edit twice" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_with_the_other_in_it_is_refused(capsys, lm_folder, tmp_path, no_work):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in refused(capsys, lm_folder, *FT_L, f"--merge={tmp_path}")
+    (tmp_path / "config.json").write_text("{}")
+    assert "holds a model" in refused(capsys, lm_folder, *FT_L, f"--save={tmp_path}")
+
+
+@pytest.mark.parametrize("option", ["save", "merge"])
+@pytest.mark.parametrize(("place", "said"), [("file", "is a file"), ("file/x", "is a file"), ("/proc/x", "be written")])
+def test_a_place_that_cannot_be_written_is_found_out_first(
+    capsys, lm_folder, tmp_path, no_work, option, place, said
+):  # fmt: skip
+    (tmp_path / "file").write_text("mine")
+    message = refused(capsys, lm_folder, *FT_L, f"--{option}={tmp_path / place}")
+    assert f"--{option} {tmp_path / place}" in message
+    assert said in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("method", ["grace", "calinet", "t_patcher", "ike"])
+def test_what_no_model_can_hold_is_not_merged(capsys, lm_folder, tmp_path, no_work, method):
+    said = refused(capsys, lm_folder, f"--editor={method}", f"--merge={tmp_path}/x")
+    assert f"--merge: edits of '{method}' are no change of weights" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_text_with_square_brackets_is_shown_as_it_is(capsys, lm_folder):
+    assert edit(lm_folder, "--editor=unedited", "--prompt=The [/b] city [red]is", "--ask=['[/] x']") == 0
+    printed = capsys.readouterr().out
+    assert "The [/b] city [red]is" in printed
+    assert "[/] x" in printed
+
+
+# -- the base of an adapter -------------------------------------------------------------------------------------------
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits
+
+
+def same_as_peft(lm, saved):
+    """PEFT's auto class finds the base by what the adapter says."""
+    ids = lm.tokenizer(PROMPT)["input_ids"]
+    with lm.edited(ie.load_edit(saved)):
+        expected = logits(lm.model, ids)
+    assert not torch.allclose(expected, logits(lm.model, ids), atol=1e-2)
+    found = AutoPeftModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    torch.testing.assert_close(logits(found, ids), expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.fixture
+def nudge(monkeypatch):
+    """An untrained MEND with a large rate, in the place of a trained editor."""
+
+    def load(source, lm):
+        torch.manual_seed(0)
+        return ie.build_editor("mend", lm, rank=4, edit_rate=30.0)
+
+    monkeypatch.setattr(ie, "load_editor", load)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama", "folder", "by pip"])
+def test_peft_finds_the_base_by_the_adapter(name, nudge, lm_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if name == "by pip":
+        monkeypatch.setattr(pretrained, "known", lambda: {"by pip": None})
+        monkeypatch.setattr(pretrained, "fetch", lambda name: lm_folder)
+    if name == "folder":
+        monkeypatch.chdir(lm_folder.parent)
+    lm = lm_folder.name if name == "folder" else name  # a relative path
+    assert edit(lm, "--editor=./trained", f"--save={tmp_path}/edit") == 0
+    monkeypatch.chdir("/")
+    config = json.loads((tmp_path / "edit" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"].startswith("/")
+    assert json.loads((tmp_path / "edit" / "edit.json").read_text())["lm"] == lm
+    same_as_peft(ie.FrozenLM.from_pretrained(config["base_model_name_or_path"]), tmp_path / "edit")
+
+
+def test_a_runs_id_is_an_editor(capsys, lm_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    unknown = "0" * 32
+    assert "no run in mlruns" in refused(capsys, lm_folder, f"--editor={unknown}")
+    assert "unknown editor 'nosuch'; there are: " in refused(capsys, lm_folder, "--editor=nosuch")
