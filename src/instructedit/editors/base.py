@@ -116,6 +116,15 @@ class Editor(nn.Module, ABC):
     def validated(self, scores: Mapping[str, float]) -> None:
         """Told after each validation in training: metric → mean over the tasks, 0..100."""
 
+    def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
+        """Turns weights that an older version saved into today's, in place; True if there were any.
+
+        Args:
+            weights: Name → tensor.
+            prefix: What the editor's own names stand behind.
+        """
+        return False
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by the learning rate that they take: ``network`` and ``edit_rates``."""
         return {"network": list(self.parameters())}
@@ -317,7 +326,8 @@ def load_weights(editor: Editor, weights: dict[str, Tensor], source: str) -> Edi
     Raises:
         UserError: If they do not fit: the editor was trained for other sites, or with other options.
     """
-    own = editor.state_dict()
+    own, weights = editor.state_dict(), dict(weights)
+    editor.upgrade(weights)
     for name in own.keys() | weights.keys():
         have, want = (tuple(d[name].shape) if name in d else "absent" for d in (weights, own))
         if have != want:
