@@ -13,7 +13,8 @@ from torch import nn
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.descent import Values, descend, row_losses
-from instructedit.editors.options import options
+from instructedit.editors.options import AUTO, options
+from instructedit.editors.scales import layer_scale
 from instructedit.edits import SlotEdit, Slots
 from instructedit.errors import UserError
 
@@ -76,20 +77,24 @@ class SlotEditor(Editor, ABC):
 class CaliNet(SlotEditor):
     """Slots that are trained for each request alone, which is the other methods' setting (see `CaliNetTrained`).
 
-    Defaults: 64 slots in the last of twelve blocks (CaliNet, T5-base), AdaFactor at 5e-4 (InstructEdit, table 4). How
-    many steps one request takes is published nowhere: 100 is our choice.
+    Defaults: 64 slots in the last of twelve blocks (CaliNet, T5-base), AdaFactor (InstructEdit, table 4, at 5e-4). How
+    many steps one request takes is published nowhere: 100 is our choice. What feed-forward layers give differs by a
+    factor of a hundred between models, so the rate is derived from it by default.
 
     Args:
         steps: Gradient steps on a request, at most.
-        lr: Their learning rate.
+        lr: Their learning rate; ``auto``: a share of the size of keys for keys, of what the layer gives for values.
         optimizer: ``adam`` or ``adafactor``.
         stop_below: A request is done when its loss is below this.
     """
 
     name: ClassVar[str] = "calinet"
+    REMEDY = "a larger lr, or more steps"
+    #: What ``auto`` is as a share of the sizes, chosen on training records of four models.
+    AUTO_LR = 0.02
 
     steps: int = 100
-    lr: float = 5e-4
+    lr: float | Literal["auto"] = AUTO
     optimizer: Literal["adam", "adafactor"] = "adafactor"
     stop_below: float = 1e-2
 
@@ -105,7 +110,16 @@ class CaliNet(SlotEditor):
         count, loss = 1 if together else len(batch), partial(self.lm.losses, start=self.sites[0].block)
         start = {name: tensor.to(self.lm.device).expand(count, *tensor.shape) for name, tensor in self.start().items()}
         losses = row_losses(loss, batch.tokens, self.slot_edit, together)
-        return self.slot_edit(descend(start, losses, self.steps, self.lr, self.optimizer, stop_below=self.stop_below))
+        lr = self._rates(start) if self.lr == AUTO else self.lr
+        return self.slot_edit(descend(start, losses, self.steps, lr, self.optimizer, stop_below=self.stop_below))
+
+    def _rates(self, start: Values) -> dict[str, float]:
+        """Learning rates of the keys, which have unit length, and of the values of each layer."""
+        rates = {}
+        for module in self.layers:
+            rates[f"{module}:keys"] = self.AUTO_LR * start[f"{module}:keys"].shape[-1] ** -0.5
+            rates[f"{module}:values"] = self.AUTO_LR * layer_scale(self.lm, module).outputs
+        return rates
 
 
 @options

@@ -107,6 +107,7 @@ class KeyValueEditor(Editor, ABC):
     """
 
     OUTPUT_SITES = True
+    REMEDY = "a larger lr or clamp, more steps, or other blocks"
 
     steps: int = 20
     lr: float = 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.calinet import feed_forward_sites
 from instructedit.editors.descent import Values, descend
-from instructedit.editors.options import options
+from instructedit.editors.options import AUTO, options
+from instructedit.editors.scales import layer_scale
 from instructedit.edits import SlotEdit, Slots
 from instructedit.errors import UserError
 from instructedit.lm.moments import sample_inputs
@@ -26,12 +27,14 @@ class TPatcher(Editor):
     layer sees over other text: l_a = mean exp(−k·q − b); l_m1 = mean over the largest of exp(k·M + b − β);
     l_m2 = the same of exp(k·(M − q) − γ).
 
-    Defaults: last block, Adam at 0.01, a = 1, m = 10, β = γ = −3, the 1,000 largest (Huang et al., generation).
-    Their memory is of 40,000 queries of the task's own data; here it is of any text.
+    Defaults: last block, a = 1, m = 10, β = γ = −3, the 1,000 largest (Huang et al., generation, who train with Adam
+    at 0.01). Their memory is of 40,000 queries of the task's own data; here it is of any text. Keys, biases and values
+    are of sizes that differ by a factor of a hundred between models, so each has a rate of its own scale by default.
 
     Args:
         steps: Gradient steps on a request, at most.
-        lr: Their learning rate.
+        lr: Their learning rate; ``auto``: shares of the sizes that keys, biases and values have; a value then starts
+            at the size of what the layer gives, where else it has length 1.
         a: Weight of the activation loss.
         m: Weight of the memory loss.
         beta: β: how far below zero other places must stay.
@@ -46,9 +49,12 @@ class TPatcher(Editor):
     """
 
     name: ClassVar[str] = "t_patcher"
+    REMEDY = "a larger lr, a smaller m, or more steps"
+    #: The rate that ``auto`` gives to what has size 1, chosen on training records of four models.
+    AUTO_LR = 0.05
 
     steps: int = 100
-    lr: float = 0.01
+    lr: float | Literal["auto"] = AUTO
     a: float = 1.0
     m: float = 10.0
     beta: float = -3.0
@@ -78,10 +84,11 @@ class TPatcher(Editor):
         q = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [n, patches, hidden]
         real = (q != 0).any(-1)
         drawn = torch.randn(q.shape[-1], generator=torch.Generator().manual_seed(self.seed))
+        lr, size = self._rates(q.shape[-1])
         start = {
             "keys": q / q.square().sum(-1, keepdim=True).clamp(min=1e-6),  # so that a patch gives act(1) at first
             "biases": q.new_zeros(q.shape[:2]),
-            "values": drawn.to(q.device).expand_as(q) * q.shape[-1] ** -0.5,
+            "values": drawn.to(q.device).expand_as(q) * size,
         }
 
         def edit(values: Values, which: Tensor) -> SlotEdit:
@@ -97,7 +104,16 @@ class TPatcher(Editor):
             return torch.where(wrong < self.stop_below, wrong, wrong + aside)
 
         every = torch.arange(len(batch), device=q.device)
-        return edit(descend(start, losses, self.steps, self.lr, stop_below=self.stop_below), every)
+        return edit(descend(start, losses, self.steps, lr, stop_below=self.stop_below), every)
+
+    def _rates(self, width: int) -> tuple[float | dict[str, float], float]:
+        """Learning rates, and the size of a coordinate of a value at the start."""
+        if self.lr != AUTO:
+            return self.lr, width**-0.5
+        scale = layer_scale(self.lm, self.module)
+        key = 1 / (width * scale.inputs)  # a coordinate of q/‖q‖²
+        rates = {"keys": key, "biases": 1.0, "values": scale.outputs}
+        return {name: self.AUTO_LR * size for name, size in rates.items()}, scale.outputs
 
     def _scope_losses(self, keys: Tensor, biases: Tensor, q: Tensor, real: Tensor) -> Tensor:
         """a·l_a + m·(l_m1 + l_m2) of each request, the mean over its patches, [n]."""
