@@ -17,6 +17,7 @@ from instructedit.editors.scales import layer_scale
 from instructedit.edits import SlotEdit, Slots
 from instructedit.errors import UserError
 from instructedit.lm.moments import sample_inputs
+from instructedit.lm.own_text import text_for
 
 
 @options
@@ -40,7 +41,8 @@ class TPatcher(Editor):
         beta: β: how far below zero other places must stay.
         gamma: γ: how far below the token's own place.
         largest: So many of the memory's losses count, the largest.
-        text: What the memory is of (see `read_texts`): ``tiny``, a file, a hub id.
+        text: What the memory is of: ``auto``, text that suits the model (the embedded corpus for the embedded models,
+            for any other what it samples itself), ``sampled``, ``tiny``, a file, a hub id (see `read_texts`).
         memory: Places in it.
         activation: Of the patches: ``gelu``, ``relu`` or ``silu``; the original takes the model's own.
         stop_below: A request is done when its edit loss alone is below this.
@@ -60,7 +62,7 @@ class TPatcher(Editor):
     beta: float = -3.0
     gamma: float = -3.0
     largest: int = 1000
-    text: str = "tiny"
+    text: str = "auto"
     memory: int = 5000
     activation: str = "gelu"
     stop_below: float = 1e-2
@@ -72,6 +74,7 @@ class TPatcher(Editor):
         if len(modules) != 1:
             raise UserError(f"editor 't_patcher' patches one feed-forward layer, got {', '.join(modules)}")
         self.module = modules[0]
+        self.text = text_for(self.lm, self.text)  # so that a saved editor says which
         self._memory: Tensor | None = None
 
     def make(self, batch: RequestBatch) -> SlotEdit:
