@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from tests.training.test_module import QUIET, TEST, TRAIN, differing, last, weights
+from tests.reference import relative
+from tests.training.test_module import QUIET, TEST, TRAIN, last, weights
 
 from instructedit.lightning_cli import run
 from instructedit.lm.pretrain import Recipe, new_model
@@ -50,7 +51,9 @@ def test_a_fit_starts_where_the_loss_is_least_and_is_that_of_the_same_number(opt
     assert f"edit_rate: {rate:.2g}, the least outer loss" in line
     by_hand = run(["fit", *options, f"--model.editor.edit_rate={rate!r}", f"--trainer.default_root_dir={tmp_path}/b"])
     assert sweep_of(by_hand) == []
-    assert differing(weights(auto), weights(by_hand)) == []  # statistics among them: no record counts twice
+    for name, value in weights(by_hand).items():  # statistics among them: no record is lost or counts twice
+        assert relative(weights(auto)[name].double(), value.double()) < 1e-3, name
+        assert not name.endswith("count") or value == weights(auto)[name] > 0
 
 
 def test_what_was_found_is_loaded_and_not_looked_for_again(options, tmp_path):

@@ -44,7 +44,7 @@ class FtL(Editor):
     OUTPUT_SITES = True
     REMEDY = "a larger lr or bound, or more steps"
     #: What ``auto`` is as a share of the weights' size, chosen on training records of four models.
-    AUTO_LR, AUTO_BOUND = 0.02, 0.05
+    AUTO_LR, AUTO_BOUND = 0.03, 0.1
 
     steps: int = 25
     lr: float | Literal["auto"] = AUTO

@@ -53,7 +53,7 @@ class TPatcher(Editor):
     name: ClassVar[str] = "t_patcher"
     REMEDY = "a larger lr, a smaller m, or more steps"
     #: The rate that ``auto`` gives to what has size 1, chosen on training records of four models.
-    AUTO_LR = 0.05
+    AUTO_LR = 0.1
 
     steps: int = 100
     lr: float | Literal["auto"] = AUTO
