@@ -43,9 +43,9 @@ def changed(edit):
 
 def test_the_bound_of_ft_l_is_a_share_of_the_weights(lm):
     editor = build_editor("ft_l", lm, steps=60, stop_below=0.0)
-    size = weight_size(lm, editor.sites[0].name)
+    size = weight_size(lm, editor.sites[0])
     weight = plain_model(lm).get_submodule(editor.sites[0].name).weight
-    assert size == pytest.approx(weight.norm().item() / weight.numel() ** 0.5, rel=1e-5)
+    assert size == pytest.approx(weight.norm().item() / weight.numel() ** 0.5, rel=0.05)
     assert changed(editor.edit(REQUESTS)) == pytest.approx(FtL.AUTO_BOUND * size, rel=1e-5)
     one_step = build_editor("ft_l", lm, steps=1, bound=None)
     assert changed(one_step.edit(REQUESTS)) == pytest.approx(FtL.AUTO_LR * size, rel=1e-3)

@@ -67,7 +67,7 @@ class FtL(Editor):
         loss = partial(of_rows, rows=None, start=self.sites[0].block)
         count = 1 if together else len(batch)
         start = {s.name: torch.zeros(count, s.out_features, s.in_features, device=self.lm.device) for s in self.sites}
-        sizes = {site.name: weight_size(self.lm, site.name) for site in self.sites}
+        sizes = {site.name: weight_size(self.lm, site) for site in self.sites}
         lr = {name: self.AUTO_LR * size for name, size in sizes.items()} if self.lr == AUTO else self.lr
         found = descend(
             start, row_losses(loss, batch.tokens, DenseEdit.of, together), self.steps, lr, self.optimizer,

@@ -45,7 +45,7 @@ class Grace(Editor):
     PAPER_BLOCKS = ((35,), 48)
     REMEDY = "a larger lr, or more steps"
     #: What ``auto`` is as a share of the model's scales, chosen on training records of four models.
-    AUTO_RADIUS, AUTO_LR = 0.4, 0.3
+    AUTO_RADIUS, AUTO_LR = 0.3, 0.3
 
     radius: float | Literal["auto"] = AUTO
     steps: int = 100

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from instructedit.lm import FrozenLM
+from instructedit.lm import FrozenLM, Site
 
 #: Beginnings of sentences that have nothing to do with one another.
 _PROMPTS = (
@@ -21,6 +21,9 @@ _PROMPTS = (
     "Shortly before midnight the train", "The novel was written by", "Most birds in this region", "Please send the",
     "During the long winter of that year", "The instrument that she plays is",
 )  # fmt: skip
+
+#: Vectors of noise that the size of weights is found by.
+_DRAWS = 256
 
 
 class LayerScale(NamedTuple):
@@ -51,9 +54,14 @@ def layer_scale(lm: FrozenLM, layer: str) -> LayerScale:
     return LayerScale(_size(inputs), _size(outputs), torch.pdist(inputs).median().item())
 
 
-def weight_size(lm: FrozenLM, site: str) -> float:
-    """Root mean square of a site's weights."""
-    return lm.model.get_submodule(site).weight.detach().float().square().mean().sqrt().item()
+@torch.no_grad()
+def weight_size(lm: FrozenLM, site: Site) -> float:
+    """Root mean square of a site's weights to a few per cent, however they are stored: from what noise becomes."""
+    layer = lm.model.get_submodule(site.name)
+    noise = torch.randn(_DRAWS, site.in_features, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(lm.device, lm.model.dtype)
+    without_bias = layer(noise) - layer(torch.zeros_like(noise[:1]))
+    return (without_bias.float().square().mean() / site.in_features).sqrt().item()
 
 
 def _size(vectors: Tensor) -> float:
