@@ -83,7 +83,8 @@ class CaliNet(SlotEditor):
 
     Args:
         steps: Gradient steps on a request, at most.
-        lr: Their learning rate; ``auto``: a share of the size of keys for keys, of what the layer gives for values.
+        lr: Their learning rate; ``auto``: a share of the size of keys for keys, of what the layer gives for values;
+            keys then start at a size at which slots see inputs of size 1.
         optimizer: ``adam`` or ``adafactor``.
         stop_below: A request is done when its loss is below this.
     """
@@ -108,18 +109,20 @@ class CaliNet(SlotEditor):
 
     def _tuned(self, batch: RequestBatch, together: bool) -> SlotEdit:
         count, loss = 1 if together else len(batch), partial(self.lm.losses, start=self.sites[0].block)
-        start = {name: tensor.to(self.lm.device).expand(count, *tensor.shape) for name, tensor in self.start().items()}
+        one, lr = self._scaled(self.start()) if self.lr == AUTO else (self.start(), self.lr)
+        start = {name: tensor.to(self.lm.device).expand(count, *tensor.shape) for name, tensor in one.items()}
         losses = row_losses(loss, batch.tokens, self.slot_edit, together)
-        lr = self._rates(start) if self.lr == AUTO else self.lr
         return self.slot_edit(descend(start, losses, self.steps, lr, self.optimizer, stop_below=self.stop_below))
 
-    def _rates(self, start: Values) -> dict[str, float]:
-        """Learning rates of the keys, which have unit length, and of the values of each layer."""
-        rates = {}
+    def _scaled(self, start: Values) -> tuple[Values, dict[str, float]]:
+        """Where keys and values start, and their learning rates, by the scale of each layer."""
+        start, rates = dict(start), {}
         for module in self.layers:
-            rates[f"{module}:keys"] = self.AUTO_LR * start[f"{module}:keys"].shape[-1] ** -0.5
-            rates[f"{module}:values"] = self.AUTO_LR * layer_scale(self.lm, module).outputs
-        return rates
+            scale, keys, values = layer_scale(self.lm, module), f"{module}:keys", f"{module}:values"
+            start[keys] = start[keys] / scale.inputs
+            rates[keys] = self.AUTO_LR * start[keys].shape[-1] ** -0.5 / scale.inputs
+            rates[values] = self.AUTO_LR * scale.outputs
+        return start, rates
 
 
 @options
