@@ -75,9 +75,9 @@ def test_each_part_of_a_patch_has_the_rate_of_its_size(lm):
         moved = (getattr(end.slots[module], part) - getattr(start.slots[module], part)).abs().max()
         assert moved.item() == pytest.approx(TPatcher.AUTO_LR * size, rel=0.02)
     first = start.slots[module].values[0, 0]
-    assert first.square().mean().sqrt().item() == pytest.approx(scale.outputs, rel=0.5)
+    assert first.square().mean().sqrt().item() == pytest.approx(TPatcher.AUTO_START * scale.outputs, rel=0.5)
     published = build_editor("t_patcher", lm, steps=0, lr=0.01, **options).edit(REQUESTS).slots[module].values[0, 0]
-    torch.testing.assert_close(published * width**0.5 * scale.outputs, first)
+    torch.testing.assert_close(published * width**0.5 * TPatcher.AUTO_START * scale.outputs, first)
 
 
 def test_keys_and_values_of_calinet_have_rates_of_their_own(lm):

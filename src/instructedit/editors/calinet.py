@@ -91,7 +91,7 @@ class CaliNet(SlotEditor):
 
     name: ClassVar[str] = "calinet"
     REMEDY = "a larger lr, or more steps"
-    #: What ``auto`` is as a share of the sizes, chosen on training records of four models.
+    #: What ``auto`` is as a share of the sizes, chosen on validation records of the embedded models.
     AUTO_LR = 0.02
 
     steps: int = 100

@@ -43,7 +43,7 @@ class FtL(Editor):
     PAPER_BLOCKS = ((0,), 48)
     OUTPUT_SITES = True
     REMEDY = "a larger lr or bound, or more steps"
-    #: What ``auto`` is as a share of the weights' size, chosen on training records of four models.
+    #: What ``auto`` is as a share of the weights' size, chosen on validation records of the embedded models.
     AUTO_LR, AUTO_BOUND = 0.03, 0.1
 
     steps: int = 25

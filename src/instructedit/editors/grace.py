@@ -44,7 +44,8 @@ class Grace(Editor):
     name: ClassVar[str] = "grace"
     PAPER_BLOCKS = ((35,), 48)
     REMEDY = "a larger lr, or more steps"
-    #: What ``auto`` is as a share of the model's scales, chosen on training records of four models.
+    #: What ``auto`` is as a share of the model's scales, chosen on validation records of the embedded models and on a
+    #: few training records for SmolLM2.
     AUTO_RADIUS, AUTO_LR = 0.3, 0.3
 
     radius: float | Literal["auto"] = AUTO
