@@ -220,7 +220,7 @@ def test_predict_shows_words_before_and_after(options, fitted):
 def test_edit_shows_saves_and_merges(place, fitted, tmp_path):
     lm = ie.FrozenLM.from_pretrained(str(place / "lm"))
     editor = ie.load_editor(fitted[1], lm)
-    editor.alpha.data.fill_(3.0)
+    editor.start_at(3.0)
     editor.save_pretrained(tmp_path / "editor")
     prompt = "The capital of Peru is"
     printed = said(

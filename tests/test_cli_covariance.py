@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import instructedit as ie
 from instructedit.cli import main
-from instructedit.lm import moments
+from instructedit.lm import own_text
 from instructedit.lm.moments import moments_file, second_moments
 from instructedit.lm.pretrain import Recipe, new_model
 
@@ -45,22 +45,23 @@ def test_moments_are_computed_once_and_found_by_the_editor(said, lm_folder, cach
     options = ["--editor=memit", "--tokens=600", "--blocks=[1, -1]"]
     lm = ie.FrozenLM.from_pretrained(str(lm_folder))
     for state in ("computed", "was there"):
-        status, out, _ = said(*options)
+        status, out, err = said(*options)
         assert status == 0
+        assert ("600 tokens of text that it samples itself" in err) == (state == "computed")
         lines = [LINE.fullmatch(line).groups() for line in out.splitlines()]
         assert [line[0] for line in lines] == ["transformer.h.1.mlp.c_proj", "transformer.h.3.mlp.c_proj"]
         for name, rows, columns, size, found, trace in lines:
-            file = moments_file(lm, name, "tiny", 600)
+            file = moments_file(lm, name, "sampled", 600)
             matrix = load_file(file)["second_moment"]
             assert (int(rows), int(columns), found) == (*matrix.shape, state) == (64, 64, state)
             assert float(size) == pytest.approx(file.stat().st_size / 1e6, abs=0.05)
             assert float(trace) == pytest.approx(matrix.trace().item(), rel=1e-3)
     assert len(list(cache.iterdir())) == 2
 
-    def texts(source):
+    def texts(*source):
         raise AssertionError("the text was read again")
 
-    monkeypatch.setattr(moments, "read_texts", texts)
+    monkeypatch.setattr(own_text, "_sampled", texts)
     editor = ie.build_editor("memit", lm, tokens=600, blocks=[1, -1], contexts=0, steps=1)
     edit = editor.edit([ie.EditRequest("The capital of France is", "Lyon", subject="France")])
     assert list(edit.sites) == [line[0] for line in lines]

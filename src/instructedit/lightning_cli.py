@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from instructedit.callbacks import DataReport, EditingAreaDump, Guards, PredictionTable, ResultTables
+from instructedit.callbacks import DataReport, EditingAreaDump, EditRateSweep, Guards, PredictionTable, ResultTables
 from instructedit.cli import LIGHTNING
 from instructedit.data.module import EditData
 from instructedit.editors.base import PACKAGE, Editor, load_weights, read_folder
@@ -89,6 +89,7 @@ class EditingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has, each with its own options."""
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(EditRateSweep, "edit_rate")  # before the guards, which see where rates start
         parser.add_lightning_class_args(Guards, "guards")
         parser.add_lightning_class_args(DataReport, "data_report")
         parser.add_lightning_class_args(ResultTables, "results")

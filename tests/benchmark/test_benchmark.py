@@ -31,7 +31,7 @@ def bench(request, monkeypatch):
     instructed = request.param == "instructed"
     monkeypatch.setitem(benches.SHAPES, "small", Shape("gpt2" if instructed else request.param, 4, 32, 2, 4096))
     bench = Bench(replace(SETTING, instructions=instructed))
-    bench.editor.alpha.data.fill_(0.05)
+    bench.editor.start_at(0.05)
     rng = torch.Generator().manual_seed(0)
     for network in bench.editor.networks:
         for up in network.up:

@@ -48,7 +48,7 @@ def editor(lm):
     rng = torch.Generator().manual_seed(0)
     for name, parameter in editor.named_parameters():
         noise = torch.randn(parameter.shape, generator=rng)
-        parameter.data = noise * 0.02 if name == "alpha" else parameter.data + noise * 0.1
+        parameter.data = noise - 4 if name == "log_alpha" else parameter.data + noise * 0.1
     return editor
 
 
@@ -172,10 +172,10 @@ def test_a_zero_start_gets_gradients_and_edit_rates_move(lm):
         (0.1 * loss.edit + loss.locality).backward()
         assert all(up.grad.any() for network in editor.networks for up in network.up)
         adam.step()
-    assert editor.watched()["edit_rates"] is editor.alpha
-    assert ((editor.alpha - start["alpha"]).abs() > 5e-4).all()  # at their own rate
+    assert editor.watched()["edit_rates"] is editor.log_alpha
+    assert ((editor.log_alpha - start["log_alpha"]).abs() > 5e-4).all()  # at their own rate
     for name, parameter in editor.named_parameters():
-        if name != "alpha":
+        if name != "log_alpha":
             moved = (parameter - start[name]).abs().max()
             assert 0 < moved < 1e-5, name
 

@@ -12,7 +12,7 @@ from tests.conftest import random_lm
 from tests.reference import assert_untouched, footprint, plain_model, relative
 
 from instructedit.errors import UserError
-from instructedit.lm import FrozenLM, moments
+from instructedit.lm import FrozenLM, moments, own_text
 from instructedit.lm.moments import moments_file, sample_inputs, second_moments
 
 TEXTS = [
@@ -83,7 +83,14 @@ def test_no_more_tokens_count_than_asked_for(lm, file, tokens, monkeypatch):
     for name in names:
         assert len(seen[name]) == tokens
         assert relative(found[name].double(), dense_moment(seen[name])) < 1e-5
-    torch.testing.assert_close(samples, seen[names[0]], atol=2e-5, rtol=1e-4)
+    assert_same_rows(samples, seen[names[0]])
+
+
+def assert_same_rows(found, expected):
+    """The same rows in any order: their number, sum, and sum of squares."""
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.sum(0), expected.sum(0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found.T @ found, expected.T @ expected, atol=1e-3, rtol=1e-3)
 
 
 def test_reading_ends_where_the_tokens_do(lm, monkeypatch):
@@ -94,16 +101,16 @@ def test_reading_ends_where_the_tokens_do(lm, monkeypatch):
             read.append(number)
             yield f"Text number {number} of a source without end"
 
-    monkeypatch.setattr(moments, "read_texts", texts)
+    monkeypatch.setattr(own_text, "read_texts", texts)
     second_moments(lm, names_of(lm)[:1], "tiny", 700)
-    assert len(read) == 64  # one batch is more than enough
+    assert 30 < len(read) < 65  # some twelve tokens each
 
 
 def forbid(monkeypatch):
     def texts(source):
         raise AssertionError("the text was read again")
 
-    monkeypatch.setattr(moments, "read_texts", texts)
+    monkeypatch.setattr(own_text, "read_texts", texts)
 
 
 def test_what_was_computed_is_not_computed_again(lm, file, folder, monkeypatch):
@@ -200,7 +207,7 @@ def test_what_is_killed_in_the_middle_leaves_no_file(lm, file, folder, monkeypat
     with monkeypatch.context() as patch:
         if where == "reading":
             patch.setattr(moments, "_ROWS", 2)
-            patch.setattr(moments, "read_texts", texts)
+            patch.setattr(own_text, "read_texts", texts)
         elif where == "writing":
             patch.setattr(moments, "save_file", write)
         else:
@@ -223,10 +230,11 @@ def one_lm(tokenizer):
     rows=st.integers(1, 4), tokens=st.integers(1, 60),
 )  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_batches_of_any_size_give_the_same_rows_in_order(one_lm, texts, rows, tokens):
+def test_batches_of_any_size_give_the_same_rows(one_lm, texts, rows, tokens):
     name = names_of(one_lm)[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments, "_ROWS", rows)
-        patch.setattr(moments, "read_texts", lambda source: iter(texts))
+        patch.setattr(moments, "_SORTED", 2 * rows)
+        patch.setattr(own_text, "read_texts", lambda source: iter(texts))
         found = sample_inputs(one_lm, name, "tiny", tokens)
-    torch.testing.assert_close(found, seen_by(one_lm, [name], texts, tokens)[name], atol=2e-5, rtol=1e-4)
+    assert_same_rows(found, seen_by(one_lm, [name], texts, tokens)[name])

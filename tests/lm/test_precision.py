@@ -245,7 +245,7 @@ def test_fit_under_mixed_precision(dtype, tmp_path, tokenizer):
             # A δ of zero in bfloat16 may drop a token.
             torch.testing.assert_close(state[key], value, rtol=0.05, atol=0)
     untrained = build_editor("mend", plain.lm, rank=4)
-    assert not torch.equal(state["alpha"], untrained.alpha)
+    assert not torch.equal(state["log_alpha"], untrained.log_alpha)
 
 
 # -- 8 and 4 bits -----------------------------------------------------------------------------------------------------

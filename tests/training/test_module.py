@@ -98,7 +98,7 @@ def test_a_fit_moves_the_editor_and_nothing_else(fitted, folder):
     assert cli.trainer.global_step == 4
     moved = differing(watch.start, weights(cli))
     assert {name for name, _ in cli.model.editor.named_parameters()} <= set(moved)
-    assert {"alpha", "networks.0.norm_u.mean", "networks.0.norm_delta.count"} <= set(moved)
+    assert {"log_alpha", "networks.0.norm_u.mean", "networks.0.norm_delta.count"} <= set(moved)
     there = load_file(folder / "model.safetensors")
     own = cli.model.lm.model.state_dict()
     assert all(torch.equal(own[name], value) for name, value in there.items())
@@ -114,7 +114,7 @@ def test_the_optimiser_has_a_rate_for_each_sort_of_parameter(options):
     cli = run(["fit", *options, "--model.lr=1e-5", "--model.lr_edit_rates=1e-2", "--trainer.max_steps=1"])
     groups = {group["name"]: group for group in cli.trainer.optimizers[0].param_groups}
     assert [groups["network"]["initial_lr"], groups["edit_rates"]["initial_lr"]] == [1e-5, 1e-2]
-    assert [p.shape for p in groups["edit_rates"]["params"]] == [cli.model.editor.alpha.shape]
+    assert [p.shape for p in groups["edit_rates"]["params"]] == [cli.model.editor.log_alpha.shape]
     assert sum(len(group["params"]) for group in groups.values()) == len(list(cli.model.editor.parameters()))
 
 

@@ -257,6 +257,35 @@ def many_edits_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def edit_rate_curve(sweep: pd.DataFrame, chosen: float) -> Figure:
+    """The untrained editor's outer loss by its edit rate, with its two parts and the rate that was chosen.
+
+    Args:
+        sweep: One row for each rate, with ``rate``, ``loss``, ``edit_loss`` and ``locality_loss``; rate 0 is the
+            unedited model, drawn as a line across.
+        chosen: The rate that training starts at.
+    """
+    from matplotlib.figure import Figure
+
+    tried, unedited = sweep[sweep["rate"] > 0], sweep[sweep["rate"] == 0]["loss"]
+    lines = {"loss": "outer loss", "edit_loss": "edit loss", "locality_loss": "locality loss (KL)"}
+    looks = zip(lines, colours_of([*lines]).values(), ("o-", ".--", ".:"), strict=True)
+    with styled():
+        figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+        axes = figure.subplots()
+        handles: dict[str, Any] = {}
+        for column, colour, style in looks:
+            handles[lines[column]] = axes.plot(tried["rate"], tried[column], style, color=colour)[0]
+        for value in unedited:
+            handles["unedited"] = axes.axhline(value, color="0.55", lw=1)
+        axes.axvline(chosen, color="0.3", lw=1, ls="--")
+        axes.set(xscale="log", xlabel=f"edit rate (chosen: {chosen:.2g})", ylabel="loss (nats)")
+        axes.set(ylim=(0, 1.5 * max([*unedited, tried["loss"].min()])))
+        axes.spines[["top", "right"]].set_visible(False)
+        legend(figure, handles)
+    return figure
+
+
 def save_figure(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:
     """Write a figure as PNG (150 dpi) and SVG, and return both paths; the same figure gives the same bytes."""
     import matplotlib

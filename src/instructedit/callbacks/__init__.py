@@ -2,8 +2,9 @@
 
 from instructedit.callbacks.areas import EditingAreaDump
 from instructedit.callbacks.data_report import DataReport
+from instructedit.callbacks.edit_rates import EditRateSweep
 from instructedit.callbacks.guards import Guards
 from instructedit.callbacks.predictions import PredictionTable
 from instructedit.callbacks.results import ResultTables
 
-__all__ = ["DataReport", "EditingAreaDump", "Guards", "PredictionTable", "ResultTables"]
+__all__ = ["DataReport", "EditRateSweep", "EditingAreaDump", "Guards", "PredictionTable", "ResultTables"]

@@ -8,7 +8,7 @@ from typing import Literal
 def main(
     lm: str = "tiny",
     editor: Literal["rome", "memit"] = "rome",
-    text: str = "tiny",
+    text: str = "auto",
     tokens: int = 100_000,
     blocks: list[int] | None = None,
     site_names: list[str] | None = None,
@@ -23,7 +23,8 @@ def main(
     Args:
         lm: tiny, tiny-llama, a local folder, or a hub id.
         editor: Whose layers; the other options are those of that editor.
-        text: tiny (the embedded corpus), a file (.txt, blank lines part the texts; or .jsonl with a field "text"; also
+        text: auto (the embedded corpus for the embedded models, for any other what it samples itself), sampled, tiny
+            (the embedded corpus), a file (.txt, blank lines part the texts; or .jsonl with a field "text"; also
             as .gz or .xz), or a dataset on the hub.
         tokens: So many tokens of it.
         blocks: Blocks, negative from the top; by default as far up as in the method's paper.

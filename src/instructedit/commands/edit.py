@@ -38,7 +38,7 @@ def main(
         editor: A trained editor (folder, checkpoint, a run's id or a hub id), or the name of a method that needs no
             training.
         options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by
-            default the published ones, which suit larger models (configs/editor/tiny has values for the embedded ones).
+            default the published ones, with step sizes and radii that follow the model's own scales.
         lm: tiny, tiny-llama, smollm2-135m, gemma-3-270m, a local folder, a .gguf file, or a hub id.
         task: Name of the editing task, for editors that read instructions.
         subject: The entity in the prompt that the edit is about, for ROME and MEMIT.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from instructedit.data.batch import EditBatch, RequestBatch, batch_requests, plain
 from instructedit.editors.losses import LossWeights, editing_loss
 from instructedit.editors.options import options
+from instructedit.editors.report import EditReport, edit_report
 from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor
 from instructedit.edits import Edit
 from instructedit.errors import UserError
@@ -51,6 +53,8 @@ class Editor(nn.Module, ABC):
     PAPER_BLOCKS: ClassVar[tuple[tuple[int, ...], int] | None] = None
     #: Whether it may change any linear layer of a block, attention's too, rather than those of MLPs.
     EVERY_LAYER: ClassVar[bool] = False
+    #: What to change where edits that are found by optimisation miss their targets; empty if none is.
+    REMEDY: ClassVar[str] = ""
     #: Whether the method's own kind of layer is the MLP's output projection alone, rather than all its layers.
     OUTPUT_SITES: ClassVar[bool] = False
 
@@ -61,6 +65,8 @@ class Editor(nn.Module, ABC):
     def __post_init__(self) -> None:
         super().__init__()
         self.sites: tuple[Site, ...] = ()
+        #: Of the last call of `edit`, where the method optimises.
+        self.report: EditReport | None = None
         self._lm: list[FrozenLM] = []  # in a list, so that the LM is no submodule: never saved, trained or moved
 
     @property
@@ -118,6 +124,15 @@ class Editor(nn.Module, ABC):
     def validated(self, scores: Mapping[str, float]) -> None:
         """Told after each validation in training: metric → mean over the tasks, 0..100."""
 
+    def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
+        """Turns weights that an older version saved into today's, in place; True if there were any.
+
+        Args:
+            weights: Name → tensor.
+            prefix: What the editor's own names stand behind.
+        """
+        return False
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters by the learning rate that they take: ``network`` and ``edit_rates``."""
         return {"network": list(self.parameters())}
@@ -134,6 +149,9 @@ class Editor(nn.Module, ABC):
         instruction: str | Mapping[str, str] | None = None,
     ) -> Edit:
         """Makes edits for a user's requests; nothing is applied yet.
+
+        A method that optimises warns of requests whose targets the edited model does not predict, and keeps what it
+        found in ``editor.report``.
 
         Args:
             requests: n edit requests: n separate edits.
@@ -152,9 +170,18 @@ class Editor(nn.Module, ABC):
         try:
             with torch.inference_mode(False), torch.no_grad():
                 batch = self.requests(requests, self.instructor(description=description, instruction=instruction))
-                return (self.make_together(batch) if together else self.make(batch)).detach()
+                edit = (self.make_together(batch) if together else self.make(batch)).detach()
+                if self.REMEDY:
+                    self._report(edit, batch)
+                return edit
         finally:
             self.train(was_training)
+
+    def _report(self, edit: Edit, batch: RequestBatch) -> None:
+        """Says which requests miss their targets, and keeps what was found in ``self.report``."""
+        self.report = edit_report(self.lm, edit, batch)
+        if failures := self.report.failures(batch):
+            warnings.warn(f"editor {self.name!r}: {failures}; try {self.REMEDY}", stacklevel=3)
 
     def instructor(
         self,
@@ -308,7 +335,8 @@ def load_weights(editor: Editor, weights: dict[str, Tensor], source: str) -> Edi
     Raises:
         UserError: If they do not fit: the editor was trained for other sites, or with other options.
     """
-    own = editor.state_dict()
+    own, weights = editor.state_dict(), dict(weights)
+    editor.upgrade(weights)
     for name in own.keys() | weights.keys():
         have, want = (tuple(d[name].shape) if name in d else "absent" for d in (weights, own))
         if have != want:

@@ -13,7 +13,8 @@ from torch import nn
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.descent import Values, descend, row_losses
-from instructedit.editors.options import options
+from instructedit.editors.options import AUTO, options
+from instructedit.editors.scales import layer_scale
 from instructedit.edits import SlotEdit, Slots
 from instructedit.errors import UserError
 
@@ -77,20 +78,25 @@ class SlotEditor(Editor, ABC):
 class CaliNet(SlotEditor):
     """Slots that are trained for each request alone, which is the other methods' setting (see `CaliNetTrained`).
 
-    Defaults: 64 slots in the last of twelve blocks (CaliNet, T5-base), AdaFactor at 5e-4 (InstructEdit, table 4). How
-    many steps one request takes is published nowhere: 100 is our choice.
+    Defaults: 64 slots in the last of twelve blocks (CaliNet, T5-base), AdaFactor (InstructEdit, table 4, at 5e-4). How
+    many steps one request takes is published nowhere: 100 is our choice. What feed-forward layers give differs by a
+    factor of a hundred between models, so the rate is derived from it by default.
 
     Args:
         steps: Gradient steps on a request, at most.
-        lr: Their learning rate.
+        lr: Their learning rate; ``auto``: a share of the size of keys for keys, of what the layer gives for values;
+            keys then start at a size at which slots see inputs of size 1.
         optimizer: ``adam`` or ``adafactor``.
         stop_below: A request is done when its loss is below this.
     """
 
     name: ClassVar[str] = "calinet"
+    REMEDY = "a larger lr, or more steps"
+    #: What ``auto`` is as a share of the sizes, chosen on validation records of the embedded models.
+    AUTO_LR = 0.02
 
     steps: int = 100
-    lr: float = 5e-4
+    lr: float | Literal["auto"] = AUTO
     optimizer: Literal["adam", "adafactor"] = "adafactor"
     stop_below: float = 1e-2
 
@@ -104,9 +110,20 @@ class CaliNet(SlotEditor):
 
     def _tuned(self, batch: RequestBatch, together: bool) -> SlotEdit:
         count, loss = 1 if together else len(batch), partial(self.lm.losses, start=self.sites[0].block)
-        start = {name: tensor.to(self.lm.device).expand(count, *tensor.shape) for name, tensor in self.start().items()}
+        one, lr = self._scaled(self.start()) if self.lr == AUTO else (self.start(), self.lr)
+        start = {name: tensor.to(self.lm.device).expand(count, *tensor.shape) for name, tensor in one.items()}
         losses = row_losses(loss, batch.tokens, self.slot_edit, together)
-        return self.slot_edit(descend(start, losses, self.steps, self.lr, self.optimizer, stop_below=self.stop_below))
+        return self.slot_edit(descend(start, losses, self.steps, lr, self.optimizer, stop_below=self.stop_below))
+
+    def _scaled(self, start: Values) -> tuple[Values, dict[str, float]]:
+        """Where keys and values start, and their learning rates, by the scale of each layer."""
+        start, rates = dict(start), {}
+        for module in self.layers:
+            scale, keys, values = layer_scale(self.lm, module), f"{module}:keys", f"{module}:values"
+            start[keys] = start[keys] / scale.inputs
+            rates[keys] = self.AUTO_LR * start[keys].shape[-1] ** -0.5 / scale.inputs
+            rates[values] = self.AUTO_LR * scale.outputs
+        return start, rates
 
 
 @options

@@ -15,20 +15,20 @@ from instructedit.lm import TokenBatch
 Values = dict[str, Tensor]
 
 
-def _adam(parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+def _adam(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)
 
 
-def _adafactor(parameters: list[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def _adafactor(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
     # An absolute rate, as CaliNet is trained with; by default the rate would follow the size of the parameter.
     options: dict[str, Any] = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
-    return Adafactor(parameters, lr=lr, weight_decay=weight_decay, **options)
+    return Adafactor(groups, weight_decay=weight_decay, **options)
 
 
-#: Name → optimiser of (parameters, learning rate, weight decay).
-OPTIMIZERS: dict[str, Callable[[list[Tensor], float, float], torch.optim.Optimizer]] = {
+#: Name → optimiser of (groups of parameters with a learning rate each, weight decay).
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
     "adam": _adam,
     "adafactor": _adafactor,
 }
@@ -58,7 +58,7 @@ def descend(
     start: Mapping[str, Tensor],
     losses: Callable[[Values, Tensor], Tensor],
     steps: int,
-    lr: float,
+    lr: float | Mapping[str, float],
     optimizer: str = "adam",
     weight_decay: float = 0.0,
     stop_below: float = 0.0,
@@ -74,7 +74,7 @@ def descend(
         losses: Gives the loss of each request that is still at it, [active], from its values, name → [active, …], and
             the numbers of these requests, [active].
         steps: Steps of a request, at most.
-        lr: Learning rate.
+        lr: Learning rate: one for all values, or name → that of the values of this name.
         optimizer: One of `OPTIMIZERS`.
         weight_decay: Decoupled, of all values.
         stop_below: A request with a loss below this is done.
@@ -94,7 +94,9 @@ def descend(
         for row in zip(*start.values(), strict=True)
     ]
     active = list(range(len(own)))
-    method = OPTIMIZERS[optimizer]([value for values in own for value in values.values()], lr, weight_decay)
+    rates = lr if isinstance(lr, Mapping) else dict.fromkeys(start, lr)
+    groups = [{"params": [values[name] for values in own], "lr": rates[name]} for name in start]
+    method = OPTIMIZERS[optimizer](groups, weight_decay)
     device = next(iter(start.values())).device
     for _ in range(steps):
         with torch.enable_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.descent import Values, descend, row_losses
-from instructedit.editors.options import options
+from instructedit.editors.options import AUTO, options
+from instructedit.editors.scales import weight_size
 from instructedit.edits import DenseEdit, Edit
 from instructedit.lm import TokenBatch
 from instructedit.metrics import row_mean
@@ -22,14 +23,15 @@ from instructedit.metrics import row_mean
 class FtL(Editor):
     """Fine-tunes the MLP's output projection of one block on each request: ‖ΔW‖_∞ ≤ ε (Zhu et al. 2020).
 
-    Defaults: block 0 of GPT2-XL, 25 steps of Adam at 5e-4, ε = 5e-4, until the loss is below 1e-2 (ROME's baseline).
+    Block 0, 25 steps of Adam, until the loss is below 1e-2, as in ROME's baseline, which has lr = ε = 5e-4 for
+    GPT2-XL. Weights differ by a factor of ten between models, so both are shares of the weights' own size by default.
     InstructEdit's paper uses AdaFactor (appendix A). That baseline scores every target token at the prompt's last
     position, which no target of several tokens can satisfy; the default here is each token at its own.
 
     Args:
         steps: Gradient steps, at most.
-        lr: Learning rate.
-        bound: ε, the largest change of any weight; None leaves it free.
+        lr: Learning rate; ``auto``: a share of the layer's weights (their root mean square).
+        bound: ε, the largest change of any weight; ``auto``: a share of them; None leaves it free.
         loss: ``target``: each target token at its own position; ``last_prompt``: all of them at the prompt's last
             position, as in common code.
         optimizer: ``adam`` or ``adafactor``.
@@ -40,10 +42,13 @@ class FtL(Editor):
     name: ClassVar[str] = "ft_l"
     PAPER_BLOCKS = ((0,), 48)
     OUTPUT_SITES = True
+    REMEDY = "a larger lr or bound, or more steps"
+    #: What ``auto`` is as a share of the weights' size, chosen on validation records of the embedded models.
+    AUTO_LR, AUTO_BOUND = 0.03, 0.1
 
     steps: int = 25
-    lr: float = 5e-4
-    bound: float | None = 5e-4
+    lr: float | Literal["auto"] = AUTO
+    bound: float | Literal["auto"] | None = AUTO
     loss: Literal["target", "last_prompt"] = "target"
     optimizer: Literal["adam", "adafactor"] = "adam"
     stop_below: float = 1e-2
@@ -62,16 +67,21 @@ class FtL(Editor):
         loss = partial(of_rows, rows=None, start=self.sites[0].block)
         count = 1 if together else len(batch)
         start = {s.name: torch.zeros(count, s.out_features, s.in_features, device=self.lm.device) for s in self.sites}
+        sizes = {site.name: weight_size(self.lm, site) for site in self.sites}
+        lr = {name: self.AUTO_LR * size for name, size in sizes.items()} if self.lr == AUTO else self.lr
         found = descend(
-            start, row_losses(loss, batch.tokens, DenseEdit.of, together), self.steps, self.lr, self.optimizer,
-            stop_below=self.stop_below, project=self._project,
+            start, row_losses(loss, batch.tokens, DenseEdit.of, together), self.steps, lr, self.optimizer,
+            stop_below=self.stop_below, project=partial(self._project, sizes),
         )  # fmt: skip
         return DenseEdit.of(found)
 
-    def _project(self, values: Values, request: int) -> None:
-        if self.bound is not None:
-            for change in values.values():
-                change.clamp_(-self.bound, self.bound)
+    def _project(self, sizes: Mapping[str, float], values: Values, request: int) -> None:
+        """Cuts the changes of a request at the bound, given the size of each site's weights."""
+        if self.bound is None:
+            return
+        for name, change in values.items():
+            bound = self.AUTO_BOUND * sizes[name] if self.bound == AUTO else self.bound
+            change.clamp_(-bound, bound)
 
     def _at_last_prompt_token(self, tokens: TokenBatch, edit: Edit, rows: None, start: int) -> Tensor:
         """−1/|y| Σ_j log p(y_j | x) of each row, every token read off the one position after the prompt, [rows]."""

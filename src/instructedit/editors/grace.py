@@ -11,7 +11,8 @@ from torch import Tensor
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.descent import Values, descend
-from instructedit.editors.options import options
+from instructedit.editors.options import AUTO, options
+from instructedit.editors.scales import layer_scale
 from instructedit.edits import CodebookEdit
 from instructedit.errors import UserError
 from instructedit.lm import IGNORE
@@ -25,14 +26,16 @@ class Grace(Editor):
     the model say the target. Each position of a row is looked up on its own, where the original looks at the last
     prompt token alone: the model needs not be told where a prompt ends, and is scored as every other method's is.
 
-    Defaults: block 35 of GPT2-XL's 48, its MLP's first layer, ε = 1, 100 steps of Adam at 1 (Hartvigsen et al.).
+    Block 35 of GPT2-XL's 48, its MLP's first layer, 100 steps of Adam, as Hartvigsen et al., who have ε = 1, a rate
+    of 1 and a cold start. What layers see and give differs by a factor of ten and more between models, so the defaults
+    are derived from the model.
 
     Args:
-        radius: ε of a new key, in the layer's input space.
+        radius: ε of a new key, in the layer's input space; ``auto``: a share of how far apart unrelated prompts are.
         steps: Gradient steps on a value.
-        lr: Their learning rate.
-        init: Where a value starts: ``cold``, uniform in 0..1 as in the original (the same draw for all requests), or
-            ``warm``, what the unedited layer gives.
+        lr: Their learning rate; ``auto``: a share of the size of what the layer gives.
+        init: Where a value starts: ``warm``, what the unedited layer gives, or ``cold``, uniform in 0..1 as in the
+            original (the same draw for all requests).
         stop_below: A request is done when its loss is below this.
         seed: Of the cold start.
         blocks: The block, negative from the top; None means as far up as in the paper.
@@ -41,11 +44,15 @@ class Grace(Editor):
     name: ClassVar[str] = "grace"
     changes_weights = False
     PAPER_BLOCKS = ((35,), 48)
+    REMEDY = "a larger lr, or more steps"
+    #: What ``auto`` is as a share of the model's scales, chosen on validation records of the embedded models and on a
+    #: few training records for SmolLM2.
+    AUTO_RADIUS, AUTO_LR = 0.3, 0.3
 
-    radius: float = 1.0
+    radius: float | Literal["auto"] = AUTO
     steps: int = 100
-    lr: float = 1.0
-    init: Literal["cold", "warm"] = "cold"
+    lr: float | Literal["auto"] = AUTO
+    init: Literal["cold", "warm"] = "warm"
     stop_below: float = 0.0
     seed: int = 0
     blocks: Sequence[int] | None = None
@@ -68,7 +75,9 @@ class Grace(Editor):
             starts = drawn.to(starts.device).expand_as(starts)
         targets = [row[row != IGNORE] for row in batch.tokens.labels]
         labels = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=-1).to(keys.device)
-        radii = keys.new_full((count, 1), self.radius)
+        scale = layer_scale(self.lm, site.name)
+        radii = keys.new_full((count, 1), self.AUTO_RADIUS * scale.distance if self.radius == AUTO else self.radius)
+        lr = self.AUTO_LR * scale.outputs if self.lr == AUTO else self.lr
 
         def book(values: Tensor, active: Tensor) -> CodebookEdit:
             return CodebookEdit(
@@ -78,5 +87,5 @@ class Grace(Editor):
         def losses(values: Values, active: Tensor) -> Tensor:
             return self.lm.losses(batch.tokens.select(active), book(values["value"], active), None, site.block)
 
-        found = descend({"value": starts}, losses, self.steps, self.lr, stop_below=self.stop_below)
+        found = descend({"value": starts}, losses, self.steps, lr, stop_below=self.stop_below)
         return book(found["value"], torch.arange(count, device=keys.device))

@@ -20,6 +20,7 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm import Seen, Site, TokenBatch
 from instructedit.lm.moments import second_moments
+from instructedit.lm.own_text import text_for
 from instructedit.metrics import row_mean
 
 #: What random contexts open with, as MEMIT's do.
@@ -98,8 +99,9 @@ class KeyValueEditor(Editor, ABC):
         contexts: Random texts in front of the prompt over which a key is averaged and a value is trained, beside the
             prompt alone.
         context_tokens: Their length.
-        text: What second moments are of (see `read_texts`): ``tiny``, a file, a hub id. Computed once, then kept on
-            disk; ``instructedit covariance`` does so ahead.
+        text: What second moments are of: ``auto``, text that suits the model (the embedded corpus for the embedded
+            models, for any other what it samples itself), ``sampled``, ``tiny``, a file, a hub id (see `read_texts`).
+            Computed once, then kept on disk; ``instructedit covariance`` does so ahead.
         tokens: So many tokens of it.
         fact_token: ``subject_last`` (its last token; for a request without a subject the prompt's), or ``last``.
         seed: Of the random contexts.
@@ -107,6 +109,7 @@ class KeyValueEditor(Editor, ABC):
     """
 
     OUTPUT_SITES = True
+    REMEDY = "a larger lr or clamp, more steps, or other blocks"
 
     steps: int = 20
     lr: float = 0.5
@@ -116,13 +119,14 @@ class KeyValueEditor(Editor, ABC):
     stop_below: float = 5e-2
     contexts: int = 5
     context_tokens: int = 10
-    text: str = "tiny"
+    text: str = "auto"
     tokens: int = 100_000
     fact_token: Literal["subject_last", "last"] = "subject_last"
     seed: int = 0
     blocks: Sequence[int] | None = None
 
     def build(self) -> None:
+        self.text = text_for(self.lm, self.text)  # so that a saved editor says which
         self._prefixes: list[str] | None = None
         self._factors: dict[str, Tensor] = {}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from instructedit.editors.normalizer import RunningNorm
 from instructedit.editors.options import options
 from instructedit.editors.products import linear
 from instructedit.edits import Factors, LowRankEdit
+from instructedit.errors import UserError
+
+#: The paper's edit rate: what ``edit_rate: auto`` stands for until `fit` has measured a better one.
+PAPER_RATE = 1e-4
 
 
 class GradientNetwork(nn.Module):
@@ -59,10 +64,14 @@ class Mend(Editor):
 
     Paper: rank 1920, one hidden layer, edit rate 1e-4, the MLPs of the last three blocks (MEND, appendix B).
 
+    The rates are learned as their logarithms, so that a step of the optimiser changes each by a share of itself.
+
     Args:
         rank: Of the hypernetwork's layers.
         hidden_layers: Its layers beside the last.
-        edit_rate: Where each site's learned step size α starts.
+        edit_rate: Where each site's learned step size α starts: a number, or ``auto``, the rate with the least outer
+            loss on a few training records, which `fit` measures before its first step (see `editors.rates`). An
+            editor that was never trained has the paper's 1e-4 in its place.
     """
 
     name: ClassVar[str] = "mend"
@@ -70,10 +79,17 @@ class Mend(Editor):
 
     rank: int = 1920
     hidden_layers: int = 1
-    edit_rate: float = 1e-4
+    edit_rate: float | Literal["auto"] = "auto"
 
     def build(self) -> None:
-        """One network for each shape of site."""
+        """One network for each shape of site.
+
+        Raises:
+            UserError: If the edit rate is not above zero.
+        """
+        rate = PAPER_RATE if self.edit_rate == "auto" else self.edit_rate
+        if not 0 < rate < math.inf:
+            raise UserError(f"editor {self.name!r}: edit_rate must be a number above zero, or auto; got {rate}")
         shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, site in enumerate(self.sites):
             shapes[site.shape].append(i)
@@ -81,7 +97,27 @@ class Mend(Editor):
         self.networks = nn.ModuleList(
             GradientNetwork(*shape, len(group), self.rank, self.hidden_layers) for shape, group in shapes.items()
         )
-        self.alpha = nn.Parameter(torch.full((len(self.sites),), self.edit_rate))
+        self.log_alpha = nn.Parameter(torch.full((len(self.sites),), math.log(rate)))
+        self.rate_is_open = self.edit_rate == "auto"
+        self.register_load_state_dict_pre_hook(_before_loading)
+
+    @property
+    def alpha(self) -> Tensor:
+        """Edit rate α of each site, [sites]."""
+        return self.log_alpha.exp()
+
+    @torch.no_grad()
+    def start_at(self, rate: float) -> None:
+        """Sets the edit rate of all sites."""
+        self.log_alpha.fill_(math.log(rate))
+        self.rate_is_open = False
+
+    def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
+        if (alpha := weights.pop(f"{prefix}alpha", None)) is None:
+            return False
+        # Rates were learned as they are, and free to change their sign.
+        weights[f"{prefix}log_alpha"] = alpha.abs().clamp(min=torch.finfo(alpha.dtype).tiny).log()
+        return True
 
     def make(self, batch: RequestBatch) -> LowRankEdit:
         """Equation 3 of InstructEdit for every request and site at once.
@@ -90,24 +126,30 @@ class Mend(Editor):
         zero (padding, and positions that the edit loss does not read) are dropped.
         """
         names = [site.name for site in self.sites]
-        seen = self.lm.capture(batch.tokens, names)
+        seen, alpha = self.lm.capture(batch.tokens, names), self.alpha
         factors: dict[str, Factors] = {}
         for group, network in zip(self.groups, self.networks, strict=True):
             u = torch.stack([seen.u[names[i]] for i in group]).float()
             delta = torch.stack([seen.delta[names[i]] for i in group]).float()
             (site, row, at, slot), width = _slots((delta != 0).any(-1))
             new_u, new_delta = network(u[site, row, at], delta[site, row, at], site)
-            new_delta = -self.alpha[torch.tensor(group, device=u.device)][site].unsqueeze(-1) * new_delta
+            new_delta = -alpha[torch.tensor(group, device=u.device)][site].unsqueeze(-1) * new_delta
             a = u.new_zeros(*u.shape[:2], width, u.shape[-1]).index_put((site, row, slot), new_u)
             b = u.new_zeros(*u.shape[:2], width, delta.shape[-1]).index_put((site, row, slot), new_delta)
             factors |= {names[i]: Factors(a[j], b[j]) for j, i in enumerate(group)}
         return LowRankEdit({name: factors[name] for name in names})
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"network": list(self.networks.parameters()), "edit_rates": [self.alpha]}
+        return {"network": list(self.networks.parameters()), "edit_rates": [self.log_alpha]}
 
     def watched(self) -> dict[str, Tensor]:
-        return {"edit_rates": self.alpha}
+        return {"edit_rates": self.log_alpha}
+
+
+def _before_loading(editor: Mend, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Saved rates are found ones, whichever version saved them."""
+    editor.upgrade(weights, prefix)
+    editor.rate_is_open = False
 
 
 def _slots(kept: Tensor) -> tuple[Tensor, int]:

@@ -36,6 +36,11 @@ class RunningNorm(nn.Module):
         known = (self.count > 1) & (deviation > 0)
         return torch.where(known, (x - self.mean) / (deviation + self.eps), x - self.mean)
 
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        for buffer in (self.count, self.mean, self.squares):
+            buffer.zero_()
+
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Adds tokens [tokens, size]; under data parallelism those of every process."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar, dataclass_transform, get_type_hints
+from typing import Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
 T = TypeVar("T")
+
+#: An option's value that stands for one which is derived from the model itself.
+AUTO: Literal["auto"] = "auto"
 
 
 @dataclass_transform(eq_default=False)

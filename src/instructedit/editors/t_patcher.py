@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.calinet import feed_forward_sites
 from instructedit.editors.descent import Values, descend
-from instructedit.editors.options import options
+from instructedit.editors.options import AUTO, options
+from instructedit.editors.scales import layer_scale
 from instructedit.edits import SlotEdit, Slots
 from instructedit.errors import UserError
 from instructedit.lm.moments import sample_inputs
+from instructedit.lm.own_text import text_for
 
 
 @options
@@ -26,18 +28,21 @@ class TPatcher(Editor):
     layer sees over other text: l_a = mean exp(−k·q − b); l_m1 = mean over the largest of exp(k·M + b − β);
     l_m2 = the same of exp(k·(M − q) − γ).
 
-    Defaults: last block, Adam at 0.01, a = 1, m = 10, β = γ = −3, the 1,000 largest (Huang et al., generation).
-    Their memory is of 40,000 queries of the task's own data; here it is of any text.
+    Defaults: last block, a = 1, m = 10, β = γ = −3, the 1,000 largest (Huang et al., generation, who train with Adam
+    at 0.01). Their memory is of 40,000 queries of the task's own data; here it is of any text. Keys, biases and values
+    are of sizes that differ by a factor of a hundred between models, so each has a rate of its own scale by default.
 
     Args:
         steps: Gradient steps on a request, at most.
-        lr: Their learning rate.
+        lr: Their learning rate; ``auto``: shares of the sizes that keys, biases and values have; a value then starts
+            at a share of what the layer gives, where else it has length 1.
         a: Weight of the activation loss.
         m: Weight of the memory loss.
         beta: β: how far below zero other places must stay.
         gamma: γ: how far below the token's own place.
         largest: So many of the memory's losses count, the largest.
-        text: What the memory is of (see `read_texts`): ``tiny``, a file, a hub id.
+        text: What the memory is of: ``auto``, text that suits the model (the embedded corpus for the embedded models,
+            for any other what it samples itself), ``sampled``, ``tiny``, a file, a hub id (see `read_texts`).
         memory: Places in it.
         activation: Of the patches: ``gelu``, ``relu`` or ``silu``; the original takes the model's own.
         stop_below: A request is done when its edit loss alone is below this.
@@ -47,15 +52,19 @@ class TPatcher(Editor):
 
     name: ClassVar[str] = "t_patcher"
     changes_weights = False
+    REMEDY = "a larger lr, a smaller m, or more steps"
+    #: What ``auto`` is as a share of the sizes: the rate, and where values start (large ones, and a patch that fires at
+    #: other places at first drowns what the layer gives there). Chosen on validation records of the embedded models.
+    AUTO_LR, AUTO_START = 0.1, 0.1
 
     steps: int = 100
-    lr: float = 0.01
+    lr: float | Literal["auto"] = AUTO
     a: float = 1.0
     m: float = 10.0
     beta: float = -3.0
     gamma: float = -3.0
     largest: int = 1000
-    text: str = "tiny"
+    text: str = "auto"
     memory: int = 5000
     activation: str = "gelu"
     stop_below: float = 1e-2
@@ -67,6 +76,7 @@ class TPatcher(Editor):
         if len(modules) != 1:
             raise UserError(f"editor 't_patcher' patches one feed-forward layer, got {', '.join(modules)}")
         self.module = modules[0]
+        self.text = text_for(self.lm, self.text)  # so that a saved editor says which
         self._memory: Tensor | None = None
 
     def make(self, batch: RequestBatch) -> SlotEdit:
@@ -79,10 +89,11 @@ class TPatcher(Editor):
         q = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [n, patches, hidden]
         real = (q != 0).any(-1)
         drawn = torch.randn(q.shape[-1], generator=torch.Generator().manual_seed(self.seed))
+        lr, size = self._rates(q.shape[-1])
         start = {
             "keys": q / q.square().sum(-1, keepdim=True).clamp(min=1e-6),  # so that a patch gives act(1) at first
             "biases": q.new_zeros(q.shape[:2]),
-            "values": drawn.to(q.device).expand_as(q) * q.shape[-1] ** -0.5,
+            "values": drawn.to(q.device).expand_as(q) * size,
         }
 
         def edit(values: Values, which: Tensor) -> SlotEdit:
@@ -98,7 +109,16 @@ class TPatcher(Editor):
             return torch.where(wrong < self.stop_below, wrong, wrong + aside)
 
         every = torch.arange(len(batch), device=q.device)
-        return edit(descend(start, losses, self.steps, self.lr, stop_below=self.stop_below), every)
+        return edit(descend(start, losses, self.steps, lr, stop_below=self.stop_below), every)
+
+    def _rates(self, width: int) -> tuple[float | dict[str, float], float]:
+        """Learning rates, and the size of a coordinate of a value at the start."""
+        if self.lr != AUTO:
+            return self.lr, width**-0.5
+        scale = layer_scale(self.lm, self.module)
+        key = 1 / (width * scale.inputs)  # a coordinate of q/‖q‖²
+        rates = {"keys": key, "biases": 1.0, "values": scale.outputs}
+        return {name: self.AUTO_LR * size for name, size in rates.items()}, self.AUTO_START * scale.outputs
 
     def _scope_losses(self, keys: Tensor, biases: Tensor, q: Tensor, real: Tensor) -> Tensor:
         """a·l_a + m·(l_m1 + l_m2) of each request, the mean over its patches, [n]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,32 +15,36 @@ from tqdm import tqdm
 
 from instructedit.errors import UserError
 from instructedit.lm.frozen import FrozenLM
+from instructedit.lm.own_text import AUTO, documents_of, text_for
 from instructedit.lm.tokens import TokenBatch, rows_of
 from instructedit.paths import cache_folder
-from instructedit.tasks.texts import read_texts
 
-#: Texts in one forward pass.
+#: Texts in one forward pass, and in one sum of squares in float32.
 _ROWS = 64
+#: Texts that are put in order of length, so that a forward pass has little padding.
+_SORTED = 4 * _ROWS
 
 
 def moments_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:
     """Where the second moment of a site over so many tokens of a text is kept; another model or file, another place."""
+    text = text_for(lm, text)
     path = Path(text).expanduser()
     edition = f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else ""
     key = hashlib.sha256(f"{lm.fingerprint} {lm.max_length} {site} {text} {edition} {tokens}".encode()).hexdigest()
     return cache_folder() / "moments" / f"{key[:32]}.safetensors"
 
 
-def second_moments(lm: FrozenLM, sites: Iterable[str], text: str = "tiny", tokens: int = 100_000) -> dict[str, Tensor]:
+def second_moments(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: int = 100_000) -> dict[str, Tensor]:
     """C = E[u uᵀ] of what each site sees, from disk where it has been computed before.
 
     The text is streamed: memory holds one matrix for each site. Padding takes no part; a text longer than the model's
-    context is cut there. Sums are in double precision.
+    context is cut there. Batches are summed in float32, their sums in double precision.
 
     Args:
         lm: The unedited model.
         sites: Names of the layers.
-        text: See `read_texts`.
+        text: ``auto``: the embedded corpus for the embedded models, for any other what it says itself (``sampled``);
+            or see `read_texts`.
         tokens: So many tokens of it, or all if it has fewer.
 
     Returns:
@@ -51,6 +56,7 @@ def second_moments(lm: FrozenLM, sites: Iterable[str], text: str = "tiny", token
     files = {site: moments_file(lm, site, text, tokens) for site in sites}
     missing = [site for site, file in files.items() if not file.is_file()]
     if missing:
+        print(f"{lm.name}: second moments over {tokens} tokens of {_called(lm, text)}", file=sys.stderr)
         sums: dict[str, Tensor] = {}
         seen = 0
         for inputs in _inputs(lm, missing, text, tokens):
@@ -63,7 +69,7 @@ def second_moments(lm: FrozenLM, sites: Iterable[str], text: str = "tiny", token
     return {site: _load(file) for site, file in files.items()}
 
 
-def sample_inputs(lm: FrozenLM, site: str, text: str = "tiny", tokens: int = 1000) -> Tensor:
+def sample_inputs(lm: FrozenLM, site: str, text: str = AUTO, tokens: int = 1000) -> Tensor:
     """What a site sees over the first tokens of a text, [tokens, in], on the model's device."""
     return torch.cat([inputs[site] for inputs in _inputs(lm, [site], text, tokens)])
 
@@ -71,8 +77,8 @@ def sample_inputs(lm: FrozenLM, site: str, text: str = "tiny", tokens: int = 100
 def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[dict[str, Tensor]]:
     """What the sites see, batch by batch, each [positions, in] in float32; `tokens` positions in all."""
     left = tokens
-    with tqdm(total=tokens, desc=f"{lm.name} reads {text}", unit=" tokens", leave=False, delay=5) as bar:
-        for batch in _batches(lm, text):
+    with tqdm(total=tokens, desc=f"{lm.name} reads {_called(lm, text)}", unit=" tokens", leave=False, delay=5) as bar:
+        for batch in _batches(lm, text, tokens):
             seen = lm.observe(batch, sites, cached=False)
             real = batch.attention_mask.bool()
             yield {site: seen[site].inputs[real.to(lm.device)][:left].float() for site in sites}
@@ -85,17 +91,30 @@ def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[
         raise UserError(f"{text}: holds no text")
 
 
-def _batches(lm: FrozenLM, text: str) -> Iterator[TokenBatch]:
+def _called(lm: FrozenLM, text: str) -> str:
+    """What a text is called in messages."""
+    names = {"tiny": "the embedded corpus", "sampled": "text that it samples itself"}
+    return names.get(found := text_for(lm, text), found)
+
+
+def _batches(lm: FrozenLM, text: str, tokens: int) -> Iterator[TokenBatch]:
+    """The first texts that hold so many tokens, in batches of about one length each."""
+    documents = documents_of(lm, text, cache_folder() / "sampled")
+    while rows := _rows(lm, documents, tokens):
+        tokens -= sum(map(len, rows))
+        rows.sort(key=len)
+        for start in range(0, len(rows), _ROWS):
+            yield rows_of(rows[start : start + _ROWS]).to(lm.device)
+
+
+def _rows(lm: FrozenLM, documents: Iterator[str], tokens: int) -> list[list[int]]:
+    """Token ids of the next texts: no more than are put in order together, and no more than `tokens` tokens."""
     rows: list[list[int]] = []
-    for document in read_texts(text):
-        ids = lm.text.document(document)[: lm.max_length]
-        if ids:
+    while len(rows) < _SORTED and tokens > 0 and (document := next(documents, None)) is not None:
+        if ids := lm.text.document(document)[: min(lm.max_length, tokens)]:
             rows.append(ids)
-        if len(rows) == _ROWS:
-            yield rows_of(rows).to(lm.device)
-            rows = []
-    if rows:
-        yield rows_of(rows).to(lm.device)
+            tokens -= len(ids)
+    return rows
 
 
 def _load(file: Path) -> Tensor:

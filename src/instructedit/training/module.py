@@ -80,11 +80,12 @@ class EditingModule(L.LightningModule):
         editor: The editing method.
         lm: Which LM to edit.
         lr: Adam's learning rate for the editor's networks (paper: 1e-6).
-        lr_edit_rates: The same for the learned edit rates (MEND: 1e-4).
+        lr_edit_rates: The same for the learned edit rates, as a share of each rate: they are learned as logarithms.
         c_edit: Weight of the edit loss (MEND: 0.1).
         c_loc: Weight of the locality loss (MEND: 1).
         c_unlikelihood: Weight, within the edit loss, of the unlikelihood of unwanted replies (SERAC: 1).
-        weight_decay: Decoupled weight decay: 0 is Adam (MEND), 0.01 is AdamW as KE is trained with in the paper.
+        weight_decay: Decoupled weight decay of the networks: 0 is Adam (MEND), 0.01 is AdamW as KE is trained with in
+            the paper.
         warmup_steps: Optimiser steps over which both rates rise from zero.
         decay: Let both rates fall linearly to zero towards ``max_steps``.
         factored_gradients: Hold the gradients of the hypernetwork's matrices as products of a few rows until the
@@ -97,7 +98,7 @@ class EditingModule(L.LightningModule):
         editor: Editor,
         lm: LMConfig = LMConfig(),
         lr: float = 1e-6,
-        lr_edit_rates: float = 1e-4,
+        lr_edit_rates: float = 1e-2,
         c_edit: float = 0.1,
         c_loc: float = 1.0,
         c_unlikelihood: float = 1.0,
@@ -120,6 +121,11 @@ class EditingModule(L.LightningModule):
         """The frozen LM."""
         return self._lm[0]
 
+    @property
+    def loss_weights(self) -> LossWeights:
+        """Weights of the outer loss."""
+        return LossWeights(*(self.hparams[name] for name in ("c_edit", "c_loc", "c_unlikelihood")))
+
     # -- fit ------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
@@ -130,9 +136,9 @@ class EditingModule(L.LightningModule):
         if factored and (self.trainer.world_size > 1 or self.trainer.precision == "16-mixed"):
             raise UserError("factored_gradients: not with several processes, which sum gradients, nor with 16-mixed")
         hold(self.editor.parameters(), factored)
+        decay = {"network": self.hparams["weight_decay"], "edit_rates": 0.0}  # a logarithm has no zero to fall to
         optimizer = (ProductAdamW if factored else torch.optim.AdamW)(
-            [{"params": p, "lr": rates[name], "name": name} for name, p in groups.items()],
-            weight_decay=self.hparams["weight_decay"],
+            [{"params": p, "lr": rates[name], "weight_decay": decay[name], "name": name} for name, p in groups.items()],
             # No copies of the hypernetwork's size; but float16's loss scaling would then refuse to clip gradients.
             fused=self.trainer.precision != "16-mixed",
         )
@@ -162,8 +168,7 @@ class EditingModule(L.LightningModule):
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         """The editor's outer loss on one batch of different edits."""
-        weights = LossWeights(*(self.hparams[name] for name in ("c_edit", "c_loc", "c_unlikelihood")))
-        parts = self.editor.objective(batch, weights)
+        parts = self.editor.objective(batch, self.loss_weights)
         loss = parts.pop("loss")
         truncated = batch.in_scope.tokens.truncated + (batch.locality.tokens.truncated if batch.locality else 0)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
@@ -176,6 +181,9 @@ class EditingModule(L.LightningModule):
         weights = {k.removeprefix("editor."): v for k, v in checkpoint["state_dict"].items() if k.startswith("editor.")}
         trained_on = checkpoint["hyper_parameters"].get("lm", {}).get("name", "?")
         load_weights(self.editor, weights, f"the checkpoint (trained on {trained_on})")
+        if self.editor.upgrade(weights):  # what the optimiser knew is of other numbers
+            for state in checkpoint.get("optimizer_states", ()):
+                state["state"].clear()
 
     # -- validate, test, predict ------------------------------------------------------------------------------------
 

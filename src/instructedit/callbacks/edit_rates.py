@@ -1,0 +1,70 @@
+"""Measures the edit rate that suits the model, before a training starts."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import lightning as L  # noqa: N812
+from lightning.pytorch.utilities import rank_zero_info
+
+from instructedit.data.batch import EditBatch
+from instructedit.editors.mend import Mend
+from instructedit.editors.rates import RateLoss, best_rate, sweep_rates
+from instructedit.tracking import MLflowTracker
+
+
+class EditRateSweep(L.Callback):
+    """Starts MEND's edit rates at the one with the least outer loss on a few training records.
+
+    Only where the editor asks for it (``edit_rate: auto``), and not where rates were loaded with a checkpoint. The
+    records are the first of the training stream, as training will see them. Logged: the metric ``edit_rate``,
+    ``tables/edit_rates`` and ``figures/edit_rates``.
+
+    Args:
+        records: Training records that a rate is measured on.
+
+    Attributes:
+        tried: What was measured; empty where nothing was.
+    """
+
+    def __init__(self, records: int = 8) -> None:
+        self.records = records
+        self.tried: list[RateLoss] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        editor = pl_module.editor
+        if not (isinstance(editor, Mend) and editor.rate_is_open):
+            return
+        pl_module.lm.to(pl_module.device)
+        batch = _first_records(trainer.datamodule.train_dataloader(), self.records).to(pl_module.device)
+        self.tried = sweep_rates(editor, batch, pl_module.loss_weights)
+        rate = trainer.strategy.broadcast(best_rate(self.tried))  # several processes draw records of their own
+        editor.start_at(rate)
+        least, unedited = min(found.loss for found in self.tried[1:]), self.tried[0].loss
+        rank_zero_info(
+            f"edit_rate: {rate:.2g}, the least outer loss ({least:.3g}; unedited {unedited:.3g}) of "
+            f"{len(self.tried) - 1} rates on {len(batch)} training records"
+        )
+        if not least < unedited:
+            rank_zero_info("edit_rate: no rate lowers the loss; are the edits too few, or c_loc too large?")
+        self._log(trainer, rate)
+
+    def _log(self, trainer: Any, rate: float) -> None:
+        if trainer.logger is not None:
+            trainer.logger.log_metrics({"edit_rate": rate}, 0)
+        if isinstance(trainer.logger, MLflowTracker) and trainer.is_global_zero:
+            from pandas import DataFrame
+
+            from instructedit.analysis.figures import edit_rate_curve
+
+            table = DataFrame(self.tried)
+            trainer.logger.log_table(table, "edit_rates")
+            trainer.logger.log_figure(edit_rate_curve(table, rate), "edit_rates")
+
+
+def _first_records(loader: Any, count: int) -> EditBatch:
+    """The first records of a training stream as one batch, whatever the size of its batches."""
+    keys = (key for batch in loader.batch_sampler for key in batch)
+    batch: EditBatch = loader.collate_fn([loader.dataset[key] for key in islice(keys, count)])
+    return batch

@@ -1,0 +1,54 @@
+"""Whether edits reach their targets: what a method that optimises says of its own work."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from instructedit.data.batch import RequestBatch
+from instructedit.edits import Edit
+from instructedit.lm import FrozenLM
+
+_NAMED = 3  # requests that a message names
+
+
+class EditReport(NamedTuple):
+    """Whether the edited model predicts each request's target, asked the request itself.
+
+    Attributes:
+        losses: Mean over the target's tokens of −log p under the edit, a number for each request.
+        reached: Whether each target token is the most likely one at its place.
+    """
+
+    losses: tuple[float, ...]
+    reached: tuple[bool, ...]
+
+    def failures(self, batch: RequestBatch) -> str:
+        """The requests that did not reach their target, in a line; empty if all did."""
+        failed = [i for i, reached in enumerate(self.reached) if not reached]
+        if not failed:
+            return ""
+        named = [
+            f"{batch.requests[i].prompt!r} → {batch.requests[i].target!r}: loss {self.losses[i]:.2g}"
+            for i in failed[:_NAMED]
+        ]
+        more = ", …" if len(failed) > _NAMED else ""
+        return f"{len(failed)} of {len(batch)} requests did not reach their target ({', '.join(named)}{more})"
+
+
+@torch.no_grad()
+def edit_report(lm: FrozenLM, edit: Edit, batch: RequestBatch) -> EditReport:
+    """Asks each request of its edit (one edit for all of them is asked every request).
+
+    Args:
+        lm: The unedited model.
+        edit: n edits for the n requests of the batch, or one.
+        batch: The requests.
+    """
+    tokens = batch.tokens
+    judged = lm.judged(lm.states(tokens, edit, None, lm.first_block(edit.sites)), tokens.answers)
+    sizes = tokens.answer_sizes()
+    right = (judged.said == tokens.answers).split(sizes)
+    losses = [part.mean().item() for part in judged.nll.split(sizes)]
+    return EditReport(tuple(losses), tuple(bool(part.all()) for part in right))

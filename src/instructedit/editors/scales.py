@@ -1,0 +1,68 @@
+"""The scales that a model's layers work at, from which step sizes and radii are derived.
+
+What layers give differs by factors of a hundred between models, so that no fixed learning rate or radius fits two.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from instructedit.lm import FrozenLM, Site
+
+#: Beginnings of sentences that have nothing to do with one another.
+_PROMPTS = (
+    "The capital of Norway is", "My grandmother always used to say that", "Water begins to boil when",
+    "The committee will publish its report", "In the second half of the match", "She closed the door and",
+    "Plants turn sunlight into", "The price of wheat has", "He was born in the city of", "To install the program,",
+    "The oldest bridge across the river", "I have never tasted", "The court decided that", "A triangle has three",
+    "Shortly before midnight the train", "The novel was written by", "Most birds in this region", "Please send the",
+    "During the long winter of that year", "The instrument that she plays is",
+)  # fmt: skip
+
+#: Vectors of noise that the size of weights is found by.
+_DRAWS = 256
+
+
+class LayerScale(NamedTuple):
+    """How large things are at a layer, over the last tokens of unrelated prompts.
+
+    Attributes:
+        inputs: Typical size of a coordinate of what the layer sees: root mean square of a vector, median of vectors.
+        outputs: The same of what the layer gives.
+        distance: Median Euclidean distance between what the layer sees at two of the prompts.
+    """
+
+    inputs: float
+    outputs: float
+    distance: float
+
+
+def layer_scale(lm: FrozenLM, layer: str) -> LayerScale:
+    """Measures a layer's scale on some neutral prompts; the same whatever is edited.
+
+    Args:
+        lm: The unedited model.
+        layer: Name of a site or feed-forward module.
+    """
+    batch = lm.encode([(prompt, "it") for prompt in _PROMPTS]).prompts()
+    seen = lm.observe(batch, [layer])[layer]
+    last = (torch.arange(len(batch)), torch.tensor(batch.lengths) - 1)
+    inputs, outputs = seen.inputs[last].float(), seen.outputs[last].float()
+    return LayerScale(_size(inputs), _size(outputs), torch.pdist(inputs).median().item())
+
+
+@torch.no_grad()
+def weight_size(lm: FrozenLM, site: Site) -> float:
+    """Root mean square of a site's weights to a few per cent, however they are stored: from what noise becomes."""
+    layer = lm.model.get_submodule(site.name)
+    noise = torch.randn(_DRAWS, site.in_features, generator=torch.Generator().manual_seed(0))
+    noise = noise.to(lm.device, lm.model.dtype)
+    without_bias = layer(noise) - layer(torch.zeros_like(noise[:1]))
+    return (without_bias.float().square().mean() / site.in_features).sqrt().item()
+
+
+def _size(vectors: Tensor) -> float:
+    return vectors.square().mean(-1).sqrt().median().item()

@@ -1,0 +1,109 @@
+"""Text that suits a model: which one that is, that it is the model's own, and how it is kept."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from tests.conftest import random_lm
+from tests.reference import assert_untouched, footprint
+
+from instructedit.editors import build_editor
+from instructedit.errors import UserError
+from instructedit.lm import FrozenLM, own_text
+from instructedit.lm.moments import moments_file, second_moments
+from instructedit.lm.own_text import documents_of, text_for
+from instructedit.tasks.texts import read_texts
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(own_text, "_ROWS", 5)
+    monkeypatch.setattr(own_text, "_TOKENS", 12)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def first(lm, folder, count, text="auto"):
+    return list(itertools.islice(documents_of(lm, text, folder), count))
+
+
+def test_a_text_that_is_asked_for_is_taken_and_else_one_that_suits(lm):
+    assert text_for(lm) == "sampled"
+    assert text_for(FrozenLM(lm.model, lm.tokenizer, "tiny-llama")) == "tiny"
+    assert text_for(lm, "tiny") == "tiny"
+    assert text_for(lm, "some/file.txt") == "some/file.txt"
+
+
+def test_the_embedded_corpus_is_read_for_an_embedded_model_alone(lm, tmp_path):
+    corpus = list(itertools.islice(read_texts("tiny"), 7))
+    embedded = FrozenLM(lm.model, lm.tokenizer, "tiny")
+    assert first(embedded, tmp_path, 7) == corpus
+    assert not set(first(lm, tmp_path, 7)) & set(corpus)
+
+
+def test_what_is_sampled_is_likely_to_the_model(tokenizer, tmp_path):
+    """Against text that another model says: each finds its own the likelier."""
+    one, other = (random_lm("gpt2", tokenizer, seed=seed) for seed in (0, 1))
+
+    def loss(lm, texts):
+        with torch.no_grad():
+            ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+            return sum(lm.model(row, labels=row).loss.item() for row in ids) / len(ids)
+
+    texts = {lm: first(lm, tmp_path, 10) for lm in (one, other)}
+    assert loss(one, texts[one]) < loss(one, texts[other]) - 0.1
+    assert loss(other, texts[other]) < loss(other, texts[one]) - 0.1
+
+
+def test_parts_are_sampled_once_and_differ(lm, tmp_path, monkeypatch):
+    before = footprint(lm)
+    found = first(lm, tmp_path, 12)
+    assert_untouched(lm, before)
+    assert len(list(tmp_path.glob("*.json"))) == 3  # of five texts each
+    assert len(set(found)) == 12
+    assert all(len(lm.tokenizer(text)["input_ids"]) >= 10 for text in found)
+    monkeypatch.setattr(type(lm), "sample", lambda *args, **options: 1 / 0)
+    assert first(lm, tmp_path, 12) == found
+    with pytest.raises(ZeroDivisionError):
+        first(lm, tmp_path, 16)
+    assert len(list(tmp_path.iterdir())) == 3  # nothing half-made
+
+
+def test_another_model_has_another_text(tokenizer, tmp_path):
+    texts = [first(random_lm("llama", tokenizer, seed=seed), tmp_path, 3) for seed in (0, 1, 0)]
+    assert texts[0] == texts[2] != texts[1]
+
+
+@pytest.mark.parametrize("contents", ["", "[1, 2]", '{"a": 1', "3"])
+def test_a_corrupt_part_is_named(lm, tmp_path, contents):
+    first(lm, tmp_path, 1)
+    (file,) = tmp_path.glob("*.json")
+    file.write_text(contents)
+    with pytest.raises(UserError, match=rf"{file.name}: corrupt .*remove it"):
+        first(lm, tmp_path, 1)
+
+
+def test_moments_are_of_the_models_own_text_unless_told_otherwise(lm, cache, tmp_path, capsys):
+    name = lm.select(blocks=[1])[0].name
+    found = second_moments(lm, [name], tokens=100)[name]
+    assert "100 tokens of text that it samples itself" in capsys.readouterr().err
+    assert moments_file(lm, name, "auto", 100) == moments_file(lm, name, "sampled", 100)
+    assert moments_file(lm, name, "auto", 100) != moments_file(lm, name, "tiny", 100)
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": text}) + "\n" for text in first(lm, cache / "sampled", 20)))
+    torch.testing.assert_close(found, second_moments(lm, [name], str(own), tokens=100)[name])
+    assert "tokens of " + str(own) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("editor", ["rome", "memit", "t_patcher"])
+def test_an_editor_says_which_text_it_uses(lm, editor, tmp_path):
+    built = build_editor(editor, lm)
+    assert built.options()["text"] == "sampled"
+    built.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "editor.json").read_text())["options"]["text"] == "sampled"
+    assert build_editor(editor, FrozenLM(lm.model, lm.tokenizer, "tiny")).options()["text"] == "tiny"
