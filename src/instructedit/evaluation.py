@@ -307,8 +307,8 @@ def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: in
     rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
     prompts, owners = [r["prompt"] for r in rows], [r["owner"] for r in rows]
 
-    def say(chunk: list[int]) -> list[str]:
-        found: list[str] = lm.generate([prompts[i] for i in chunk], [rooms[i] for i in chunk])
+    def say(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:
+        found: list[str] = lm.generate([prompts[i] for i in chunk], [rooms[i] for i in chunk], applied, rows)
         return found
 
     def said(these: Sequence[int]) -> list[str]:
@@ -324,17 +324,35 @@ def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: in
 
 def _continued(
     lm: FrozenLM, edit: Edit | None, these: Sequence[int], owners: Sequence[int], prompts: Sequence[str],
-    rooms: Sequence[int], size: int, say: Callable[[list[int]], list[str]],
+    rooms: Sequence[int], size: int, say: Callable[[list[int], Edit | None, list[int] | None], list[str]],
+    trees: bool = True,
 ) -> list[str]:  # fmt: skip
-    """What `say` says after these prompts under their owners' edits, in passes of at most so many tokens."""
+    """What `say` says after these prompts under their owners' edits, in passes of at most so many tokens.
+
+    Args:
+        lm: The model.
+        edit: An edit for each owner.
+        these: Numbers of the prompts.
+        owners: Of all prompts.
+        prompts: All of them.
+        rooms: New tokens of each.
+        size: Tokens in a pass, new ones included.
+        say: Takes the prompts of a pass by their numbers, the edits to apply, and which of them each prompt has.
+        trees: Whether `say` reads what an owner's prompts begin with once, where the model can.
+    """
     texts: dict[int, str] = {}
-    worn = None if edit is None or edit.changes_nothing else edit
-    lengths = _lengths(lm, [prompts[i] for i in these])
-    sizes = [(rooms[i] + lm.row_tokens, length) for i, length in zip(these, lengths, strict=True)]
-    for places in _chunks(sizes, size):
+    applied = None if edit is None or edit.changes_nothing else edit
+    ids = lm.text.prompts([prompts[i] for i in these])
+    beside = [rooms[i] + lm.row_tokens for i in these]
+    if trees and lm.decodes_trees(applied):
+        groups = [0 if applied is None else owners[i] for i in these]
+        parts = in_parts(ids, groups, size, beside)
+    else:
+        parts = _chunks([(more, len(row)) for more, row in zip(beside, ids, strict=True)], size)
+    for places in parts:
         chunk = [these[place] for place in places]
-        with lm.edited(worn, None if worn is None else [owners[i] for i in chunk]):
-            texts |= zip(chunk, say(chunk), strict=True)
+        found = say(chunk, applied, None if applied is None else [owners[i] for i in chunk])
+        texts |= zip(chunk, found, strict=True)
     return [texts[i] for i in these]
 
 
@@ -347,11 +365,13 @@ def _fluency(
     tokens = min(settings.fluency_tokens, lm.max_length - max(_lengths(lm, prompts), default=0))
     seeds = [f"{settings.seed} {records[i].id}" for i in chosen]
 
-    def say(chunk: list[int]) -> list[str]:
-        return lm.sample([prompts[i] for i in chunk], tokens, [seeds[i] for i in chunk], kv_dtype=settings.kv_dtype)
+    def say(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:
+        with lm.edited(applied, rows):
+            asked, own = [prompts[i] for i in chunk], [seeds[i] for i in chunk]
+            return lm.sample(asked, tokens, own, kv_dtype=settings.kv_dtype)
 
     rooms = [tokens] * len(chosen)
-    texts = _continued(lm, edit, range(len(chosen)), chosen, prompts, rooms, settings.text_tokens, say)
+    texts = _continued(lm, edit, range(len(chosen)), chosen, prompts, rooms, settings.text_tokens, say, trees=False)
     view = "instructed" if instructor else "plain"
     rows = []
     for i, prompt, text in zip(chosen, prompts, texts, strict=True):

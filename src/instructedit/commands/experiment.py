@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 POSITIONAL = True
 
 
 def main(
     name: str,
     scale: str = "tiny",
+    data: Literal["real"] | None = None,
     seeds: list[int] | None = None,
     rows: list[str] | None = None,
     root: str = "mlruns",
@@ -23,13 +26,15 @@ def main(
     Args:
         name: Of the experiment's folder under experiments/.
         scale: Which LM and hyper-parameters; one of the grid's scales.
+        data: real: the records of the real datasets, a folder for each task under data/; by default those of the scale.
         seeds: One run of every row for each; the grid's own by default.
         rows: Only these rows of the grid.
         root: Folder of the MLflow store.
-        out: Folder for the results page, tables and figures; outputs/<name> by default.
+        out: Folder for the results page, tables and figures; by default outputs/<name>, and at another scale
+            outputs/<name>-<scale>.
         overrides: Further options for every run, e.g. '["--trainer.max_steps=20"]'.
         fresh: Run everything anew, for instance because a dataset or a local LM has changed.
     """
     from instructedit.experiments import Experiment
 
-    Experiment.load(name, scale, seeds, rows, root, out, overrides, fresh).run()
+    Experiment.load(name, scale, seeds, rows, root, out, overrides, fresh, data).run()

@@ -38,6 +38,7 @@ class Experiment:
         out: Folder of the results page, tables and figures.
         overrides: Further options of every run.
         fresh: Run also what the store has.
+        data: Name of a config under configs/data/ that says where the records lie; None leaves that to the scale.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Experiment:
     out: Path
     overrides: tuple[str, ...] = ()
     fresh: bool = False
+    data: str | None = None
 
     @classmethod
     def load(
@@ -62,6 +64,7 @@ class Experiment:
         out: str | None = None,
         overrides: list[str] | None = None,
         fresh: bool = False,
+        data: str | None = None,
     ) -> Self:
         """Reads ``experiments/<name>/grid.yaml``.
 
@@ -85,7 +88,7 @@ class Experiment:
         wanted = rows or [key for key, row in grid.rows.items() if not row.hidden]
         experiment = cls(
             name, grid, scale, tuple(wanted), tuple(seeds or grid.seeds), figures,
-            Path(root), Path(out or f"outputs/{name}"), tuple(overrides or ()), fresh,
+            Path(root), Path(out or f"outputs/{_place(name, scale, data)}"), tuple(overrides or ()), fresh, data,
         )  # fmt: skip
         for key in grid.rows:
             experiment.configs(key)  # a file that is missing is missed now, not after hours
@@ -95,6 +98,7 @@ class Experiment:
     def command(self) -> str:
         """The command line that runs this experiment."""
         parts = ["instructedit", "experiment", self.name, "--scale", self.scale, "--seeds", json.dumps(self.seeds)]
+        parts += ["--data", self.data] if self.data else []
         if self.rows != tuple(key for key, row in self.grid.rows.items() if not row.hidden):
             parts += ["--rows", json.dumps(self.rows, ensure_ascii=False)]
         return shlex.join(
@@ -119,7 +123,8 @@ class Experiment:
             raise UserError(
                 f"row {name!r}: no config of the editor {editor!r}: neither of {', '.join(map(str, choices))}"
             )
-        return [*(grids.REPOSITORY / path for path in (*self.grid.configs, *scale.configs)), chosen]
+        data = [f"configs/data/{self.data}.yaml"] if self.data else []
+        return [*(grids.REPOSITORY / path for path in (*self.grid.configs, *scale.configs, *data)), chosen]
 
     def _own_configs(self, name: str) -> list[Path]:
         files = [grids.REPOSITORY / path for path in self.grid.rows[name].configs]
@@ -205,6 +210,11 @@ class Experiment:
             complain(f"row {name!r}", error)
             return False
         return bool(children)
+
+
+def _place(name: str, scale: str, data: str | None) -> str:
+    """Where an experiment's page goes: what was asked for beside the name stands in it."""
+    return "-".join([name, *([scale] if scale != "tiny" else []), *([data] if data else [])])
 
 
 def shared_titles(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:

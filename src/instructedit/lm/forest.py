@@ -62,6 +62,15 @@ class Forest:
         """Tokens of all trees, padding included."""
         return self.ids.numel()
 
+    def room(self, tokens: int) -> int:
+        """Tokens of a tree whose rows all go on for so many."""
+        return self.ids.shape[1] + int(self.of_rows.bincount().max()) * tokens
+
+    @property
+    def of_rows(self) -> Tensor:
+        """The tree of each row, [rows]."""
+        return torch.stack([places[0] for places in self.places]) // self.ids.shape[1]
+
     def inputs(self, device: torch.device, dtype: torch.dtype, behind: Tensor | None = None) -> dict[str, Tensor]:
         """What a model of this dtype is called with.
 
@@ -99,21 +108,25 @@ class Forest:
         return torch.cat(self.places)[starts[rows] + positions]
 
 
-def in_parts(rows: Sequence[list[int]], groups: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def in_parts(
+    rows: Sequence[list[int]], groups: Sequence[int], tokens: int, beside: Sequence[int] | None = None
+) -> Iterator[list[int]]:
     """Row numbers in parts whose trees have at most so many tokens (or of one row that has more).
 
     Args:
         rows: Token ids.
         groups: Of each row; rows of different groups share nothing.
         tokens: Of a part, before padding.
+        beside: What each row takes beside its own tokens.
     """
     part: list[int] = []
     total = 0
     for i, shared in _Steps.of(rows, groups):
-        new = len(rows[i]) - shared
+        more = beside[i] if beside else 0
+        new = len(rows[i]) - shared + more
         if part and total + new > tokens:
             yield part
-            part, total, new = [], 0, len(rows[i])
+            part, total, new = [], 0, len(rows[i]) + more
         part.append(i)
         total += new
     if part:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from instructedit.edits import ContextEdit, Edit, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import generation, hooks
-from instructedit.lm.decoding import Decoder, attends_to_all
+from instructedit.lm.decoding import Decoder, attends_to_all, roomy_cache
 from instructedit.lm.disk_cache import DiskCache, checksum
 from instructedit.lm.forest import Forest
 from instructedit.lm.loading import load_model, unknown_option
@@ -42,6 +42,7 @@ from instructedit.lm.sites import (
 from instructedit.lm.text import Text
 from instructedit.lm.thin import thin_products
 from instructedit.lm.tokens import TokenBatch, rows_of
+from instructedit.lm.tree_decoding import TreeDecoder
 from instructedit.metrics import row_mean
 
 #: Logits that are there at once: of so many positions at least, and of more within so many bytes of float32.
@@ -535,6 +536,19 @@ class FrozenLM:
         hooks.check_rows(edit, rows, count)
         return torch.arange(len(edit), device=self.device).expand(count) if rows is None else rows
 
+    def _named(self, edit: Edit | None, rows: Sequence[int] | Tensor | None) -> Tensor | None:
+        """What a caller says of which edit each row has, on the model's device.
+
+        Raises:
+            UserError: If there is no such edit.
+        """
+        if rows is None:
+            return None
+        index = torch.as_tensor(rows)  # looked at where it is: no device is waited for
+        if edit is not None and not ((index >= 0) & (index < len(edit))).all():
+            raise UserError(f"rows must name edits 0 to {len(edit) - 1}, got {index.tolist()}")
+        return index.to(self.device)
+
     def query(self, batch: TokenBatch, block: int) -> Tensor:
         """What a gate reads of each row's prompt: hidden states that enter a block, at its last token and on average.
 
@@ -636,10 +650,7 @@ class FrozenLM:
         Raises:
             UserError: If the model has no such sites, or (in a forward pass) rows and batch do not match.
         """
-        index = None if rows is None else torch.as_tensor(rows)  # looked at where it is: no device is waited for
-        if edit is not None and index is not None and not ((index >= 0) & (index < len(edit))).all():
-            raise UserError(f"rows must name edits 0 to {len(edit) - 1}, got {index.tolist()}")
-        index = None if index is None else index.to(self.device)
+        index = self._named(edit, rows)
         if not isinstance(edit, ContextEdit):
             with self._edited(edit, index):
                 yield self
@@ -706,7 +717,10 @@ class FrozenLM:
 
     # -- words ----------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: str | Sequence[str], max_new_tokens: int | Sequence[int] = 20, **unknown: Any) -> Any:
+    def generate(
+        self, prompts: str | Sequence[str], max_new_tokens: int | Sequence[int] = 20, edit: Edit | None = None,
+        rows: Sequence[int] | None = None, **unknown: Any,
+    ) -> Any:  # fmt: skip
         """What the model says next: at each step its most likely token, whatever its own generation settings are.
 
         Of these only the tokens that end a text are read.
@@ -714,6 +728,9 @@ class FrozenLM:
         Args:
             prompts: A prompt, or several.
             max_new_tokens: At most so many tokens each; or for each prompt its own number.
+            edit: Edits to apply, as inside of `edited`; prompts of one edit then share the work of what they begin
+                with.
+            rows: Which edit each prompt has.
             unknown: Refused; transformers' options have no say here.
 
         Returns:
@@ -727,8 +744,38 @@ class FrozenLM:
             raise UserError(f"generate: no option {next(iter(unknown))!r}; it is greedy, and `sample` draws")
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         rooms = [max_new_tokens] * len(several) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        texts = generation.generate(self, several, rooms)
+        texts = generation.generate(self, several, rooms, edit, rows)
         return texts[0] if isinstance(prompts, str) else texts
+
+    def decodes_trees(self, edit: Edit | None) -> bool:
+        """Whether prompts are continued in trees under these edits, with none applied by the caller."""
+        positionwise = edit is None or (edit.positionwise and not isinstance(edit, ContextEdit))
+        return positionwise and not self._worn and self._front is None and self._takes_beginnings
+
+    @torch.no_grad()
+    def continue_trees(
+        self, prompts: list[list[int]], rooms: Sequence[int], ends: Sequence[int], edit: Edit | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """The most likely tokens after prompts that stand in trees, one edit's prompts together.
+
+        Args:
+            prompts: Token ids.
+            rooms: New tokens of each, at most.
+            ends: Tokens that end a text.
+            edit: The edits.
+            rows: Which edit each prompt has; by default prompt i edit i, or all the only one.
+        """
+        one = edit is None or len(edit) == 1
+        index = None if edit is None or one else self._index(edit, self._named(edit, rows), len(prompts))
+        forest = Forest.fitting(prompts, None if index is None else index.tolist())
+        cache = roomy_cache(self.model.config, forest.room(max(rooms)))
+        applied = None if one else forest.groups.to(self.device)
+        with self._edited(edit, applied), thin_products(self.model.modules()):
+            decoder = TreeDecoder(
+                forest, lambda inputs: self._above(inputs, 0, None), self.head, cache, self.model.dtype, self.device
+            )
+            return decoder(rooms, ends)
 
     def sample(
         self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], top_k: int | None = 5,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm.decoding import Choice, Draw, draws, likeliest
 from instructedit.lm.disk_cache import AT_REST
@@ -45,12 +46,23 @@ class Drawing:
 
 
 @torch.inference_mode()
-def generate(lm: FrozenLM, prompts: Sequence[str], rooms: Sequence[int]) -> list[str]:
+def generate(
+    lm: FrozenLM, prompts: Sequence[str], rooms: Sequence[int], edit: Edit | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[str]:  # fmt: skip
     """The most likely token at each step, at most `rooms` of them (see `FrozenLM.generate`)."""
     if len(rooms) != len(prompts):
         raise UserError(f"max_new_tokens has {len(rooms)} numbers for {len(prompts)} prompts")
     ends = _ends(lm)
-    return _said(lm, prompts, rooms, lambda rows, ids, own: lm.decoder(ids, own, likeliest, ends))
+
+    def go_on(which: list[int], ids: list[list[int]], own: list[int]) -> list[list[int]]:
+        if lm.decodes_trees(edit):
+            groups = None if rows is None else [rows[i] for i in which]
+            return lm.continue_trees(ids, own, ends, edit, groups)
+        return lm.decoder(ids, own, likeliest, ends)
+
+    with nullcontext() if lm.decodes_trees(edit) else lm.edited(edit, rows):
+        return _said(lm, prompts, rooms, go_on)
 
 
 @torch.inference_mode()

@@ -1,0 +1,94 @@
+"""Greedy decoding of prompts that stand in trees of tokens: what prompts of one edit begin with is read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instructedit.errors import UserError
+from instructedit.lm.forest import Forest
+
+
+class TreeDecoder:
+    """Continues prompts token by token, each new token a leaf of its prompt's tree.
+
+    Args:
+        forest: The prompts' trees.
+        forward: From a model's inputs to the states that leave its last block, [trees, tokens, hidden]; the model has
+            the cache and the edits that its trees are to have.
+        head: From states, [positions, hidden], to logits.
+        cache: Of keys and values, empty.
+        dtype: Of the model.
+        device: Where it is.
+    """
+
+    def __init__(
+        self, forest: Forest, forward: Callable[[dict[str, Any]], Tensor], head: Callable[[Tensor], Tensor],
+        cache: Any, dtype: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.forest, self.forward, self.head, self.cache = forest, forward, head, cache
+        self.dtype, self.device = dtype, device
+        width = forest.ids.shape[1]
+        self._tree: list[int] = forest.of_rows.tolist()
+        self._sees = torch.zeros(len(forest.places), width, dtype=torch.bool)  # of each row, among all that is cached
+        for row, places in zip(self._sees, forest.places, strict=True):
+            row[places % width] = True
+
+    @torch.no_grad()
+    def __call__(self, rooms: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
+        """The token ids that follow each prompt, the one that ends it included.
+
+        Args:
+            rooms: New tokens of each row, at most.
+            ends: Tokens that end a text.
+
+        Raises:
+            UserError: If the model gives no numbers (NaN).
+        """
+        states = self.forward(self.forest.inputs(self.device, self.dtype) | {"past_key_values": self.cache})
+        lasts = torch.stack([places[-1] for places in self.forest.places]).to(self.device)
+        new: list[list[int]] = [[] for _ in rooms]
+        live, stops = list(range(len(rooms))), set(ends)
+        chosen = self._chosen(states.flatten(0, 1)[lasts])
+        while live:
+            for i, token in zip(live, chosen, strict=True):
+                new[i].append(token)
+            live = [i for i in live if len(new[i]) < rooms[i] and new[i][-1] not in stops]
+            if live:
+                chosen = self._step(live, new)
+        return new
+
+    def _step(self, live: list[int], new: list[list[int]]) -> list[int]:
+        """Reads the last new token of the rows that go on, and gives their next ones."""
+        slots = [0] * len(self.forest.ids)
+        at = []
+        for i in live:
+            at.append((self._tree[i], slots[self._tree[i]]))
+            slots[self._tree[i]] += 1
+        trees, places = (torch.tensor(part) for part in zip(*at, strict=True))
+        wide = max(slots)
+        ids = torch.zeros(len(slots), wide, dtype=torch.long)
+        positions = torch.zeros_like(ids)
+        ids[trees, places] = torch.tensor([new[i][-1] for i in live])
+        positions[trees, places] = torch.tensor([len(self.forest.places[i]) + len(new[i]) - 1 for i in live])
+        own = torch.zeros(len(self._sees), wide, dtype=torch.bool)
+        own[live, places] = True
+        self._sees = torch.cat([self._sees, own], -1)
+        sees = torch.zeros(*ids.shape, self._sees.shape[1], dtype=torch.bool)
+        sees[:, :, -wide:] = torch.eye(wide, dtype=torch.bool)  # an empty slot sees itself
+        sees[trees, places] = self._sees[live]
+        mask = torch.zeros(sees.shape, dtype=self.dtype).masked_fill_(~sees, torch.finfo(self.dtype).min)
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask.unsqueeze(1)}
+        inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        states = self.forward(inputs | {"past_key_values": self.cache})
+        return self._chosen(states[trees.to(self.device), places.to(self.device)])
+
+    def _chosen(self, states: Tensor) -> list[int]:
+        logits = self.head(states)
+        if logits.amax(-1).isnan().any():
+            raise UserError("the model's logits are not numbers (NaN): no text can be made of them")
+        tokens: list[int] = logits.argmax(-1).tolist()
+        return tokens
