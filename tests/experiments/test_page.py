@@ -80,7 +80,7 @@ def test_the_page_of_a_run(made_page):
     for said in (
         f"A try {EVIL}", f"Why {EVIL}?", "instructedit experiment try --scale one --seeds '[3, 4]'", "MEND <i>",
         "one", "3, 4", "torch ", "commit ", "Reliability", "p (Holm)", "paper: published figures for Big",
-        "config of MEND <i>", "class_path: instructedit.editors.mend.Mend", "finished",
+        "config of MEND <i>", "class_path: instructedit.editors.ft_l.FtL", "finished",
     ):  # fmt: skip
         assert said in read.text, said
     assert read.tags.count("img") == 2  # metrics, areas
