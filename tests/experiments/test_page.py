@@ -57,7 +57,7 @@ def made_page(made, tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     for folder in ("configs", "experiments"):
         shutil.copytree(made / folder, root / folder)
-    rows = {"unedited": GRID["rows"]["unedited"], "MEND <i>": GRID["rows"]["FT-L (raw)"]}
+    rows = {"unedited": GRID["rows"]["unedited"], "MEND <i>": GRID["rows"]["MEND"]}
     spec = GRID | {
         "title": f"A try {EVIL}",
         "note": f"Why {EVIL}?",
@@ -80,7 +80,7 @@ def test_the_page_of_a_run(made_page):
     for said in (
         f"A try {EVIL}", f"Why {EVIL}?", "instructedit experiment try --scale one --seeds '[3, 4]'", "MEND <i>",
         "one", "3, 4", "torch ", "commit ", "Reliability", "p (Holm)", "paper: published figures for Big",
-        "config of MEND <i>", "class_path: instructedit.editors.ft_l.FtL", "finished",
+        "config of MEND <i>", "class_path: instructedit.editors.mend.Mend", "finished",
     ):  # fmt: skip
         assert said in read.text, said
     assert read.tags.count("img") == 2  # metrics, areas
