@@ -57,7 +57,7 @@ def made_page(made, tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     for folder in ("configs", "experiments"):
         shutil.copytree(made / folder, root / folder)
-    rows = {"unedited": GRID["rows"]["unedited"], "MEND <i>": GRID["rows"]["FT-L (raw)"]}
+    rows = {"unedited": GRID["rows"]["unedited"], "MEND <i>": GRID["rows"]["MEND"]}
     spec = GRID | {
         "title": f"A try {EVIL}",
         "note": f"Why {EVIL}?",
