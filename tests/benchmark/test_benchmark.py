@@ -214,5 +214,17 @@ def test_the_command_writes_its_figures(bench, monkeypatch, tmp_path):
     assert {row["measure"] for row in figures["rows"]} == {"train"}
     assert "platform" in figures["machine"]
     assert "× plain" in printed.getvalue()
-    with pytest.raises(UserError, match=r"no shape 'huge'.*6x256"):
+
+
+def test_a_shape_that_is_none_and_a_model_that_is_none(capsys):
+    assert main(["benchmark", "--shapes=[huge]"]) == 2
+    assert "no shape 'huge'; there are: 6x256" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no model 'huge'"):
         measure(Setting("huge"))
+
+
+def test_a_real_model_is_measured_by_its_name(monkeypatch):
+    setting = Setting("tiny", rank=8, edits=2, fluency_tokens=2, threads=1)
+    rows = measure(setting, 1, ["train", "one"])
+    assert {row["shape"] for row in rows} == {"tiny"}
+    assert all(row["rate"] > 0 for row in rows)

@@ -47,11 +47,11 @@ LEAN = Lean()
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with random weights.
+    """A model with random weights, or a real one.
 
     Attributes:
-        architecture: Sort of blocks.
-        layers, width, heads, vocab: Its size.
+        architecture: Sort of blocks; ``real``: the model of the setting's name is loaded.
+        layers, width, heads, vocab: Its size, if its weights are random.
         dtype: Of the LM.
         gpu: Whether it is meant for a GPU alone.
         batch: Edits that the engine works on at once, unless told otherwise.
@@ -59,10 +59,10 @@ class Shape:
         lean: The same where little memory is wanted.
     """
 
-    architecture: Literal["gpt2", "llama"]
-    layers: int
-    width: int
-    heads: int
+    architecture: Literal["gpt2", "llama", "real"]
+    layers: int = 0
+    width: int = 0
+    heads: int = 0
     vocab: int = 50257
     dtype: str = "float32"
     gpu: bool = False
@@ -86,7 +86,7 @@ class Setting:
     """What is timed.
 
     Attributes:
-        shape: One of `SHAPES`.
+        shape: One of `SHAPES`, or a model's name, folder or hub id.
         rank: Of the hypernetwork (paper: 1920).
         edits: Edits in a run.
         batch: Edits that the engine works on at once; in training their gradients are summed over the run, as
@@ -108,18 +108,20 @@ class Setting:
     device: str = "cpu"
     threads: int = 2
 
+    @property
+    def model(self) -> Shape:
+        """What is known of the model before it is there."""
+        return SHAPES.get(self.shape, Shape("real"))
+
 
 class Bench:
     """The same LM, hypernetwork, records and optimiser for both."""
 
     def __init__(self, setting: Setting) -> None:
         torch.set_num_threads(setting.threads)
-        shape = SHAPES[setting.shape]
-        _, tokenizer = load_model("tiny")
-        recipe = Recipe(shape.architecture, 0, 0, shape.width, shape.layers, shape.heads, shape.vocab, 256)
-        model = new_model(recipe, tokenizer.eos_token_id).to(getattr(torch, shape.dtype))
+        shape = setting.model
         self.setting = setting
-        self.lm = FrozenLM(model, tokenizer, setting.shape).to(setting.device)
+        self.lm = _lm(setting).to(setting.device)
         torch.manual_seed(0)
         editor = build_editor("mend", self.lm, rank=setting.rank)
         assert isinstance(editor, Mend)
@@ -163,7 +165,7 @@ class Bench:
 
     def train_cold(self) -> None:
         """The same pass batch by batch, the prefix cache empty."""
-        self.lm.cache.clear()
+        self.lm.forget()
         self._train(self.batches)
 
     def train_warm(self) -> None:
@@ -197,7 +199,7 @@ class Bench:
 
     def evaluate_cold(self) -> None:
         """The same batch by batch, the prefix cache empty."""
-        self.lm.cache.clear()
+        self.lm.forget()
         self._evaluate(self.size, self.tokens)
 
     def evaluate_warm(self) -> None:
@@ -221,12 +223,21 @@ class Bench:
 
     def one_cold(self) -> None:
         """The same."""
-        self.lm.cache.clear()
+        self.lm.forget()
         self.editor.edit([self.records[0].request])
 
     def one_warm(self) -> None:
         """The same, its prompt known."""
         self.editor.edit([self.records[0].request])
+
+
+def _lm(setting: Setting) -> FrozenLM:
+    shape = setting.model
+    if shape.architecture == "real":
+        return FrozenLM.from_pretrained(setting.shape, shape.dtype)
+    _, tokenizer = load_model("tiny")
+    recipe = Recipe(shape.architecture, 0, 0, shape.width, shape.layers, shape.heads, shape.vocab, 256)
+    return FrozenLM(new_model(recipe, tokenizer.eos_token_id).to(getattr(torch, shape.dtype)), tokenizer, setting.shape)
 
 
 def parts(whole: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from instructedit.benchmark.bench import ACCUMULATE, SHAPES, Bench, Setting, parts
+from instructedit.benchmark.bench import ACCUMULATE, Bench, Setting, parts
 from instructedit.benchmark.memory import in_own_process, peak_memory, watched
 from instructedit.benchmark.roofline import Rates, counted
-from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.records import EditRecord
 from instructedit.tasks import load_records
@@ -38,8 +37,6 @@ def measure(setting: Setting, repeats: int = 5, names: Iterable[str] = MEASURES)
         median of the ratios run by run), ``gflop`` and ``gbyte`` a run, ``floor_share`` (time that these take at
         the machine's measured rates ÷ time taken), and ``memory_mb`` above LM, editor and Adam.
     """
-    if setting.shape not in SHAPES:
-        raise UserError(f"benchmark: no shape {setting.shape!r}; there are: {', '.join(SHAPES)}")
     bench, rows = Bench(setting), []
     rates = machine_rates(setting)
     parameters = sum(p.numel() for p in bench.editor.parameters())
@@ -83,7 +80,7 @@ def _wait(setting: Setting) -> None:
 def machine_rates(setting: Setting, seconds: float = 1.0) -> Rates:
     """What the machine does at best, the products in the LM's dtype."""
     size = 8192 if setting.device.startswith("cuda") else 1536
-    kind = getattr(torch, SHAPES[setting.shape].dtype)
+    kind = getattr(torch, setting.model.dtype)
     a, b = (torch.randn(size, size, device=setting.device, dtype=kind) for _ in range(2))
     source = torch.zeros(64 << 20, device=setting.device)
     target = torch.empty_like(source)
@@ -114,7 +111,7 @@ def many_edits(setting: Setting, counts: Sequence[int]) -> list[dict[str, float]
 
 def _so_many_edits(setting: Setting, count: int) -> dict[str, float]:
     bench = Bench(setting)
-    bench.lm.cache.max_bytes = 0
+    bench.lm.cache.max_bytes = bench.lm.beginnings.max_bytes = 0
     records = [record for task in ("counterfact", "zsre") for record in load_records(task, "tiny", "train")[0][:5]]
     quick = Evaluation(generate=False, fluency_tokens=0)
 

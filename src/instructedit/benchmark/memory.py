@@ -76,7 +76,7 @@ def _peak(setting: Setting, name: str, variant: str) -> float:
     bench = Bench(setting)
     bench.run(name, variant)  # makes Adam's moments, and loads the code: neither is counted
     if variant == "cold":
-        bench.lm.cache.clear()
+        bench.lm.forget()
     gc.collect()
     with watched(setting) as peak:
         bench.run(name, variant)

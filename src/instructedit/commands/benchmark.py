@@ -7,6 +7,7 @@ from typing import Literal
 
 def main(
     shapes: list[str] | None = None,
+    lm: str | None = None,
     json: str | None = None,
     rank: int = 1920,
     edits: int = 32,
@@ -22,12 +23,14 @@ def main(
 ) -> None:
     """Training, evaluation, one edit's latency and peak memory: the engine beside a plain implementation.
 
-    Both have the same random weights, records, hypernetwork rank and threads, and run in turn; rates are medians. The
-    plain one makes one edit at a time, with whole forward passes, logits at every position and dense updates.
+    Both have the same weights (random ones, or with --lm a real model's), records, hypernetwork rank and threads, and
+    run in turn; rates are medians. The plain one makes one edit at a time, with whole forward passes, logits at every
+    position and dense updates.
 
     Args:
         shapes: Of 6x256, 12x768, 48-narrow, 4x512-gated; on a GPU also gpt2-xl and llama-2-7b. The small four by
             default, all on a GPU.
+        lm: A real model instead: its name, folder or hub id.
         json: File for all figures and the machine's description.
         rank: Of the hypernetwork.
         edits: Edits in a run.
@@ -44,8 +47,13 @@ def main(
     from instructedit.benchmark.bench import SHAPES, Setting
     from instructedit.benchmark.measure import MEASURES, many_edits, measure
     from instructedit.benchmark.report import report
+    from instructedit.errors import UserError
 
-    chosen = shapes or [name for name, shape in SHAPES.items() if device != "cpu" or not shape.gpu]
+    if unknown := [name for name in shapes or () if name not in SHAPES]:
+        raise UserError(f"benchmark: no shape {unknown[0]!r}; there are: {', '.join(SHAPES)}; --lm takes a real model")
+    chosen = [*(shapes or ()), *([lm] if lm else [])] or [
+        name for name, shape in SHAPES.items() if device != "cpu" or not shape.gpu
+    ]
     settings = [
         Setting(name, rank, edits, batch, tokens, instructions, fluency_tokens, device, threads) for name in chosen
     ]

@@ -164,9 +164,13 @@ class FrozenLM:
         """Moves the model (the one change it allows), unless a ``device_map`` has put it where it is."""
         if not self._stays and torch.device(device) != self.device:
             self.model.to(torch.device(device))
-            self.cache.clear()
-            self.beginnings.clear()
+            self.forget()
         return self
+
+    def forget(self) -> None:
+        """Empties the caches in memory: states below a block, and what prompts begin with."""
+        self.cache.clear()
+        self.beginnings.clear()
 
     @property
     def source(self) -> str:
