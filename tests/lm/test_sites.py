@@ -9,7 +9,7 @@ from torch import nn
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, TokenBatch
-from instructedit.lm.sites import add_to_weight, find_blocks, find_sites
+from instructedit.lm.sites import add_to_weight, find_blocks, find_layout
 
 COMMON = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -193,21 +193,37 @@ def test_missing_blocks_are_named(block):
 
 
 class Bare(nn.Module):
-    def __init__(self, layers):
+    def __init__(self):
         super().__init__()
-        self.config = hf.GPT2Config(**GPT)
-        if layers:
-            self.layers = nn.ModuleList(nn.MultiheadAttention(32, 4) for _ in range(layers))
+        self.embedding = nn.Embedding(97, 32)
+
+    def get_input_embeddings(self):
+        return self.embedding
 
 
-@pytest.mark.parametrize(("layers", "message"), [(3, "no MLP"), (0, "no list of transformer blocks")])
-def test_models_without_mlps_are_refused(layers, message):
-    with pytest.raises(UserError, match=f"Bare: {message}"):
-        find_sites(Bare(layers))
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(UserError, match="Bare: no list of transformer blocks"):
+        find_layout(Bare())
 
 
-def test_experts_that_are_no_linear_layers_are_refused():
-    model = hf.AutoModelForCausalLM.from_config(hf.MixtralConfig(**COMMON, num_local_experts=2))
-    assert find_blocks(model)[0] == "model.layers"
-    with pytest.raises(UserError, match="no MLP with linear layers"):
-        find_sites(model)
+def test_a_model_without_feed_forward_layers_is_refused():
+    config = hf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, state_size=4)
+    with pytest.raises(UserError, match="MambaForCausalLM: its blocks have no feed-forward layer of their own"):
+        find_layout(hf.MambaForCausalLM(config))
+
+
+def test_routed_experts_are_refused_where_they_are_chosen():
+    lm = model_of(hf.MixtralConfig(**COMMON, num_local_experts=2))
+    assert find_blocks(lm.model)[0] == "model.layers"
+    with pytest.raises(UserError, match=r"block 3: model\.layers\.3\.mlp\.experts holds routed experts.*all its blocks"):
+        lm.select(blocks=[-1, -2])
+
+
+def test_dense_blocks_of_a_model_with_routed_experts_can_be_edited():
+    lm = model_of(hf.Qwen3MoeConfig(**COMMON, num_experts=2, num_experts_per_tok=1, mlp_only_layers=[0, 4]))
+    assert {s.block for s in lm.select(blocks=[0, -1])} == {0, 4}
+    with pytest.raises(UserError, match="block 1: .*choose among the blocks without: 0, 4"):
+        lm.select(blocks=[0, 1])
+    with pytest.raises(UserError, match="block 1: "):
+        lm.select()
+    assert {s.block for s in lm.select(["*.mlp.down_proj"])} == {0, 4}  # named, so it is known what is edited

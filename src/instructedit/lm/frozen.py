@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from instructedit.edits import ContextEdit, Edit
 from instructedit.errors import UserError
-from instructedit.lm import hooks
+from instructedit.lm import hooks, tryout
 from instructedit.lm.decoding import TopKDraw, attends_to_all, draws, roomy_cache
 from instructedit.lm.disk_cache import AT_REST, DiskCache, checksum
 from instructedit.lm.forest import Forest
@@ -28,12 +27,14 @@ from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
 from instructedit.lm.readout import positionwise
 from instructedit.lm.sites import (
+    Layout,
     Site,
     add_to_weight,
     dense_weight,
     find_blocks,
+    find_layout,
     find_linear_layers,
-    find_sites,
+    select_feed_forward,
     select_sites,
 )
 from instructedit.lm.thin import thin_products
@@ -111,6 +112,7 @@ class FrozenLM:
         disk = DiskCache(cache_dir, cache_disk_bytes, cache_dtype, self._cached_as) if cache_dir else None
         self.cache = PrefixCache(cache_bytes, disk)
         self.checkpoint = checkpoint
+        self._resumes: dict[int, bool] = {}
         self._worn = 0  # edits that the model's layers wear now
         self._front: tuple[ContextEdit, Tensor | None] | None = None  # what stands in front of prompts now
 
@@ -165,7 +167,14 @@ class FrozenLM:
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """All edit sites, from the bottom up."""
-        return find_sites(self.model)
+        return self._layout.sites
+
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        with hooks.bare(self.model.modules()):
+            layout = find_layout(self.model)
+            tryout.check(self.model, self.blocks, self.head)
+        return layout
 
     def select(
         self, names: Sequence[str] | None = None, blocks: Sequence[int] | None = None, every: bool = False
@@ -176,8 +185,13 @@ class FrozenLM:
             names: Names or patterns.
             blocks: Block numbers.
             every: Choose among all linear layers of the blocks, not only those of MLPs.
+
+        Raises:
+            UserError: If a name or a block matches nothing, or a chosen block's experts are routed.
         """
-        return select_sites(find_linear_layers(self.model) if every else self.sites, names, blocks)
+        if every:
+            return select_sites(find_linear_layers(self.model), names, blocks, len(self.blocks))
+        return select_feed_forward(self._layout, names, blocks, len(self.blocks))
 
     def first_block(self, sites: Sequence[str]) -> int:
         """The lowest block that holds one of the sites (0 without any): everything below it is the prefix.
@@ -188,6 +202,13 @@ class FrozenLM:
         if unknown := [s for s in sites if s not in self._block_of]:
             raise UserError(f"{self.name} has no edit site {unknown[0]!r}; its last one is {self.sites[-1].name!r}")
         return min((self._block_of[s] for s in sites), default=0)
+
+    def _resumed(self, block: int) -> int:
+        """The block that runs first where blocks below `block` need not: 0 if those above need more than its input."""
+        if block and block not in self._resumes:
+            with hooks.bare(self.model.modules()):
+                self._resumes[block] = tryout.resumes(self.model, self.blocks, block, self._tuples)
+        return block if self._resumes.get(block) else 0
 
     @functools.cached_property
     def _block_of(self) -> dict[str, int]:
@@ -301,6 +322,7 @@ class FrozenLM:
         return Judged(*map(torch.cat, zip(*self.cache.recalled("judged", keys, judge), strict=True)))
 
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
+        start = self._resumed(start)
         return self._above(batch, start, self.prefix(batch, start) if start else None)
 
     def _above(self, batch: TokenBatch, start: int, hidden: Tensor | None) -> Tensor:
@@ -315,7 +337,7 @@ class FrozenLM:
         The model's own final norm, head, and what else it does after its blocks.
         """
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
-        bare = hooks.hooked({block: OrderedDict() for block in self.blocks})  # no block runs for whoever looks on
+        bare = hooks.bare(self.blocks)
         replayed = hooks.replayed(self.blocks, len(self.blocks), states.unsqueeze(1), self._tuples)
         with bare, replayed, self._own_dtype(), thin_products([self.model.get_output_embeddings()]):
             logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -434,12 +456,12 @@ class FrozenLM:
         seen: dict[str, Seen] = {}
 
         def keep(site: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            whole = (args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output)
+            whole = (args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple | list) else output)
             seen[site] = Seen(*(t.reshape(len(batch), -1, t.shape[-1]) for t in whole))
             if len(seen) == len(sites):
                 raise hooks.Enough
 
-        start = self.first_block([*sites, *(edit.sites if edit else ())])
+        start = self._resumed(self.first_block([*sites, *(edit.sites if edit else ())]))
         hidden = self.prefix(batch, start) if cached and start else None
         with self._edited(edit, rows), ExitStack() as stack, suppress(hooks.Enough):
             for site in sites:  # after the edit's own hooks, whose outputs they see
@@ -450,6 +472,7 @@ class FrozenLM:
         return seen
 
     def _states(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
+        start = self._resumed(start)
         hidden = self.prefix(batch, start) if start else None
         with self._edited(edit, rows):
             return self._above(batch, start, hidden)[batch.answer_at]
@@ -472,7 +495,7 @@ class FrozenLM:
         def apart(flat: Tensor) -> Tensor:
             return flat.reshape(len(batch), -1, flat.shape[-1])  # some MLPs see all rows as one
 
-        start = self.first_block(sites)
+        start = self._resumed(self.first_block(sites))
         with torch.enable_grad(), self._own_dtype(), ExitStack() as stack:
             # A clone, since states that a cache gives may have been made in inference mode.
             hidden = self.prefix(batch, start).clone().requires_grad_()

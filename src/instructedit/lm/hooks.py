@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def output_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
     """The hidden states that leave a block when `forward` runs the model; nothing above it runs."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        raise Enough(output[0] if isinstance(output, tuple) else output)
+        raise Enough(output[0] if isinstance(output, tuple | list) else output)
 
     return _caught(block.register_forward_hook(hook), forward)
 
@@ -116,6 +117,11 @@ def hooked(then: Mapping[nn.Module, Any]) -> Iterator[None]:
             module._forward_hooks = hooks
 
 
+def bare(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Inside, the modules wear nothing: no edit, and no hook of whoever looks on."""
+    return hooked({module: OrderedDict() for module in modules})
+
+
 @contextmanager
 def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module runs `forward` in place of its own."""
@@ -135,21 +141,33 @@ def worn(model: nn.Module, edit: Edit | None, rows: Tensor | None) -> Iterator[N
     if edit is None:
         yield
         return
+    batch = _BatchSize()
     with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(batch.note, with_kwargs=True).remove)
         for site in edit.sites:
-            hook = functools.partial(_wear, edit, site, rows)
+            hook = functools.partial(_wear, edit, site, rows, batch)
             stack.callback(model.get_submodule(site).register_forward_hook(hook).remove)
         yield
 
 
+class _BatchSize:
+    """How many rows the model runs on: a layer that sees all positions as one row cannot tell."""
+
+    rows = 1
+
+    def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        self.rows = next(len(tensor) for tensor in given if tensor is not None)
+
+
 def _wear(
-    edit: Edit, site: str, rows: Tensor | None, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
+    edit: Edit, site: str, rows: Tensor | None, batch: _BatchSize, layer: nn.Module, args: tuple[Tensor, ...],
+    output: Tensor,
+) -> Tensor:  # fmt: skip
     inputs = args[0]
     if inputs.ndim == 2:  # an MLP that sees all rows as one, such as OPT's
-        count = len(edit) if rows is None else len(rows)
-        apart = [t.reshape(count, -1, t.shape[-1]) for t in (inputs, output)]
-        return _wear(edit, site, rows, layer, (apart[0],), apart[1]).reshape(output.shape)
+        apart = [t.reshape(batch.rows, -1, t.shape[-1]) for t in (inputs, output)]
+        return _wear(edit, site, rows, batch, layer, (apart[0],), apart[1]).reshape(output.shape)
     check_rows(edit, rows, inputs.shape[0])
     return edit.change(site, inputs, output, rows)
 
@@ -172,7 +190,7 @@ def check_rows(edit: Edit, rows: Tensor | None, count: int) -> None:
 def gives_tuple(block: nn.Module, forward: Callable[[], Any]) -> bool:
     """Whether a block returns a tuple that opens with the hidden states, or these alone: architectures differ."""
     found: list[bool] = []
-    handle = block.register_forward_hook(lambda module, args, output: found.append(type(output) is tuple))
+    handle = block.register_forward_hook(lambda module, args, output: found.append(isinstance(output, tuple | list)))
     try:
         with torch.no_grad():
             forward()
