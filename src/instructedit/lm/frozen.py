@@ -160,14 +160,19 @@ class FrozenLM:
         return find_blocks(self.model)[0]
 
     @functools.cached_property
-    def _tuples(self) -> bool:
+    def _tuples(self) -> int:
         one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-        return hooks.gives_tuple(self.blocks[0], lambda: self.model(input_ids=one, attention_mask=one, use_cache=False))
+        return hooks.values_of(self.blocks[0], lambda: self.model(input_ids=one, attention_mask=one, use_cache=False))
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """All edit sites, from the bottom up."""
         return self._layout.sites
+
+    @property
+    def width(self) -> int:
+        """Size of the hidden states between blocks (the embedding may be narrower)."""
+        return self._layout.width
 
     @functools.cached_property
     def _layout(self) -> Layout:
@@ -190,7 +195,7 @@ class FrozenLM:
             UserError: If a name or a block matches nothing, or a chosen block's experts are routed.
         """
         if every:
-            return select_sites(find_linear_layers(self.model), names, blocks, len(self.blocks))
+            return select_sites(find_linear_layers(self.model, self.width), names, blocks, len(self.blocks))
         return select_feed_forward(self._layout, names, blocks, len(self.blocks))
 
     def first_block(self, sites: Sequence[str]) -> int:

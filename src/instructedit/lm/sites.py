@@ -49,10 +49,12 @@ class Layout:
     Attributes:
         sites: The feed-forward matrices of its blocks, from the bottom up.
         routed: Number of each block whose feed-forward layer holds routed experts → name of the module that does.
+        width: Of the residual stream.
     """
 
     sites: tuple[Site, ...]
     routed: Mapping[int, str]
+    width: int
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -109,7 +111,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
     named = {f"{prefix}.{i}": block for i, block in enumerate(blocks)}
     parts = {f"{name}.{part}".rstrip("."): m for name, block in named.items() for part, m in block.named_modules()}
     with watched(model, parts) as runs:
-        check_blocks(model, [runs[name] for name in named])
+        width = check_blocks(model, [runs[name] for name in named])
         for number, (name, block) in enumerate(named.items()):
             layers, experts = feed_forward(block, name, runs)
             if experts:
@@ -119,11 +121,11 @@ def find_layout(model: PreTrainedModel) -> Layout:
             sites += [_site(n, number, parts[n], n == lasts[home], home) for n, home in layers.items()]
     if not sites and not routed:
         raise UserError(f"{type(model).__name__}: its blocks have no feed-forward layer of their own; it cannot be edited")
-    return Layout(tuple(sites), routed)
+    return Layout(tuple(sites), routed, width)
 
 
-def check_blocks(model: PreTrainedModel, runs: Sequence[Sequence[Run]]) -> None:
-    """Whether the blocks run once each, on one state for each token.
+def check_blocks(model: PreTrainedModel, runs: Sequence[Sequence[Run]]) -> int:
+    """The width of the residual stream; and whether the blocks run once each, on one state for each token.
 
     Args:
         model: The model.
@@ -141,6 +143,7 @@ def check_blocks(model: PreTrainedModel, runs: Sequence[Sequence[Run]]) -> None:
             f"{kind}: its blocks see states of the shape {shape} for one row of {len(TOKENS)} tokens, not one state for "
             "each token; it cannot be edited"
         )
+    return shape[-1]
 
 
 def _site(name: str, block: int, layer: nn.Module, output: bool, mlp: str) -> Site:
@@ -148,10 +151,14 @@ def _site(name: str, block: int, layer: nn.Module, output: bool, mlp: str) -> Si
     return Site(name, block, inside, outside, isinstance(layer, Conv1D), output, mlp)
 
 
-def find_linear_layers(model: PreTrainedModel) -> tuple[Site, ...]:
-    """Every linear layer of every block, attention's among them, from the bottom up: what an adapter may change."""
+def find_linear_layers(model: PreTrainedModel, width: int) -> tuple[Site, ...]:
+    """Every linear layer of every block, attention's among them, from the bottom up: what an adapter may change.
+
+    Args:
+        model: The model.
+        width: Of its residual stream.
+    """
     prefix, blocks = find_blocks(model)
-    width = model.get_input_embeddings().weight.shape[-1]
     return tuple(
         _site(f"{prefix}.{i}.{name}", i, layer, shape[1] == width, f"{prefix}.{i}.{name}".rpartition(".")[0])
         for i, block in enumerate(blocks)

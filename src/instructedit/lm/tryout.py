@@ -47,7 +47,7 @@ def check(model: PreTrainedModel, blocks: nn.ModuleList, head: Callable[[Tensor]
 
 
 @torch.no_grad()
-def resumes(model: PreTrainedModel, blocks: nn.ModuleList, start: int, as_tuple: bool) -> bool:
+def resumes(model: PreTrainedModel, blocks: nn.ModuleList, start: int, values: int) -> bool:
     """Whether the blocks from `start` need nothing of those below but the hidden states (keys and values, for one)."""
     inputs = _inputs(model)
 
@@ -56,7 +56,7 @@ def resumes(model: PreTrainedModel, blocks: nn.ModuleList, start: int, as_tuple:
 
     entered, expected = hooks.input_of(blocks[start], run), hooks.output_of(blocks[-1], run)
     try:
-        with hooks.replayed(blocks, start, entered, as_tuple):
+        with hooks.replayed(blocks, start, entered, values):
             found = hooks.output_of(blocks[-1], run)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
         return False

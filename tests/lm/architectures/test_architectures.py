@@ -1,0 +1,184 @@
+"""What an edit promises, on every causal LM that the installed transformers can build."""
+
+import functools
+
+import pytest
+import torch
+from tests.lm.architectures.survey import PAGE, found
+from tests.lm.architectures.tiny import CLASSES, NAMES, NOT_TRIED, tiny_config, tiny_lm
+from tests.reference import assert_untouched, footprint, greedy, oriented, plain_model, random_factors
+from torch import nn
+
+from instructedit.edits import Factors, LowRankEdit
+from instructedit.errors import UserError
+from instructedit.lm.architectures import STATUS, architectures, markdown
+from instructedit.lm.forest import Forest
+
+KNOWN = architectures()
+EDITABLE = [name for name in NAMES if KNOWN[name].sites]
+PROMPTS = ["The capital of France is", "Who wrote", "The people of the city like a"]
+PAIRS = [(PROMPTS[0], "Lyon"), (PROMPTS[1], "the man of the sea"), (PROMPTS[2], "cats")]
+NEW = 4
+CLOSE = {"atol": 1e-4, "rtol": 1e-3}
+
+each = pytest.mark.parametrize("name", EDITABLE)
+
+
+@functools.cache
+def sites(name):
+    """Those of the two highest blocks that have any, as an editor would choose them."""
+    lm = tiny_lm(name)
+    top = sorted({site.block for site in lm.sites})[-2:]
+    return lm.select(blocks=top)
+
+
+@functools.cache
+def factors(name):
+    return random_factors(sites(name), len(PAIRS), 2)
+
+
+def edit_of(name):
+    return LowRankEdit({site: Factors(*pair) for site, pair in factors(name).items()})
+
+
+@functools.cache
+def merged(name, number):
+    """A copy of the plain model with the dense edit in its weights, made without the code under test."""
+    model = plain_model(tiny_lm(name))
+    for site, (a, b) in factors(name).items():
+        layer = model.get_submodule(site)
+        layer.weight.data += oriented(layer, b[number].T @ a[number])
+    return model
+
+
+def plain_logits(model, batch, row):
+    """At the answer positions of one row, alone and without padding."""
+    size = batch.lengths[row]
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids[row : row + 1, :size]).logits[0]
+    return logits[batch.labels[row, :size] != -100]
+
+
+def test_everything_is_known():
+    assert KNOWN.keys() == CLASSES.keys()
+    assert {name for name, row in KNOWN.items() if row.not_tried} == NOT_TRIED.keys()
+    assert {row.status for row in KNOWN.values()} == set(STATUS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sites_are_those_of_the_table(name):
+    row = {"model": KNOWN[name].model} | {
+        key: list(value) if isinstance(value, tuple) else value
+        for key in ("blocks", "sites", "experts", "refused")
+        if (value := getattr(KNOWN[name], key))
+    }
+    assert found(name, tiny_lm(name)) == row
+
+
+def test_the_page_shows_the_table():
+    assert PAGE.read_text() == markdown()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if KNOWN[name].status == "refused"])
+def test_a_refusal_is_one_line_that_names_the_model(name):
+    with pytest.raises(UserError) as refusal:
+        tiny_lm(name).select(blocks=[-1])
+    assert "\n" not in str(refusal.value)
+    assert CLASSES[name] in str(refusal.value) or "routed experts" in str(refusal.value)
+
+
+@each
+def test_sites_have_the_shape_of_their_weights(name):
+    lm = tiny_lm(name)
+    for site in lm.sites:
+        weight = lm.model.get_submodule(site.name).weight
+        assert tuple(weight.shape) == (site.shape if site.transposed else site.shape[::-1])
+        assert lm.first_block([site.name]) == site.block
+    for block in {site.block for site in lm.sites}:
+        own = [site for site in lm.sites if site.block == block]
+        assert [site.output for site in own] == [False] * (len(own) - 1) + [True]
+        assert own[-1].out_features == lm.width
+        assert all(site.name.startswith(f"{site.mlp}.") for site in own)
+
+
+@each
+def test_applied_is_merged_and_a_batch_is_its_edits_alone(name):
+    lm, edit = tiny_lm(name), edit_of(name)
+    batch, before = lm.encode(PAIRS), footprint(lm)
+    start = lm.first_block(edit.sites)
+    together = lm.logits(batch, edit, start=start).split(batch.answer_sizes())
+    for i in range(len(PAIRS)):
+        torch.testing.assert_close(together[i], plain_logits(merged(name, i), batch, i), **CLOSE)
+        alone = lm.logits(batch.select(torch.tensor([i])), edit[i], start=start)
+        torch.testing.assert_close(together[i], alone, **CLOSE)
+    lm.merge(edit[0])
+    assert_untouched(lm, before)
+
+
+@each
+def test_the_words_are_those_of_the_merged_model(name):
+    lm, edit = tiny_lm(name), edit_of(name)
+    before = footprint(lm)
+    said = lm.generate(PROMPTS, max_new_tokens=NEW)
+    with lm.edited(edit):
+        worn = lm.generate(PROMPTS, max_new_tokens=NEW)
+    assert_untouched(lm, before)
+    for i, prompt in enumerate(PROMPTS):
+        for model, text in ((lm.model, said[i]), (merged(name, i), worn[i])):
+            ids = greedy(model, lm.tokenizer, prompt, NEW)
+            ends = [j for j, token in enumerate(ids) if token == lm.tokenizer.eos_token_id]
+            assert text == lm.tokenizer.decode(ids[: ends[0] if ends else NEW], skip_special_tokens=True)
+
+
+@each
+def test_capture_is_the_weight_gradient(name):
+    lm, names = tiny_lm(name), [site.name for site in sites(name)]
+    batch = lm.encode(PAIRS)
+    seen = lm.capture(batch, names)
+    model = plain_model(lm).requires_grad_(True)
+    logits = [plain_logits_with_gradient(model, batch, row) for row in range(len(PAIRS))]
+    answers = batch.answers.split(batch.answer_sizes())
+    losses = [nn.functional.cross_entropy(own, answer) for own, answer in zip(logits, answers, strict=True)]
+    torch.testing.assert_close(seen.loss, torch.stack(losses).detach(), **CLOSE)
+    torch.stack(losses).sum().backward()
+    for site in names:
+        layer = model.get_submodule(site)
+        total = torch.einsum("rto,rti->oi", seen.delta[site], seen.u[site])
+        torch.testing.assert_close(total, oriented(layer, layer.weight.grad), **CLOSE)
+
+
+def plain_logits_with_gradient(model, batch, row):
+    size = batch.lengths[row]
+    return model(input_ids=batch.input_ids[row : row + 1, :size]).logits[0][batch.labels[row, :size] != -100]
+
+
+@each
+def test_the_prefix_cache_changes_nothing(name):
+    lm, edit = tiny_lm(name), edit_of(name)
+    batch = lm.encode([(f"{front}{prompt}", answer) for front in ("", "Say it. ") for prompt, answer in PAIRS])
+    rows = torch.arange(len(batch)) % len(PAIRS)
+    lm.cache.clear()
+    for start in range(1, lm.first_block(edit.sites) + 1):
+        for _ in range(2):  # computed, then remembered
+            found = lm.logits(batch, edit, rows, start)
+            torch.testing.assert_close(found, lm.logits(batch, edit, rows), **CLOSE)
+
+
+@each
+def test_prompts_of_one_beginning_see_what_they_see_alone(name):
+    lm, top = tiny_lm(name), len(tiny_lm(name).blocks) - 1
+    batch = lm.encode([(f"{' it was so' * 8} {prompt}", answer) for prompt, answer in PAIRS])
+    kept = batch.attention_mask.bool()
+    assert len(Forest.of(batch.unpadded()).ids) == 1
+    lm.cache.clear()
+    torch.testing.assert_close(lm.prefix(batch, top)[kept], lm._prefix(batch, top)[kept], **CLOSE)
+
+
+@each
+def test_rows_and_batch_must_match(name):
+    lm, edit = tiny_lm(name), edit_of(name)
+    ids = lm.encode([(prompt, "x") for prompt in [*PROMPTS, PROMPTS[0]]]).input_ids
+    with pytest.raises(UserError, match="3 edits and a batch of 4 rows"), lm.edited(edit):
+        lm.model(input_ids=ids)
+
+
