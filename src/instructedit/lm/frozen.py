@@ -22,7 +22,7 @@ from instructedit.errors import UserError
 from instructedit.lm import hooks, tryout
 from instructedit.lm.decoding import TopKDraw, attends_to_all, draws, roomy_cache
 from instructedit.lm.disk_cache import AT_REST, DiskCache, checksum
-from instructedit.lm.forest import Forest
+from instructedit.lm.forest import WIDTH, Forest
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
 from instructedit.lm.readout import positionwise
@@ -253,7 +253,8 @@ class FrozenLM:
         return self.cache.states(batch, block, functools.partial(self._unknown_prefix, block=block))
 
     def _unknown_prefix(self, batch: TokenBatch, block: int) -> Tensor:
-        return (self._prefix_of_trees if self._takes_trees else self._prefix)(batch, block)
+        trees = max(batch.lengths) <= WIDTH and self._takes_trees  # tried out on rows no longer than that
+        return (self._prefix_of_trees if trees else self._prefix)(batch, block)
 
     @torch.no_grad()
     def _prefix(self, batch: TokenBatch, block: int) -> Tensor:
@@ -275,7 +276,8 @@ class FrozenLM:
         """
         if not attends_to_all(self.model.config):
             return False
-        batch = rows_of([[1, 2, 3, 4, 5], [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2]]).to(self.device)
+        long = [1 + i % 7 for i in range(min(WIDTH, self.max_length))]  # windows are told by no config
+        batch = rows_of([long, [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2]]).to(self.device)
         kept, top = batch.attention_mask.bool(), len(self.blocks) - 1
         try:
             found = self._prefix_of_trees(batch, top)[kept]
@@ -572,7 +574,9 @@ class FrozenLM:
         sites = [site for site in self.select(every=True) if site.name in edit.sites]
         for site in sites:  # before a copy is made
             dense_weight(self.model.get_submodule(site.name), site)
-        model = copy.deepcopy(self.model)
+        # Some models keep states of the last text in their modules, with the graph that made them.
+        kept = [t for module in self.model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+        model = copy.deepcopy(self.model, {id(tensor): tensor.detach().clone() for tensor in kept})
         for site in sites:
             add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
         return model

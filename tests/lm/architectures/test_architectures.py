@@ -51,12 +51,16 @@ def merged(name, number):
     return model
 
 
-def plain_logits(model, batch, row):
+def answer_logits(model, batch, row):
     """At the answer positions of one row, alone and without padding."""
     size = batch.lengths[row]
-    with torch.no_grad():
-        logits = model(input_ids=batch.input_ids[row : row + 1, :size]).logits[0]
+    logits = model(input_ids=batch.input_ids[row : row + 1, :size], use_cache=False).logits[0]
     return logits[batch.labels[row, :size] != -100]
+
+
+def plain_logits(model, batch, row):
+    with torch.no_grad():
+        return answer_logits(model, batch, row)
 
 
 def test_everything_is_known():
@@ -136,7 +140,7 @@ def test_capture_is_the_weight_gradient(name):
     batch = lm.encode(PAIRS)
     seen = lm.capture(batch, names)
     model = plain_model(lm).requires_grad_(True)
-    logits = [plain_logits_with_gradient(model, batch, row) for row in range(len(PAIRS))]
+    logits = [answer_logits(model, batch, row) for row in range(len(PAIRS))]
     answers = batch.answers.split(batch.answer_sizes())
     losses = [nn.functional.cross_entropy(own, answer) for own, answer in zip(logits, answers, strict=True)]
     torch.testing.assert_close(seen.loss, torch.stack(losses).detach(), **CLOSE)
@@ -145,11 +149,6 @@ def test_capture_is_the_weight_gradient(name):
         layer = model.get_submodule(site)
         total = torch.einsum("rto,rti->oi", seen.delta[site], seen.u[site])
         torch.testing.assert_close(total, oriented(layer, layer.weight.grad), **CLOSE)
-
-
-def plain_logits_with_gradient(model, batch, row):
-    size = batch.lengths[row]
-    return model(input_ids=batch.input_ids[row : row + 1, :size]).logits[0][batch.labels[row, :size] != -100]
 
 
 @each
@@ -179,6 +178,6 @@ def test_rows_and_batch_must_match(name):
     lm, edit = tiny_lm(name), edit_of(name)
     ids = lm.encode([(prompt, "x") for prompt in [*PROMPTS, PROMPTS[0]]]).input_ids
     with pytest.raises(UserError, match="3 edits and a batch of 4 rows"), lm.edited(edit):
-        lm.model(input_ids=ids)
+        lm.model(input_ids=ids, use_cache=False)
 
 
