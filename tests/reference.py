@@ -34,7 +34,7 @@ def training_batch(lm, cases):
         kinds = {scope: case.wanted, "opposite": case.unwanted, "locality": case.locality}
         probes = tuple(Probe(kind, prompt, (answer,)) for kind, pairs in kinds.items() for prompt, answer in pairs)
         records.append(EditRecord(f"record {i}", EditRequest(case.prompt, case.target), probes))
-    return Collator(lm.tokenizer, lm.max_length, None, 9, 9, 9)(list(enumerate(records)))
+    return Collator(lm.text, None, 9, 9, 9)(list(enumerate(records)))
 
 
 def plain_model(lm):

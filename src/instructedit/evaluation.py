@@ -118,7 +118,7 @@ def _alike(
     """Numbers of records whose requests fit together; those with replies stand apart, as many as speak at once."""
     prompts = [_front(instructor, record)(record.request.prompt) for record in records]
     # Of a request activations are kept, for its gradient: more than a probe takes.
-    room = [2 * n for n in _lengths(lm, [f"{p} {r.request.target}" for p, r in zip(prompts, records, strict=True)])]
+    room = [2 * n for n in lm.text.lengths([(p, r.request.target) for p, r in zip(prompts, records, strict=True)])]
     spoken = [bool(record.of(*REPLIES)) for record in records]
     if settings.fluency_tokens:
         share = settings.text_tokens // settings.tokens
@@ -186,7 +186,7 @@ def _score(
     start = lm.first_block(edit.sites)
     scores: list[dict[str, float]] = [{} for _ in asked]
     names = [f"record {records[a.owner].id}, {a.probe.kind} probe" for a in asked]
-    every = lm.encode([(a.prompt, a.answer) for a in asked], names)
+    every = lm.encode([(a.prompt, a.answer) for a in asked], names, scored=True)
     for chunk in _chunks([(length,) for length in every.lengths], size):
         tokens = every.select(torch.tensor(chunk))
         owner = torch.tensor([asked[i].owner for i in chunk], device=lm.device)
@@ -211,9 +211,9 @@ def _compare(tokens: TokenBatch, before: Judged, after: Judged) -> Iterator[dict
         yield dict(zip(columns, row, strict=True))
 
 
-def _lengths(lm: FrozenLM, texts: Sequence[str]) -> list[int]:
-    """Tokens of each text."""
-    return [len(ids) for ids in lm.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
+def _lengths(lm: FrozenLM, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt."""
+    return [len(ids) for ids in lm.text.prompts(prompts)]
 
 
 def _chunks(lengths: Sequence[tuple[int, ...]], tokens: int) -> Iterator[list[int]]:
@@ -267,7 +267,7 @@ def _answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], records: Sequence[
 
 def _say(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: int) -> None:
     # Room for the longest answer and for the model to stop or to run on.
-    lengths = _lengths(lm, [" " + max(r["aliases"], key=len) for r in rows])
+    lengths = [len(lm.words(" " + max(r["aliases"], key=len))) for r in rows]
     rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
     prompts, owners = [r["prompt"] for r in rows], [r["owner"] for r in rows]
 

@@ -14,13 +14,18 @@ ProbeKind = Literal["reliability", "generalization", "locality", "portability", 
 KINDS: tuple[str, ...] = get_args(ProbeKind)
 
 
+def stripped(prompt: str) -> str:
+    """A prompt without stray spaces: no white space in front, no space at the end. A last newline stays."""
+    return prompt.lstrip().rstrip(" \t\r\f\v\u00a0\u3000")
+
+
 @dataclass(frozen=True)
 class EditRequest:
     """One change that a user wants: after the edit the model continues ``prompt`` with ``target``.
 
     Attributes:
-        prompt: What the model is asked, without an instruction and without trailing space.
-        target: What it should say next, without leading space.
+        prompt: What the model is asked, without an instruction. Stray spaces are taken off (see `stripped`).
+        target: What it should say next; white space around it is taken off.
         task: Name of the editing task, which chooses the instruction bank; None for an edit without a task.
         subject: The entity that the edit is about, where the data names it.
         slots: Values for the slots of the task's instructions, such as ``{"LABEL": "positive"}``.
@@ -40,6 +45,8 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise UserError(f"edit request: {name} must be a non-empty string, got {value!r}")
+        object.__setattr__(self, "prompt", stripped(self.prompt))
+        object.__setattr__(self, "target", self.target.strip())
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,10 @@ class Probe:
 
     Attributes:
         kind: Which metric it belongs to.
-        prompt: What the model is asked, without an instruction.
+        prompt: What the model is asked, without an instruction. Stray spaces are taken off (see `stripped`).
         answers: The right answer first, then its aliases; any of them counts. For locality the first answer only
-            fixes the positions at which the edited and the unedited model are compared.
+            fixes the positions at which the edited and the unedited model are compared. White space around them is
+            taken off.
         group: The dataset's own name for this sort of probe, e.g. ``Relation_Specificity``.
     """
 
@@ -66,6 +74,8 @@ class Probe:
             raise UserError(f"{self.kind} probe: empty prompt")
         if not self.answers or not all(a.strip() for a in self.answers):
             raise UserError(f"{self.kind} probe {self.prompt!r}: empty answer")
+        object.__setattr__(self, "prompt", stripped(self.prompt))
+        object.__setattr__(self, "answers", tuple(answer.strip() for answer in self.answers))
 
 
 @dataclass(frozen=True)

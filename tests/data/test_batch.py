@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from instructedit.data.batch import Collator, EditBatch, batch_requests, plain
 from instructedit.errors import UserError
 from instructedit.instructions import InstructionBank, Instructor
-from instructedit.lm.tokens import IGNORE
+from instructedit.lm import IGNORE, Text
 from instructedit.records import EditRecord, EditRequest, Probe
 
 LONG = 4096  # nothing is cut here
@@ -34,7 +34,7 @@ def drawn(*records, start=0):
 @pytest.fixture(scope="module")
 def collate(tokenizer):
     def make(instructed=True, max_length=LONG, **options):
-        return Collator(tokenizer, max_length, Instructor() if instructed else None, **options)
+        return Collator(Text(tokenizer, max_length), Instructor() if instructed else None, **options)
 
     return make
 
@@ -113,7 +113,7 @@ def test_opposite_replies_alone_are_unwanted(collate, tokenizer):
 @given(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4))
 @settings(deadline=None, max_examples=20)
 def test_limits_are_obeyed_and_no_probe_comes_twice(collate, rephrases, replies, locality):
-    tokenizer = collate().tokenizer
+    tokenizer = collate().text.tokenizer
     rich = record("a", task="convsent", rephrases=3, locality=3, wanted=3, opposite=3)
     batch = collate(instructed=False, rephrases=rephrases, replies=replies, locality=locality)(drawn(rich))
     rows = texts(tokenizer, batch.in_scope.tokens)
@@ -164,4 +164,4 @@ def test_an_answer_that_does_not_fit_names_its_record_and_probe(collate):
 
 def test_requests_without_names_are_called_by_their_prompt(tokenizer):
     with pytest.raises(UserError, match="edit request 'short'"):
-        batch_requests(tokenizer, [EditRequest("short", "long " * 50)], [plain], 20)
+        batch_requests(Text(tokenizer, 20), [EditRequest("short", "long " * 50)], [plain])

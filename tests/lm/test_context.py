@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from instructedit.edits import ContextEdit, Factors, Gate, LowRankEdit, load_edit
 from instructedit.errors import UserError
-from instructedit.lm import IGNORE, FrozenLM, TokenBatch
-from instructedit.lm.tokens import behind, encode, positions_of, rows_of
+from instructedit.lm import IGNORE, FrozenLM, Text, TokenBatch
+from instructedit.lm.tokens import behind, rows_of
 
 PAIRS = [
     ("The capital of France is", "Lyon"),
@@ -96,7 +96,7 @@ def with_bos(tokenizer, template="[BOS] $A"):
 def test_prompts_are_the_rows_without_their_answers(tokenizer, template):
     used = with_bos(tokenizer, template) if template else tokenizer
     first = used.convert_tokens_to_ids(["[BOS]"]) if template else []
-    prompts = encode(used, PAIRS, 128).prompts()
+    prompts = Text(used, 128).encode(PAIRS).prompts()
     for row, (prompt, _) in enumerate(PAIRS):
         ids = first + tokenizer(prompt)["input_ids"]
         assert prompts.input_ids[row][prompts.attention_mask[row].bool()].tolist() == ids
@@ -111,7 +111,7 @@ def test_prompts_are_the_rows_without_their_answers(tokenizer, template):
 
 
 def test_after_prompts_only_the_answers_first_token_is_asked_for(tokenizer):
-    batch = encode(tokenizer, PAIRS, 128)
+    batch = Text(tokenizer, 128).encode(PAIRS)
     found = batch.after_prompts()
     assert torch.equal(found.input_ids, batch.input_ids)
     assert torch.equal(found.attention_mask, batch.attention_mask)
@@ -130,7 +130,7 @@ IDS = st.lists(st.integers(1, 50), max_size=9)
 def test_a_context_stands_between_the_first_token_and_the_row_and_loses_its_beginning(own, context, room, first):
     if first:
         own = [first, *own]
-    found = behind(own, context, room, first)
+    found = behind(own, context, room, [first] if first else [])
     kept = len(found) - len(own)
     assert kept == min(len(context), max(0, room - len(own)))
     assert found == own[: bool(first)] + context[len(context) - kept :] + own[bool(first) :]
@@ -166,7 +166,7 @@ def test_behind_keeps_a_token_that_every_row_starts_with_in_front(tokenizer):
     (bos,) = used.convert_tokens_to_ids(["[BOS]"])
     assert used.bos_token_id == bos
     contexts = [torch.tensor(tokenizer(text)["input_ids"]) for text in CONTEXTS]
-    batch = encode(used, PAIRS, 128).behind(contexts, 128, used.bos_token_id)
+    batch = Text(used, 128).encode(PAIRS).behind(contexts, 128, Text(used, 128).opening)
     for row, (pair, context) in enumerate(zip(PAIRS, contexts, strict=True)):
         prompt, answer = tokens(tokenizer, *pair)
         expected = [bos, *context.tolist(), *prompt, *answer]
@@ -192,8 +192,8 @@ def test_the_position_of_a_stretch_is_that_of_its_last_token(tokenizer, template
     used = with_bos(tokenizer, template) if template else tokenizer
     shift = bool(template) and template.startswith("[BOS]")
     pairs = [(prompt, "a city") for prompt, _, _ in SPANS]
-    batch = encode(used, pairs, 128)
-    found = positions_of(used, pairs, [end for _, _, end in SPANS], batch)
+    batch = Text(used, 128).encode(pairs)
+    found = Text(used, 128).positions(pairs, [end for _, _, end in SPANS], batch)
     for row, (prompt, word, end) in enumerate(SPANS):
         ids = tokenizer(prompt)["input_ids"]
         whole = [len(tokenizer.decode(ids[: t + 1]).rstrip("\ufffd")) >= end for t in range(len(ids))]
@@ -206,9 +206,9 @@ def test_a_position_moves_with_what_a_long_row_loses(tokenizer, template):
     used = with_bos(tokenizer, template) if template else tokenizer
     pairs = [("word " * 40 + "and Paris is", "Lyon"), ("Paris is", "Lyon"), ("Paris " + "word " * 40, "Lyon")]
     with pytest.warns(UserWarning, match="lose their beginning"):
-        batch = encode(used, pairs, 20)
+        batch = Text(used, 20).encode(pairs)
     ends = [prompt.rfind("Paris") + 5 for prompt, _ in pairs]
-    found = positions_of(used, pairs, ends, batch)
+    found = Text(used, 20).positions(pairs, ends, batch)
     for row in (0, 1):
         read = tokenizer.decode(batch.input_ids[row, : found[row] + 1])
         assert read.endswith("Paris")

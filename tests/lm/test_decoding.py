@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.conftest import ARCHITECTURES, random_lm
 from tests.reference import dense, dense_copy, greedy, plain_model, random_factors
-from transformers import GPT2Config, MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, MistralConfig
 
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.lm import FrozenLM
-from instructedit.lm.decoding import TopKDraw, _Buffer, draws, roomy_cache
+from instructedit.lm import decoding
+from instructedit.lm.decoding import Draw, _Buffer, draws, roomy_cache
 
 PROMPTS = ["The capital of France is", "A", "In the year 1969 the first people"]
 
@@ -47,28 +47,8 @@ def test_a_buffer_with_room_copies_nothing():
     assert buffer.after(held, torch.randn(2, 1, 1, 3)).shape[-2] == 11  # more than there is room for
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_p": 0.8}])
-def test_generation_is_that_of_the_usual_cache(tokenizer, architecture, options):
-    lm = random_lm(architecture, tokenizer)
-    torch.manual_seed(0)
-    found = lm.generate(PROMPTS, max_new_tokens=8, **options)
-    torch.manual_seed(0)
-    assert lm.generate(PROMPTS, max_new_tokens=8, use_cache=False, **options) == found
-    torch.manual_seed(0)
-    assert lm.generate(PROMPTS, max_new_tokens=8, past_key_values=None, **options) == found
-
-
 def test_layers_that_forget_keep_their_own_cache(tokenizer):
-    config = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=4, max_position_embeddings=128,
-    )  # fmt: skip
-    assert roomy_cache(config, 20) is None
-    torch.manual_seed(0)
-    lm = FrozenLM(MistralForCausalLM(config), tokenizer, "sliding")
-    expected = [greedy(plain_model(lm), tokenizer, prompt, 8) for prompt in PROMPTS]
-    assert lm.generate(PROMPTS, max_new_tokens=8) == [tokenizer.decode(ids) for ids in expected]
+    assert roomy_cache(MistralConfig(sliding_window=4), 20) is None
 
 
 def test_the_cache_of_a_plain_model_has_room():
@@ -102,16 +82,37 @@ def test_keys_and_values_are_rounded_at_rest_alone(at_rest):
 def test_draws_follow_the_distribution_of_the_likeliest_tokens(k):
     count, logits = 4000, torch.tensor([0.3, 2.0, -1.0, 1.5, 0.9, 1.1, -torch.inf])
     even = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
-    chosen = TopKDraw(even, k)(None, logits.repeat(count, 1)).argmax(-1)
+    chosen = Draw(even, k)(logits.repeat(count, 1), torch.zeros(count, dtype=torch.long))
     found = torch.bincount(chosen, minlength=len(logits)) / count
     kept = logits.where(logits >= logits.topk(k).values[-1], -torch.inf)
     torch.testing.assert_close(found, kept.softmax(-1), atol=1.5 / count, rtol=0)
 
 
-def test_each_step_takes_the_next_draw_of_its_row():
-    logits, process = torch.zeros(2, 4), TopKDraw(torch.tensor([[0.1, 0.9], [0.9, 0.1]]), 2)
-    first, second = (process(None, logits.clone()).argmax(-1).tolist() for _ in range(2))
-    assert first == second[::-1]
+@pytest.mark.parametrize("k", [None, 0, 4])
+@pytest.mark.parametrize(("p", "temperature"), [(1.0, 1.0), (1.0, 0.5), (0.6, 1.0), (0.8, 2.0)])
+def test_draws_follow_the_whole_distribution_or_its_nucleus(k, p, temperature):
+    count, logits = 4000, torch.tensor([0.3, 2.0, -1.0, 1.5, 0.9, 1.1, 3.0])
+    even = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
+    draw = Draw(even, k, never=[6], p=p, temperature=temperature)
+    given = logits.repeat(count, 1)
+    found = torch.bincount(draw(given, torch.zeros(count, dtype=torch.long)), minlength=7) / count
+    assert torch.equal(given[0], logits)
+    shares = (logits[:6] / temperature).softmax(-1)
+    if k:
+        shares = shares.where(shares >= shares.topk(k).values[-1], 0)
+        shares /= shares.sum()
+    order = shares.argsort(descending=True)
+    kept = order[: int((shares[order].cumsum(-1) < p - 1e-6).sum()) + 1]
+    expected = torch.zeros(7).index_copy(0, kept, shares[kept] / shares[kept].sum())
+    torch.testing.assert_close(found, expected, atol=1.5 / count, rtol=0)
+
+
+def test_each_row_takes_the_draw_of_its_own_step():
+    logits, choose = torch.zeros(3, 4), Draw(torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.1, 0.9]]).double(), 2)
+    first, second, third = (choose(logits, torch.tensor(steps)).tolist() for steps in ((0, 0, 0), (1, 1, 0), (1, 1, 1)))
+    assert first == [second[1], second[0], first[0]]
+    assert second[2] == first[2]
+    assert third == [second[0], second[1], second[0]]
     assert first[0] != first[1]
 
 
@@ -164,13 +165,13 @@ def test_sampled_text_is_drawn_row_by_row_under_each_rows_edit(tokenizer, archit
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sampled_text_of_rounded_keys_and_values(tokenizer, architecture, monkeypatch):
     lm, caches = random_lm(architecture, tokenizer), []
-    own = type(lm.model).generate
+    _ = lm.decoder.layout
 
-    def generate(model, **options):
-        caches.append(options["past_key_values"])
-        return own(model, **options)
+    def kept(*args):
+        caches.append(roomy_cache(*args))
+        return caches[-1]
 
-    monkeypatch.setattr(type(lm.model), "generate", generate)
+    monkeypatch.setattr(decoding, "roomy_cache", kept)
     exact = lm.sample(PROMPTS, 12, [1, 2, 3])
     assert lm.sample(PROMPTS, 12, [1, 2, 3], kv_dtype="float16") == exact  # no draw here is so near a bound
     assert [cache.layers[0].keys.dtype for cache in caches] == [torch.float32, torch.float16]

@@ -277,8 +277,8 @@ def test_generation_stops_row_by_row(lm):
     alone = [greedy(plain_model(lm), lm.tokenizer, prompt, 6) for prompt in prompts]
     stop = alone[1][2]
     expected = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in alone]
-    found = lm.generate(prompts, max_new_tokens=6, eos_token_id=stop)
-    assert found == [lm.tokenizer.decode(ids) for ids in expected]
+    lm.model.generation_config.eos_token_id = stop
+    assert lm.generate(prompts, max_new_tokens=6) == [lm.tokenizer.decode(ids) for ids in expected]
 
 
 def test_each_prompt_may_have_its_own_room(lm):

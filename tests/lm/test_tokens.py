@@ -8,8 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from instructedit.errors import UserError
-from instructedit.lm import IGNORE, TokenBatch
-from instructedit.lm.tokens import encode
+from instructedit.lm import IGNORE, Text, TokenBatch
 
 PAIRS = [
     ("The capital of France is", "Lyon"),
@@ -23,7 +22,7 @@ def written(tokenizer, prompt, answer):
 
 
 def test_each_answer_token_is_the_label_of_the_position_before_it(tokenizer):
-    batch = encode(tokenizer, PAIRS, 128)
+    batch = Text(tokenizer, 128).encode(PAIRS)
     for row, pair in enumerate(PAIRS):
         prompt, answer = written(tokenizer, *pair)
         ids = prompt + answer
@@ -36,7 +35,7 @@ def test_each_answer_token_is_the_label_of_the_position_before_it(tokenizer):
 
 
 def test_answers_come_row_by_row(tokenizer):
-    batch = encode(tokenizer, PAIRS, 128)
+    batch = Text(tokenizer, 128).encode(PAIRS)
     answers = [written(tokenizer, *pair)[1] for pair in PAIRS]
     assert batch.answers.tolist() == [token for answer in answers for token in answer]
     assert batch.rows.tolist() == [row for row, answer in enumerate(answers) for _ in answer]
@@ -49,7 +48,7 @@ def test_special_tokens_are_never_labels(tokenizer, template):
     special = [(name, backend.token_to_id(name)) for name in ("[BOS]", "[EOS]")]
     backend.post_processor = TemplateProcessing(single=template, special_tokens=special)
     adding = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=128)
-    batch = encode(adding, PAIRS, 128)
+    batch = Text(adding, 128).encode(PAIRS)
     for row, pair in enumerate(PAIRS):
         prompt, answer = written(tokenizer, *pair)
         labels = batch.labels[row]
@@ -62,7 +61,7 @@ def test_special_tokens_are_never_labels(tokenizer, template):
 def test_truncation_takes_the_prompts_beginning(tokenizer):
     short, long = PAIRS[0], ("word " * 60 + "end", "the answer of several tokens")
     with pytest.warns(UserWarning, match="lose their beginning"):
-        batch = encode(tokenizer, [short, long, short, long], 20)
+        batch = Text(tokenizer, 20).encode([short, long, short, long])
     prompt, answer = written(tokenizer, *long)
     assert batch.truncated == 2
     assert batch.input_ids.shape == (4, 20)
@@ -74,7 +73,7 @@ def test_truncation_takes_the_prompts_beginning(tokenizer):
 
 def test_a_text_that_just_fits_is_whole(tokenizer):
     prompt, answer = written(tokenizer, *PAIRS[1])
-    batch = encode(tokenizer, [PAIRS[1]], len(prompt) + len(answer))
+    batch = Text(tokenizer, len(prompt) + len(answer)).encode([PAIRS[1]])
     assert batch.truncated == 0
     assert batch.input_ids[0].tolist() == prompt + answer
 
@@ -84,21 +83,21 @@ def test_an_answer_that_leaves_no_prompt_is_refused_by_name(tokenizer, room):
     size = len(written(tokenizer, "x", PAIRS[1][1])[1])
     pairs = [PAIRS[0], PAIRS[1]]
     with pytest.raises(UserError, match=rf"record two.* {size} tokens.*max_length={size + room}"):
-        encode(tokenizer, pairs, size + room, ["record one", "record two"])
+        Text(tokenizer, size + room).encode(pairs, ["record one", "record two"])
     with pytest.raises(UserError, match="Who"):
-        encode(tokenizer, pairs, size + room)
+        Text(tokenizer, size + room).encode(pairs)
 
 
 def test_one_prompt_token_is_enough(tokenizer):
     size = len(written(tokenizer, "x", PAIRS[1][1])[1])
     with pytest.warns(UserWarning, match="lose their beginning"):
-        batch = encode(tokenizer, [("a long prompt", PAIRS[1][1])], size + 1)
+        batch = Text(tokenizer, size + 1).encode([("a long prompt", PAIRS[1][1])])
     assert batch.labels[0].tolist() == written(tokenizer, "x", PAIRS[1][1])[1] + [IGNORE]
 
 
 def test_cat_keeps_every_row(tokenizer):
-    parts = [encode(tokenizer, PAIRS[:1], 128), encode(tokenizer, PAIRS[1:], 128)]
-    joined, whole = TokenBatch.cat(parts), encode(tokenizer, PAIRS, 128)
+    parts = [Text(tokenizer, 128).encode(PAIRS[:1]), Text(tokenizer, 128).encode(PAIRS[1:])]
+    joined, whole = TokenBatch.cat(parts), Text(tokenizer, 128).encode(PAIRS)
     for name in ("attention_mask", "labels", "answers", "rows"):
         assert torch.equal(getattr(joined, name), getattr(whole, name)), name
     assert torch.equal(joined.input_ids * joined.attention_mask, whole.input_ids * whole.attention_mask)
@@ -128,7 +127,7 @@ TEXT = st.text(max_size=30).map(str.strip).filter(bool)
 @given(pairs=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4))
 @settings(max_examples=100, deadline=None)
 def test_labels_spell_the_answer_whatever_the_text(tokenizer, pairs):
-    batch = encode(tokenizer, pairs, 1000)
+    batch = Text(tokenizer, 1000, joiner=" ").encode(pairs)
     for row, (prompt, answer) in enumerate(pairs):
         labels = batch.labels[row]
         assert tokenizer.decode(labels[labels != IGNORE], clean_up_tokenization_spaces=False) == " " + answer
@@ -137,7 +136,7 @@ def test_labels_spell_the_answer_whatever_the_text(tokenizer, pairs):
 
 
 def test_what_is_asked_of_tokens_waits_for_no_device(tokenizer):
-    here = encode(tokenizer, PAIRS, 128)
+    here = Text(tokenizer, 128).encode(PAIRS)
     there = here.to("meta")  # whose tensors hold nothing: looking into one raises
     for tensor in (*there.inputs.values(), *there.answer_at, there.rows, there.answers):
         assert tensor.device.type == "meta"

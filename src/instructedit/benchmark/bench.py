@@ -134,7 +134,7 @@ class Bench:
         self.tested = [*facts[: setting.edits * 3 // 4], *replies[: setting.edits // 4]]
         if setting.instructions:
             self.records, self.tested = ([_instructed(r) for r in part] for part in (self.records, self.tested))
-        collate = Collator(tokenizer, self.lm.max_length, None)
+        collate = Collator(self.lm.text, None)
         self.batches, self.small = (
             [collate(part).to(setting.device) for part in parts(list(enumerate(self.records)), size)]
             for size in (self.size, self.lean.examples)

@@ -73,9 +73,11 @@ class PlainMend:
                 found[name] = -self.editor.alpha[i] * (new_delta.T @ new_u)
         return {site.name: found[site.name] for site in self.editor.sites}
 
-    def answers(self, prompt: str, answer: str, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def answers(
+        self, prompt: str, answer: str, weights: dict[str, Tensor] | None = None, scored: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Logits of one row at its answer positions, [tokens, vocab], out of those of all, and the answer tokens."""
-        batch = self.lm.encode([(prompt, answer)])
+        batch = self.lm.encode([(prompt, answer)], scored=scored)
         with torch.autocast(self.lm.device.type, enabled=False):  # the LM keeps its own dtype, here and there
             output = functional_call(self.model, weights or {}, (), {**batch.inputs, "use_cache": False})
         return output.logits[batch.answer_at].float(), batch.answers
@@ -125,14 +127,14 @@ class PlainMend:
         self.editor.eval()
         probes = (record.reliability, *record.probes)
         pairs = [(p, a) for p in probes for a in (p.answers[:1] if p.kind == "locality" else p.answers)]
-        before = [self.answers(p.prompt, a)[0] for p, a in pairs]
+        before = [self.answers(p.prompt, a, scored=True)[0] for p, a in pairs]
         deltas = {
             name: delta.detach() for name, delta in self.deltas(record.request.prompt, record.request.target).items()
         }
         rows = []
         with self.installed(deltas):
             for (probe, answer), was in zip(pairs, before, strict=True):
-                logits, tokens = self.answers(probe.prompt, answer)
+                logits, tokens = self.answers(probe.prompt, answer, scored=True)
                 said = logits.argmax(-1)
                 rows.append({
                     "accuracy": (said == tokens).float().mean().item(),

@@ -36,7 +36,6 @@ def warm(
     from tqdm import tqdm
 
     from instructedit.lightning_cli import Built, run
-    from instructedit.lm.tokens import encode
 
     first, last = [_option(_folder(None))], [_option(Path(cache_dir))] if cache_dir else []
     options = [*first, *(f"--config={path}" for path in configs), *(overrides or ()), *last]
@@ -48,7 +47,7 @@ def warm(
         raise UserError("model.lm.cache_dir is null: name a folder, or give cache_dir")
     cli.datamodule.setup("fit")
     pairs, locality = _training_pairs(editor, cli.datamodule)
-    limit = min(cli.datamodule.hparams["max_length"] or lm.max_length, lm.max_length)
+    text = lm.text.within(cli.datamodule.hparams["max_length"])
     work = [(len(lm.blocks), locality, lambda batch: lm.unedited_states(batch, block))]
     work += [(block, pairs, lambda batch: lm.prefix(batch, block))] if block else []  # else nothing lies below it
     rows = tokens = there = 0
@@ -56,7 +55,7 @@ def warm(
         wanted = sorted(wanted, key=lambda pair: sum(map(len, pair)))
         bar = tqdm(range(0, len(wanted), batch_size), desc=f"{lm.name} below block {entered}", unit=" batches")
         for start in bar:
-            batch = encode(lm.tokenizer, wanted[start : start + batch_size], limit).to(lm.device)
+            batch = text.encode(wanted[start : start + batch_size]).to(lm.device)
             known = torch.tensor(lm.cache.on_disk(batch, entered))
             there += int(known.sum())
             if not known.all():

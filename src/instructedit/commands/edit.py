@@ -22,6 +22,7 @@ def main(
     slots: dict[str, str] | None = None,
     ask: list[str] | None = None,
     max_new_tokens: int = 12,
+    chat: bool = False,
     save: str | None = None,
     merge: str | None = None,
 ) -> None:
@@ -42,12 +43,13 @@ def main(
         slots: Values of the task's instruction slots, e.g. '{"LABEL": "positive", "TOPIC": "tea"}'.
         ask: Further prompts to ask before and after.
         max_new_tokens: Length of the answers.
+        chat: Ask in the LM's own chat template.
         save: Folder to save the edit to (a LoRA adapter, for edits of low rank).
         merge: Folder to save a plain transformers model with the edit in its weights to.
     """
     import instructedit as ie
 
-    model = ie.FrozenLM.from_pretrained(lm)
+    model = ie.FrozenLM.from_pretrained(lm, chat=chat)
     built = editor in ie.editor_names() or not (Path(editor).exists() or "/" in editor)
     if options and not built:
         raise UserError(f"editor {editor!r} is a trained one, which has its own options: leave out --options")

@@ -9,10 +9,9 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from instructedit.instructions import Instructor
-from instructedit.lm.tokens import TokenBatch, encode
+from instructedit.lm import Text, TokenBatch
 from instructedit.records import EditRecord, EditRequest, Probe
 
 Front = Callable[[str], str]
@@ -90,17 +89,16 @@ def plain(prompt: str) -> str:
 
 
 def batch_requests(
-    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
     requests: Sequence[EditRequest],
     fronts: Sequence[Front],
-    max_length: int,
     names: Sequence[str] = (),
 ) -> RequestBatch:
     """Tokenises edit requests, each behind its own instruction."""
     prompts = [front(r.prompt) for front, r in zip(fronts, requests, strict=True)]
     pairs = [(prompt, r.target) for prompt, r in zip(prompts, requests, strict=True)]
     names = names or [f"edit request {r.prompt!r}" for r in requests]
-    return RequestBatch(list(requests), prompts, encode(tokenizer, pairs, max_length, names))
+    return RequestBatch(list(requests), prompts, text.encode(pairs, names))
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ class Collator:
     """Makes training batches of records; a pure function of the records, the draws and the seed.
 
     Attributes:
-        tokenizer: Of the LM.
-        max_length: Tokens a row may have.
+        text: How prompts and answers become tokens.
         instructor: Draws the instructions; None leaves prompts plain.
         rephrases: In-scope probes a record contributes beside its request, at most (drawn afresh each time).
         replies: The same for each side of ConvSent's replies.
@@ -117,8 +114,7 @@ class Collator:
         seed: Of the draws.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
+    text: Text
     instructor: Instructor | None
     rephrases: int = 1
     replies: int = 2
@@ -133,9 +129,7 @@ class Collator:
             for draw, record in drawn
         ]
         rngs = [random.Random(f"{self.seed}/{draw}/{record.id}") for draw, record in drawn]
-        requests = batch_requests(
-            self.tokenizer, [r.request for r in records], fronts, self.max_length, [f"record {r.id}" for r in records]
-        )
+        requests = batch_requests(self.text, [r.request for r in records], fronts, [f"record {r.id}" for r in records])
         return EditBatch(
             records, requests, self._in_scope(records, requests, fronts, rngs), self._locality(records, rngs)
         )
@@ -174,4 +168,4 @@ class Collator:
         self, pairs: list[tuple[str, str]], records: list[EditRecord], chosen: list[tuple[int, Probe]]
     ) -> TokenBatch:
         names = [f"record {records[i].id}, {p.kind} probe" for i, p in chosen]
-        return encode(self.tokenizer, pairs, self.max_length, names)
+        return self.text.encode(pairs, names)

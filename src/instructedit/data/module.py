@@ -155,8 +155,7 @@ class EditData(L.LightningDataModule):
             trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1,
         )  # fmt: skip
         collator = Collator(
-            module.lm.tokenizer,
-            min(options["max_length"] or module.lm.max_length, module.lm.max_length),
+            module.lm.text.within(options["max_length"]),
             module.editor.instructor(seed=options["seed"]),
             options["rephrases"], options["replies"], options["locality"], options["seed"],
         )  # fmt: skip

@@ -181,7 +181,7 @@ class Editor(nn.Module, ABC):
         keys = keys or [""] * len(requests)
         fronts = [instructor.front(r, key=k) if instructor else plain for r, k in zip(requests, keys, strict=True)]
         names = [f"record {k}" for k in keys] if any(keys) else ()
-        batch = batch_requests(self.lm.tokenizer, requests, fronts, self.lm.max_length, names)
+        batch = batch_requests(self.lm.text, requests, fronts, names)
         return batch.to(self.lm.device)
 
     # -- disk -----------------------------------------------------------------------------------------------------

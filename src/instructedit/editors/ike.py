@@ -13,6 +13,7 @@ from instructedit.editors.base import Editor
 from instructedit.editors.options import options
 from instructedit.edits import ContextEdit
 from instructedit.errors import UserError
+from instructedit.lm import Text
 from instructedit.records import EditRecord, EditRequest
 from instructedit.tasks import load_records
 
@@ -38,15 +39,14 @@ class Demonstration:
     prompt: str
     answer: str
 
-    @property
-    def text(self) -> str:
+    def told(self, text: Text) -> str:
         """As the model reads it."""
-        return f"{told(self.request)}{self.prompt} {self.answer}\n"
+        return f"{told(text, self.request)}{text.joined(self.prompt, self.answer)}\n"
 
 
-def told(request: EditRequest) -> str:
+def told(text: Text, request: EditRequest) -> str:
     """The line that tells an edit."""
-    return f"New fact: {request.prompt} {request.target}\n"
+    return f"New fact: {text.joined(request.prompt, request.target)}\n"
 
 
 @options
@@ -87,10 +87,10 @@ class Ike(Editor):
         budget = int(self.room * self.lm.max_length)
         contexts = []
         for request in batch.requests:
-            fact = encode(told(request))
+            fact = encode(told(self.lm.text, request))
             shown: list[int] = []
             for demonstration in self._nearest(request):
-                more = encode(demonstration.text)
+                more = encode(demonstration.told(self.lm.text))
                 if len(shown) + len(more) + len(fact) > budget:
                     break
                 shown = more + shown  # the nearest stands last

@@ -113,8 +113,7 @@ class Ke(Editor):
             f"{old.strip()} >> {request.target} || {prompt}"
             for old, request, prompt in zip(said, batch.requests, batch.prompts, strict=True)
         ]
-        ids = [row[-self.lm.max_length :] for row in self.lm.tokenizer(texts, verbose=False)["input_ids"]]
-        rows = rows_of(ids).to(self.lm.device)
+        rows = rows_of([self.lm.text.document(text)[-self.lm.max_length :] for text in texts]).to(self.lm.device)
         embedded = self.lm.model.get_input_embeddings()(rows.inputs["input_ids"]).float()
         packed = pack_padded_sequence(embedded, torch.tensor(rows.lengths), batch_first=True, enforce_sorted=False)
         _, (last, _) = self.reader(packed)  # [directions, n, lstm]

@@ -20,7 +20,6 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm import Seen, Site, TokenBatch
 from instructedit.lm.moments import second_moments
-from instructedit.lm.tokens import positions_of
 from instructedit.metrics import row_mean
 
 #: What random contexts open with, as MEMIT's do.
@@ -152,10 +151,10 @@ class KeyValueEditor(Editor, ABC):
         named = [r.subject or p for r, p in zip(batch.requests, batch.prompts, strict=True)]
         essence_pairs = [(f"{name} is a", "thing") for name in named]  # read before the answer, which is of no account
         essence = self.lm.encode(essence_pairs).after_prompts()
-        essence_at = positions_of(self.lm.tokenizer, essence_pairs, [len(name) for name in named], essence)
+        essence_at = self.lm.text.positions(essence_pairs, [len(name) for name in named], essence)
         rows = torch.arange(len(pairs), device=tokens.device)
         return Facts(
-            tokens, positions_of(self.lm.tokenizer, pairs, ends, tokens), rows // len(fronts), essence, essence_at,
+            tokens, self.lm.text.positions(pairs, ends, tokens), rows // len(fronts), essence, essence_at,
             rows[:: len(fronts)],
         )  # fmt: skip
 
@@ -163,10 +162,7 @@ class KeyValueEditor(Editor, ABC):
         if not self.contexts:
             return []
         openings = [OPENINGS[i % len(OPENINGS)] for i in range(self.contexts)]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            length = {"max_new_tokens": self.context_tokens, "min_new_tokens": self.context_tokens}
-            texts = self.lm.generate(openings, do_sample=True, top_k=5, **length)
+        texts = self.lm.sample(openings, self.context_tokens, [f"{self.seed} {i}" for i in range(self.contexts)])
         return [f"{opening}{' '.join(text.split(chr(10)))}. " for opening, text in zip(openings, texts, strict=True)]
 
     # -- keys, values, second moments -------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Serac(Editor):
 
     def make(self, batch: RequestBatch) -> ContextEdit:
         """A memory of one edit for each request."""
-        rows = [self.lm.words(told(request)) for request in batch.requests]
+        rows = [self.lm.words(told(self.lm.text, request)) for request in batch.requests]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         lengths = torch.tensor([[len(row)] for row in rows])
         factors = zip(self.sites, self.inputs, self.outputs, strict=True)

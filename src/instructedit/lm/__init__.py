@@ -2,6 +2,7 @@
 
 from instructedit.lm.frozen import Captured, FrozenLM, Judged, Seen
 from instructedit.lm.sites import Site
+from instructedit.lm.text import Text
 from instructedit.lm.tokens import IGNORE, TokenBatch
 
-__all__ = ["IGNORE", "Captured", "FrozenLM", "Judged", "Seen", "Site", "TokenBatch"]
+__all__ = ["IGNORE", "Captured", "FrozenLM", "Judged", "Seen", "Site", "Text", "TokenBatch"]

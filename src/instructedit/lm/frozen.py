@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from instructedit.edits import ContextEdit, Edit
+from instructedit.edits import ContextEdit, Edit, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.lm import hooks, tryout
-from instructedit.lm.decoding import TopKDraw, attends_to_all, draws, roomy_cache
-from instructedit.lm.disk_cache import AT_REST, DiskCache, checksum
+from instructedit.lm import generation, hooks, tryout
+from instructedit.lm.decoding import Decoder, attends_to_all
+from instructedit.lm.disk_cache import DiskCache, checksum
 from instructedit.lm.forest import WIDTH, Forest
 from instructedit.lm.loading import load_model
 from instructedit.lm.prefix import PrefixCache
@@ -37,8 +37,9 @@ from instructedit.lm.sites import (
     select_feed_forward,
     select_sites,
 )
+from instructedit.lm.text import Text
 from instructedit.lm.thin import thin_products
-from instructedit.lm.tokens import TokenBatch, behind, encode, left_padded, rows_of
+from instructedit.lm.tokens import TokenBatch, rows_of
 from instructedit.metrics import row_mean
 
 #: Logits that are there at once, in bytes of float32.
@@ -89,6 +90,8 @@ class FrozenLM:
         cache_dir: Folder to keep the prefix cache in, for later runs and for what memory has no room for.
         cache_dtype: Of the states on disk: ``float32`` (exactly as they are computed), ``bfloat16``, ``float16``.
         cache_disk_bytes: Room for all that is in that folder.
+        joiner: What stands between a prompt and its answer; ``auto`` is a space or nothing (see `joining.joiner`).
+        chat: Put prompts into the user's turn of the model's own chat template, answers into its own.
         checkpoint: Keep of the blocks that run forward only what enters them, and run them again in a backward pass.
     """
 
@@ -103,12 +106,17 @@ class FrozenLM:
         cache_dtype: str = "float32",
         cache_disk_bytes: int = 64 << 30,
         checkpoint: bool = False,
+        joiner: str = "auto",
+        chat: bool = False,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.return_dict = True  # outputs are asked for by name
         self.tokenizer = tokenizer
         self.name = name
         limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_length]
         self.max_length = int(min(limit for limit in limits if limit))
+        self.text = Text(tokenizer, self.max_length, joiner, chat)
         disk = DiskCache(cache_dir, cache_disk_bytes, cache_dtype, self._cached_as) if cache_dir else None
         self.cache = PrefixCache(cache_bytes, disk)
         self.checkpoint = checkpoint
@@ -125,7 +133,7 @@ class FrozenLM:
             dtype: Of the weights and the forward pass, whatever the checkpoint is stored in.
             device: Where it lives.
             options: ``revision`` of the hub; ``quantize`` (``8bit``, ``4bit``); `max_length`, `checkpoint`,
-                and those of the prefix cache (see the class).
+                `joiner`, `chat`, and those of the prefix cache (see the class).
 
         Raises:
             UserError: If there is no such model, the dtype is unknown, or what packs weights is not installed.
@@ -235,14 +243,13 @@ class FrozenLM:
         """Whose states on disk are this model's: not one bit of the weights may differ."""
         return {"lm": self.name, "model": f"{self.fingerprint} {checksum(self.model.state_dict())}"}
 
-    def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = ()) -> TokenBatch:
-        """Tokenises (prompt, answer) pairs for this model, on its device (see `tokens.encode`)."""
-        return encode(self.tokenizer, pairs, self.max_length, where).to(self.device)
+    def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = (), scored: bool = False) -> TokenBatch:
+        """Tokenises (prompt, answer) pairs for this model, on its device (see `Text.encode`)."""
+        return self.text.encode(pairs, where, scored).to(self.device)
 
     def words(self, text: str) -> list[int]:
         """Token ids of text that stands within a row: no special tokens around it."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return self.text.words(text)
 
     # -- forward passes -------------------------------------------------------------------------------------------
 
@@ -416,7 +423,7 @@ class FrozenLM:
             part = batch.select(group)
             if chosen[group[0]] < 0:
                 return self._states(part, None, None, start)
-            part = part.behind(edit.contexts(chosen[group]), self.max_length, self.tokenizer.bos_token_id)
+            part = part.behind(edit.contexts(chosen[group]), self.max_length, self.text.opening)
             return self._states(part, edit.adapter, None, start)
 
         groups = [(chosen < 0).nonzero().squeeze(-1), (chosen >= 0).nonzero().squeeze(-1)]
@@ -545,11 +552,29 @@ class FrozenLM:
         finally:
             self._front = None
 
+    def in_front(self, prompts: Sequence[list[int]]) -> tuple[list[list[int] | None], LowRankEdit | None]:
+        """What the edits that the model has on put in front of prompts.
+
+        Args:
+            prompts: Token ids, one for each row.
+
+        Returns:
+            The context of each prompt, None where there is none; and the change of weights with which prompts that
+            have one are read.
+        """
+        if self._front is None:
+            return [None] * len(prompts), None
+        edit, rows = self._front
+        batch = rows_of(prompts).to(self.device)
+        chosen = edit.choose(self._index(edit, rows, len(batch)), lambda block: self.query(batch, block)).cpu()
+        contexts = iter(edit.contexts(chosen[chosen >= 0]))
+        return [next(contexts).tolist() if inside else None for inside in chosen >= 0], edit.adapter
+
     @contextmanager
     def _edited(self, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
         if edit is not None:
             self.first_block(edit.sites)
-        _ = self._tuples  # found out while the model wears nothing
+            _ = self._tuples  # found out while the model wears nothing
         with hooks.worn(self.model, edit, rows):
             self._worn += 1
             try:
@@ -583,128 +608,62 @@ class FrozenLM:
 
     # -- words ----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def generate(self, prompts: str | Sequence[str], max_new_tokens: int | Sequence[int] = 20, **options: Any) -> Any:
-        """What the model says next, greedily unless told otherwise.
+    def generate(self, prompts: str | Sequence[str], max_new_tokens: int | Sequence[int] = 20, **unknown: Any) -> Any:
+        """What the model says next: at each step its most likely token, whatever its own generation settings are.
+
+        Of these only the tokens that end a text are read.
 
         Args:
             prompts: A prompt, or several.
             max_new_tokens: At most so many tokens each; or for each prompt its own number.
-            options: Further arguments of transformers' ``generate``.
+            unknown: Refused; transformers' options have no say here.
 
         Returns:
             The new text alone: a string for one prompt, else a list.
+
+        Raises:
+            UserError: If an option is unknown, a prompt is empty, there is no room for a prompt, or the model's logits
+                are no numbers.
         """
+        if unknown:
+            raise UserError(f"generate: no option {next(iter(unknown))!r}; it is greedy, and `sample` draws")
         several = [prompts] if isinstance(prompts, str) else list(prompts)
         rooms = [max_new_tokens] * len(several) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        if len(rooms) != len(several):
-            raise UserError(f"max_new_tokens has {len(rooms)} numbers for {len(several)} prompts")
-        texts = self._said(several, rooms, lambda rows: options)
+        texts = generation.generate(self, several, rooms)
         return texts[0] if isinstance(prompts, str) else texts
 
-    @torch.inference_mode()
     def sample(
-        self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], top_k: int = 5, kv_dtype: str = "float32"
-    ) -> list[str]:
-        """Text of a fixed length, each token drawn among the likeliest ones.
+        self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], top_k: int | None = 5,
+        kv_dtype: str = "float32", *, top_p: float = 1.0, temperature: float = 1.0, ends: bool = False,
+    ) -> list[str]:  # fmt: skip
+        """Text whose tokens are drawn one by one.
 
         Args:
             prompts: What it follows.
             tokens: Its length.
             seeds: One for each prompt: what it draws depends on that alone, not on the prompts beside it.
-            top_k: Tokens to draw from.
+            top_k: Likeliest tokens to draw from; None or 0 draws from all.
             kv_dtype: Of keys and values at rest: ``float32`` (as they are computed), ``bfloat16``, ``float16``.
+            top_p: Draw from the fewest likeliest tokens that have this share of the probability.
+            temperature: Divides the logits.
+            ends: Whether a text may end before it has its length.
 
         Raises:
-            UserError: If there is no such dtype.
+            UserError: If there is no such dtype, or a number lies out of its range; else as for `generate`.
         """
-        if kv_dtype not in AT_REST:
-            raise UserError(f"kv_dtype: {kv_dtype!r} is none of {', '.join(AT_REST)}")
-        drawn = draws(seeds, tokens).to(self.device)
+        drawing = generation.Drawing(top_k, top_p, temperature, kv_dtype, ends)
+        return generation.sample(self, prompts, tokens, seeds, drawing)
 
-        def options(rows: list[int]) -> dict[str, Any]:
-            return {"logits_processor": [TopKDraw(drawn[rows], top_k, self._ends)]}
-
-        return self._said(prompts, [tokens] * len(prompts), options, AT_REST[kv_dtype])
-
-    def _said(
-        self, prompts: Sequence[str], rooms: list[int], options: Callable[[list[int]], dict[str, Any]],
-        kv: torch.dtype | None = None,
-    ) -> list[str]:  # fmt: skip
-        """What follows the prompts; `options` gives those of transformers' ``generate`` for some of the rows."""
-        if not prompts:
-            return []
-        room = max(rooms)
-        width = self.max_length - room
-        if width < 1:
-            raise UserError(f"max_new_tokens={room} leaves no room for a prompt in {self.max_length} tokens")
-        ids = self.tokenizer(list(prompts), verbose=False)["input_ids"]
-
-        def settings(rows: list[int]) -> dict[str, Any]:
-            return {"do_sample": False, "pad_token_id": self._pad_id, "max_new_tokens": room, **options(rows)}
-
-        if self._front is None:
-            new = self._continued(ids, width, settings(list(range(len(ids)))), kv)
-        else:
-            new = self._continued_behind(ids, width, settings, kv)
-        cut = [own[:most] for own, most in zip(new, rooms, strict=True)]
-        return list(self.tokenizer.batch_decode(cut, skip_special_tokens=True))
-
-    def _continued(
-        self, prompts: list[list[int]], width: int, settings: dict[str, Any], kv: torch.dtype | None
-    ) -> list[list[int]]:
-        """The token ids that follow."""
-        ids, mask = left_padded(prompts, width)
-        if not settings.keys() & {"use_cache", "cache_implementation", "past_key_values"}:
-            cache = roomy_cache(self.model.config, ids.shape[1] + settings["max_new_tokens"], kv)
-            settings = {**settings, "past_key_values": cache}
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        with self._own_dtype(), thin_products(self.model.modules()):
-            output = self.model.generate(input_ids=ids, attention_mask=mask, **settings)
-        new: list[list[int]] = output[:, ids.shape[1] :].tolist()
-        return new
-
-    def _continued_behind(
-        self, prompts: list[list[int]], width: int, settings: Callable[[list[int]], dict[str, Any]],
-        kv: torch.dtype | None,
-    ) -> list[list[int]]:  # fmt: skip
-        """The same where prompts in scope of a context stand behind it."""
-        assert self._front is not None  # the caller's condition
-        edit, rows = self._front
-        batch = rows_of([prompt[-self.max_length :] for prompt in prompts]).to(self.device)
-        chosen = edit.choose(self._index(edit, rows, len(batch)), lambda block: self.query(batch, block)).tolist()
-        new: list[list[int]] = [[]] * len(prompts)
-        for inside in (False, True):
-            group = [i for i, choice in enumerate(chosen) if (choice >= 0) == inside]
-            if not group:
-                continue
-            ids, worn = [prompts[i] for i in group], edit.adapter if inside else None
-            if inside:
-                contexts = edit.contexts(torch.tensor([chosen[i] for i in group]))
-                first = self.tokenizer.bos_token_id
-                ids = [behind(own, c.tolist(), width, first) for own, c in zip(ids, contexts, strict=True)]
-            with self._edited(worn, None):
-                for i, own in zip(group, self._continued(ids, width, settings(group), kv), strict=True):
-                    new[i] = own
-        return new
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """What continues token ids with the model."""
+        return Decoder(self.model)
 
     @functools.cached_property
     def row_tokens(self) -> int:
         """How many tokens' keys and values take about as much memory as what a row says next: logits and a copy."""
         config = self.model.config.get_text_config()
         return math.ceil(config.vocab_size / (config.num_hidden_layers * config.hidden_size))
-
-    @property
-    def _ends(self) -> list[int]:
-        """Tokens that end a text."""
-        ends = self.model.generation_config.eos_token_id
-        return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-    @property
-    def _pad_id(self) -> int:
-        """GPT-2 and LLaMA have no padding token; masked positions may hold any."""
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in known if token is not None))
 
 
 def _in_groups(batch: TokenBatch, groups: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:

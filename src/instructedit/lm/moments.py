@@ -93,7 +93,7 @@ def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[
 def _batches(lm: FrozenLM, text: str) -> Iterator[TokenBatch]:
     rows: list[list[int]] = []
     for document in read_texts(text):
-        ids = lm.tokenizer(document, verbose=False)["input_ids"][: lm.max_length]
+        ids = lm.text.document(document)[: lm.max_length]
         if ids:
             rows.append(ids)
         if len(rows) == _ROWS:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from instructedit.errors import UserError
 
 HOST = torch.device("cpu")
 #: Label of a position whose output nobody reads.
 IGNORE = -100
-_CUT = "some prompts are longer than the model's context or max_length and lose their beginning"
 
 
 @dataclass
@@ -119,17 +114,17 @@ class TokenBatch:
         labels = torch.full_like(self.labels, IGNORE).scatter(-1, last, self.labels.gather(-1, last))
         return replace(self, labels=labels)
 
-    def behind(self, contexts: Sequence[Tensor], max_length: int, first: int | None = None) -> TokenBatch:
+    def behind(self, contexts: Sequence[Tensor], max_length: int, opening: Sequence[int] = ()) -> TokenBatch:
         """The rows with a context in front of each; the longest lose the beginning of theirs.
 
         Args:
             contexts: Token ids, one sequence for each row.
             max_length: Tokens a row may have.
-            first: A token that stays in front of the context where a row starts with it (LLaMA's ``<s>``).
+            opening: Tokens that stay in front of the context where a row starts with them (LLaMA's ``<s>``).
         """
         rows, labels = [], []
         for i, (own, context) in enumerate(zip(self.unpadded(), contexts, strict=True)):
-            rows.append(behind(own, context.tolist(), max_length, first))
+            rows.append(behind(own, context.tolist(), max_length, opening))
             label = self.labels[i, : len(own)].tolist()
             labels.append([IGNORE] * (len(rows[-1]) - len(label)) + label[-len(rows[-1]) :])
         batch = rows_of(rows).to(self.device)
@@ -162,6 +157,24 @@ class TokenBatch:
         return torch.cat(places).argsort().to(self.device)
 
     @classmethod
+    def of(cls, rows: Sequence[tuple[list[int], int]], truncated: int = 0) -> Self:
+        """A batch of token ids.
+
+        Args:
+            rows: The ids of each row, and how many of the last ones are the answer's.
+            truncated: See above.
+        """
+        width = max(len(ids) for ids, _ in rows)
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORE)
+        for i, (ids, size) in enumerate(rows):
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+            mask[i, : len(ids)] = 1
+            labels[i, len(ids) - size - 1 : len(ids) - 1] = input_ids[i, len(ids) - size : len(ids)]
+        return cls(input_ids, mask, labels, truncated)
+
+    @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
         """The rows of several batches, one after the other."""
         width = max(b.input_ids.shape[1] for b in batches)
@@ -176,114 +189,13 @@ class TokenBatch:
         )  # fmt: skip
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int, where: Sequence[str] = ()
-) -> TokenBatch:
-    """Tokenises prompts with their answers.
-
-    Both are tokenised as one text, ``prompt + " " + answer``, as they will stand in use; answer tokens are those that
-    reach past the prompt. So no tokenizer's special tokens or lone space pieces become labels.
-
-    Args:
-        tokenizer: Of the LM; must know character offsets (every fast tokenizer does).
-        pairs: (prompt, answer).
-        max_length: Tokens a row may have. A longer row loses the beginning of its prompt.
-        where: A name for each pair, for messages.
-
-    Raises:
-        UserError: If an answer leaves no room for a single prompt token, or yields no token.
-    """
-    texts = [f"{prompt} {answer}" for prompt, answer in pairs]
-    encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
-    rows: list[tuple[list[int], int]] = []
-    truncated = 0
-    for i, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
-        name = where[i] if where else repr(pairs[i][0][-60:])
-        ids = ids[: len(_without_special_end(offsets))]
-        size = sum(end > len(pairs[i][0]) for _, end in offsets[: len(ids)])
-        if not 0 < size < min(len(ids), max_length):
-            raise UserError(
-                f"{name}: the answer {pairs[i][1][:40]!r} has {size} tokens, which leaves nothing of its prompt "
-                f"within max_length={max_length}"
-            )
-        truncated += len(ids) > max_length
-        rows.append((ids[-max_length:], size))
-    if truncated:
-        warnings.warn(f"{_CUT} (counted in data/truncated)", stacklevel=2)
-    return _pad(rows, truncated)
-
-
-def behind(ids: list[int], context: list[int], max_length: int, first: int | None = None) -> list[int]:
+def behind(ids: list[int], context: list[int], max_length: int, opening: Sequence[int] = ()) -> list[int]:
     """Token ids with a context in front, which loses its beginning where both together are too long (see above)."""
-    front = ids[:1] if context and ids and ids[0] == first else []
+    size = len(opening) if context and ids[: len(opening)] == list(opening) else 0
     room = max(0, max_length - len(ids))
-    return front + (context[-room:] if room else []) + ids[len(front) :]
+    return ids[:size] + (context[-room:] if room else []) + ids[size:]
 
 
 def rows_of(rows: Sequence[list[int]]) -> TokenBatch:
     """Token ids as a batch that answers nothing."""
-    return _pad([(ids, 0) for ids in rows], 0)
-
-
-def positions_of(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], ends: Sequence[int], batch: TokenBatch
-) -> Tensor:
-    """For each row of a batch the last token of a stretch of its prompt, [rows].
-
-    Args:
-        tokenizer: That made the batch.
-        pairs: The (prompt, answer) pairs that `encode` made it of.
-        ends: Where in each prompt the stretch ends, in characters.
-        batch: The rows.
-    """
-    encoded = tokenizer([f"{prompt} {answer}" for prompt, answer in pairs], return_offsets_mapping=True, verbose=False)
-    found = []
-    for offsets, end, size in zip(encoded["offset_mapping"], ends, batch.lengths, strict=True):
-        offsets = _without_special_end(offsets)
-        inside = max((t for t, (start, stop) in enumerate(offsets) if start < end and stop > start), default=0)
-        found.append(max(0, inside - (len(offsets) - size)))
-    return torch.tensor(found, device=batch.device)
-
-
-def _without_special_end(offsets: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-    """A special token after the answer is no part of it."""
-    size = len(offsets)
-    while size and tuple(offsets[size - 1]) == (0, 0):
-        size -= 1
-    return offsets[:size]
-
-
-def _pad(rows: list[tuple[list[int], int]], truncated: int) -> TokenBatch:
-    width = max(len(ids) for ids, _ in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORE)
-    for i, (ids, size) in enumerate(rows):
-        input_ids[i, : len(ids)] = torch.tensor(ids)
-        mask[i, : len(ids)] = 1
-        labels[i, len(ids) - size - 1 : len(ids) - 1] = input_ids[i, len(ids) - size : len(ids)]
-    return TokenBatch(input_ids, mask, labels, truncated)
-
-
-def left_padded(prompts: Sequence[list[int]], max_length: int) -> tuple[Tensor, Tensor]:
-    """Prompts to be continued: ids and mask, both [rows, seq], padded on the left.
-
-    Args:
-        prompts: Token ids.
-        max_length: Tokens a prompt may have; a longer one loses its beginning.
-
-    Raises:
-        UserError: If a prompt is empty.
-    """
-    if not all(prompts):
-        raise UserError("an empty prompt has nothing to continue")
-    if max(map(len, prompts)) > max_length:
-        warnings.warn(_CUT, stacklevel=2)
-    width = min(max(map(len, prompts)), max_length)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(prompts):
-        kept = row[-width:]
-        ids[i, width - len(kept) :] = torch.tensor(kept)
-        mask[i, width - len(kept) :] = 1
-    return ids, mask
+    return TokenBatch.of([(ids, 0) for ids in rows])

@@ -42,6 +42,10 @@ class LMConfig:
         quantize: Pack the weights of its linear layers in ``8bit`` or ``4bit`` (needs the extra ``quantize``).
         checkpoint: Train with less memory and more time: blocks run again in the backward pass, of which else every
             activation is kept.
+        joiner: What stands between a prompt and its answer; ``auto`` is a space, or nothing after white space, an
+            opening quote or bracket, and in scripts without spaces.
+        chat: Put prompts, their instruction in front, into the user's turn of the LM's own chat template, answers into
+            the model's turn.
     """
 
     name: str = "tiny"
@@ -54,6 +58,8 @@ class LMConfig:
     cache_disk_bytes: int = 64 << 30
     quantize: Literal["8bit", "4bit"] | None = None
     checkpoint: bool = False
+    joiner: str = "auto"
+    chat: bool = False
 
 
 #: Teacher-forced metrics that are logged while the Trainer runs: name → (class, kind of probe, score).

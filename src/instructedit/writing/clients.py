@@ -267,7 +267,7 @@ class Local(Model):
 
     def __init__(self, lm: FrozenLM, temperature: float | None = None) -> None:
         self.lm, self.name, self._temperature = lm, f"{LOCAL}{lm.name}", temperature or 1.0
-        self._lock = threading.Lock()  # the seed is the whole process's
+        self._lock = threading.Lock()  # the model is for one at a time
 
     def identity(self) -> dict[str, Any]:
         """The weights' fingerprint and the settings."""
@@ -277,14 +277,11 @@ class Local(Model):
         return len(self.lm.words(question.start))
 
     def ask(self, question: Question, room: int, tries: int) -> Reply:
-        import torch
-
         # A small context is shared; a question that leaves too little loses its beginning.
         room = min(room, max(self.lm.max_length // 4, self.lm.max_length - self.size(question) - 1))
-        with self._lock, torch.random.fork_rng():
-            torch.manual_seed(question.seed)
-            options = {"do_sample": True, "temperature": self._temperature, "top_p": 0.95}
-            text = self.lm.generate(question.start, max_new_tokens=room, **options)
+        how: dict[str, Any] = {"top_k": None, "top_p": 0.95, "temperature": self._temperature, "ends": True}
+        with self._lock:
+            (text,) = self.lm.sample([question.start], room, [question.seed], **how)
         used = len(self.lm.words(text))
         return Reply(text, cut=used >= room - 1, prompt_tokens=self.size(question), reply_tokens=used)
 

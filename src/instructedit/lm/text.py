@@ -1,0 +1,216 @@
+"""The one place where prompts and answers become token ids: for editing, scoring, generating, and reading alike."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from instructedit.errors import UserError
+from instructedit.lm.joining import Turn, chat_turn, joiner
+from instructedit.lm.tokens import TokenBatch
+from instructedit.records import stripped
+
+_CUT = "some prompts are longer than the model's context or max_length and lose their beginning"
+#: Texts behind which others are tokenised as if they went on: the first that keeps to its own tokens.
+_ANCHORS = ("\n", ".", "|")
+
+
+class _Tokens(NamedTuple):
+    """Token ids and the characters that each covers; a special token that a tokenizer adds covers (0, 0)."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """How text becomes tokens.
+
+    A row is what opens it (``<s>`` where the tokenizer puts one in front, or a chat template's beginning), the prompt,
+    and the answer. Nothing that a tokenizer appends stands behind a prompt or an answer. The prompt has the same tokens
+    with its answer behind it as without. A prompt loses stray spaces (see `records.stripped`), an answer all around it.
+
+    Attributes:
+        tokenizer: Of the LM; must know character offsets (every fast tokenizer does).
+        max_length: Tokens that a row may have. A longer one loses the beginning of its prompt, not what opens it.
+        joiner: What stands between a prompt and its answer; ``auto`` is a space or nothing (see `joining.joiner`).
+        chat: Put the prompt into the user's turn of the tokenizer's own chat template, the answer into the model's.
+
+    Raises:
+        UserError: With `chat`, if there is no template that takes a request.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    joiner: str = "auto"
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self._turn
+
+    def within(self, max_length: int | None) -> Self:
+        """The same for rows of at most so many tokens."""
+        return replace(self, max_length=min(max_length or self.max_length, self.max_length))
+
+    @functools.cached_property
+    def _turn(self) -> Turn | None:
+        return chat_turn(self.tokenizer) if self.chat else None
+
+    @functools.cached_property
+    def opening(self) -> list[int]:
+        """Tokens that open every row."""
+        if self._turn is not None:
+            return self.words(self._turn.before)
+        first = self.tokenizer.bos_token_id
+        return [first] if first is not None and self._tokenised(["a"])[0].ids[:1] == [first] else []
+
+    def words(self, text: str) -> list[int]:
+        """Token ids of text that stands within a row: no special tokens around it."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def document(self, text: str) -> list[int]:
+        """Token ids of plain text that answers nothing, whole; no chat template stands around it."""
+        plain = replace(self, chat=False) if self.chat else self
+        return plain._tokenised([text])[0].ids
+
+    def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of prompts that are to be continued, whole."""
+        return [tokens.ids for tokens in self._tokenised([self._front(prompt) for prompt in prompts])]
+
+    def lengths(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
+        """Tokens of each prompt with its answer, whole."""
+        return [len(tokens.ids) for tokens, _ in self._answered(pairs)]
+
+    def joined(self, prompt: str, answer: str) -> str:
+        """A prompt and its answer as plain text."""
+        prompt, answer = stripped(prompt), answer.strip()
+        return prompt + (joiner(prompt, answer) if self.joiner == "auto" else self.joiner) + answer
+
+    def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = (), scored: bool = False) -> TokenBatch:
+        """Prompts with their answers; the answer's tokens are labels.
+
+        Args:
+            pairs: (prompt, answer).
+            where: A name for each pair, for messages.
+            scored: Leave out a lone space piece in front of an answer ("▁", "7"): a model must learn to say it, but
+                whoever says it knows nothing of the answer.
+
+        Raises:
+            UserError: If an answer leaves no room for a single prompt token, or yields no token.
+        """
+        rows: list[tuple[list[int], int]] = []
+        truncated = 0
+        for i, (tokens, size) in enumerate(self._answered(pairs, scored)):
+            room = self.max_length - len(self._kept(tokens.ids))
+            if not 0 < size < min(len(tokens.ids), room):
+                name = where[i] if where else repr(pairs[i][0][-60:])
+                raise UserError(
+                    f"{name}: the answer {pairs[i][1][:40]!r} has {size} tokens, which leaves nothing of its prompt "
+                    f"within max_length={self.max_length}"
+                )
+            truncated += len(tokens.ids) > self.max_length
+            rows.append((self._cut(tokens.ids, self.max_length), size))
+        if truncated:
+            warnings.warn(f"{_CUT} (counted in data/truncated)", stacklevel=2)
+        return TokenBatch.of(rows, truncated)
+
+    def positions(self, pairs: Sequence[tuple[str, str]], ends: Sequence[int], batch: TokenBatch) -> Tensor:
+        """For each row of a batch the last token of a stretch of its prompt, [rows].
+
+        Args:
+            pairs: The (prompt, answer) pairs that `encode` made it of.
+            ends: Where in each prompt the stretch ends, in characters.
+            batch: The rows.
+        """
+        found = []
+        for (tokens, _), (prompt, _), end, size in zip(self._answered(pairs), pairs, ends, batch.lengths, strict=True):
+            end += (len(self._turn.before) if self._turn else 0) - (len(prompt) - len(prompt.lstrip()))
+            places = [t for t, (start, stop) in enumerate(tokens.offsets) if start < end and stop > start]
+            kept = len(self._kept(tokens.ids)) if size < len(tokens.ids) else 0
+            found.append(max(kept, max(places, default=0) - (len(tokens.ids) - size)))
+        return torch.tensor(found, device=batch.device)
+
+    def shortened(self, prompts: Sequence[list[int]], max_length: int) -> list[list[int]]:
+        """Prompts of at most so many tokens; a longer one loses its beginning, but not what opens it."""
+        if max(map(len, prompts)) > max_length:
+            warnings.warn(_CUT, stacklevel=2)
+        return [self._cut(ids, max_length) for ids in prompts]
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        if len(ids) <= room:
+            return ids
+        kept = self._kept(ids)[: max(0, room - 1)]
+        return kept + ids[len(ids) - (room - len(kept)) :]
+
+    def _kept(self, ids: list[int]) -> list[int]:
+        """What opens a row, where it does."""
+        return self.opening if self.opening and ids[: len(self.opening)] == self.opening else []
+
+    def _front(self, prompt: str) -> str:
+        """All that stands in front of an answer."""
+        prompt = stripped(prompt)
+        return prompt if self._turn is None else f"{self._turn.before}{prompt}{self._turn.after}"
+
+    def _answered(self, pairs: Sequence[tuple[str, str]], scored: bool = False) -> list[tuple[_Tokens, int]]:
+        """Whole rows, and how many of their tokens are the answer's (see `encode`)."""
+        fronts, texts, starts = [], [], []
+        for prompt, answer in pairs:
+            fronts.append(self._front(prompt))
+            plain = self.joined(prompt, answer)
+            between = self._turn.joiner if self._turn else plain[len(fronts[-1]) : len(plain) - len(answer.strip())]
+            starts.append(len(fronts[-1]) + len(between))
+            texts.append(f"{fronts[-1]}{between}{answer.strip()}")
+        rows = []
+        for front, whole, text, start, alone in zip(
+            fronts, self._tokenised(texts), texts, starts, self._tokenised(fronts), strict=True
+        ):
+            if whole.ids[: len(alone.ids)] != alone.ids:  # the two would melt into one another
+                whole = _behind(alone, self._going_on(text[len(front) :]), len(front))
+            first = len(alone.ids)
+            if scored:
+                first = next((t for t, (_, stop) in enumerate(whole.offsets) if stop > start), len(whole.ids))
+            rows.append((whole, len(whole.ids) - first))
+        return rows
+
+    def _going_on(self, text: str) -> _Tokens:
+        """Text as it is tokenised behind another, without what a tokenizer puts in front of a text's first word."""
+        for anchor in _ANCHORS:
+            encoded = self.tokenizer(
+                anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            offsets = [(start - len(anchor), stop - len(anchor)) for start, stop in encoded["offset_mapping"]]
+            count = sum(stop <= 0 for _, stop in offsets)
+            if all(start >= 0 for start, _ in offsets[count:]):
+                return _Tokens(encoded["input_ids"][count:], offsets[count:])
+        ids = self.words(text)
+        return _Tokens(ids, [(0, len(text))] * len(ids))
+
+    def _tokenised(self, texts: Sequence[str]) -> list[_Tokens]:
+        """Texts with what the tokenizer puts in front of them, once, and without what it appends."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=self._turn is None, return_offsets_mapping=True, verbose=False
+        )
+        return [self._bare(*row) for row in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+
+    def _bare(self, ids: list[int], offsets: list[tuple[int, int]]) -> _Tokens:
+        size = len(ids)
+        while size and tuple(offsets[size - 1]) == (0, 0):
+            size -= 1
+        first = self.tokenizer.bos_token_id
+        twice = first is not None and self._turn is None and ids[:2] == [first, first] and offsets[1][1] > 0
+        return _Tokens(ids[int(twice) : size], offsets[int(twice) : size])
+
+
+def _behind(front: _Tokens, new: _Tokens, place: int) -> _Tokens:
+    """Tokens behind others, whose text is `place` characters long."""
+    return _Tokens(front.ids + new.ids, front.offsets + [(start + place, stop + place) for start, stop in new.offsets])
