@@ -215,7 +215,9 @@ def test_a_model_without_feed_forward_layers_is_refused():
 def test_routed_experts_are_refused_where_they_are_chosen():
     lm = model_of(hf.MixtralConfig(**COMMON, num_key_value_heads=4, num_local_experts=2))
     assert find_blocks(lm.model)[0] == "model.layers"
-    with pytest.raises(UserError, match=r"block 3: model\.layers\.3\.mlp\.experts holds routed experts.*all its blocks"):
+    with pytest.raises(
+        UserError, match=r"block 3: model\.layers\.3\.mlp\.experts holds routed experts.*all its blocks"
+    ):
         lm.select(blocks=[-1, -2])
 
 

@@ -90,7 +90,9 @@ def _mixes(entered: tuple[Tensor, ...], left: Tensor) -> bool:
     weights = torch.arange(1.0, len(last) + 1, device=last.device)  # a plain sum says nothing behind a layer norm
     grads = torch.autograd.grad((last * weights).sum(), entered, retain_graph=True, allow_unused=True)
     keys = [states is not entered[0] and states.ndim > 3 for states in entered]  # of other blocks, or their values
-    parts = [grad if key else _by_position(grad)[:-1] for grad, key in zip(grads, keys, strict=True) if grad is not None]
+    parts = [
+        grad if key else _by_position(grad)[:-1] for grad, key in zip(grads, keys, strict=True) if grad is not None
+    ]
     return any(bool(part.any()) for part in parts)
 
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from instructedit.edits import ContextEdit, Edit, LowRankEdit
+from instructedit.edits import ADAPTER, ContextEdit, Edit, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.lm import generation, hooks, tryout
+from instructedit.lm import adapters, generation, hooks, tryout
 from instructedit.lm.decoding import Decoder, attends_to_all
 from instructedit.lm.disk_cache import DiskCache, checksum
 from instructedit.lm.forest import WIDTH, Forest
@@ -379,7 +380,10 @@ class FrozenLM:
         def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
             return F.cross_entropy(logits.float(), answers[at], reduction="none"), logits.detach().argmax(-1)
 
-        return Judged(*self.read(states, read))
+        judged = Judged(*self.read(states, read))
+        if judged.nll.isnan().any():
+            raise UserError(f"{self.name}: its logits are not numbers (NaN), which is no score; try dtype float32")
+        return judged
 
     def logits(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
         """Logits at the answer positions.
@@ -470,7 +474,10 @@ class FrozenLM:
         seen: dict[str, Seen] = {}
 
         def keep(site: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            whole = (args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple | list) else output)
+            whole = (
+                args[0] if args else kwargs["hidden_states"],
+                output[0] if isinstance(output, tuple | list) else output,
+            )
             seen[site] = Seen(*(t.reshape(len(batch), -1, t.shape[-1]) for t in whole))
             if len(seen) == len(sites):
                 raise hooks.Enough
@@ -605,6 +612,27 @@ class FrozenLM:
         for site in sites:
             add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
         return model
+
+    def save(self, edit: Edit, folder: str | Path) -> None:
+        """Writes an edit of this model to a folder, for `load_edit`; a single low-rank one also as a LoRA adapter.
+
+        The adapter is read back by PEFT, where that is installed. It is left out, and a warning says so, where PEFT
+        would make something else of it (it maps the names of some layers to those of fused experts).
+        """
+        edit.save_pretrained(folder, base_model=self.name)
+        written = [file for name in ADAPTER if (file := Path(folder) / name).is_file()]
+        if not written:
+            return
+        with torch.no_grad(), self._edited(edit, None):
+            expected = self.model(**tryout.inputs(self.model)).logits
+        if not adapters.reads_back(self.model, Path(folder), expected):
+            for file in written:
+                file.unlink()
+            warnings.warn(
+                f"{folder}: saved for instructedit alone, without a LoRA adapter: PEFT would put it on other layers of "
+                f"{type(self.model).__name__}",
+                stacklevel=2,
+            )
 
     # -- words ----------------------------------------------------------------------------------------------------
 

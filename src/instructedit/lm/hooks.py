@@ -189,7 +189,7 @@ def check_rows(edit: Edit, rows: Tensor | None, count: int) -> None:
 
 
 def values_of(block: nn.Module, forward: Callable[[], Any]) -> int:
-    """How many values a block returns, the hidden states first; 0 where it returns these alone: architectures differ."""
+    """How many values a block returns, the hidden states first; 0 where it returns these alone (models differ)."""
     found: list[int] = []
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:

@@ -120,7 +120,9 @@ def find_layout(model: PreTrainedModel) -> Layout:
             lasts = {home: layer for layer, home in layers.items()}
             sites += [_site(n, number, parts[n], n == lasts[home], home) for n, home in layers.items()]
     if not sites and not routed:
-        raise UserError(f"{type(model).__name__}: its blocks have no feed-forward layer of their own; it cannot be edited")
+        raise UserError(
+            f"{type(model).__name__}: its blocks have no feed-forward layer of their own; it cannot be edited"
+        )
     return Layout(tuple(sites), routed, width)
 
 
@@ -140,8 +142,8 @@ def check_blocks(model: PreTrainedModel, runs: Sequence[Sequence[Run]]) -> int:
     shape = list(runs[0][0].entered[0].shape)
     if shape[:-1] != [1, len(TOKENS)]:
         raise UserError(
-            f"{kind}: its blocks see states of the shape {shape} for one row of {len(TOKENS)} tokens, not one state for "
-            "each token; it cannot be edited"
+            f"{kind}: its blocks see states of the shape {shape} for {len(TOKENS)} tokens, not one state for each; "
+            "it cannot be edited"
         )
     return shape[-1]
 

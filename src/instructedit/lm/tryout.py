@@ -34,25 +34,27 @@ def check(model: PreTrainedModel, blocks: nn.ModuleList, head: Callable[[Tensor]
     Raises:
         UserError: If not.
     """
-    kind, inputs = type(model).__name__, _inputs(model)
-    left = hooks.output_of(blocks[-1], lambda: model(**inputs))
+    kind, given = type(model).__name__, inputs(model)
+    left = hooks.output_of(blocks[-1], lambda: model(**given))
     if not close(left[0, :SHARED], left[1, :SHARED]):
         raise UserError(f"{kind}: positions see what follows them; only causal language models can be edited")
     try:
         found = head(left[0])
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise UserError(f"{kind}: its head cannot be asked for single positions ({error}); it cannot be edited") from error
-    if not close(found, model(**inputs).logits[0]):
+        raise UserError(
+            f"{kind}: its head cannot be asked for single positions ({error}); it cannot be edited"
+        ) from error
+    if not close(found, model(**given).logits[0]):
         raise UserError(f"{kind}: its logits are made of more than what leaves its last block; it cannot be edited")
 
 
 @torch.no_grad()
 def resumes(model: PreTrainedModel, blocks: nn.ModuleList, start: int, values: int) -> bool:
     """Whether the blocks from `start` need nothing of those below but the hidden states (keys and values, for one)."""
-    inputs = _inputs(model)
+    given = inputs(model)
 
     def run() -> Any:
-        return model(**inputs)
+        return model(**given)
 
     entered, expected = hooks.input_of(blocks[start], run), hooks.output_of(blocks[-1], run)
     try:
@@ -63,6 +65,7 @@ def resumes(model: PreTrainedModel, blocks: nn.ModuleList, start: int, values: i
     return close(found, expected)
 
 
-def _inputs(model: PreTrainedModel) -> dict[str, Any]:
+def inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model is called with: two short rows."""
     ids = torch.tensor(ROWS, device=model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}

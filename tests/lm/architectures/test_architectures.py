@@ -179,5 +179,3 @@ def test_rows_and_batch_must_match(name):
     ids = lm.encode([(prompt, "x") for prompt in [*PROMPTS, PROMPTS[0]]]).input_ids
     with pytest.raises(UserError, match="3 edits and a batch of 4 rows"), lm.edited(edit):
         lm.model(input_ids=ids, use_cache=False)
-
-

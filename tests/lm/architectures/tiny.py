@@ -71,7 +71,9 @@ def _shrunk(config):
 
 def _sub_config(config, field):
     part = getattr(config, field)
-    return part and {"model_type": part.model_type} | _shrunk(part) | EXCEPTIONS.get(part.model_type, {}).get("fields", {})
+    return part and {"model_type": part.model_type} | _shrunk(part) | EXCEPTIONS.get(part.model_type, {}).get(
+        "fields", {}
+    )
 
 
 def _first_of_each(values):
