@@ -79,10 +79,9 @@ class LowRankEdit(Edit):
             raise UserError(f"an edit cannot be compressed to rank {rank}: the least is 1")
         return type(self)({site: _truncated(f, rank) for site, f in self.factors.items()})
 
-    def trimmed(self) -> Self:
-        """The same edits without the padding that a batch gave them, and of no rank above that of a whole matrix."""
-        most = {site: min(f.a.shape[-1], f.b.shape[-1]) for site, f in self.factors.items()}
-        return type(self)({site: _truncated(_unpadded(f), most[site]) for site, f in self.factors.items()})
+    def unpadded(self) -> Self:
+        """The same edits without the rows of zeros that all of them have, which a batch gave them."""
+        return type(self)({site: _unpadded(f) for site, f in self.factors.items()})
 
     def state(self) -> dict[str, Tensor]:
         return {f"{site}:{part}": getattr(f, part) for site, f in self.factors.items() for part in ("a", "b")}
@@ -102,7 +101,7 @@ class LowRankEdit(Edit):
 
         n edits become one adapter only when joined: ``edit.joined().save_pretrained(folder)``.
         """
-        edit = self.trimmed()
+        edit = self.unpadded()
         super(LowRankEdit, edit).save_pretrained(folder, **meta)
         if len(edit) == 1:
             _save_lora(edit, Path(folder), meta.get("base_model", ""))
@@ -138,7 +137,8 @@ def _truncated(factors: Factors, rank: int) -> Factors:
 
 
 def _save_lora(edit: LowRankEdit, folder: Path, base_model: str) -> None:
-    """PEFT's layout: lora_A [rank, in], lora_B [out, rank], scaling alpha/r = 1."""
+    """PEFT's layout: lora_A [rank, in], lora_B [out, rank], scaling alpha/r = 1; no rank above that of the matrix."""
+    edit = LowRankEdit({s: _truncated(f, min(f.a.shape[-1], f.b.shape[-1])) for s, f in edit.factors.items()})
     rank = max(1, *(f.a.shape[1] for f in edit.factors.values()))
     tensors: dict[str, Tensor] = {}
     for site, f in edit.factors.items():

@@ -6,9 +6,9 @@ an edit makes. The engine itself never reads it: it looks at the model in hand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -59,8 +59,8 @@ class Architecture:
 
 def architectures() -> dict[str, Architecture]:
     """Everything that is known, by name."""
-    rows: Mapping[str, Mapping[str, str]] = yaml.safe_load(FILE.read_text())
-    return {name: Architecture(name, **{k: _value(v) for k, v in row.items()}) for name, row in rows.items()}
+    rows: dict[str, dict[str, Any]] = yaml.safe_load(FILE.read_text())
+    return {name: Architecture(name, **row | {"sites": tuple(row.get("sites", ()))}) for name, row in rows.items()}
 
 
 def markdown() -> str:
@@ -69,10 +69,6 @@ def markdown() -> str:
     counts = ", ".join(f"{sum(a.status == status for a in known)} {status}" for status in STATUS)
     rows = [f"| `{a.name}` | {a.model} | {a.status} | {a.remark} |" for a in known]
     return "\n".join([_HEAD.format(counts=counts), *rows]) + "\n"
-
-
-def _value(value: str | list[str]) -> str | tuple[str, ...]:
-    return tuple(value) if isinstance(value, list) else value
 
 
 _HEAD = """# Architectures

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import yaml
-from tests.lm.architectures.tiny import NAMES, CLASSES, NOT_TRIED, tiny_lm
+from tests.lm.architectures.tiny import CLASSES, NAMES, NOT_TRIED, tiny_lm
 
 from instructedit.errors import UserError
 from instructedit.lm.architectures import FILE, markdown

@@ -1,18 +1,22 @@
 """What an edit promises, on every causal LM that the installed transformers can build."""
 
 import functools
+import os
+import warnings
 
 import pytest
 import torch
 from tests.lm.architectures.survey import PAGE, found
-from tests.lm.architectures.tiny import CLASSES, NAMES, NOT_TRIED, tiny_config, tiny_lm
+from tests.lm.architectures.tiny import CLASSES, NAMES, NOT_TRIED, tiny_lm
 from tests.reference import assert_untouched, footprint, greedy, oriented, plain_model, random_factors
 from torch import nn
 
-from instructedit.edits import Factors, LowRankEdit
+from instructedit.editors import build_editor, editor_names
+from instructedit.edits import Factors, LowRankEdit, load_edit
 from instructedit.errors import UserError
 from instructedit.lm.architectures import STATUS, architectures, markdown
 from instructedit.lm.forest import Forest
+from instructedit.records import EditRequest
 
 KNOWN = architectures()
 EDITABLE = [name for name in NAMES if KNOWN[name].sites]
@@ -179,3 +183,62 @@ def test_rows_and_batch_must_match(name):
     ids = lm.encode([(prompt, "x") for prompt in [*PROMPTS, PROMPTS[0]]]).input_ids
     with pytest.raises(UserError, match="3 edits and a batch of 4 rows"), lm.edited(edit):
         lm.model(input_ids=ids, use_cache=False)
+
+
+#: Where PEFT takes the names of a dense block's layers for those of experts.
+WITHOUT_ADAPTER = {
+    "afmoe", "beam", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe", "glm4_moe",
+    "glm4_moe_lite", "glm_moe_dsa",
+}  # fmt: skip
+
+
+@each
+def test_a_saved_adapter_is_the_edit(name, tmp_path):
+    peft = pytest.importorskip("peft")
+    lm, edit, before = tiny_lm(name), edit_of(name)[1], footprint(tiny_lm(name))
+    batch = lm.encode(PAIRS[1:2])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lm.save(edit, tmp_path)
+    assert_untouched(lm, before)
+    if name in WITHOUT_ADAPTER:
+        assert any("without a LoRA adapter" in str(warning.message) for warning in told)
+        assert not (tmp_path / "adapter_config.json").exists()
+    else:
+        adapted = peft.PeftModel.from_pretrained(plain_model(lm), str(tmp_path))
+        torch.testing.assert_close(plain_logits(adapted, batch, 0), plain_logits(merged(name, 1), batch, 0), **CLOSE)
+    torch.testing.assert_close(lm.logits(batch, load_edit(tmp_path)), plain_logits(merged(name, 1), batch, 0), **CLOSE)
+
+
+#: Options that make each method quick; the number of blocks, where the method has none of its own, is the test's.
+QUICK = {
+    "mend": {"rank": 4}, "instructedit": {"rank": 4}, "ke": {}, "ft_l": {"steps": 2}, "grace": {"steps": 2},
+    "calinet": {"steps": 2, "slots": 2}, "calinet_trained": {"slots": 2}, "t_patcher": {"steps": 2, "memory": 40},
+    "rome": {"steps": 2, "tokens": 400, "contexts": 1}, "memit": {"steps": 2, "tokens": 400, "contexts": 1},
+    "ike": {"sources": {}}, "serac": {"rank": 2, "embedding": 4}, "unedited": {},
+}  # fmt: skip
+REQUESTS = [EditRequest(prompt, target, task="counterfact", subject=prompt.split()[-2]) for prompt, target in PAIRS[:1]]
+
+
+#: Every editor costs a second or two: by default one architecture of those whose layers have the same names.
+TWINS = {KNOWN[name].sites: name for name in reversed(EDITABLE)}
+EVERY = EDITABLE if os.environ.get("EVERY_ARCHITECTURE") else sorted(TWINS.values())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_editor_makes_an_edit_or_refuses_in_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(tmp_path))
+    lm = tiny_lm(name)
+    top = max(site.block for site in sites(name))
+    refused, before = {}, footprint(lm)
+    for method in editor_names():
+        try:
+            edit = build_editor(method, lm, blocks=[top], **QUICK.get(method, {})).edit(REQUESTS)
+            assert lm.logits(lm.encode(PAIRS[:1]), edit).isfinite().all()
+        except UserError as refusal:
+            refused[method] = str(refusal)
+    assert not any("\n" in line for line in refused.values())
+    bare = {site.mlp for site in sites(name)} & {lm.block_name(i) for i in range(len(lm.blocks))}
+    assert refused.keys() == ({"calinet", "calinet_trained", "t_patcher"} if bare else set()), refused
+    state = footprint(lm)
+    assert_untouched(lm, before | {"random": state["random"]})
