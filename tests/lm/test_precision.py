@@ -393,7 +393,7 @@ def test_what_the_model_is_loaded_with_comes_from_the_config(monkeypatch):
     assert asked["quantize"] == "4bit"
 
 
-# -- NaN is an error, never a score -------------------------------------------------------------------------------------
+# -- NaN is an error, never a score -----------------------------------------------------------------------------------
 
 
 def broken(lm):
@@ -412,9 +412,13 @@ def test_scores_of_nothing_but_nan_are_refused(lm):
 
 
 def test_requests_to_a_model_of_nan_are_refused(lm):
-    next(lm.model.parameters()).data[:] = torch.nan
-    with pytest.raises(UserError, match="not numbers"):
-        lm.capture(lm.encode([("The capital of France is", "Lyon")]), [lm.sites[-1].name])
+    site = lm.sites[-1].name
+    parameters = list(lm.model.parameters())
+    parameters[0].data[:] = torch.nan
+    with pytest.raises(UserError, match="logits are not numbers"):
+        lm.capture(lm.encode([("The capital of France is", "Lyon")]), [site])
+    with pytest.raises(UserError, match="hidden states are not numbers"):
+        _ = FrozenLM(lm.model, lm.tokenizer).sites
 
 
 def test_an_edit_that_is_not_finite_is_refused(lm):

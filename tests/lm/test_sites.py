@@ -224,7 +224,7 @@ def test_routed_experts_are_refused_where_they_are_chosen():
 def test_dense_blocks_of_a_model_with_routed_experts_can_be_edited():
     lm = model_of(hf.Qwen3MoeConfig(**COMMON, num_experts=2, num_experts_per_tok=1, mlp_only_layers=[0, 4]))
     assert {s.block for s in lm.select(blocks=[0, -1])} == {0, 4}
-    with pytest.raises(UserError, match="block 1: .*choose among the blocks without: 0, 4"):
+    with pytest.raises(UserError, match=r"block 1: .*choose among the blocks without: 0, 4"):
         lm.select(blocks=[0, 1])
     with pytest.raises(UserError, match="block 1: "):
         lm.select()

@@ -9,6 +9,6 @@ from instructedit.edits.nothing import NoEdit
 from instructedit.edits.slots import SlotEdit, Slots
 
 __all__ = [
-    "ADAPTER", "CodebookEdit", "ContextEdit", "DenseEdit", "Edit", "Factors", "Gate", "LowRankEdit", "NoEdit", "SlotEdit",
-    "Slots", "load_edit", "stack",
+    "ADAPTER", "CodebookEdit", "ContextEdit", "DenseEdit", "Edit", "Factors", "Gate", "LowRankEdit", "NoEdit",
+    "SlotEdit", "Slots", "load_edit", "stack",
 ]  # fmt: skip

@@ -127,7 +127,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
 
 
 def check_blocks(model: PreTrainedModel, runs: Sequence[Sequence[Run]]) -> int:
-    """The width of the residual stream; and whether the blocks run once each, on one state for each token.
+    """The width of the residual stream; and whether the blocks run once each, on one finite state for each token.
 
     Args:
         model: The model.
@@ -145,6 +145,8 @@ def check_blocks(model: PreTrainedModel, runs: Sequence[Sequence[Run]]) -> int:
             f"{kind}: its blocks see states of the shape {shape} for {len(TOKENS)} tokens, not one state for each; "
             "it cannot be edited"
         )
+    if not all(run[0].left.isfinite().all() for run in runs):
+        raise UserError(f"{kind}: its hidden states are not numbers (NaN or infinite); are its weights, in this dtype?")
     return shape[-1]
 
 
