@@ -478,8 +478,10 @@ class FrozenLM:
                 args[0] if args else kwargs["hidden_states"],
                 output[0] if isinstance(output, tuple | list) else output,
             )
-            seen[site] = Seen(*(t.reshape(len(batch), -1, t.shape[-1]) for t in whole))
-            if len(seen) == len(sites):
+            inputs, outputs = (t.reshape(len(batch), -1, t.shape[-1]) for t in whole)
+            last = len(seen) + 1 == len(sites)
+            seen[site] = Seen(inputs, outputs if last else outputs.clone())  # some models go on to add to it in place
+            if last:
                 raise hooks.Enough
 
         start = self._resumed(self.first_block([*sites, *(edit.sites if edit else ())]))
