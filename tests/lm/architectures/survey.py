@@ -9,6 +9,10 @@ from instructedit.errors import UserError
 from instructedit.lm.architectures import FILE, markdown
 
 PAGE = Path("docs/architectures.md")
+HEAD = """# What can be edited in each causal LM that transformers knows (see architectures.py). Written by
+# python -m tests.lm.architectures.survey; every row was read beside transformers' own source. Look at the difference
+# before you commit a new version: the tests hold the engine to this table.
+"""
 
 
 def found(name, lm):
@@ -34,7 +38,9 @@ def found(name, lm):
 def main():
     rows = {name: {"model": CLASSES[name], "not_tried": why} for name, why in NOT_TRIED.items()}
     rows |= {name: found(name, tiny_lm(name)) for name in NAMES}
-    FILE.write_text(yaml.safe_dump(dict(sorted(rows.items())), sort_keys=False, width=120, default_flow_style=None))
+    FILE.write_text(
+        HEAD + yaml.safe_dump(dict(sorted(rows.items())), sort_keys=False, width=120, default_flow_style=None)
+    )
     PAGE.write_text(markdown())
 
 
