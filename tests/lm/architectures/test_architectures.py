@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from tests.lm.architectures.survey import PAGE, found
 from tests.lm.architectures.tiny import CLASSES, NAMES, NOT_TRIED, tiny_lm
 from tests.reference import assert_untouched, footprint, greedy, oriented, plain_model, random_factors
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from instructedit.editors import build_editor, editor_names
 from instructedit.edits import Factors, LowRankEdit, load_edit
@@ -81,6 +83,23 @@ def test_the_sites_are_those_of_the_table(name):
         if (value := getattr(KNOWN[name], key))
     }
     assert found(name, tiny_lm(name)) == row
+
+
+#: Its plan is for its variant with experts.
+PLANS = [name for name in EDITABLE if name != "doge"]
+
+
+def test_the_table_agrees_with_the_plans_of_tensor_parallelism():
+    """An independent source: which layers of a block transformers splits up, by hand, for each architecture."""
+    compared = 0
+    for name in PLANS:
+        plan = getattr(CONFIG_MAPPING[name], "base_model_tp_plan", None) or {}
+        within = {path.partition(".*.")[2] for path in plan}
+        planned = {path for path in within if re.fullmatch(r"(mlp|feed_forward|ffn)\.(?!.*expert)\w+", path)}
+        if planned:
+            compared += 1
+            assert planned == set(KNOWN[name].sites), name
+    assert compared > 50
 
 
 def test_the_page_shows_the_table():
