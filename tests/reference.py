@@ -38,8 +38,9 @@ def training_batch(lm, cases):
 
 
 def plain_model(lm):
-    """A copy of the plain model of its own."""
-    return copy.deepcopy(lm.model)
+    """A copy of the plain model of its own (some keep states of the last text, with the graph that made them)."""
+    kept = [t for module in lm.model.modules() for t in vars(module).values() if isinstance(t, torch.Tensor)]
+    return copy.deepcopy(lm.model, {id(tensor): tensor.detach().clone() for tensor in kept})
 
 
 def tokens(tokenizer, prompt, answer):
@@ -226,7 +227,7 @@ def greedy(model, tokenizer, prompt, new, keep=10_000):
     ids = tokenizer(prompt)["input_ids"][-keep:]
     with torch.no_grad():
         for _ in range(new):
-            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+            ids = [*ids, int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
     return ids[-new:]
 
 

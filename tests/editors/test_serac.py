@@ -5,6 +5,7 @@ import torch
 from tests.conftest import random_lm
 from tests.lm.test_context import query_of, row_logits, with_bos
 from tests.reference import Case, edit_loss, edited_weights, plain_model, relative, training_batch, unlikelihood
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from instructedit.editors import build_editor
 from instructedit.editors.losses import LossWeights
@@ -215,3 +216,15 @@ def test_the_words_of_an_edit_hold_no_special_tokens(tokenizer):
     lm = FrozenLM(model, used)
     edit = build_editor("serac", lm, **SMALL).edit(requests_of(CASES[:1]))
     assert used.bos_token_id not in edit.ids[0, 0, : edit.lengths[0, 0]].tolist()
+
+
+def test_the_embedding_may_be_narrower_than_the_hidden_states(tokenizer):
+    config = OPTConfig(
+        hidden_size=32, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=600
+    )
+    lm = FrozenLM(AutoModelForCausalLM.from_config(config), tokenizer, "narrow", max_length=64)
+    editor = build_editor("serac", lm, rank=2, embedding=4)
+    edit = editor.edit([EditRequest("The capital of France is", "Lyon")])
+    assert lm.width == 32
+    assert edit.gate.projection.shape == (4, 2 * 32)
+    assert lm.losses(lm.encode([("The capital of France is", "Lyon")]), edit).isfinite().all()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.reference import dense, plain_model, random_factors
 
-from instructedit.edits import Factors, LowRankEdit, NoEdit, load_edit, stack
+from instructedit.edits import Factors, LowRankEdit, NoEdit, SlotEdit, Slots, load_edit, stack
 from instructedit.errors import UserError
 from instructedit.lm import TokenBatch
 
@@ -233,3 +233,66 @@ def test_the_model_wears_no_edit(lm):
         assert torch.equal(lm.logits(batch), said)
     merged = lm.merge(NoEdit(1)).state_dict()
     assert all(torch.equal(tensor, merged[name]) for name, tensor in lm.model.state_dict().items())
+
+
+# -- ranks, and the range of float16 -----------------------------------------------------------------------------------
+
+
+def padded_edit():
+    """Two edits, of ranks 3 and 5, side by side."""
+    one, other = (random_factors([SITE], 1, rank, seed=rank)["site"] for rank in (3, 5))
+    return stack([LowRankEdit({"site": Factors(*one)}), LowRankEdit({"site": Factors(*other)})])
+
+
+class SITE:
+    name, in_features, out_features = "site", 12, 9
+
+
+@pytest.mark.parametrize(("chosen", "rank"), [(0, 3), (1, 5)])
+def test_an_edit_is_saved_without_the_padding_of_its_batch(tmp_path, chosen, rank):
+    edit = padded_edit()[chosen]
+    assert edit.factors["site"].a.shape[1] == 5
+    edit.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == rank
+    saved = load_edit(tmp_path)
+    assert saved.factors["site"].a.shape[1] == rank
+    torch.testing.assert_close(saved.delta("site"), edit.delta("site"))
+
+
+def test_no_saved_rank_is_above_that_of_the_matrix(tmp_path):
+    edit = LowRankEdit({"site": Factors(*random_factors([SITE], 7, 4)["site"])}).joined()  # rank 28 of a 9 × 12 matrix
+    edit.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    a, b = (saved[f"base_model.model.site.lora_{part}.weight"] for part in "AB")
+    assert (a.shape, b.shape) == ((9, 12), (9, 9))
+    torch.testing.assert_close(b @ a, edit.delta("site")[0], atol=1e-5, rtol=1e-5)
+
+
+def test_an_edit_of_nothing_can_be_saved(tmp_path):
+    edit = padded_edit().map(torch.zeros_like)[0]
+    edit.save_pretrained(tmp_path)
+    assert not load_edit(tmp_path).delta("site").any()
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_one_is_refused(rank):
+    with pytest.raises(UserError, match=f"rank {rank}"):
+        padded_edit().compressed(rank)
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([1, 0])])
+def test_products_that_leave_the_range_of_float16_and_come_back(rows):
+    """a·x is 640,000, and b so small that the change is about 6."""
+    edit = LowRankEdit({"site": Factors(torch.full((2, 1, 64), 100.0), torch.full((2, 1, 5), 1e-5))})
+    x, y = torch.full((2, 3, 64), 100.0, dtype=torch.float16), torch.ones(2, 3, 5, dtype=torch.float16)
+    for worn, which in ((edit, rows), (edit[0], None)):
+        found = worn.change("site", x, y, which)
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found, torch.full_like(y, 7.4), atol=1e-2, rtol=0)
+
+
+def test_slots_that_leave_the_range_of_float16_and_come_back():
+    slots = Slots(torch.full((1, 1, 64), 100.0), torch.zeros(1, 1), torch.full((1, 1, 64), 1e-5))
+    x = torch.full((1, 3, 64), 100.0, dtype=torch.float16)
+    found = SlotEdit({"site": slots}, "relu").change("site", x, torch.ones_like(x), None)
+    torch.testing.assert_close(found, torch.full_like(x, 7.4), atol=1e-2, rtol=0)

@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     FalconConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     MistralConfig,
     OPTConfig,
@@ -118,6 +119,35 @@ def test_a_model_that_takes_no_trees_gets_rows(tokenizer, name):
     batch = lm.encode([(FRONT + prompt, " Paris") for prompt in PROMPTS])
     kept = batch.attention_mask.bool()
     torch.testing.assert_close(lm.prefix(batch, 2)[kept], lm._prefix(batch, 2)[kept], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [16, 60])
+def test_a_window_that_the_config_of_the_cache_does_not_show(tokenizer, window):
+    """GPT-Neo's local attention: rows shorter than its window say nothing of it."""
+    config = GPTNeoConfig(
+        hidden_size=32, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=window,
+        vocab_size=600, max_position_embeddings=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = torch.randn(parameter.shape) * 0.15
+    lm = FrozenLM(model, tokenizer, "windows", max_length=128)
+    batch = lm.encode([(FRONT * 2 + prompt, " Paris") for prompt in PROMPTS])
+    assert max(batch.lengths) > window
+    kept = batch.attention_mask.bool()
+    torch.testing.assert_close(lm.prefix(batch, 3)[kept], lm._prefix(batch, 3)[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_longer_than_what_was_tried_are_run_as_rows(tokenizer, monkeypatch):
+    monkeypatch.setattr("instructedit.lm.frozen.WIDTH", 20)
+    lm = random_lm("gpt2", tokenizer)
+    monkeypatch.setattr(lm, "_prefix_of_trees", None)  # would fail
+    lm.__dict__["takes_trees"] = True
+    batch = lm.encode([(FRONT * 2, " Paris")])
+    assert max(batch.lengths) > 20
+    assert lm.prefix(batch, 2).shape[1] == max(batch.lengths)
 
 
 def test_a_model_that_counts_positions_itself_gets_rows(tokenizer):

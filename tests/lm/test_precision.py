@@ -391,3 +391,39 @@ def test_what_the_model_is_loaded_with_comes_from_the_config(monkeypatch):
     monkeypatch.setattr(frozen, "load_model", watched)
     FrozenLM.from_pretrained(**asdict(LMConfig(quantize="4bit")))
     assert asked["quantize"] == "4bit"
+
+
+# -- NaN is an error, never a score -----------------------------------------------------------------------------------
+
+
+def broken(lm):
+    """An edit with a NaN in one factor."""
+    factors = {name: Factors(*pair) for name, pair in random_factors(lm.select(blocks=[-1]), 1, 2).items()}
+    next(iter(factors.values())).b[0, 0, 0] = torch.nan
+    return LowRankEdit(factors)
+
+
+def test_scores_of_nothing_but_nan_are_refused(lm):
+    batch = lm.encode([("The capital of France is", "Lyon"), ("A", "b")])
+    for ask in (lm.losses, lambda batch, edit: lm.judged(lm.states(batch, edit), batch.answers)):
+        with pytest.raises(UserError, match="not numbers"):
+            ask(batch, broken(lm))
+    assert lm.losses(batch).isfinite().all()
+
+
+def test_requests_to_a_model_of_nan_are_refused(lm):
+    site = lm.sites[-1].name
+    parameters = list(lm.model.parameters())
+    parameters[0].data[:] = torch.nan
+    with pytest.raises(UserError, match="logits are not numbers"):
+        lm.capture(lm.encode([("The capital of France is", "Lyon")]), [site])
+    with pytest.raises(UserError, match="hidden states are not numbers"):
+        _ = FrozenLM(lm.model, lm.tokenizer).sites
+
+
+def test_an_edit_that_is_not_finite_is_refused(lm):
+    editor = build_editor("mend", lm, rank=4)
+    for parameter in editor.parameters():
+        parameter.data[:] = torch.inf
+    with pytest.raises(UserError, match=r"editor 'mend': the edit is not finite at .*:[ab]"):
+        editor.edit([EditRequest("The capital of France is", "Lyon")])

@@ -9,7 +9,7 @@ from torch import nn
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, TokenBatch
-from instructedit.lm.sites import add_to_weight, find_blocks, find_sites
+from instructedit.lm.sites import add_to_weight, find_blocks, find_layout
 
 COMMON = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -193,21 +193,86 @@ def test_missing_blocks_are_named(block):
 
 
 class Bare(nn.Module):
-    def __init__(self, layers):
+    def __init__(self):
         super().__init__()
-        self.config = hf.GPT2Config(**GPT)
-        if layers:
-            self.layers = nn.ModuleList(nn.MultiheadAttention(32, 4) for _ in range(layers))
+        self.embedding = nn.Embedding(97, 32)
+
+    def get_input_embeddings(self):
+        return self.embedding
 
 
-@pytest.mark.parametrize(("layers", "message"), [(3, "no MLP"), (0, "no list of transformer blocks")])
-def test_models_without_mlps_are_refused(layers, message):
-    with pytest.raises(UserError, match=f"Bare: {message}"):
-        find_sites(Bare(layers))
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(UserError, match="Bare: no list of transformer blocks"):
+        find_layout(Bare())
 
 
-def test_experts_that_are_no_linear_layers_are_refused():
-    model = hf.AutoModelForCausalLM.from_config(hf.MixtralConfig(**COMMON, num_local_experts=2))
-    assert find_blocks(model)[0] == "model.layers"
-    with pytest.raises(UserError, match="no MLP with linear layers"):
-        find_sites(model)
+def test_a_model_without_feed_forward_layers_is_refused():
+    config = hf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, state_size=4)
+    with pytest.raises(UserError, match="MambaForCausalLM: its blocks have no feed-forward layer of their own"):
+        find_layout(hf.MambaForCausalLM(config))
+
+
+def test_routed_experts_are_refused_where_they_are_chosen():
+    lm = model_of(hf.MixtralConfig(**COMMON, num_key_value_heads=4, num_local_experts=2))
+    assert find_blocks(lm.model)[0] == "model.layers"
+    with pytest.raises(
+        UserError, match=r"block 3: model\.layers\.3\.mlp\.experts holds routed experts.*all its blocks"
+    ):
+        lm.select(blocks=[-1, -2])
+
+
+def test_dense_blocks_of_a_model_with_routed_experts_can_be_edited():
+    lm = model_of(hf.Qwen3MoeConfig(**COMMON, num_experts=2, num_experts_per_tok=1, mlp_only_layers=[0, 4]))
+    assert {s.block for s in lm.select(blocks=[0, -1])} == {0, 4}
+    with pytest.raises(UserError, match=r"block 1: .*choose among the blocks without: 0, 4"):
+        lm.select(blocks=[0, 1])
+    with pytest.raises(UserError, match="block 1: "):
+        lm.select()
+    assert {s.block for s in lm.select(["*.mlp.down_proj"])} == {0, 4}  # named, so it is known what is edited
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    lm = model_of(hf.BertConfig(**COMMON))
+    with pytest.raises(UserError, match="BertLMHeadModel: positions see what follows them"):
+        _ = lm.sites
+    assert {site.mlp for site in model_of(hf.BertConfig(**COMMON, is_decoder=True)).sites} == {
+        f"bert.encoder.layer.{i}" for i in range(5)
+    }
+
+
+def test_the_language_tower_is_edited_however_deep_the_other_one_is():
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = hf.Gemma3Config(
+        text_config={**COMMON, "num_key_value_heads": 2, "head_dim": 8}, vision_config=vision, mm_tokens_per_image=4
+    )
+    lm = model_of(config)
+    assert find_blocks(lm.model)[0] == "model.language_model.layers"
+    assert {site.block for site in lm.sites} == set(range(5))
+
+
+def test_a_layer_that_sees_all_rows_as_one_is_told_apart_by_rows():
+    """OPT's and others' feed-forward layers get [rows · positions, hidden]."""
+    lm, batch = model_of(MODELS["opt"][0]), ragged()
+    edit = LowRankEdit({n: Factors(*pair) for n, pair in random_factors(lm.select(blocks=[-1]), 2, 2).items()})
+    with pytest.raises(UserError, match="2 edits and a batch of 3 rows"), lm.edited(edit):
+        lm.model(**batch.inputs)
+    with pytest.raises(UserError, match="rows names the edits of 2 rows, the batch has 3"), lm.edited(edit, [0, 1]):
+        lm.model(**batch.inputs)
+    with lm.edited(edit, [0, 0, 1]), torch.no_grad():
+        found = lm.model(**batch.inputs).logits
+    for row, which in enumerate((0, 0, 1)):
+        with torch.no_grad():
+            expected = lm.merge(edit[which])(batch.input_ids[row : row + 1]).logits[0]
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_reading_what_a_layer_gave_is_not_touched_by_what_is_added_to_it_later():
+    """Falcon adds its attention's output to that of its feed-forward layer in place."""
+    lm, batch = model_of(hf.FalconConfig(**WITHOUT_INNER, ffn_hidden_size=48)), ragged()
+    layers = [lm.block_name(2) + ".mlp", lm.block_name(4)]
+    seen = lm.observe(batch, layers)[layers[0]]
+    with torch.no_grad():
+        torch.testing.assert_close(seen.outputs, lm.model.get_submodule(layers[0])(seen.inputs))

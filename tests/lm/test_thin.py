@@ -100,3 +100,12 @@ def test_words_and_scores_are_made_of_them(tokenizer, architecture):
         if type(layer) in (nn.Linear, Conv1D):
             refusing(layer)
     assert lm.generate("The capital of", max_new_tokens=4) == words
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 8), Conv1D(8, 6)])
+def test_outputs_can_be_seen_as_any_shape(layer):
+    """DeepSeek-V2 views pairs of numbers as complex ones, which asks for a last stride of 1."""
+    with thin_products([layer]), torch.no_grad():
+        found = layer(torch.randn(2, 3, 6))
+    assert found.is_contiguous()
+    assert torch.view_as_complex(found.view(2, 3, 4, 2)).shape == (2, 3, 4)

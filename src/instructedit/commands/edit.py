@@ -67,7 +67,7 @@ def main(
         after = model.generate(prompts, max_new_tokens=max_new_tokens)
     _show_words(prompts, before, after)
     if save:
-        change.save_pretrained(save, base_model=model.source, lm=lm)
+        model.save(change, save)
     if merge:
         model.merge(change).save_pretrained(merge)
         model.tokenizer.save_pretrained(merge)

@@ -171,6 +171,7 @@ class Editor(nn.Module, ABC):
             with torch.inference_mode(False), torch.no_grad():
                 batch = self.requests(requests, self.instructor(description=description, instruction=instruction))
                 edit = (self.make_together(batch) if together else self.make(batch)).detach()
+                _numbers(edit, self.name)
                 if self.REMEDY:
                     self._report(edit, batch)
                 return edit
@@ -243,6 +244,19 @@ class Editor(nn.Module, ABC):
     def shapes(self) -> dict[str, list[int]]:
         """Site → [in, out]: what an editor's weights fit."""
         return {site.name: list(site.shape) for site in self.sites}
+
+
+def _numbers(edit: Edit, editor: str) -> Edit:
+    """The edit.
+
+    Raises:
+        UserError: If it holds NaN or infinities.
+    """
+    if broken := [name for name, t in edit.state().items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise UserError(
+            f"editor {editor!r}: the edit is not finite at {broken[0]}; try dtype float32, or a smaller rate"
+        )
+    return edit
 
 
 def _plain(value: Any) -> Any:

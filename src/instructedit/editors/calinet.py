@@ -58,8 +58,7 @@ class SlotEditor(Editor, ABC):
 
     def start(self) -> Values:
         """Keys of unit length on average, values that say nothing yet; name → [slots, hidden]."""
-        # Feed-forward layers read and write the residual stream.
-        size = next(site.out_features for site in self.lm.sites if site.output)
+        size = self.lm.width  # feed-forward layers read and write the residual stream
         generator = torch.Generator().manual_seed(self.seed)
         keys = {f"{m}:keys": torch.randn(self.slots, size, generator=generator) * size**-0.5 for m in self.layers}
         return keys | {f"{module}:values": torch.zeros(self.slots, size) for module in self.layers}

@@ -50,7 +50,7 @@ class Serac(Editor):
 
     def build(self) -> None:
         """The adapter's factors (which start as no change), and the classifier's projection, scale and bias."""
-        size = 2 * self.lm.model.get_input_embeddings().weight.shape[-1]
+        size = 2 * self.lm.width
         self.inputs = nn.ParameterList(torch.randn(self.rank, s.in_features) * s.in_features**-0.5 for s in self.sites)
         self.outputs = nn.ParameterList(torch.zeros(self.rank, s.out_features) for s in self.sites)
         self.projection = nn.Parameter(torch.randn(self.embedding, size) * size**-0.5)

@@ -4,11 +4,11 @@ from instructedit.edits.base import Edit, load_edit
 from instructedit.edits.codebook import CodebookEdit
 from instructedit.edits.context import ContextEdit, Gate
 from instructedit.edits.dense import DenseEdit
-from instructedit.edits.low_rank import Factors, LowRankEdit, stack
+from instructedit.edits.low_rank import ADAPTER, Factors, LowRankEdit, stack
 from instructedit.edits.nothing import NoEdit
 from instructedit.edits.slots import SlotEdit, Slots
 
 __all__ = [
-    "CodebookEdit", "ContextEdit", "DenseEdit", "Edit", "Factors", "Gate", "LowRankEdit", "NoEdit", "SlotEdit", "Slots",
-    "load_edit", "stack",
+    "ADAPTER", "CodebookEdit", "ContextEdit", "DenseEdit", "Edit", "Factors", "Gate", "LowRankEdit", "NoEdit",
+    "SlotEdit", "Slots", "load_edit", "stack",
 ]  # fmt: skip

@@ -155,3 +155,8 @@ def pad_to(tensor: Tensor, size: int, dim: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = missing
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what a product with another one behind it is computed: float16 ends at 65504, which inner products reach."""
+    return torch.float32 if dtype == torch.float16 else dtype

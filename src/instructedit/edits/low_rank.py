@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from instructedit.edits.base import Edit, as_list, pad_to
+from instructedit.edits.base import Edit, as_list, pad_to, product_dtype
 from instructedit.errors import UserError
 
 
@@ -21,6 +21,10 @@ class Factors(NamedTuple):
 
     a: Tensor
     b: Tensor
+
+
+#: Files of a LoRA adapter in PEFT's layout: its tensors and its config.
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -52,20 +56,32 @@ class LowRankEdit(Edit):
         )
 
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
-        a, b = (f.to(inputs.dtype) for f in self.factors[site])
+        kind = product_dtype(inputs.dtype)
+        a, b = (f.to(kind) for f in self.factors[site])
+        inputs = inputs.to(kind)
         if len(self) == 1:
-            return outputs + inputs @ a[0].T @ b[0]
+            return (outputs + inputs @ a[0].T @ b[0]).to(outputs.dtype)
         if rows is not None:
             a, b = a[rows], b[rows]
-        return torch.baddbmm(outputs, torch.bmm(inputs, a.mT), b)
+        return torch.baddbmm(outputs.to(kind), torch.bmm(inputs, a.mT), b).to(outputs.dtype)
 
     def delta(self, site: str) -> Tensor:
         a, b = self.factors[site]
         return b.mT @ a
 
     def compressed(self, rank: int) -> Self:
-        """The best approximation of each edit by one of at most this rank (Eckart–Young), from small matrices."""
+        """The best approximation of each edit by one of at most this rank (Eckart–Young), from small matrices.
+
+        Raises:
+            UserError: If the rank is less than 1.
+        """
+        if rank < 1:
+            raise UserError(f"an edit cannot be compressed to rank {rank}: the least is 1")
         return type(self)({site: _truncated(f, rank) for site, f in self.factors.items()})
+
+    def unpadded(self) -> Self:
+        """The same edits without the rows of zeros that all of them have, which a batch gave them."""
+        return type(self)({site: _unpadded(f) for site, f in self.factors.items()})
 
     def state(self) -> dict[str, Tensor]:
         return {f"{site}:{part}": getattr(f, part) for site, f in self.factors.items() for part in ("a", "b")}
@@ -85,9 +101,10 @@ class LowRankEdit(Edit):
 
         n edits become one adapter only when joined: ``edit.joined().save_pretrained(folder)``.
         """
-        super().save_pretrained(folder, **meta)
-        if len(self) == 1:
-            _save_lora(self, Path(folder), meta.get("base_model", ""))
+        edit = self.unpadded()
+        super(LowRankEdit, edit).save_pretrained(folder, **meta)
+        if len(edit) == 1:
+            _save_lora(edit, Path(folder), meta.get("base_model", ""))
 
 
 def stack(edits: list[LowRankEdit]) -> LowRankEdit:
@@ -99,6 +116,13 @@ def stack(edits: list[LowRankEdit]) -> LowRankEdit:
         return torch.cat([pad_to(f[part], rank, 1) for f in parts[site]])
 
     return LowRankEdit({site: Factors(joined(site, 0), joined(site, 1)) for site in parts})
+
+
+def _unpadded(factors: Factors) -> Factors:
+    """The rows that count in at least one of the edits; one row of zeros where none does."""
+    real = (factors.a.any(-1) & factors.b.any(-1)).any(0)
+    real[0] |= ~real.any()
+    return Factors(factors.a[:, real], factors.b[:, real])
 
 
 def _truncated(factors: Factors, rank: int) -> Factors:
@@ -113,7 +137,8 @@ def _truncated(factors: Factors, rank: int) -> Factors:
 
 
 def _save_lora(edit: LowRankEdit, folder: Path, base_model: str) -> None:
-    """PEFT's layout: lora_A [rank, in], lora_B [out, rank], scaling alpha/r = 1."""
+    """PEFT's layout: lora_A [rank, in], lora_B [out, rank], scaling alpha/r = 1; no rank above that of the matrix."""
+    edit = LowRankEdit({s: _truncated(f, min(f.a.shape[-1], f.b.shape[-1])) for s, f in edit.factors.items()})
     rank = max(1, *(f.a.shape[1] for f in edit.factors.values()))
     tensors: dict[str, Tensor] = {}
     for site, f in edit.factors.items():
@@ -131,5 +156,5 @@ def _save_lora(edit: LowRankEdit, folder: Path, base_model: str) -> None:
         "target_modules": list(edit.sites),
         "inference_mode": True,
     }
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, folder / ADAPTER[0])
+    (folder / ADAPTER[1]).write_text(json.dumps(config, indent=2) + "\n")

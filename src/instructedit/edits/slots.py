@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from instructedit.edits.base import Edit, as_list
+from instructedit.edits.base import Edit, as_list, product_dtype
 from instructedit.errors import UserError
 
 #: Activations that slots may have. Saved edits hold the position in this list: append only.
@@ -66,11 +66,12 @@ class SlotEdit(Edit):
         return type(self)(every, self.activation)
 
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
-        keys, biases, values = (t.to(inputs.dtype) for t in self.slots[site])
+        kind = product_dtype(inputs.dtype)
+        inputs, keys, biases, values = (t.to(kind) for t in (inputs, *self.slots[site]))
         if rows is not None and len(self) > 1:
             keys, biases, values = keys[rows], biases[rows], values[rows]
         act = getattr(F, self.activation)
-        return outputs + act(inputs @ keys.mT + biases.unsqueeze(1)) @ values
+        return (outputs + act(inputs @ keys.mT + biases.unsqueeze(1)) @ values).to(outputs.dtype)
 
     def state(self) -> dict[str, Tensor]:
         tensors = {f"{site}:{part}": getattr(s, part) for site, s in self.slots.items() for part in Slots._fields}

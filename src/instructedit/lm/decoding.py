@@ -274,7 +274,9 @@ class Decoder:
         def run(ids: Tensor) -> Tensor:
             nonlocal read
             place = torch.arange(ids.shape[1], device=ids.device) - start.unsqueeze(-1)
-            options: dict[str, Any] = {"position_ids": place.clamp(min=0)[:, read:], "logits_to_keep": 1}
+            options: dict[str, Any] = {"logits_to_keep": 1}
+            if layout.padded:  # else the model counts positions itself, in its own way (RoBERTa's begin at 2)
+                options["position_ids"] = place.clamp(min=0)[:, read:]
             options = {name: value for name, value in options.items() if name in self._takes} | kept
             if layout.padded:
                 options["attention_mask"] = (place >= 0).long()

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import inspect
 import math
-from collections import OrderedDict
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -19,24 +19,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from instructedit.edits import ContextEdit, Edit, LowRankEdit
+from instructedit.edits import ADAPTER, ContextEdit, Edit, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.lm import generation, hooks
+from instructedit.lm import adapters, generation, hooks, tryout
 from instructedit.lm.decoding import Decoder, attends_to_all, roomy_cache
 from instructedit.lm.disk_cache import DiskCache, checksum
-from instructedit.lm.forest import Forest
+from instructedit.lm.forest import WIDTH, Forest
 from instructedit.lm.loading import load_model, unknown_option
 from instructedit.lm.prefix import PrefixCache
 from instructedit.lm.prompt_prefixes import ROW, Beginning, PromptPrefixes, filled_cache, laid_down
 from instructedit.lm.reading import Loading
 from instructedit.lm.readout import parts, positionwise
 from instructedit.lm.sites import (
+    Layout,
     Site,
     add_to_weight,
     dense_weight,
     find_blocks,
+    find_layout,
     find_linear_layers,
-    find_sites,
+    select_feed_forward,
     select_sites,
 )
 from instructedit.lm.text import Text
@@ -125,6 +127,7 @@ class FrozenLM:
         self.beginnings = PromptPrefixes(cache_bytes // 8)
         self.checkpoint = checkpoint
         self._stays = False
+        self._resumes: dict[int, bool] = {}
         self._worn = 0  # edits that the model's layers wear now
         self._front: tuple[ContextEdit, Tensor | None] | None = None  # what stands in front of prompts now
 
@@ -192,14 +195,26 @@ class FrozenLM:
         return find_blocks(self.model)[0]
 
     @functools.cached_property
-    def _tuples(self) -> bool:
+    def _tuples(self) -> int:
         one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-        return hooks.gives_tuple(self.blocks[0], lambda: self.model(input_ids=one, attention_mask=one, use_cache=False))
+        return hooks.values_of(self.blocks[0], lambda: self.model(input_ids=one, attention_mask=one, use_cache=False))
 
     @functools.cached_property
     def sites(self) -> tuple[Site, ...]:
         """All edit sites, from the bottom up."""
-        return find_sites(self.model)
+        return self._layout.sites
+
+    @property
+    def width(self) -> int:
+        """Size of the hidden states between blocks (the embedding may be narrower)."""
+        return self._layout.width
+
+    @functools.cached_property
+    def _layout(self) -> Layout:
+        with hooks.bare(self.model.modules()):
+            layout = find_layout(self.model)
+            tryout.check(self.model, self.blocks, self.head)
+        return layout
 
     def select(
         self, names: Sequence[str] | None = None, blocks: Sequence[int] | None = None, every: bool = False
@@ -210,8 +225,13 @@ class FrozenLM:
             names: Names or patterns.
             blocks: Block numbers.
             every: Choose among all linear layers of the blocks, not only those of MLPs.
+
+        Raises:
+            UserError: If a name or a block matches nothing, or a chosen block's experts are routed.
         """
-        return select_sites(find_linear_layers(self.model) if every else self.sites, names, blocks)
+        if every:
+            return select_sites(find_linear_layers(self.model, self.width), names, blocks, len(self.blocks))
+        return select_feed_forward(self._layout, names, blocks, len(self.blocks))
 
     def first_block(self, sites: Sequence[str]) -> int:
         """The lowest block that holds one of the sites (0 without any): everything below it is the prefix.
@@ -222,6 +242,13 @@ class FrozenLM:
         if unknown := [s for s in sites if s not in self._block_of]:
             raise UserError(f"{self.name} has no edit site {unknown[0]!r}; its last one is {self.sites[-1].name!r}")
         return min((self._block_of[s] for s in sites), default=0)
+
+    def _resumed(self, block: int) -> int:
+        """The block that runs first where blocks below `block` need not: 0 if those above need more than its input."""
+        if block and block not in self._resumes:
+            with hooks.bare(self.model.modules()):
+                self._resumes[block] = tryout.resumes(self.model, self.blocks, block, self._tuples)
+        return block if self._resumes.get(block) else 0
 
     @functools.cached_property
     def _block_of(self) -> dict[str, int]:
@@ -260,7 +287,8 @@ class FrozenLM:
         return self.cache.states(batch, block, functools.partial(self._unknown_prefix, block=block))
 
     def _unknown_prefix(self, batch: TokenBatch, block: int) -> Tensor:
-        return (self._prefix_of_trees if self.takes_trees else self._prefix)(batch, block)
+        trees = max(batch.lengths) <= WIDTH and self.takes_trees  # tried out on rows no longer than that
+        return (self._prefix_of_trees if trees else self._prefix)(batch, block)
 
     @torch.no_grad()
     def _prefix(self, batch: TokenBatch, block: int) -> Tensor:
@@ -330,7 +358,8 @@ class FrozenLM:
         """
         if not attends_to_all(self.model.config):
             return False
-        batch = rows_of([[1, 2, 3, 4, 5], [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2]]).to(self.device)
+        long = [1 + i % 7 for i in range(min(WIDTH, self.max_length))]  # windows are told by no config
+        batch = rows_of([long, [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2]]).to(self.device)
         kept, top = batch.attention_mask.bool(), len(self.blocks) - 1
         try:
             found = self._of_trees(batch.unpadded(), top)[kept]
@@ -380,6 +409,7 @@ class FrozenLM:
         return Judged(*map(torch.cat, zip(*self.cache.recalled("judged", keys, judge), strict=True)))
 
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
+        start = self._resumed(start)
         return self._above(batch.inputs, start, self.prefix(batch, start) if start else None)
 
     def _above(self, inputs: dict[str, Tensor], start: int, hidden: Tensor | None) -> Tensor:
@@ -394,7 +424,7 @@ class FrozenLM:
         The model's own final norm, head, and what else it does after its blocks.
         """
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
-        bare = hooks.hooked({block: OrderedDict() for block in self.blocks})  # no block runs for whoever looks on
+        bare = hooks.bare(self.blocks)
         replayed = hooks.replayed(self.blocks, len(self.blocks), states.unsqueeze(1), self._tuples)
         with bare, replayed, self._own_dtype(), thin_products([self.model.get_output_embeddings()]):
             logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -430,7 +460,17 @@ class FrozenLM:
         def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
             return F.cross_entropy(logits.float(), answers[at], reduction="none"), logits.detach().argmax(-1)
 
-        return Judged(*self.read(states, read))
+        return self._numbers(Judged(*self.read(states, read)))
+
+    def _numbers(self, judged: Judged) -> Judged:
+        """The same, if they are numbers.
+
+        Raises:
+            UserError: If one is NaN.
+        """
+        if judged.nll.isnan().any():
+            raise UserError(f"{self.name}: its logits are not numbers (NaN), which is no score; try dtype float32")
+        return judged
 
     @torch.no_grad()
     def predictions(
@@ -451,7 +491,7 @@ class FrozenLM:
             here = node[mine] - at.start
             nll[mine] = logits.logsumexp(-1)[here] - logits[here, answers[mine]]
             said[mine] = logits.argmax(-1)[here]
-        return Judged(nll, said)
+        return self._numbers(Judged(nll, said))
 
     def logits(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
         """Logits at the answer positions.
@@ -492,7 +532,13 @@ class FrozenLM:
     def _forest(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None) -> Forest | None:
         """The rows as trees of one edit each, if the model takes trees and these have fewer tokens than the rows."""
         # Edits that a caller put on know the batch as it is.
-        if self._worn or len(batch) == 1 or not (edit is None or edit.positionwise) or not self.takes_trees:
+        if (
+            self._worn
+            or len(batch) == 1
+            or max(batch.lengths) > WIDTH
+            or not (edit is None or edit.positionwise)
+            or not self.takes_trees
+        ):
             return None
         one = edit is None or len(edit) == 1
         forest = Forest.fitting(batch.unpadded(), None if one else self._index(edit, rows, len(batch)).tolist())
@@ -502,6 +548,7 @@ class FrozenLM:
     def _states_of_trees(
         self, batch: TokenBatch, forest: Forest, edit: Edit | None, start: int
     ) -> tuple[Tensor, Tensor]:
+        start = self._resumed(start)
         hidden = forest.gather(self.prefix(batch, start)) if start else None
         rows = None if edit is None or len(edit) == 1 else forest.groups.to(self.device)
         with self._edited(edit, rows):
@@ -589,12 +636,17 @@ class FrozenLM:
         seen: dict[str, Seen] = {}
 
         def keep(site: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            whole = (args[0] if args else kwargs["hidden_states"], output[0] if isinstance(output, tuple) else output)
-            seen[site] = Seen(*(t.reshape(len(batch), -1, t.shape[-1]) for t in whole))
-            if len(seen) == len(sites):
+            whole = (
+                args[0] if args else kwargs["hidden_states"],
+                output[0] if isinstance(output, tuple | list) else output,
+            )
+            inputs, outputs = (t.reshape(len(batch), -1, t.shape[-1]) for t in whole)
+            last = len(seen) + 1 == len(sites)
+            seen[site] = Seen(inputs, outputs if last else outputs.clone())  # some models go on to add to it in place
+            if last:
                 raise hooks.Enough
 
-        start = self.first_block([*sites, *(edit.sites if edit else ())])
+        start = self._resumed(self.first_block([*sites, *(edit.sites if edit else ())]))
         hidden = self.prefix(batch, start) if cached and start else None
         with self._edited(edit, rows), ExitStack() as stack, suppress(hooks.Enough):
             for site in sites:  # after the edit's own hooks, whose outputs they see
@@ -605,6 +657,7 @@ class FrozenLM:
         return seen
 
     def _states(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
+        start = self._resumed(start)
         hidden = self.prefix(batch, start) if start else None
         with self._edited(edit, rows):
             return self._above(batch.inputs, start, hidden)[batch.answer_at]
@@ -627,7 +680,7 @@ class FrozenLM:
         def apart(flat: Tensor) -> Tensor:
             return flat.reshape(len(batch), -1, flat.shape[-1])  # some MLPs see all rows as one
 
-        start = self.first_block(sites)
+        start = self._resumed(self.first_block(sites))
         with torch.enable_grad(), self._own_dtype(), ExitStack() as stack:
             # A clone, since states that a cache gives may have been made in inference mode.
             hidden = self.prefix(batch, start).clone().requires_grad_()
@@ -714,10 +767,33 @@ class FrozenLM:
         sites = [site for site in self.select(every=True) if site.name in edit.sites]
         for site in sites:  # before a copy is made
             dense_weight(self.model.get_submodule(site.name), site)
-        model = copy.deepcopy(self.model)
+        # Some models keep states of the last text in their modules, with the graph that made them.
+        kept = [t for module in self.model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+        model = copy.deepcopy(self.model, {id(tensor): tensor.detach().clone() for tensor in kept})
         for site in sites:
             add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
         return model
+
+    def save(self, edit: Edit, folder: str | Path) -> None:
+        """Writes an edit of this model to a folder, for `load_edit`; a single low-rank one also as a LoRA adapter.
+
+        The adapter is read back by PEFT, where that is installed. It is left out, and a warning says so, where PEFT
+        would make something else of it (it maps the names of some layers to those of fused experts).
+        """
+        edit.save_pretrained(folder, base_model=self.source, lm=self.name)
+        written = [file for name in ADAPTER if (file := Path(folder) / name).is_file()]
+        if not written:
+            return
+        with torch.no_grad(), self._edited(edit, None):
+            expected = self.model(**tryout.inputs(self.model)).logits
+        if not adapters.reads_back(self.model, Path(folder), expected):
+            for file in written:
+                file.unlink()
+            warnings.warn(
+                f"{folder}: saved for instructedit alone, without a LoRA adapter: PEFT would put it on other layers of "
+                f"{type(self.model).__name__}",
+                stacklevel=2,
+            )
 
     # -- words ----------------------------------------------------------------------------------------------------
 

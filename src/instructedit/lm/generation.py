@@ -13,6 +13,7 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm.decoding import Choice, Draw, draws, likeliest
 from instructedit.lm.disk_cache import AT_REST
+from instructedit.lm.forest import WIDTH
 from instructedit.lm.tokens import behind
 from instructedit.records import stripped
 
@@ -53,15 +54,16 @@ def generate(
     """The most likely token at each step, at most `rooms` of them (see `FrozenLM.generate`)."""
     if len(rooms) != len(prompts):
         raise UserError(f"max_new_tokens has {len(rooms)} numbers for {len(prompts)} prompts")
-    ends = _ends(lm)
+    ends, trees = _ends(lm), lm.decodes_trees(edit)
 
     def go_on(which: list[int], ids: list[list[int]], own: list[int]) -> list[list[int]]:
-        if lm.decodes_trees(edit):
-            groups = None if rows is None else [rows[i] for i in which]
-            return lm.continue_trees(ids, own, ends, edit, groups)
-        return lm.decoder(ids, own, likeliest, ends)
+        mine = None if rows is None else [rows[i] for i in which]
+        if trees and max(map(len, ids)) + max(own) <= WIDTH:
+            return lm.continue_trees(ids, own, ends, edit, mine)
+        with lm.edited(edit, mine) if trees else nullcontext():
+            return lm.decoder(ids, own, likeliest, ends)
 
-    with nullcontext() if lm.decodes_trees(edit) else lm.edited(edit, rows):
+    with nullcontext() if trees else lm.edited(edit, rows):
         return _said(lm, prompts, rooms, go_on)
 
 

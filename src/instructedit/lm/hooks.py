@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def output_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
     """The hidden states that leave a block when `forward` runs the model; nothing above it runs."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        raise Enough(output[0] if isinstance(output, tuple) else output)
+        raise Enough(output[0] if isinstance(output, tuple | list) else output)
 
     return _caught(block.register_forward_hook(hook), forward)
 
@@ -51,7 +52,7 @@ def _caught(handle: RemovableHandle, forward: Callable[[], Any]) -> Tensor:
 
 
 @contextmanager
-def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, as_tuple: bool) -> Iterator[None]:
+def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, values: int) -> Iterator[None]:
     """Blocks below `start` do nothing but give `hidden`, which enters block `start`, or what follows the last block.
 
     The model still builds its own masks and rotary tables, whatever its architecture.
@@ -60,7 +61,7 @@ def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, as_tuple:
         blocks: All blocks of the model.
         start: The first one that runs.
         hidden: What enters it; None changes nothing.
-        as_tuple: Whether the model's blocks return a tuple.
+        values: How many values the model's blocks return (`values_of`).
     """
     if hidden is None:
         yield
@@ -70,7 +71,7 @@ def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, as_tuple:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def give(*args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if as_tuple else hidden
+        return (hidden, *[None] * (values - 1)) if values else hidden
 
     with ExitStack() as stack:
         if not start:
@@ -116,6 +117,11 @@ def hooked(then: Mapping[nn.Module, Any]) -> Iterator[None]:
             module._forward_hooks = hooks
 
 
+def bare(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+    """Inside, the modules wear nothing: no edit, and no hook of whoever looks on."""
+    return hooked({module: OrderedDict() for module in modules})
+
+
 @contextmanager
 def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module runs `forward` in place of its own."""
@@ -135,21 +141,34 @@ def worn(model: nn.Module, edit: Edit | None, rows: Tensor | None) -> Iterator[N
     if edit is None:
         yield
         return
+    batch = _BatchSize()
     with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(batch.note, with_kwargs=True).remove)
         for site in edit.sites:
-            hook = functools.partial(_wear, edit, site, rows)
-            stack.callback(model.get_submodule(site).register_forward_hook(hook).remove)
+            hook = functools.partial(_wear, edit, site, rows, batch)
+            stack.callback(model.get_submodule(site).register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
+class _BatchSize:
+    """How many rows the model runs on: a layer that sees all positions as one row cannot tell."""
+
+    rows = 1
+
+    def note(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        self.rows = next(len(tensor) for tensor in given if tensor is not None)
+
+
 def _wear(
-    edit: Edit, site: str, rows: Tensor | None, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor
-) -> Tensor:
-    inputs = args[0]
+    edit: Edit, site: str, rows: Tensor | None, batch: _BatchSize, layer: nn.Module, args: tuple[Tensor, ...],
+    kwargs: dict[str, Tensor], output: Tensor,
+) -> Tensor:  # fmt: skip
+    inputs = args[0] if args else next(iter(kwargs.values()))
     if inputs.ndim == 2:  # an MLP that sees all rows as one, such as OPT's
-        count = len(edit) if rows is None else len(rows)
-        apart = [t.reshape(count, -1, t.shape[-1]) for t in (inputs, output)]
-        return _wear(edit, site, rows, layer, (apart[0],), apart[1]).reshape(output.shape)
+        inputs, apart = (t.reshape(batch.rows, -1, t.shape[-1]) for t in (inputs, output))
+        check_rows(edit, rows, batch.rows)
+        return edit.change(site, inputs, apart, rows).reshape(output.shape)
     check_rows(edit, rows, inputs.shape[0])
     return edit.change(site, inputs, output, rows)
 
@@ -169,10 +188,14 @@ def check_rows(edit: Edit, rows: Tensor | None, count: int) -> None:
         raise UserError(f"rows names the edits of {len(rows)} rows, the batch has {count}")
 
 
-def gives_tuple(block: nn.Module, forward: Callable[[], Any]) -> bool:
-    """Whether a block returns a tuple that opens with the hidden states, or these alone: architectures differ."""
-    found: list[bool] = []
-    handle = block.register_forward_hook(lambda module, args, output: found.append(type(output) is tuple))
+def values_of(block: nn.Module, forward: Callable[[], Any]) -> int:
+    """How many values a block returns, the hidden states first; 0 where it returns these alone (models differ)."""
+    found: list[int] = []
+
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
+        found.append(len(output) if isinstance(output, tuple | list) else 0)
+
+    handle = block.register_forward_hook(hook)
     try:
         with torch.no_grad():
             forward()

@@ -1,8 +1,8 @@
-"""Edit sites: the linear layers of the MLPs, found from the module tree and never from the model's name."""
+"""Edit sites: the linear layers of the blocks, found in the model itself and never by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from instructedit.errors import UserError
+from instructedit.lm.feed_forward import TOKENS, Run, feed_forward, linear_shape, watched
 
 
 @dataclass(frozen=True)
@@ -41,86 +42,140 @@ class Site:
         return self.in_features, self.out_features
 
 
-def _features(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, Conv1D):
-        rows, columns = layer.weight.shape
-        return int(rows), int(columns)
-    assert isinstance(layer, nn.Linear)
-    return layer.in_features, layer.out_features
+@dataclass(frozen=True)
+class Layout:
+    """What can be edited in a model.
+
+    Attributes:
+        sites: The feed-forward matrices of its blocks, from the bottom up.
+        routed: Number of each block whose feed-forward layer holds routed experts → name of the module that does.
+        width: Of the residual stream.
+    """
+
+    sites: tuple[Site, ...]
+    routed: Mapping[int, str]
+    width: int
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The transformer blocks: the longest list of modules of one class, and its name.
+    """The transformer blocks of the language tower, and their name: the list of modules nearest to the embedding.
+
+    A vision or audio tower has blocks of its own, which lie further from the embedding of the tokens.
 
     Raises:
-        UserError: If the model has no such list.
+        UserError: If the model has no such list, or several that are equally near.
     """
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
-    ]
+    kind = type(model).__name__
+    names = {module: name for name, module in model.named_modules()}
+    name = names.get(_token_embedding(model), "")
+    while True:
+        lists = [(f"{name}.{part}".lstrip("."), m) for part, m in _lists(model.get_submodule(name))]
+        if lists or not name:
+            break
+        name = name.rpartition(".")[0]
     if not lists:
-        raise UserError(f"{type(model).__name__}: no list of transformer blocks found, so there are no edit sites")
-    return max(lists, key=lambda pair: len(pair[1]))
+        raise UserError(f"{kind}: no list of transformer blocks found, so there are no edit sites")
+    if len(lists) > 1:
+        found = ", ".join(name for name, _ in lists)
+        raise UserError(f"{kind}: its layers are no list of blocks but stand in {found}; it cannot be edited")
+    return lists[0]
 
 
-def _is_activation(module: nn.Module) -> bool:
-    leaf = not any(True for _ in module.children())
-    return leaf and not any(True for _ in module.parameters()) and not isinstance(module, nn.Dropout | nn.Identity)
+def _token_embedding(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
-def _mlp_layers(block: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Name and module of each MLP layer, and whether it is its MLP's last.
-
-    An MLP is what holds two or more linear layers and an activation side by side; attention holds none.
-    """
-    for name, module in block.named_modules():
-        children = dict(module.named_children())
-        linear = {n: m for n, m in children.items() if isinstance(m, nn.Linear | Conv1D)}
-        if len(linear) >= 2 and any(_is_activation(m) for m in children.values()):
-            for child, layer in linear.items():
-                yield (f"{name}.{child}" if name else child), layer, child == list(linear)[-1]
+def _lists(module: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The least deep lists of modules that have parts of their own."""
+    found = [
+        (name, part)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList) and len(part) and all(any(True for _ in m.children()) for m in part)
+    ]
+    least = min((name.count(".") for name, _ in found), default=0)
+    return [(name, part) for name, part in found if name.count(".") == least]
 
 
-def find_sites(model: PreTrainedModel) -> tuple[Site, ...]:
-    """Every MLP layer of every block, from the bottom up.
+def find_layout(model: PreTrainedModel) -> Layout:
+    """The feed-forward matrices of every block (see `feed_forward`), and the blocks whose experts are routed.
 
     Raises:
-        UserError: If the model has none.
+        UserError: If the model has none, or it is not made of blocks that run one after the other.
     """
     prefix, blocks = find_blocks(model)
-    hidden = model.config.get_text_config().hidden_size
-    sites = []
-    for number, block in enumerate(blocks):
-        for name, layer, last in _mlp_layers(block):
-            inside, outside = _features(layer)
-            full = f"{prefix}.{number}.{name}"
-            output = last and outside == hidden
-            mlp = full.rpartition(".")[0]
-            sites.append(Site(full, number, inside, outside, isinstance(layer, Conv1D), output, mlp))
-    if not sites:
-        raise UserError(f"{type(model).__name__}: no MLP with linear layers found in its blocks, so no edit sites")
-    return tuple(sites)
+    sites: list[Site] = []
+    routed: dict[int, str] = {}
+    named = {f"{prefix}.{i}": block for i, block in enumerate(blocks)}
+    parts = {f"{name}.{part}".rstrip("."): m for name, block in named.items() for part, m in block.named_modules()}
+    with watched(model, parts) as runs:
+        width = check_blocks(model, [runs[name] for name in named])
+        for number, (name, block) in enumerate(named.items()):
+            layers, experts = feed_forward(block, name, runs)
+            if experts:
+                routed[number] = experts[0]
+                continue
+            lasts = {home: layer for layer, home in layers.items()}
+            sites += [_site(n, number, parts[n], n == lasts[home], home) for n, home in layers.items()]
+    if not sites and not routed:
+        raise UserError(
+            f"{type(model).__name__}: its blocks have no feed-forward layer of their own; it cannot be edited"
+        )
+    return Layout(tuple(sites), routed, width)
 
 
-def find_linear_layers(model: PreTrainedModel) -> tuple[Site, ...]:
-    """Every linear layer of every block, attention's among them, from the bottom up: what an adapter may change."""
+def check_blocks(model: PreTrainedModel, runs: Sequence[Sequence[Run]]) -> int:
+    """The width of the residual stream; and whether the blocks run once each, on one finite state for each token.
+
+    Args:
+        model: The model.
+        runs: Of each block.
+
+    Raises:
+        UserError: If they do not.
+    """
+    kind, times = type(model).__name__, [len(run) for run in runs]
+    if set(times) != {1}:
+        raise UserError(f"{kind}: text runs its blocks {times} times, not once each; it cannot be edited")
+    shape = list(runs[0][0].entered[0].shape)
+    if shape[:-1] != [1, len(TOKENS)]:
+        raise UserError(
+            f"{kind}: its blocks see states of the shape {shape} for {len(TOKENS)} tokens, not one state for each; "
+            "it cannot be edited"
+        )
+    if not all(run[0].left.isfinite().all() for run in runs):
+        raise UserError(f"{kind}: its hidden states are not numbers (NaN or infinite); are its weights, in this dtype?")
+    return shape[-1]
+
+
+def _site(name: str, block: int, layer: nn.Module, output: bool, mlp: str) -> Site:
+    inside, outside = linear_shape(layer) or (0, 0)
+    return Site(name, block, inside, outside, isinstance(layer, Conv1D), output, mlp)
+
+
+def find_linear_layers(model: PreTrainedModel, width: int) -> tuple[Site, ...]:
+    """Every linear layer of every block, attention's among them, from the bottom up: what an adapter may change.
+
+    Args:
+        model: The model.
+        width: Of its residual stream.
+    """
     prefix, blocks = find_blocks(model)
-    hidden = model.config.get_text_config().hidden_size
-    sites = []
-    for number, block in enumerate(blocks):
-        for name, layer in block.named_modules():
-            if isinstance(layer, nn.Linear | Conv1D):
-                full = f"{prefix}.{number}.{name}"
-                inside, outside = _features(layer)
-                transposed, output = isinstance(layer, Conv1D), outside == hidden
-                sites.append(Site(full, number, inside, outside, transposed, output, full.rpartition(".")[0]))
-    return tuple(sites)
+    return tuple(
+        _site(f"{prefix}.{i}.{name}", i, layer, shape[1] == width, f"{prefix}.{i}.{name}".rpartition(".")[0])
+        for i, block in enumerate(blocks)
+        for name, layer in block.named_modules()
+        if (shape := linear_shape(layer))
+    )
 
 
 def select_sites(
-    sites: Sequence[Site], names: Sequence[str] | None = None, blocks: Sequence[int] | None = None
+    sites: Sequence[Site],
+    names: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+    count: int | None = None,
 ) -> tuple[Site, ...]:
     """The sites that match.
 
@@ -128,14 +183,15 @@ def select_sites(
         sites: All sites of a model.
         names: Module names or patterns such as ``*.mlp.c_proj``; None means any.
         blocks: Block numbers, negative from the top; None means any.
+        count: Blocks of the model; by default those up to the last with a site.
 
     Raises:
         UserError: If a name or a block matches nothing.
     """
-    count = max(s.block for s in sites) + 1
+    count = count or max(s.block for s in sites) + 1
     for block in blocks or ():
         if not -count <= block < count:
-            raise UserError(f"block {block}: the model has {count} blocks with edit sites")
+            raise UserError(f"block {block}: the model has {count} blocks")
     wanted = None if blocks is None else {b % count for b in blocks}
     chosen = [s for s in sites if wanted is None or s.block in wanted]
     for name in names or ():
@@ -143,6 +199,25 @@ def select_sites(
             shown = ", ".join(s.name for s in (chosen or sites)[-6:])
             raise UserError(f"no edit site is called {name!r}; the model's are like: {shown}")
     return tuple(s for s in chosen if names is None or any(fnmatch(s.name, n) for n in names))
+
+
+def select_feed_forward(
+    layout: Layout, names: Sequence[str] | None, blocks: Sequence[int] | None, count: int
+) -> tuple[Site, ...]:
+    """The feed-forward matrices that match (arguments as for `select_sites`).
+
+    Raises:
+        UserError: If a name or a block matches nothing, or what a block does is mostly done by experts that a router
+            chooses among: an edit of the rest would pass for one of the whole. Layers that are named are taken anyway.
+    """
+    chosen = {b % count for b in blocks or range(count)}
+    if names is None and (routed := [b for b in sorted(chosen) if b in layout.routed]):
+        dense = sorted({s.block for s in layout.sites})
+        raise UserError(
+            f"block {routed[0]}: {layout.routed[routed[0]]} holds routed experts, which cannot be edited; "
+            + (f"choose among the blocks without: {', '.join(map(str, dense))}" if dense else "so have all its blocks")
+        )
+    return select_sites(layout.sites, names, blocks, count)
 
 
 def dense_weight(layer: nn.Module, site: Site) -> nn.Parameter:

@@ -58,7 +58,7 @@ def _linear(weight: Tensor, bias: Tensor | None, threads: int) -> Product:
     apart = weight.view(parts, -1, size)
 
     def product(inputs: Tensor) -> Tensor:
-        out = torch.bmm(apart, inputs.T.expand(parts, -1, -1)).view(features, -1).T
+        out = torch.bmm(apart, inputs.T.expand(parts, -1, -1)).view(features, -1).T.contiguous()
         return out if bias is None else out.add_(bias)
 
     return product

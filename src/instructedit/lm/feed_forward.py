@@ -1,0 +1,185 @@
+"""Which linear layers of a block are its feed-forward layer: found by watching a short text pass through the model.
+
+A feed-forward layer looks at each position alone, where attention, convolutions and recurrences let positions see each
+other; and it widens the residual stream and narrows it again. So a linear layer belongs to one if
+
+1. no part of the block that holds it mixes positions (by autograd: the last output depends on the last input alone);
+2. it maps the residual stream's width to something at least as wide, or back; and
+3. a layer that does the other stands beside it, in the same module or the smallest one that holds both.
+
+Matrices of that size that are no linear layers, and linear layers that see some of the positions only, are experts that
+a router chooses among.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+#: Tokens of the text, any.
+TOKENS = (3, 1, 4, 1, 5, 9, 2, 6)
+
+
+class Run(NamedTuple):
+    """One run of a module.
+
+    Attributes:
+        entered: The states that entered it, then any other tensor that it was given and that depends on the text.
+        left: The states that left it.
+    """
+
+    entered: tuple[Tensor, ...]
+    left: Tensor
+
+
+class FeedForward(NamedTuple):
+    """What a block has of feed-forward layers.
+
+    Attributes:
+        layers: Name of each linear layer, in the order in which they run → name of the module that holds it with the
+            rest of its feed-forward layer.
+        routed: Names of the modules that hold experts which a router chooses among.
+    """
+
+    layers: dict[str, str]
+    routed: tuple[str, ...]
+
+
+Runs = Mapping[str, list[Run]]
+
+
+def feed_forward(block: nn.Module, name: str, runs: Runs) -> FeedForward:
+    """The feed-forward layers of a block.
+
+    Args:
+        block: The block.
+        name: Its module name.
+        runs: Of the modules in it, by name (`watched`).
+    """
+    width = runs[name][0].entered[0].shape[-1]
+    alone = dict(_looking_at_positions_alone(block, name, runs))
+    layers = [part for part in runs if part in alone and _widens(alone[part], width)]
+    routed = [part for part, module in alone.items() if _holds_matrices(module, width)]
+    routed += [part for part in layers if _rows(runs[part][0].entered[0]) < len(TOKENS)]
+    return FeedForward(_homes(layers, alone, name, width), tuple(routed))
+
+
+def _looking_at_positions_alone(block: nn.Module, name: str, runs: Runs) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every part that neither mixes positions nor stands in a part that does."""
+    for child, module in block.named_children():
+        part = f"{name}.{child}"
+        leaf = not any(True for _ in module.children())
+        if part in runs and not leaf and _mixes(*runs[part][0]):
+            continue
+        yield part, module
+        yield from _looking_at_positions_alone(module, part, runs)
+
+
+def _mixes(entered: tuple[Tensor, ...], left: Tensor) -> bool:
+    """Whether what left at the last position depends on what entered at others."""
+    if not left.requires_grad:
+        return False
+    last = _by_position(left)[-1].float()
+    weights = torch.arange(1.0, len(last) + 1, device=last.device)  # a plain sum says nothing behind a layer norm
+    grads = torch.autograd.grad((last * weights).sum(), entered, retain_graph=True, allow_unused=True)
+    keys = [states is not entered[0] and states.ndim > 3 for states in entered]  # of other blocks, or their values
+    parts = [
+        grad if key else _by_position(grad)[:-1] for grad, key in zip(grads, keys, strict=True) if grad is not None
+    ]
+    return any(bool(part.any()) for part in parts)
+
+
+def _by_position(states: Tensor) -> Tensor:
+    """States of the one row, whatever their form, as [positions, …]."""
+    return states.reshape(_rows(states), -1)
+
+
+def _rows(states: Tensor) -> int:
+    return states.shape[0] if states.ndim == 2 else states.shape[1]
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, None of any other module."""
+    if isinstance(layer, Conv1D):
+        rows, columns = layer.weight.shape
+        return int(rows), int(columns)
+    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else None
+
+
+def _widens(layer: nn.Module, width: int) -> bool:
+    shape = linear_shape(layer)
+    return shape is not None and width in shape and min(shape) >= width
+
+
+def _holds_matrices(module: nn.Module, width: int) -> bool:
+    """Whether a module has matrices of a feed-forward layer's size that are no linear layer."""
+    own = module.parameters(recurse=False)
+    return linear_shape(module) is None and any(p.ndim > 1 and p.numel() >= width * width for p in own)
+
+
+def _homes(layers: Iterable[str], modules: Mapping[str, nn.Module], block: str, width: int) -> dict[str, str]:
+    """The smallest module with a layer from the residual stream and another one back to it, for each layer."""
+    homes = {layer: layer.rpartition(".")[0] for layer in layers}
+    while True:
+        together = defaultdict(list)
+        for layer, home in homes.items():
+            together[home].append(linear_shape(modules[layer]))
+        bare = [home for home, shapes in together.items() if not _whole(shapes, width)]
+        if not bare:
+            return homes
+        homes = {
+            layer: home.rpartition(".")[0] if home in bare else home
+            for layer, home in homes.items()
+            if home not in bare or home != block
+        }
+
+
+def _whole(shapes: list[tuple[int, int] | None], width: int) -> bool:
+    first, last = [s for s in shapes if s and s[0] == width], [s for s in shapes if s and s[1] == width]
+    return bool(first and last) and len(shapes) > 1
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    """The tensors in what a module was given that depend on the text."""
+    if isinstance(given, Tensor):
+        if given.requires_grad:
+            yield given
+    elif isinstance(given, Mapping):
+        yield from _tensors(list(given.values()))
+    elif isinstance(given, list | tuple):
+        for part in given:
+            yield from _tensors(part)
+
+
+@contextmanager
+def watched(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[Runs]:
+    """Runs a short text through the model and gives what each of the modules saw, in the order in which they end."""
+    runs: dict[str, list[Run]] = defaultdict(list)
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            entered = tuple(_tensors([*args, *kwargs.values()]))
+            left = output[0] if isinstance(output, tuple | list) and output else output
+            if entered and isinstance(left, Tensor):
+                runs[name].append(Run(entered, left))
+            return output.clone() if isinstance(output, Tensor) else output  # what is kept, nobody changes in place
+
+        return hook
+
+    def differentiable(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.detach().requires_grad_().clone()  # a model may change it in place
+
+    with ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
+        ids = torch.tensor([TOKENS], device=model.device)
+        stack.callback(model.get_input_embeddings().register_forward_hook(differentiable).remove)
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(keep(name), with_kwargs=True).remove)
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        yield runs
