@@ -229,5 +229,5 @@ def test_damaged_files_are_refused_by_name(name, lm, editor, tmp_path, file, dam
     (tmp_path / file).write_bytes(damage)
     with pytest.raises(UserError, match=str(tmp_path)):
         load_editor(tmp_path, lm)
-    with pytest.raises(UserError, match="no editor here"):
+    with pytest.raises(UserError, match="no such file, folder, run or editor"):
         load_editor(tmp_path / "nowhere", lm)

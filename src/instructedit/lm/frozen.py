@@ -363,7 +363,7 @@ class FrozenLM:
         kept, top = batch.attention_mask.bool(), len(self.blocks) - 1
         try:
             found = self._of_trees(batch.unpadded(), top)[kept]
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, IndexError):
             return False
         return _close(found, self._prefix(batch, top)[kept])
 
@@ -540,8 +540,8 @@ class FrozenLM:
             or not self.takes_trees
         ):
             return None
-        one = edit is None or len(edit) == 1
-        forest = Forest.fitting(batch.unpadded(), None if one else self._index(edit, rows, len(batch)).tolist())
+        index = None if edit is None or len(edit) == 1 else self._index(edit, rows, len(batch)).tolist()
+        forest = Forest.fitting(batch.unpadded(), index)
         padded = sum(len(group) * max(batch.lengths[i] for i in group.tolist()) for group in batch.by_length())
         return forest if forest.padded < padded else None
 

@@ -134,7 +134,7 @@ def filled_cache(config: PreTrainedConfig, beginnings: Sequence[Beginning | None
         for part in ("keys", "values")
     )
     for block in range(one.keys.shape[0]):
-        cache.layers[block].update(keys[:, block], values[:, block])
+        cache.update(keys[:, block], values[:, block], block)
     return cache
 
 
