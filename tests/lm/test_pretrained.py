@@ -17,6 +17,7 @@ import instructedit as ie
 from instructedit.cli import main
 from instructedit.errors import UserError
 from instructedit.lm import pretrained
+from instructedit.lm.architectures import architectures
 from instructedit.lm.pretrained import MANIFEST, fetch, known, remove
 
 PARTS = 3
@@ -293,3 +294,16 @@ def test_a_removal_of_what_is_not_there(cache, no_pip):
     fetch("tiny-real")
     assert remove("tiny-real")
     assert left(cache) == []
+
+
+def test_architectures_are_listed_with_what_is_edited_in_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["models", "--supported"]) == 0
+    shown = capsys.readouterr().out
+    assert "model.layers.N.mlp.gate_proj" in shown
+    assert "routed experts in every block" in shown
+    for name, architecture in architectures().items():
+        row = next(line for line in shown.splitlines() if line.startswith(f"│ {name} "))
+        assert architecture.status in row
+    assert main(["models", "--supported=false"]) == 0
+    assert "tiny-llama" in capsys.readouterr().out

@@ -121,7 +121,7 @@ class Bench:
         torch.set_num_threads(setting.threads)
         shape = setting.model
         self.setting = setting
-        self.lm = _lm(setting).to(setting.device)
+        self.lm = _lm(setting).to(setting.device).try_out()
         torch.manual_seed(0)
         editor = build_editor("mend", self.lm, rank=setting.rank)
         assert isinstance(editor, Mend)

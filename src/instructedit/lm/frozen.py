@@ -170,6 +170,11 @@ class FrozenLM:
             self.forget()
         return self
 
+    def try_out(self) -> Self:
+        """Finds out now what else the first passes would: how the model takes trees, beginnings and padding."""
+        _ = self.sites, self._takes_beginnings, self.decoder.layout
+        return self
+
     def forget(self) -> None:
         """Empties the caches in memory: states below a block, and what prompts begin with."""
         self.cache.clear()

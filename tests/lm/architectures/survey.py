@@ -10,8 +10,8 @@ from instructedit.lm.architectures import FILE, markdown
 
 PAGE = Path("docs/architectures.md")
 HEAD = """# What can be edited in each causal LM that transformers knows (see architectures.py). Written by
-# python -m tests.lm.architectures.survey; every row was read beside the module tree, and tests compare it with
-# transformers' own plans of tensor parallelism. Look at the difference before you commit a new version.
+# python -m tests.lm.architectures.survey; it is what the engine finds; tests compare it with transformers' own
+# plans of tensor parallelism where there are any. Look at the difference before you commit a new version.
 """
 
 
