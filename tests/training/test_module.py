@@ -192,13 +192,22 @@ def test_edit_rates_that_move_pass(options):
     assert run(["fit", *options, "--guards.patience=2"]).trainer.global_step == 4
 
 
-@pytest.mark.parametrize("factor", [1e3, float("nan")])
-def test_an_absurd_loss_of_the_unedited_model_stops_the_run(options, tokenizer, tmp_path, factor):
+def broken(tokenizer, folder, factor):
+    """Options that train on a model whose last norm is multiplied."""
     model = new_model(Recipe(architecture="gpt2", width=16, layers=4, heads=2, vocab=600, context=256), 0)
     model.transformer.ln_f.weight = nn.Parameter(model.transformer.ln_f.weight * factor)
-    model.save_pretrained(tmp_path / "broken")
-    tokenizer.save_pretrained(tmp_path / "broken")
-    args = ["fit", *options, f"--model.lm.name={tmp_path}/broken"]
+    model.save_pretrained(folder / "broken")
+    tokenizer.save_pretrained(folder / "broken")
+    return [f"--model.lm.name={folder}/broken"]
+
+
+def test_a_model_that_gives_no_numbers_is_refused(options, tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"its logits are not numbers \(NaN\)"):
+        run(["fit", *options, *broken(tokenizer, tmp_path, float("nan"))])
+
+
+def test_an_absurd_loss_of_the_unedited_model_stops_the_run(options, tokenizer, tmp_path):
+    args = ["fit", *options, *broken(tokenizer, tmp_path, 1e3)]
     with pytest.raises(UserError, match=r"the unedited .*broken has a loss of .*guards.max_base_loss"):
         run(args)
     run([*args, "--guards.base_records=0", "--trainer.max_steps=0"])  # the check can be left out

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import lightning as L  # noqa: N812
 from lightning.pytorch.utilities import rank_zero_info
 
-from instructedit.data.batch import EditBatch
 from instructedit.editors.mend import Mend
 from instructedit.editors.rates import RateLoss, best_rate, sweep_rates
 from instructedit.tracking import MLflowTracker
@@ -37,9 +35,9 @@ class EditRateSweep(L.Callback):
         if not (isinstance(editor, Mend) and editor.rate_is_open):
             return
         pl_module.lm.to(pl_module.device)
-        batch = _first_records(trainer.datamodule.train_dataloader(), self.records).to(pl_module.device)
+        batch = trainer.datamodule.first_records(self.records).to(pl_module.device)
         self.tried = sweep_rates(editor, batch, pl_module.loss_weights)
-        rate = trainer.strategy.broadcast(best_rate(self.tried))  # several processes draw records of their own
+        rate = trainer.strategy.broadcast(best_rate(self.tried))  # one number, whatever rounding does
         editor.start_at(rate)
         least, unedited = min(found.loss for found in self.tried[1:]), self.tried[0].loss
         rank_zero_info(
@@ -61,10 +59,3 @@ class EditRateSweep(L.Callback):
             table = DataFrame(self.tried)
             trainer.logger.log_table(table, "edit_rates")
             trainer.logger.log_figure(edit_rate_curve(table, rate), "edit_rates")
-
-
-def _first_records(loader: Any, count: int) -> EditBatch:
-    """The first records of a training stream as one batch, whatever the size of its batches."""
-    keys = (key for batch in loader.batch_sampler for key in batch)
-    batch: EditBatch = loader.collate_fn([loader.dataset[key] for key in islice(keys, count)])
-    return batch

@@ -143,25 +143,35 @@ class EditData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless stream of `EditBatch`."""
         options, tasks = self.hparams, self.records["fit"]
-        sizes = [len(records) for records in tasks.values()]
-        balanced = options["mixing"] == "balanced"
-        weights = [s.weight for s in self.sources["fit"]] if balanced else [float(size) for size in sizes]
         trainer = self.trainer
-        module: Any = trainer.lightning_module if trainer else None
+        if trainer is None:
+            raise UserError("data: the training stream needs a Trainer with the editing module")
+        sampler = self._sampler(options["batch_size"], self.batches_used, trainer.global_rank, trainer.world_size)
+        return DataLoader(
+            _Drawn(list(tasks.values())), batch_sampler=sampler, collate_fn=self._collator(),
+            num_workers=options["num_workers"], persistent_workers=options["num_workers"] > 0,
+        )  # fmt: skip
+
+    def first_records(self, count: int) -> EditBatch:
+        """The first records of the whole training stream as one batch, whatever part of it a process takes."""
+        drawn = _Drawn(list(self.records["fit"].values()))
+        return self._collator()([drawn[key] for key in next(iter(self._sampler(count)))])
+
+    def _sampler(self, batch_size: int, first: int = 0, rank: int = 0, world: int = 1) -> MixtureSampler:
+        sizes = [len(records) for records in self.records["fit"].values()]
+        balanced = self.hparams["mixing"] == "balanced"
+        weights = [s.weight for s in self.sources["fit"]] if balanced else [float(size) for size in sizes]
+        return MixtureSampler(sizes, weights, self.hparams["seed"], batch_size, first, rank, world)
+
+    def _collator(self) -> Collator:
+        options = self.hparams
+        module: Any = self.trainer.lightning_module if self.trainer else None
         if module is None:
             raise UserError("data: the training stream needs a Trainer with the editing module")
-        sampler = MixtureSampler(
-            sizes, weights, options["seed"], options["batch_size"], self.batches_used,
-            trainer.global_rank if trainer else 0, trainer.world_size if trainer else 1,
-        )  # fmt: skip
-        collator = Collator(
+        return Collator(
             module.lm.text.within(options["max_length"]),
             module.editor.instructor(seed=options["seed"]),
             options["rephrases"], options["replies"], options["locality"], options["seed"],
-        )  # fmt: skip
-        return DataLoader(
-            _Drawn(list(tasks.values())), batch_sampler=sampler, collate_fn=collator,
-            num_workers=options["num_workers"], persistent_workers=options["num_workers"] > 0,
         )  # fmt: skip
 
     def _whole(self, part: str) -> DataLoader[Any]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from instructedit.lm.prompt_prefixes import shared_tokens
-
 #: Tokens of a tree, at most (a longer row stands alone): attention costs each token as many products.
 WIDTH = 256
 #: Widths that are tried where trees of several groups would be padded to the largest.
@@ -202,3 +200,11 @@ def _planted(rows: Sequence[list[int]], groups: Sequence[int], plan: _Plan) -> F
         of_tree[tree] = groups[i]
         places.append(tree * plan.width + path)
     return Forest(ids, positions, sees, places, of_tree)
+
+
+def shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    for length, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return length
+    return min(len(one), len(other))

@@ -27,7 +27,7 @@ from instructedit.lm.disk_cache import DiskCache, checksum
 from instructedit.lm.forest import WIDTH, Forest
 from instructedit.lm.loading import load_model, unknown_option
 from instructedit.lm.prefix import PrefixCache
-from instructedit.lm.prompt_prefixes import ROW, Beginning, PromptPrefixes, filled_cache, laid_down
+from instructedit.lm.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes, filled_cache, laid_down
 from instructedit.lm.reading import Loading
 from instructedit.lm.readout import parts, positionwise
 from instructedit.lm.sites import (
@@ -124,7 +124,7 @@ class FrozenLM:
         self.text = Text(tokenizer, self.max_length, joiner, chat)
         disk = DiskCache(cache_dir, cache_disk_bytes, cache_dtype, self._cached_as) if cache_dir else None
         self.cache = PrefixCache(cache_bytes, disk)
-        self.beginnings = PromptPrefixes(cache_bytes // 8)
+        self.beginnings = PromptPrefixes(cache_bytes // 8, self.text.breaks)
         self.checkpoint = checkpoint
         self._stays = False
         self._resumes: dict[int, bool] = {}
@@ -304,7 +304,8 @@ class FrozenLM:
         """Like `_prefix`, but what rows begin with together is computed once."""
         rows = batch.unpadded()
         if block and self._takes_beginnings:
-            return torch.nn.utils.rnn.pad_sequence(self._behind_beginnings(rows, block), batch_first=True)
+            states = self._behind_beginnings(rows, [self.beginnings.of(row) for row in rows], block)
+            return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         return self._of_trees(rows, block)
 
     @torch.no_grad()
@@ -314,46 +315,52 @@ class FrozenLM:
         return forest.states(hooks.input_of(self.blocks[block], lambda: self._run(inputs)))
 
     @torch.no_grad()
-    def _behind_beginnings(self, rows: list[list[int]], block: int) -> list[Tensor]:
+    def _behind_beginnings(self, rows: list[list[int]], beginnings: list[tuple[int, ...]], block: int) -> list[Tensor]:
         """The states that enter a block, [length, hidden] for each row; known beginnings are not computed again."""
-        known = [self.beginnings.find(block, row) for row in rows]
-        which = {id(one): number for number, one in enumerate(known)}  # rows behind one beginning share trees
-        sizes = [0 if one is None else len(one.ids) for one in known]
-        forest = Forest.fitting(
-            [row[size:] for row, size in zip(rows, sizes, strict=True)], [which[id(one)] for one in known]
-        )
-        of_trees = [known[number] for number in forest.groups.tolist()]
+        begun = self._begun(beginnings, block)
+        which = {id(one): number for number, one in enumerate(begun)}  # rows behind one beginning share trees
+        rests = [row[len(one.ids) if one else 0 :] for row, one in zip(rows, begun, strict=True)]
+        forest = Forest.fitting(rests, [which[id(one)] for one in begun])
+        of_trees = [begun[number] for number in forest.groups.tolist()]
         behind = torch.tensor([0 if one is None else len(one.ids) for one in of_trees])
         width = int(behind.max())
         inputs: dict[str, Any] = forest.inputs(self.device, self.model.dtype, behind if width else None)
-        cache = filled_cache(self.model.config, of_trees, width)
-        found = hooks.input_of(self.blocks[block], lambda: self._run(inputs | {"past_key_values": cache}))
-        found, states = found.flatten(0, 1), []
-        for row, one, places in zip(rows, known, forest.places, strict=True):
-            at = places.to(self.device)
-            states.append(found[at] if one is None else torch.cat([one.states, found[at]]))
-            if self.beginnings.lacks(block, row):
-                keys, values = laid_down(cache, block, places, forest.ids.shape[1], one)
-                self.beginnings.add(block, Beginning(tuple(row), states[-1].clone(), keys, values))
-        return states
+        if width:
+            inputs["past_key_values"] = filled_cache(self.model.config, of_trees, width)
+        found = hooks.input_of(self.blocks[block], lambda: self._run(inputs)).flatten(0, 1)
+        own = [found[places.to(self.device)] for places in forest.places]
+        return [row if one is None else torch.cat([one.states, row]) for row, one in zip(own, begun, strict=True)]
+
+    def _begun(self, wanted: list[tuple[int, ...]], block: int) -> list[Beginning | None]:
+        """What rows begin with: found, or made and kept; None for nothing."""
+        found = {ids: self.beginnings.find(block, ids) or self._begin(ids, block) for ids in set(wanted) if ids}
+        return [found.get(ids) for ids in wanted]
+
+    def _begin(self, ids: tuple[int, ...], block: int) -> Beginning:
+        """Makes and keeps a beginning: on its own, since rounding would tell what stood beside it."""
+        cache = filled_cache(self.model.config, (), 0)
+        inputs = rows_of([list(ids)]).to(self.device).inputs | {"past_key_values": cache}
+        states = hooks.input_of(self.blocks[block], lambda: self._run(inputs))[0]
+        beginning = Beginning(ids, states.clone(), *laid_down(cache, block))
+        self.beginnings.add(block, beginning)
+        return beginning
 
     @functools.cached_property
     def _takes_beginnings(self) -> bool:
         """Whether a tree behind keys and values of its beginning sees what it sees in one piece: tried out."""
         if not self.beginnings.max_bytes or not self.takes_trees:
             return False
-        opening, top = [1 + i % 3 for i in range(ROW)], len(self.blocks) - 1
+        opening, top = [1 + i % 3 for i in range(2 * SHORTEST)], len(self.blocks) - 1
         rows = [[*opening, 2, 1], [*opening, 3, 3, 1], [2, 1]]
-        batch = rows_of(rows).to(self.device)
-        expected = self._prefix(batch, top)
+        begun = [tuple(opening), tuple(opening), ()]
+        expected = self._prefix(rows_of(rows).to(self.device), top)
         try:
-            self._behind_beginnings(rows[:1], top)
-            found = self._behind_beginnings(rows[1:], top)
+            found = self._behind_beginnings(rows, begun, top)
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
         finally:
             self.beginnings.clear()
-        return all(_close(one, expected[i, : len(one)]) for i, one in enumerate(found, 1))
+        return all(_close(one, expected[i, : len(one)]) for i, one in enumerate(found))
 
     @functools.cached_property
     def takes_trees(self) -> bool:

@@ -71,6 +71,16 @@ class Text:
         first = self.tokenizer.bos_token_id
         return [first] if first is not None and self._tokenised(["a"])[0].ids[:1] == [first] else []
 
+    def breaks(self, token: int) -> bool:
+        """Whether a token ends a line."""
+        if token not in self._breaks:
+            self._breaks[token] = "\n" in self.tokenizer.decode([token])
+        return self._breaks[token]
+
+    @functools.cached_property
+    def _breaks(self) -> dict[int, bool]:
+        return {}
+
     def words(self, text: str) -> list[int]:
         """Token ids of text that stands within a row: no special tokens around it."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

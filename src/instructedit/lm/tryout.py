@@ -36,7 +36,7 @@ def check(model: PreTrainedModel, blocks: nn.ModuleList, head: Callable[[Tensor]
     """
     kind, given = type(model).__name__, inputs(model)
     left = hooks.output_of(blocks[-1], lambda: model(**given))
-    if not close(left[0, :SHARED], left[1, :SHARED]):
+    if not (left.isnan().any() or close(left[0, :SHARED], left[1, :SHARED])):
         raise UserError(f"{kind}: positions see what follows them; only causal language models can be edited")
     try:
         found = head(left[0])
@@ -44,7 +44,12 @@ def check(model: PreTrainedModel, blocks: nn.ModuleList, head: Callable[[Tensor]
         raise UserError(
             f"{kind}: its head cannot be asked for single positions ({error}); it cannot be edited"
         ) from error
-    if not close(found, model(**given).logits[0]):
+    logits = model(**given).logits[0]
+    if logits.isnan().any():
+        raise UserError(
+            f"{kind}: its logits are not numbers (NaN); are its weights damaged, or too large for the dtype?"
+        )
+    if not close(found, logits):
         raise UserError(f"{kind}: its logits are made of more than what leaves its last block; it cannot be edited")
 
 
