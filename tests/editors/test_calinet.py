@@ -16,7 +16,7 @@ from tests.reference import (
     plain_model,
     relative,
     training_batch,
-)  # fmt: skip
+)
 from transformers.optimization import Adafactor
 from transformers.pytorch_utils import Conv1D
 

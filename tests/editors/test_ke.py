@@ -18,7 +18,7 @@ from tests.reference import (
     relative,
     tokens,
     training_batch,
-)  # fmt: skip
+)
 
 from instructedit.editors import build_editor, load_editor
 from instructedit.editors.losses import LossWeights, editing_loss
