@@ -17,7 +17,8 @@ from instructedit.registry import plugin
 #: What a random LM samples of itself takes long to make, and is no better than the embedded text.
 OPTIONS = {
     "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05},
-    "rome": {"text": "tiny"}, "memit": {"text": "tiny"}, "t_patcher": {"text": "tiny"},
+    "rome": {"text": "tiny", "tokens": 5000}, "memit": {"text": "tiny", "tokens": 5000},
+    "grace": {"steps": 30}, "calinet": {"steps": 30}, "t_patcher": {"text": "tiny", "memory": 1000, "steps": 30},
 }  # fmt: skip
 #: Methods whose untrained edits change nothing: they are tested as if training had moved them.
 STARTS_AS_NOTHING = ("calinet_trained", "serac")
