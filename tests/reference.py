@@ -2,7 +2,7 @@
 
 One request at a time, whole forward passes of copies of the plain transformers model, dense ΔW added to the weights,
 weight gradients by autograd. Nothing here calls the code under test; of an editor it reads the parameters alone.
-(`training_batch` hands the same requests to the code under test.)
+(`training_batch` hands the same requests to the code under test; `assert_changes_nothing` compares it with itself.)
 """
 
 import copy
@@ -253,3 +253,17 @@ def assert_untouched(lm, before):
             assert all(torch.equal(now[name], before[what][name]) for name in now)
         else:
             assert torch.equal(now, before[what]) if what == "random" else now == before[what], what
+
+
+def assert_changes_nothing(lm, batch, edit):
+    """That edits leave what the model says as it is: bit by bit where both read the rows of the batch.
+
+    Left to choose, the model reads each edit's rows in trees of their own, and rows without edits in common ones. These
+    are products of other shapes, which are rounded otherwise.
+    """
+    said = []
+    for worn in (edit, None):
+        with torch.no_grad(), lm.edited(worn):
+            said.append(lm.logits(batch))
+    assert torch.equal(*said)
+    torch.testing.assert_close(lm.logits(batch, edit), lm.logits(batch), atol=1e-5, rtol=1e-5)

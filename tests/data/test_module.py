@@ -14,6 +14,7 @@ from instructedit.data.batch import EditBatch
 from instructedit.data.module import EditData, TaskSource
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor
+from instructedit.lm.text import Text
 
 SIZES = {"train": {"a": 12, "b": 3, "c": 6}, "val": {"a": 4, "b": 4, "c": 4}, "test": {"a": 5, "b": 5, "c": 5}}
 TASKS = {"a": "counterfact", "b": "recent", "c": "zsre"}
@@ -46,7 +47,7 @@ def attach(data, tokenizer, instructor=None, rank=0, world=1, used=0):
     ready = SimpleNamespace(total=SimpleNamespace(ready=used))
     data.trainer = SimpleNamespace(
         lightning_module=SimpleNamespace(
-            lm=SimpleNamespace(tokenizer=tokenizer, max_length=128),
+            lm=SimpleNamespace(text=Text(tokenizer, 128)),
             editor=SimpleNamespace(instructor=lambda **options: instructor),
         ),
         global_rank=rank,

@@ -16,7 +16,8 @@ from instructedit.tasks.texts import read_texts
 PAIRS = [("The capital of France is", "in"), ("Who", "in the"), ("A long prompt of a city", "a man of the sea")]
 REQUESTS = [EditRequest(*pair) for pair in PAIRS]
 FLOAT32 = {"atol": 1e-4, "rtol": 1e-4}
-SMALL = {"memory": 150, "largest": 40}
+#: A rate makes it the published method: values start with length 1, and everything moves at that rate.
+SMALL = {"text": "tiny", "memory": 150, "largest": 40, "lr": 0.01}
 
 
 def built(lm, **options):
@@ -196,6 +197,14 @@ def test_patches_are_trained_on_the_edit_loss_and_the_scope_loss(lm, stop):
             assert relative(part[i, :size], expected) < 1e-3
 
 
+def assert_same_places(found, expected):
+    """In any order: texts are read by length, and a memory is a set."""
+    assert found.shape == expected.shape
+    distances = (found.unsqueeze(1) - expected).norm(dim=-1)
+    assert distances.min(0).values.max() < 1e-4
+    assert distances.min(1).values.max() < 1e-4
+
+
 def test_memory_is_of_the_first_tokens_of_the_text(lm, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(
@@ -206,10 +215,10 @@ def test_memory_is_of_the_first_tokens_of_the_text(lm, tmp_path):
         editor.edit(REQUESTS[:1])
         expected = memory_of(lm, editor.module, text, places)
         assert len(expected) == places
-        torch.testing.assert_close(editor._memory, expected, **FLOAT32)
+        assert_same_places(editor._memory, expected)
     shorter = built(lm, steps=1, text=str(file), memory=10_000)
     shorter.edit(REQUESTS[:1])
-    torch.testing.assert_close(shorter._memory, memory_of(lm, editor.module, str(file), 10_000), **FLOAT32)
+    assert_same_places(shorter._memory, memory_of(lm, editor.module, str(file), 10_000))
     with pytest.raises(UserError, match="nowhere"):
         built(lm, text=str(tmp_path / "nowhere.txt")).edit(REQUESTS)
 

@@ -32,8 +32,9 @@ REQUESTS = [EditRequest(c.prompt, c.target, task="counterfact", subject=c.prompt
 #: Fewer steps than the methods' own, where they have any.
 FAST = {
     "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05}, "ft_l": {"steps": 3},
-    "rome": {"steps": 3, "contexts": 2, "tokens": 2000}, "memit": {"steps": 3, "contexts": 2, "tokens": 2000},
-    "grace": {"steps": 3}, "calinet": {"steps": 3}, "t_patcher": {"steps": 3, "memory": 1000},
+    "rome": {"steps": 3, "contexts": 2, "text": "tiny", "tokens": 2000},
+    "memit": {"steps": 3, "contexts": 2, "text": "tiny", "tokens": 2000},
+    "grace": {"steps": 3}, "calinet": {"steps": 3}, "t_patcher": {"steps": 3, "text": "tiny", "memory": 1000},
 }  # fmt: skip
 
 

@@ -53,9 +53,11 @@ class TPatcher(Editor):
     name: ClassVar[str] = "t_patcher"
     changes_weights = False
     REMEDY = "a larger lr, a smaller m, or more steps"
-    #: What ``auto`` is as a share of the sizes: the rate, and where values start (large ones, and a patch that fires at
-    #: other places at first drowns what the layer gives there). Chosen on validation records of the embedded models.
-    AUTO_LR, AUTO_START = 0.1, 0.1
+    #: What ``auto`` is as a share of the sizes: the rate, and where values start. Of 40 validation records of the
+    #: embedded CounterFact, tiny and tiny-llama reach all targets at rates of 0.1 to 0.5; Generalization rises with the
+    #: rate (from 27 and 32 at 0.1 to 59 and 47 at 0.3), and Locality falls (from 99 to 91). Where values start, 0.03
+    #: to 1, makes at most 7 points. SmolLM2 reaches the first four targets at 0.1 and 0.3, with Locality 78 and 80.
+    AUTO_LR, AUTO_START = 0.3, 0.1
 
     steps: int = 100
     lr: float | Literal["auto"] = AUTO
