@@ -67,6 +67,14 @@ def ready(tokenizer, source, letters="abc", place=(0, 1), **options):
     return attach(data, tokenizer, rank=place[0], world=place[1])
 
 
+def test_the_first_records_are_those_of_the_whole_stream_in_every_process(tokenizer, source):
+    whole = stream(ready(tokenizer, source), 3)
+    expected = [name for batch in whole for name in batch][:7]
+    for place in ((0, 1), (0, 2), (1, 2)):
+        batch = ready(tokenizer, source, place=place).first_records(7)
+        assert [record.id for record in batch.records] == expected
+
+
 def counts(batches):
     return Counter(name.split("/")[0] for batch in batches for name in batch)
 

@@ -241,6 +241,7 @@ def test_two_processes_make_one_editor_and_the_scores_of_one_process(options, tm
     (tmp_path / "script.py").write_text(SCRIPT)
 
     def process(name, *more):
+        more = (*more, "--model.editor.edit_rate=1e-4")  # a larger one makes more of how sums are rounded
         command = [sys.executable, tmp_path / "script.py", tmp_path / name, "fit", *options, *more]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
