@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -192,7 +191,7 @@ class Decoder:
         vocab = self.model.config.get_text_config().vocab_size
         prompts = [[(3 + 7 * (i + row)) % min(vocab, 50) for i in range(size)] for row, size in enumerate((4, 16, 7))]
         forced = torch.tensor([[11, 4], [5, 8], [9, 21]], device=self.model.device) % vocab
-        with hooks.hooked({module: OrderedDict() for module in self.model.modules()}):  # bare of edits
+        with hooks.bare(self.model.modules()):
             expected = self._whole(prompts, forced)
             for layout in (Layout(True, True), Layout(False, True)):
                 try:

@@ -16,6 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 
+#: Where a module keeps its forward hooks, and which of them are given keyword arguments.
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs")
+
 
 class Enough(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a forward pass where the last thing that was wanted was seen."""
@@ -97,7 +100,7 @@ def _recomputed(block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs:
     if not torch.is_grad_enabled():
         return own(*args, **kwargs)
     # The backward pass comes when the edits are off again, or others on.
-    then = {module: module._forward_hooks.copy() for module in block.modules()}
+    then = {module: {kind: getattr(module, kind).copy() for kind in HOOKS} for module in block.modules()}
     return checkpoint(
         own, *args, use_reentrant=False, preserve_rng_state=False,  # in eval mode nothing is drawn
         context_fn=lambda: (nullcontext(), hooked(then)), **kwargs,
@@ -105,21 +108,25 @@ def _recomputed(block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs:
 
 
 @contextmanager
-def hooked(then: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """The modules have these forward hooks and no others."""
-    now = {module: module._forward_hooks for module in then}
+def hooked(then: Mapping[nn.Module, Mapping[str, Any]]) -> Iterator[None]:
+    """The modules have these hooks, kind (see `HOOKS`) → hooks, and no others of a kind."""
+    now = {module: {kind: getattr(module, kind) for kind in kinds} for module, kinds in then.items()}
     try:
-        for module, hooks in then.items():
-            module._forward_hooks = hooks
+        _hook(then)
         yield
     finally:
-        for module, hooks in now.items():
-            module._forward_hooks = hooks
+        _hook(now)
+
+
+def _hook(modules: Mapping[nn.Module, Mapping[str, Any]]) -> None:
+    for module, kinds in modules.items():
+        for kind, hooks in kinds.items():
+            setattr(module, kind, hooks)
 
 
 def bare(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Inside, the modules wear nothing: no edit, and no hook of whoever looks on."""
-    return hooked({module: OrderedDict() for module in modules})
+    return hooked({module: {"_forward_hooks": OrderedDict()} for module in modules})
 
 
 @contextmanager
