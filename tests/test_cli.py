@@ -244,7 +244,8 @@ def test_edit_takes_the_methods_own_options(place):
     ask = ["edit", "--prompt=The capital of Peru is", "--target=Lyon", "--editor=ft_l", f"--lm={place}/lm"]
     for bound in (0.05, 0.1):
         options = {"lr": 0.1, "bound": bound, "steps": 3, "blocks": [1]}
-        printed = said(*ask, f"--options={json.dumps(options)}", f"--save={place}/ft_l_{bound}")
+        with pytest.warns(UserWarning, match="1 of 1 requests did not reach their target"):  # in three steps
+            printed = said(*ask, f"--options={json.dumps(options)}", f"--save={place}/ft_l_{bound}")
         assert "after" in printed
         edit = ie.load_edit(place / f"ft_l_{bound}")
         assert edit.sites == (site,)

@@ -143,22 +143,24 @@ class EditingCLI(LightningCLI):
             rank_zero_info(f"the checkpoint's own editor is used: {', '.join(changed)}")
 
     def after_instantiate_classes(self) -> None:
-        """Puts the weights of a saved editor in place; an untrained one is not scored under its method's name."""
-        editor = self.model.editor
+        """Puts the weights of a saved editor in place."""
         if self._weights is not None:
-            load_weights(editor, self._weights, "--ckpt_path")
-        elif self.subcommand != "fit" and editor.trainable and not self._get(self.config_init, "ckpt_path"):
-            raise UserError(
-                f"editor {editor.name!r} must be trained first: give --ckpt_path a run's id, folder or checkpoint"
-            )
+            load_weights(self.model.editor, self._weights, "--ckpt_path")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """What Lightning is called with: it cannot read a saved editor, whose weights are in place."""
         return super()._prepare_subcommand_kwargs(subcommand) | ({"ckpt_path": None} if self._weights else {})
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Lightning goes on without a checkpoint where ``last`` finds none, and has its own errors for the others."""
-        asked = self._get(self.config_init, "ckpt_path")
+        """Lightning goes on without a checkpoint where ``last`` finds none, and has its own errors for the others.
+
+        An untrained editor is not scored under its method's name.
+        """
+        asked, editor = self._get(self.config_init, "ckpt_path"), self.model.editor
+        if subcommand != "fit" and editor.trainable and not asked:
+            raise UserError(
+                f"editor {editor.name!r} must be trained first: give --ckpt_path a run's id, folder or checkpoint"
+            )
         with warnings.catch_warnings():
             if asked in LIGHTNINGS_OWN:
                 warnings.filterwarnings("error", ".*there is no last checkpoint available")

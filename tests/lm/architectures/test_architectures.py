@@ -232,8 +232,10 @@ def test_a_saved_adapter_is_the_edit(name, tmp_path):
 #: Options that make each method quick; the number of blocks, where the method has none of its own, is the test's.
 QUICK = {
     "mend": {"rank": 4}, "instructedit": {"rank": 4}, "ke": {}, "ft_l": {"steps": 2}, "grace": {"steps": 2},
-    "calinet": {"steps": 2, "slots": 2}, "calinet_trained": {"slots": 2}, "t_patcher": {"steps": 2, "memory": 40},
-    "rome": {"steps": 2, "tokens": 400, "contexts": 1}, "memit": {"steps": 2, "tokens": 400, "contexts": 1},
+    "calinet": {"steps": 2, "slots": 2}, "calinet_trained": {"slots": 2},
+    "t_patcher": {"steps": 2, "memory": 40, "text": "tiny"},
+    "rome": {"steps": 2, "tokens": 400, "contexts": 1, "text": "tiny"},
+    "memit": {"steps": 2, "tokens": 400, "contexts": 1, "text": "tiny"},
     "ike": {"sources": {}}, "serac": {"rank": 2, "embedding": 4}, "unedited": {},
 }  # fmt: skip
 REQUESTS = [EditRequest(prompt, target, task="counterfact", subject=prompt.split()[-2]) for prompt, target in PAIRS[:1]]
