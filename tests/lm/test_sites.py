@@ -87,6 +87,9 @@ class Words:
     model_max_length = 64
     pad_token_id = eos_token_id = 0
 
+    def decode(self, ids):
+        return "."
+
 
 def model_of(config):
     torch.manual_seed(0)
