@@ -224,7 +224,8 @@ def test_a_shape_that_is_none_and_a_model_that_is_none(capsys):
 
 
 def test_a_real_model_is_measured_by_its_name(monkeypatch):
-    setting = Setting("tiny", rank=8, edits=2, fluency_tokens=2, threads=1)
-    rows = measure(setting, 1, ["train", "one"])
+    monkeypatch.setattr(measures, "peak_memory", lambda *_: 1.0)
+    monkeypatch.setattr(measures, "machine_rates", lambda _: Rates(1e9, 1e9, 1e9))
+    rows = measure(Setting("tiny", rank=8, edits=2, fluency_tokens=2, threads=1), 1, ["train", "one"])
     assert {row["shape"] for row in rows} == {"tiny"}
     assert all(row["rate"] > 0 for row in rows)
