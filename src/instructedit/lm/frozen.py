@@ -533,12 +533,18 @@ class FrozenLM:
         """The states at answer positions, [nodes, hidden], and which of them each position has, [positions]."""
         if edit is None and self._front is not None:
             edit, rows = self._front
-        if isinstance(edit, ContextEdit):
-            states = self._fronted(batch, edit, rows, start)
-        elif (forest := self._forest(batch, edit, rows)) is not None:
+        if not isinstance(edit, ContextEdit):
+            return self._states_of_rows(batch, edit, rows, start)
+        states = self._fronted(batch, edit, rows, start)
+        return states, torch.arange(len(states), device=states.device)
+
+    def _states_of_rows(
+        self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int
+    ) -> tuple[Tensor, Tensor]:
+        """The same of rows that stand behind no context."""
+        if (forest := self._forest(batch, edit, rows)) is not None:
             return self._states_of_trees(batch, forest, edit, start)
-        else:
-            states = self._states_by_length(batch, edit, rows, start)
+        states = self._states_by_length(batch, edit, rows, start)
         return states, torch.arange(len(states), device=states.device)
 
     def _forest(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None) -> Forest | None:
@@ -587,7 +593,8 @@ class FrozenLM:
         def run(group: Tensor) -> Tensor:
             part = batch.select(group)
             if chosen[group[0]] < 0:
-                return self._states(part, None, None, start)
+                states, node = self._states_of_rows(part, None, None, start)
+                return states[node]
             part = part.behind(edit.contexts(chosen[group]), self.max_length, self.text.opening)
             return self._states(part, edit.adapter, None, start)
 
