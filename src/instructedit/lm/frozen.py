@@ -360,7 +360,7 @@ class FrozenLM:
             return False
         finally:
             self.beginnings.clear()
-        return all(_close(one, expected[i, : len(one)]) for i, one in enumerate(found))
+        return all(tryout.close(one, expected[i, : len(one)]) for i, one in enumerate(found))
 
     @functools.cached_property
     def takes_trees(self) -> bool:
@@ -377,7 +377,7 @@ class FrozenLM:
             found = self._of_trees(batch.unpadded(), top)[kept]
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
-        return _close(found, self._prefix(batch, top)[kept])
+        return tryout.close(found, self._prefix(batch, top)[kept])
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         with self._own_dtype():
@@ -908,11 +908,6 @@ class FrozenLM:
         """How many tokens' keys and values take about as much memory as what a row says next: logits and a copy."""
         config = self.model.config.get_text_config()
         return math.ceil(config.vocab_size / (config.num_hidden_layers * config.hidden_size))
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two ways of computing the same states differ by no more than rounding."""
-    return float((found - expected).abs().max() / expected.abs().max()) < torch.finfo(found.dtype).eps ** 0.5
 
 
 def _in_groups(batch: TokenBatch, groups: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
