@@ -491,3 +491,15 @@ def test_kinds_are_kept_apart_and_forgotten_with_the_states():
         cache.clear()
         assert cache.recalled("a", [1], lambda rows: ["new"]) == ["new"]
         cache.clear()
+
+
+@pytest.mark.parametrize("room", [200, 500, 1000, 2000, 4000])
+def test_what_is_known_survives_that_computing_the_rest_throws_it_out(tokenizer, room):
+    lm, whole = random_lm("gpt2", tokenizer), random_lm("gpt2", tokenizer)
+    lm.cache.max_bytes = room
+    first = [("The capital of France is", "Lyon")]
+    both = [*first, ("Who is", "the man of the sea"), ("Some other prompt", "and answer")]
+    for pairs in (first, both, first, both):
+        batch = lm.encode(pairs)
+        found, expected = lm.unedited_judged(batch, 2), whole.unedited_judged(batch, 2)
+        torch.testing.assert_close(found.nll, expected.nll, rtol=1e-4, atol=1e-5)

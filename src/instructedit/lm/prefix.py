@@ -110,10 +110,11 @@ class PrefixCache:
         return self._remembered([(kind, key) for key in keys], compute)
 
     def _remembered(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
-        missing = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if key not in self._rows]
+        known = {key: self._rows[key] for key in keys if key in self._rows}  # computing may throw some of it out
+        missing = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if key not in known]
         found = zip(missing, compute(missing), strict=True) if missing else ()
         fresh = {keys[i]: value for i, value in found}
-        values = [fresh[key] if key in fresh else self._rows[key] for key in keys]
+        values = [fresh[key] if key in fresh else known[key] for key in keys]
         self._keep(keys, fresh)
         return values
 
@@ -139,7 +140,8 @@ class PrefixCache:
             self._rows[key] = value
             self.bytes += _size(value)
         for key in used:
-            self._rows.move_to_end(key)
+            if key in self._rows:
+                self._rows.move_to_end(key)
         while self.bytes > self.max_bytes:
             _, value = self._rows.popitem(last=False)
             self.bytes -= _size(value)
