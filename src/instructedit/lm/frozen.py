@@ -552,6 +552,7 @@ class FrozenLM:
         # Edits that a caller put on know the batch as it is.
         if (
             self._worn
+            or self._front is not None
             or len(batch) == 1
             or max(batch.lengths) > WIDTH
             or not (edit is None or edit.positionwise)
