@@ -59,7 +59,7 @@ def test_a_file_that_starts_with_the_split_comes_before_one_that_has_it_further_
     assert load_records("counterfact", str(tmp_path), "train")[1].source == str(tmp_path / "train_moons.json")
     assert load_records("counterfact", str(tmp_path), "test")[1].source == str(tmp_path / "moons_test.json")
     (tmp_path / "train_suns.json").write_bytes(LIST)
-    with pytest.raises(UserError, match="there is: train_moons.json, train_suns.json"):
+    with pytest.raises(UserError, match=r"there is: train_moons\.json, train_suns\.json"):
         load_records("counterfact", str(tmp_path), "train")
 
 
