@@ -32,7 +32,7 @@ FLOORS = (
 )  # fmt: skip
 #: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
 TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli")
-GROUND = ("registry", "provenance", "console", "paths", "errors")
+GROUND = ("registry", "provenance", "drawing", "console", "paths", "errors")
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))
 

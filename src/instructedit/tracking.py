@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from instructedit.drawing import save_figure
 from instructedit.errors import UserError
 from instructedit.provenance import provenance
 
@@ -159,8 +160,9 @@ class MLflowTracker(MLFlowLogger):
     @rank_zero_only
     def log_figure(self, figure: Figure, name: str) -> None:
         """Logs a figure as ``figures/<name>.png`` and ``.svg``."""
-        for file in (f"figures/{name}.png", f"figures/{name}.svg"):
-            self.experiment.log_figure(self.run_id, figure, file, save_kwargs={"dpi": 150, "bbox_inches": "tight"})
+        with tempfile.TemporaryDirectory() as folder:
+            for file in save_figure(figure, Path(folder, name)):
+                self.log_file(file, "figures")
 
     @rank_zero_only
     def log_file(self, path: str | Path, folder: str | None = None) -> None:

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
         many_edits_figure,
         metric_bars,
         metric_dots,
-        save_figure,
     )
     from instructedit.analysis.summary import summarise
     from instructedit.analysis.tables import html_table, latex_table, markdown_table, rich_table
+    from instructedit.drawing import save_figure
 
 _MODULES = {
     "areas": ("EditingAreas", "cosines", "embed", "fitting_perplexity", "principal_components", "separation"),
-    "figures": ("area_map", "area_maps", "many_edits_figure", "metric_bars", "metric_dots", "save_figure"),
+    "figures": ("area_map", "area_maps", "many_edits_figure", "metric_bars", "metric_dots"),
     "summary": ("summarise",),
     "tables": ("html_table", "latex_table", "markdown_table", "rich_table"),
 }
@@ -54,6 +54,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "save_figure":
+        return getattr(import_module("instructedit.drawing"), name)
     # At first use: a table needs no torch, and no training run needs either.
     for module, names in _MODULES.items():
         if name in names:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from instructedit.analysis.style import (
@@ -286,18 +285,6 @@ def edit_rate_curve(sweep: pd.DataFrame, chosen: float) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         legend(figure, handles)
     return figure
-
-
-def save_figure(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:
-    """Write a figure as PNG (150 dpi) and SVG, and return both paths; the same figure gives the same bytes."""
-    import matplotlib
-
-    png, svg = (Path(f"{path_without_suffix}.{suffix}") for suffix in ("png", "svg"))
-    png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=150)
-    with matplotlib.rc_context({"svg.hashsalt": "instructedit"}):
-        figure.savefig(svg, metadata={"Date": None})
-    return png, svg
 
 
 def _method_looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,8 @@ def report(rows: list[dict[str, Any]], many: list[dict[str, float]], setting: Se
     facts = {"machine": {**provenance(), "processor": platform.processor()}, "setting": asdict(setting)}
     path.write_text(json.dumps({**facts, "rows": rows, "many_edits": many}, indent=1) + "\n")
     if many:
-        from instructedit.analysis import many_edits_figure, save_figure
+        from instructedit.analysis import many_edits_figure
+        from instructedit.drawing import save_figure
 
         save_figure(many_edits_figure(many), path.with_suffix(""))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from instructedit.console import console
+from instructedit.drawing import save_figure
 from instructedit.experiments.experiment import complain
 from instructedit.experiments.views.base import PACKAGE, Results, Shown, View
 from instructedit.registry import plugin
@@ -60,8 +61,6 @@ def report(experiment: Experiment, results: Results, parent: MLflowTracker, trou
 
 def _keep(shown: Shown, out: Path, parent: MLflowTracker) -> None:
     """Files under `out`, and the same as artifacts."""
-    from instructedit.analysis import save_figure
-
     if shown.markdown is not None:
         file = out / f"{shown.name}.md"
         file.write_text("\n\n".join(filter(None, [f"# {shown.title}", shown.note, shown.markdown])))
@@ -70,8 +69,8 @@ def _keep(shown: Shown, out: Path, parent: MLflowTracker) -> None:
         shown.frame.to_csv(out / f"{shown.name}.csv", index=False)
         parent.log_table(shown.frame, shown.name)
     if shown.figure is not None:
-        save_figure(shown.figure, out / shown.name)
-        parent.log_figure(shown.figure, shown.name)
+        for file in save_figure(shown.figure, out / shown.name):
+            parent.log_file(file, "figures")
     for name, text in shown.files.items():
         (out / name).write_text(text)
         parent.log_file(out / name)

@@ -332,12 +332,12 @@ class Optimizer:
             child.log_json({**done, "descriptions": self.state.descriptions}, "round")
 
     def _report(self, tracker: MLflowTracker) -> None:
-        from instructedit.analysis import save_figure
+        from instructedit.drawing import save_figure
         from instructedit.writing.figure import metric_by_round
 
         figure = metric_by_round(self.figures(), f"{self.bank.task}: descriptions on validation records")
-        save_figure(figure, self.folder / "metrics")
-        tracker.log_figure(figure, "metrics")
+        for file in save_figure(figure, self.folder / "metrics"):
+            tracker.log_file(file, "figures")
         tracker.log_json({"stopped": self.state.stopped, "ledger": self.writer.ledger.counts()}, "search")
 
     def _save(self) -> None:

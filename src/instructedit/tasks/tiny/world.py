@@ -20,6 +20,7 @@ RECENT_MIN_OBJECTS = 12
 SPLITS = (("train", 0.60), ("val", 0.10), ("test", 0.30))
 
 
+@functools.cache
 def share(*key: str) -> float:
     """A number in [0, 1) that depends on the key alone: the same on every machine and in every run."""
     digest = hashlib.sha256("\x1f".join(key).encode()).digest()

@@ -1,0 +1,36 @@
+"""Writing figures to files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def save_figure(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:
+    """Writes a figure as PNG (150 dpi) and SVG, and returns both paths; the same figure gives the same bytes."""
+    import matplotlib
+
+    png, svg = (Path(f"{path_without_suffix}.{suffix}") for suffix in ("png", "svg"))
+    png.parent.mkdir(parents=True, exist_ok=True)
+    with laid_out(figure), matplotlib.rc_context({"svg.hashsalt": "instructedit"}):
+        figure.savefig(png, dpi=150)
+        figure.savefig(svg, metadata={"Date": None})
+    return png, svg
+
+
+@contextmanager
+def laid_out(figure: Figure) -> Iterator[None]:
+    """Lays a figure out once for all files that are written inside: the layout takes longer than the drawing."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    try:
+        yield
+    finally:
+        figure.set_layout_engine(engine)
