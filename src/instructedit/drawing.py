@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+#: Pixels an inch.
+DPI = 150
+
+
 def save_figure(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, Path]:
-    """Writes a figure as PNG (150 dpi) and SVG, and returns both paths; the same figure gives the same bytes."""
+    """Writes a figure as PNG and SVG, and returns both paths; the same figure gives the same bytes."""
     import matplotlib
 
     png, svg = (Path(f"{path_without_suffix}.{suffix}") for suffix in ("png", "svg"))
     png.parent.mkdir(parents=True, exist_ok=True)
     with laid_out(figure), matplotlib.rc_context({"svg.hashsalt": "instructedit"}):
-        figure.savefig(png, dpi=150)
+        figure.savefig(png, dpi=DPI)
         figure.savefig(svg, metadata={"Date": None})
     return png, svg
 
@@ -26,11 +30,13 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, 
 @contextmanager
 def laid_out(figure: Figure) -> Iterator[None]:
     """Lays a figure out once for all files that are written inside: the layout takes longer than the drawing."""
-    engine = figure.get_layout_engine()
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    figure.set_dpi(DPI)
     if engine is not None:
         engine.execute(figure)
         figure.set_layout_engine("none")
     try:
         yield
     finally:
+        figure.set_dpi(dpi)
         figure.set_layout_engine(engine)
