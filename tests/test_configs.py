@@ -20,6 +20,7 @@ from instructedit.experiments import Experiment
 from instructedit.paths import SHARED
 
 GROUPS = ("lm", "editor", "data", "trainer")
+OPTIONS = ("callbacks", "logger", "debug")
 CONFIGS = {group: sorted((SHARED / "configs" / group).rglob("*.yaml")) for group in GROUPS}
 PAIRS = list(product(CONFIGS["lm"], CONFIGS["editor"]))
 MIXED = [(*pair, d, t) for pair, d, t in zip(PAIRS, cycle(CONFIGS["data"]), cycle(CONFIGS["trainer"]), strict=False)]
@@ -44,7 +45,8 @@ def config(name: str) -> str:
 
 def test_every_config_is_in_one_of_the_groups():
     together = {file for group in CONFIGS.values() for file in group}
-    assert together | set(SCALES) == set(EVERY)
+    named = {file for group in OPTIONS for file in (SHARED / "configs" / group).glob("*.yaml")}
+    assert together | named | set(SCALES) == set(EVERY)
     assert {file for files in MIXED for file in files} == together
 
 
@@ -150,6 +152,22 @@ def test_a_users_own_scale_and_editor(tmp_path, monkeypatch):
     assert (scale.editor_options("grace"), scale.paper, scale.option) == ({}, None, str(tmp_path / "own.yaml"))
 
 
+NAMED = [(group, file.stem) for group in OPTIONS for file in sorted((SHARED / "configs" / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "name"), NAMED)
+def test_callbacks_loggers_and_ways_to_debug_go_by_name(group, name):
+    short, options = f"--{group}={name}", ("--scale=tiny", "--editor=mend")
+    assert parsed(short, *options) == parsed(*options, config(f"{group}/{name}"))
+
+
+def test_the_explained_defaults_are_the_defaults():
+    options = ("--scale=tiny", "--editor=mend")
+    plain, explained = parsed(*options), parsed(*options, "--callbacks=default", "--logger=mlflow")
+    assert explained.pop("trainer")["logger"].items() >= plain.pop("trainer")["logger"].items()
+    assert explained == plain
+
+
 def test_without_a_scale_the_plain_config_is_meant():
     assert expanded(["fit", "--editor=mend"])[1] == [SHARED / "configs/editor/mend.yaml"]
     assert expanded(["fit", "--model.lr=1"]) == (["fit", "--model.lr=1"], [])
@@ -168,6 +186,7 @@ WRONG = {
     "scale's file": (["--scale=no.yaml"], "scale no.yaml: no such file"),
     "editor": (["--scale=tiny", "--editor=mendd"], "unknown editor 'mendd' (did you mean 'mend'?); there are: ca"),
     "editor alone": (["--editor=nosuch"], "unknown editor 'nosuch'; there are: calinet, calinet_trained, ft_l, "),
+    "way to debug": (["--debug=overfitt"], "unknown debug 'overfitt' (did you mean 'overfit'?); there are: anomaly, "),
     "no value": (["--scale"], "--scale: expected a name or a file"),
 }  # fmt: skip
 

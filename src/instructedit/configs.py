@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 SCALE, EDITOR, CONFIG = "--scale", "--editor", ("--config", "-c")
 
+#: Folders of ``configs/`` with an option of their name, for what is the same at every scale.
+GROUPS = ("callbacks", "logger", "debug")
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -122,23 +125,27 @@ def config_files(scale: str | None, editor: str | None) -> list[Path]:
 
 
 def expanded(args: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """A command line in which ``--scale`` and ``--editor`` are replaced by the configs that they mean.
+    """A command line in which ``--scale``, ``--editor`` and `GROUPS` are replaced by the configs that they mean.
 
-    These come right behind the command, so that explicit configs and options override them. Configs that ship are
-    found by their path in the repository (``configs/lm/tiny.yaml``) from any folder.
+    These come right behind the command, in this order, so that explicit configs and options override them. Configs that
+    ship are found by their path in the repository (``configs/lm/tiny.yaml``) from any folder.
 
     Args:
         args: The command and its options.
 
     Returns:
-        The new command line, and the files that scale and editor mean.
+        The new command line, and the files that the names mean.
 
     Raises:
         UserError: If there is no such scale, editor or file, or a file is not YAML.
     """
     scale, rest = _taken(args, SCALE)
     editor, rest = _taken(rest, EDITOR)
-    files, rest = config_files(scale, editor), located(rest)
+    files = config_files(scale, editor)
+    for group in GROUPS:
+        name, rest = _taken(rest, f"--{group}")
+        files += [_named(group, name, [_group(group)])] if name else []
+    rest = located(rest)
     return [*rest[:1], *(f"--config={file}" for file in files), *rest[1:]], files
 
 

@@ -45,6 +45,9 @@ NAMED = {
     "--scale": "the LM, trainer and data of configs/scale/NAME.yaml, or of a file of your own; --config and options "
     "override",
     "--editor": "the editor's config at that scale: configs/editor/, or a file of your own",
+    "--callbacks": "further callbacks or other options of those that every run has: configs/callbacks/, or a file",
+    "--logger": "where metrics go: configs/logger/, or a file",
+    "--debug": "a way to be careful: configs/debug/, or a file",
 }
 
 #: Values of ``--ckpt_path`` that Lightning resolves.
@@ -80,8 +83,7 @@ class Checkpoint(ModelCheckpoint):
         self._keep_last(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        super().on_train_end(trainer, pl_module)
-        self._keep_last(trainer)
+        self._keep_last(trainer)  # Lightning's own would write one after `fast_dev_run`, too
 
     def _keep_last(self, trainer: Any) -> None:
         """Lightning writes the last state only together with a new best one."""
