@@ -215,9 +215,9 @@ COMMANDS = {
     "edit, missing model": ([*EDIT, "--editor=unedited", "--lm=./absent"], "'./absent'"),
     "edit, missing option": (EDIT, "editor"),
     "edit, misspelt option": ([*EDIT, "--editor=unedited", "--taks=zsre"], "taks"),
-    "experiment, unknown": (["experiment", "nosuch"], "no experiment 'nosuch'; there are: "),
-    "experiment, scale": (["experiment", "demo", "--scale=huge"], "no scale 'huge'; there are: tiny"),
-    "experiment, row": (["experiment", "demo", "--rows=[nosuch]"], "no row 'nosuch'; there are: "),
+    "experiment, unknown": (["experiment", "nosuch"], "unknown experiment 'nosuch'; there are: "),
+    "experiment, scale": (["experiment", "demo", "--scale=huge"], "unknown scale 'huge'; there are: gemma-3-270m, "),
+    "experiment, row": (["experiment", "demo", "--rows=[nosuch]"], "unknown row 'nosuch'; there are: "),
     "pretrain, architecture": (["pretrain", "--out=x", "--architecture=rnn"], "architecture"),
 }
 

@@ -22,9 +22,9 @@ from instructedit.commands import commands
 from instructedit.data.module import EditData
 from instructedit.editors import Editor
 from instructedit.evaluation import Evaluation
-from instructedit.experiments import REPOSITORY
 from instructedit.lightning_cli import Checkpoint
 from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.paths import SHARED
 from instructedit.registry import plugins
 from instructedit.tracking import artifact_path, load_table, runs
 from instructedit.training.module import EditingModule, LMConfig
@@ -59,7 +59,7 @@ def place(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def options(place):
     return [
-        *(f"--config={REPOSITORY}/configs/{part}.yaml" for part in ("data/single-task", "editor/instructedit")),
+        *(f"--config={SHARED}/configs/{part}.yaml" for part in ("data/single-task", "editor/instructedit")),
         f"--model.lm.name={place}/lm", "--model.editor.rank=3", "--model.editor.edit_rate=0.1", "--model.lr=1e-3",
         "--model.evaluation.fluency_tokens=8", f"--data.test={TEST}", "--data.batch_size=2", "--data.val_size=3",
         "--data.val=[{name: counterfact}]", "--trainer.accelerator=cpu", "--trainer.max_steps=2",

@@ -107,6 +107,12 @@ def test_the_second_warming_computes_nothing_and_a_cut_one_goes_on(place, said, 
     assert (more, there) == (rows - fewer, fewer)
 
 
+def test_a_scale_stands_for_its_configs(place, said):
+    rows, _, _ = warmed(said(*warm(place)))
+    (place / "scale.yaml").write_text("lm: config.yaml\ntrainer: config.yaml\ndata: []\n")
+    assert warmed(said("warm", f"--scale={place}/scale.yaml")) == (0, 0, rows)
+
+
 def test_editors_without_instructions_need_fewer_rows(place, said):
     instructed, _, _ = warmed(said(*warm(place)))
     plain, _, _ = warmed(said(*warm(place, "--model.editor.instructions=false", "--data.locality=0")))

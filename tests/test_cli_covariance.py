@@ -86,6 +86,23 @@ def test_the_layers_of_rome_are_the_default(said):
     assert [LINE.fullmatch(line)[1] for line in out.splitlines()] == ["transformer.h.1.mlp.c_proj"]  # 17/48 of 4
 
 
+def test_a_scale_says_the_model_and_the_editors_layers(capsys, lm_folder, tmp_path):
+    rome = "model: {editor: {class_path: Rome, init_args: {blocks: [2], tokens: 30, steps: 3}}}"
+    for name, text in (
+        ("lm.yaml", f"model: {{lm: {{name: {lm_folder}, dtype: bfloat16}}}}"),
+        ("own/rome.yaml", rome),
+        ("scale.yaml", "lm: lm.yaml\ntrainer: tiny\ndata: []\neditors: [./own]\n"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for more, block in ([], 2), (["--blocks=[0]"], 0):
+        layer = f"transformer.h.{block}.mlp.c_proj"
+        assert main(["covariance", f"--scale={tmp_path}/scale.yaml", *more]) == 0
+        assert LINE.fullmatch(capsys.readouterr().out.strip())[1] == layer
+        lm = ie.FrozenLM.from_pretrained(str(lm_folder), "bfloat16")
+        assert moments_file(lm, layer, "auto", 30).is_file()
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -46,6 +46,28 @@ def refused(capsys, lm, *more):
     return lines[-1]
 
 
+# -- a scale -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*did not reach their target:UserWarning")  # in one step
+def test_a_scale_says_the_model_and_the_editors_options(lm_folder, tmp_path):
+    for name, text in (
+        ("lm.yaml", f"model: {{lm: {{name: {lm_folder}}}}}"),
+        ("own/ft_l.yaml", "model: {editor: {class_path: FtL, init_args: {lr: 0.1, bound: 0.1, steps: 1}}}"),
+        ("scale.yaml", "lm: lm.yaml\ntrainer: tiny\ndata: []\neditors: [./own]\n"),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    by_scale = ["edit", f"--prompt={PROMPT}", "--target=Lyon", f"--scale={tmp_path}/scale.yaml", "--editor=ft_l"]
+    assert edit(lm_folder, *FT_L, f"--save={tmp_path}/a") == 0
+    assert main([*by_scale, "--max_new_tokens=2", f"--save={tmp_path}/b"]) == 0
+    assert main([*by_scale, "--max_new_tokens=2", f"--save={tmp_path}/c", '--options={"bound": 0.05}']) == 0
+    a, b, c = (ie.load_edit(tmp_path / name) for name in "abc")
+    (site,) = a.sites
+    assert torch.equal(a.delta(site), b.delta(site))
+    assert (b.delta(site).abs().max().item(), c.delta(site).abs().max().item()) == pytest.approx((0.1, 0.05), rel=1e-4)
+
+
 # -- targets -----------------------------------------------------------------------------------------------------------
 
 

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from instructedit.cli import main
-from instructedit.experiments.grid import REPOSITORY
 from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.paths import SHARED
 from instructedit.tracking import load_table, runs
 
-NOTEBOOKS = REPOSITORY / "experiments" / "notebooks"
+NOTEBOOKS = SHARED / "experiments" / "notebooks"
 ROWS = ["InstructEdit", "MEND"]
 
 pytestmark = pytest.mark.slow

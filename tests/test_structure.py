@@ -1,24 +1,18 @@
-"""The house: which floor may use which, what an import costs, how names are found, what is documented, the configs."""
+"""The house: which floor may use which, what an import costs, how names are found, what is documented."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import cycle, product
 from pathlib import Path
 
 import pytest
-import yaml
 
 import instructedit
-from instructedit.cli import main
 from instructedit.editors import Editor
 from instructedit.edits import Edit
-from instructedit.experiments import REPOSITORY, Experiment
 from instructedit.registry import plugins
 from instructedit.tasks import Task
 
@@ -32,7 +26,7 @@ FLOORS = (
 )  # fmt: skip
 #: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
 TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli")
-GROUND = ("registry", "provenance", "console", "paths", "errors")
+GROUND = ("registry", "provenance", "console", "configs", "paths", "errors")
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))
 
@@ -202,46 +196,3 @@ def test_everything_public_says_what_it_is():
     for path, tree in TREES.items():
         silent += [f"{path}: {name}" for name, node, of in public(tree) if not of and not ast.get_docstring(node)]
     assert silent == []
-
-
-# -- configs and grids -------------------------------------------------------------------------------------------
-
-GROUPS = ("lm", "editor", "data", "trainer")
-CONFIGS = {group: sorted((REPOSITORY / "configs" / group).rglob("*.yaml")) for group in GROUPS}
-PAIRS = list(product(CONFIGS["lm"], CONFIGS["editor"]))
-MIXED = [(*pair, d, t) for pair, d, t in zip(PAIRS, cycle(CONFIGS["data"]), cycle(CONFIGS["trainer"]), strict=False)]
-GRIDS = [
-    (file.parent.name, scale)
-    for file in sorted((REPOSITORY / "experiments").glob("*/grid.yaml"))
-    for scale in yaml.safe_load(file.read_text())["scales"]
-]
-
-
-def parsed(*args):
-    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit, match=r"^0$"):
-        main(["fit", *args, "--print_config"])
-    return yaml.safe_load(printed.getvalue())
-
-
-def test_every_config_is_in_one_of_the_four_groups():
-    together = {file for group in CONFIGS.values() for file in group}
-    assert together == set((REPOSITORY / "configs").rglob("*.yaml"))
-    assert {file for files in MIXED for file in files} == together
-
-
-@pytest.mark.parametrize("files", MIXED, ids=lambda files: "+".join(file.stem for file in files))
-def test_configs_compose(files):
-    config = parsed(*(f"--config={file}" for file in files))
-    lm, editor = (yaml.safe_load(file.read_text())["model"] for file in files[:2])
-    assert config["model"]["lm"]["name"] == lm["lm"]["name"]
-    assert config["model"]["editor"]["class_path"].endswith(f".{editor['editor']['class_path']}")
-    assert config["model"]["editor"].get("init_args", {}).items() >= editor["editor"].get("init_args", {}).items()
-
-
-@pytest.mark.parametrize(("name", "scale"), GRIDS)
-def test_every_grid_loads_at_every_scale(name, scale):
-    experiment = Experiment.load(name, scale)
-    assert {row for pair in experiment.grid.compare for row in pair} <= set(experiment.rows)
-    for row in experiment.rows:
-        assert all(path.is_file() for path in experiment.configs(row))
-    parsed(*experiment.arguments([*experiment.grid.rows][-1], 0)[1:])

@@ -21,7 +21,7 @@ def usage() -> str:
         "",
         "Train, apply, measure and compare knowledge editors of language models.",
         "",
-        "with configs (--config configs/lm/tiny.yaml --config configs/editor/instructedit.yaml …):",
+        "by config (--scale tiny --editor instructedit, or each file by --config; then single options):",
         "  fit          train an editor",
         "  validate     score an editor on validation records",
         "  test         score an editor on test records: tables, figures, MLflow",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 
 class UserError(ValueError):
     """A problem with what the user gave: a file, a field, a name, a checkpoint.
@@ -9,3 +12,10 @@ class UserError(ValueError):
     Its message is one line that says what is wrong and where. The command line prints that line and exits
     with status 2, without a traceback.
     """
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
+    """The error for a name that is not there: one line with the nearest of those that are, and all of them."""
+    near = get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return UserError(f"unknown {kind} {name!r}{hint}; there are: {', '.join(known) or 'none'}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from instructedit.callbacks import DataReport, EditingAreaDump, EditRateSweep, Guards, PredictionTable, ResultTables
 from instructedit.cli import LIGHTNING
+from instructedit.configs import expanded, shown
 from instructedit.data.module import EditData
 from instructedit.editors.base import PACKAGE, Editor, load_weights, read_folder
 from instructedit.editors.sources import find_editor
@@ -38,6 +38,16 @@ DEFAULTS: dict[str, Any] = {
     "check_val_every_n_epoch": None,
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 10,
+}
+
+#: Options that stand for several configs.
+NAMED = {
+    "--scale": "the LM, trainer and data of configs/scale/NAME.yaml, or of a file of your own; --config and options "
+    "override",
+    "--editor": "the editor's config at that scale: configs/editor/, or a file of your own",
+    "--callbacks": "further callbacks or other options of those that every run has: configs/callbacks/, or a file",
+    "--logger": "where metrics go: configs/logger/, or a file",
+    "--debug": "a way to be careful: configs/debug/, or a file",
 }
 
 #: Values of ``--ckpt_path`` that Lightning resolves.
@@ -73,8 +83,7 @@ class Checkpoint(ModelCheckpoint):
         self._keep_last(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        super().on_train_end(trainer, pl_module)
-        self._keep_last(trainer)
+        self._keep_last(trainer)  # Lightning's own would write one after `fast_dev_run`, too
 
     def _keep_last(self, trainer: Any) -> None:
         """Lightning writes the last state only together with a new best one."""
@@ -87,7 +96,9 @@ class EditingCLI(LightningCLI):
     """The parser of `fit`, `validate`, `test` and `predict`."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The callbacks that every run has, each with its own options."""
+        """Configs by name, for the help alone (`expanded` reads them), and every run's callbacks with their options."""
+        for flag, what in NAMED.items():
+            parser.add_argument(flag, metavar="NAME", default=SUPPRESS, help=what)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(EditRateSweep, "edit_rate")  # before the guards, which see where rates start
         parser.add_lightning_class_args(Guards, "guards")
@@ -218,12 +229,14 @@ def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defau
     """
     plugins(Editor, PACKAGE)  # imports every editing method, so that its class name alone resolves
     _quiet()
-    _check_configs(args)
+    args, files = expanded(args)
+    if files:
+        rank_zero_info(f"configs: {' '.join(map(shown, files))}")
     raising = {"exit_on_error": False}
     return cls(
         EditingModule,
         EditData,
-        args=list(args),
+        args=args,
         save_config_callback=SaveConfig,
         trainer_defaults={**DEFAULTS, **trainer_defaults},
         seed_everything_default=0,
@@ -234,25 +247,6 @@ def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defau
 
 def _class_names() -> list[str]:
     return [cls.__name__ for cls in plugins(Editor, PACKAGE).values()]
-
-
-def _given(args: Sequence[str], *flags: str) -> list[str]:
-    """The values of a flag, in either spelling: ``--flag value`` and ``--flag=value``."""
-    pairs = zip(args, [*args[1:], ""], strict=True)
-    return [
-        value if name in flags else name.partition("=")[2] for name, value in pairs if name.partition("=")[0] in flags
-    ]
-
-
-def _check_configs(args: Sequence[str]) -> None:
-    """A word on a config file that is none, with its name: the parser would say "<unicode string>"."""
-    for path in _given(args, "--config", "-c"):
-        if not Path(path).is_file():
-            raise UserError(f"--config {path}: no such file")
-        try:
-            yaml.safe_load(Path(path).read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {path}: not YAML: {error}") from error
 
 
 def _quiet() -> None:

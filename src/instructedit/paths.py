@@ -1,4 +1,4 @@
-"""Where things are kept on this machine, and whether a folder can take what is to be written into it."""
+"""Where the shipped files are, where things are kept on this machine, and whether a folder can be written into."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import tempfile
 from pathlib import Path
 
 from instructedit.errors import UserError
+
+_HERE = Path(__file__).resolve().parent
+
+#: The folder with ``configs/`` and ``experiments/``: in an installed package what the wheel brought (setup.py), in a
+#: checkout its top, whose files are read where they stand.
+SHARED = _HERE / "_shared" if (_HERE / "_shared").is_dir() else _HERE.parents[1]
 
 
 def cache_folder() -> Path:

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from typing import TypeVar
 
-from instructedit.errors import UserError
+from instructedit.errors import unknown
 
 T = TypeVar("T")
 
@@ -37,6 +37,5 @@ def plugin(base: type[T], package: str, name: str) -> type[T]:
     """
     found = plugins(base, package)
     if name not in found:
-        kind = base.__name__.lower()
-        raise UserError(f"unknown {kind} {name!r}; there are: {', '.join(found)}")
+        raise unknown(base.__name__.lower(), name, list(found))
     return found[name]

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from tests.experiments.helpers import GRID, PAPER, write
+from tests.experiments.helpers import GRID, PAPER, SCALE, write
 
-from instructedit.experiments import grid
+from instructedit import paths
 from instructedit.lm.pretrain import Recipe, new_model
 
 
@@ -27,8 +27,10 @@ def made(tmp_path_factory, tokenizer):
         "val_size": 2,
     }
     off = dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
-    write(root / "configs/all.yaml", {"data": data, "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, **off}})
-    write(root / "configs/one.yaml", {"model": {"lm": {"name": str(root / "lm")}}})
+    write(root / "configs/all.yaml", {"data": data})
+    write(root / "configs/scale/one.yaml", SCALE)
+    write(root / "configs/trainer/short.yaml", {"trainer": {"accelerator": "cpu", "log_every_n_steps": 1, **off}})
+    write(root / "configs/lm/one.yaml", {"model": {"lm": {"name": str(root / "lm")}}})
     mend = {"model": {"editor": {"class_path": "Mend", "init_args": {"rank": 3, "edit_rate": 0.1}}}}
     write(root / "configs/editor/mend.yaml", {"model": {"lr": 1.0, **mend["model"]}})
     write(root / "configs/editor/small/mend.yaml", mend)
@@ -42,7 +44,7 @@ def made(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def place(made, monkeypatch):
-    monkeypatch.setattr(grid, "REPOSITORY", made)
+    monkeypatch.setattr(paths, "SHARED", made)
     return made
 
 
@@ -51,5 +53,5 @@ def copy(made, tmp_path, monkeypatch):
     """One whose files a test may change."""
     shutil.copytree(made / "configs", tmp_path / "configs")
     shutil.copytree(made / "experiments", tmp_path / "experiments")
-    monkeypatch.setattr(grid, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(paths, "SHARED", tmp_path)
     return tmp_path

@@ -22,10 +22,10 @@ GRID = {
         "MEND": {"editor": "mend", "overrides": ["--trainer.max_steps=1"]},
     },
     "compare": [["MEND", "FT-L (raw)"]],
-    "scales": {"one": {"configs": ["configs/one.yaml"], "editors": ["new", "small"], "paper": "Big"}},
     "layout": "tall",
     "paper": "paper.csv",
 }
+SCALE = {"lm": "one", "trainer": "short", "data": [], "editors": ["small"], "paper": "Big"}
 PAPER = "model,method,task,metric,mean\nBig,MEND,zsre,reliability,81.25\nOther,MEND,zsre,reliability,12.5\n"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from instructedit.experiments.grid import Grid, Row, Scale
+from instructedit.experiments.grid import Grid, Row
 from instructedit.experiments.runs import Child
 from instructedit.experiments.views import Results
 from instructedit.experiments.views.cases import CasesView
@@ -36,7 +36,7 @@ def table(place: int, instructed: bool) -> pd.DataFrame:
 
 def shown(**options: int) -> list[pd.DataFrame]:
     rows = {"unedited": Row("unedited", fit=False), "B": Row("mend"), "A": Row("instructedit")}
-    grid = Grid("t", (4,), (), rows, {"one": Scale(())}, (("A", "none"), ("A", "B")), options={"cases": options})
+    grid = Grid("t", (4,), rows, compare=(("A", "none"), ("A", "B")), options={"cases": options})
     children = {
         "A": [Child("a", 4, table(0, True), None, {}, Path())],
         "B": [Child("b", 4, table(1, False), None, {}, Path())],
@@ -75,7 +75,7 @@ def test_the_counts_are_of_all_records() -> None:
 
 
 def test_without_free_answers_or_a_pair_there_is_nothing() -> None:
-    grid = Grid("t", (0,), (), {"A": Row("mend"), "B": Row("mend")}, {"one": Scale(())}, (("A", "B"),))
+    grid = Grid("t", (0,), {"A": Row("mend"), "B": Row("mend")}, compare=(("A", "B"),))
     bare = table(0, False).drop(columns=["generated", "after", "before"])
     children = {name: [Child("a", 0, bare, None, {}, Path())] for name in "AB"}
     assert list(CasesView().show(Results("cases", grid, "one", children, None, TITLES))) == []

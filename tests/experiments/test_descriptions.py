@@ -12,11 +12,12 @@ from scipy.stats import false_discovery_control
 from instructedit.analysis.descriptions import description_dots, description_spread, description_tests
 from instructedit.analysis.summary import summarise
 from instructedit.errors import UserError
-from instructedit.experiments.grid import REPOSITORY, Grid, Row, Scale
+from instructedit.experiments.grid import Grid, Row
 from instructedit.experiments.runs import Child
 from instructedit.experiments.views import Results
 from instructedit.experiments.views.descriptions import DescriptionsView, group_of
 from instructedit.instructions import InstructionBank, bank_names
+from instructedit.paths import SHARED
 
 RECORDS = 30
 GROUPS = {"s1": "seen", "s2": "seen", "h": "held out", "n1": "novel", "n2": "novel"}
@@ -63,7 +64,7 @@ def test_a_number_is_a_place_in_every_bank(task: str) -> None:
 
 
 def test_the_grid_has_every_description_of_every_bank_once() -> None:
-    grid = Grid.load(REPOSITORY / "experiments" / "figure3" / "grid.yaml")
+    grid = Grid.load(SHARED / "experiments" / "figure3" / "grid.yaml")
     tasks = ["counterfact", "recent", "convsent", "zsre"]
     assert set(tasks) <= set(bank_names())
     chosen = [row.overrides[0].partition("=")[2] for row in grid.rows.values() if row.of]
@@ -134,7 +135,7 @@ def test_the_view() -> None:
         name: Row(of="InstructEdit", overrides=(f"--model.evaluation.description={number}",))
         for name, number in numbers.items()
     }
-    grid = Grid("A try", (0, 1), (), rows, {"one": Scale(())}, options={"descriptions": {"resamples": 400}})
+    grid = Grid("A try", (0, 1), rows, options={"descriptions": {"resamples": 400}})
     children = {name: [Child("run", s, table(name, s), None, {}, Path()) for s in (0, 1)] for name in numbers}
     results = Results("try", grid, "one", children, None, {"zsre": "ZsRE (held out)"})
     dots, spread, tests = DescriptionsView().show(results)
@@ -145,6 +146,6 @@ def test_the_view() -> None:
     assert set(tests.frame["task"]) == {"ZsRE (held out)"}
     assert "400 samples" in tests.note
     assert "this table, 8 (Holm)" in tests.note
-    plain = Grid("A try", (0,), (), {"s1": Row("mend")}, {"one": Scale(())})
+    plain = Grid("A try", (0,), {"s1": Row("mend")})
     only = {"s1": children["s1"]}
     assert list(DescriptionsView().show(Results("try", plain, "one", only, None, {"zsre": "ZsRE"}))) == []

@@ -8,13 +8,15 @@ import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
-from tests.experiments.helpers import GRID, PAPER, changed, parents, run, watched, write
+from tests.experiments.helpers import GRID, PAPER, SCALE, changed, parents, run, watched, write
 
+from instructedit import paths
 from instructedit.analysis import EditingAreas
 from instructedit.callbacks import EditingAreaDump
+from instructedit.configs import Scale
 from instructedit.editors import load_editor
 from instructedit.errors import UserError
-from instructedit.experiments import Experiment, Grid, grid
+from instructedit.experiments import Experiment, Grid
 from instructedit.experiments import fingerprint as fingerprints
 from instructedit.experiments.fingerprint import fingerprint
 from instructedit.experiments.views import Shown
@@ -22,7 +24,7 @@ from instructedit.experiments.views.metrics import MetricsView
 from instructedit.lm import FrozenLM
 from instructedit.tracking import artifact_path, runs
 
-TABLE3 = grid.REPOSITORY / "experiments" / "table3"
+TABLE3 = paths.SHARED / "experiments" / "table3"
 
 # -- grids ---------------------------------------------------------------------------------------------------------
 
@@ -61,13 +63,15 @@ WRONG = {
     ),
     "no trials": (["search"], {"base": "MEND", "parameters": {"--a": [1]}, "trials": 0}, "search: trials: expected at"),
     "a row that is a name": (["rows", "MEND"], "mend", "grid.yaml: rows: MEND: expected keys and values, got 'mend'"),
-    "a scale that is a list": (["scales", "one"], ["configs/all.yaml"], "grid.yaml: scales: one: expected keys"),
-    "unknown key of a scale": (["scales", "one", "editor"], "small", "grid.yaml: scales: one: Option 'editor'"),
+    "scales of its own": (["scales"], {"one": {}}, "grid.yaml: scales: a scale is a file now, configs/scale/NAME.yaml"),
     "compared with nothing": (["compare"], [["MEND", "KE"]], "grid.yaml: compare: no row 'KE'; there are: unedited, "),
     "no file of figures": (["paper"], "absent.csv", "absent.csv: no such file"),
-    "no key for the file": (["paper"], None, "grid.yaml: scales: one: paper needs"),
-    "unknown model": (["scales", "one", "paper"], "Bog", "paper.csv: no model 'Bog'; there are: Big, Other"),
-    "no such config": (["rows", "MEND", "editor"], "ke", "row 'MEND': no config of the editor 'ke'"),
+    "unknown model": (["paper_model"], "Bog", "paper.csv: no model 'Bog'; there are: Big, Other"),
+    "no such config": (
+        ["rows", "MEND", "editor"],
+        "ke",
+        "row 'MEND': unknown editor 'ke'; there are: ft_l, mend, unedited",
+    ),
 }
 
 
@@ -89,23 +93,40 @@ def test_a_column_of_published_figures_is_missing(copy):
 @pytest.mark.parametrize(
     ("editors", "chosen"),
     [
-        ("small", "small/mend.yaml"),
-        (["new", "small"], "small/mend.yaml"),
+        (["small"], "small/mend.yaml"),
         (["one", "small"], "one/mend.yaml"),
-        ("new", "mend.yaml"),
-        (None, "one/mend.yaml"),  # the scale's own name
+        (["new"], "mend.yaml"),
+        ([], "mend.yaml"),
     ],
 )
 def test_the_first_folder_with_the_editor_is_taken(copy, editors, chosen):
     write(copy / "configs/editor/one/mend.yaml", "")
-    write(copy / "experiments/try/grid.yaml", changed(["scales", "one", "editors"], editors))
-    configs = Experiment.load("try", "one").configs("MEND")
-    assert configs == [copy / "configs" / name for name in ("all.yaml", "one.yaml", f"editor/{chosen}")]
+    write(copy / "configs/editor/new/ft_l.yaml", "")
+    write(copy / "configs/scale/one.yaml", SCALE | {"editors": editors})
+    names = ("lm/one.yaml", "trainer/short.yaml", "all.yaml", f"editor/{chosen}")
+    assert Experiment.load("try", "one").configs("MEND") == [copy / "configs" / name for name in names]
 
 
-def test_only_the_scales_model_is_quoted(place):
+def test_a_scale_may_be_a_users_own_file(copy, tmp_path_factory):
+    own = tmp_path_factory.mktemp("own") / "mine.yaml"
+    write(own, SCALE | {"lm": "lm.yaml", "data": [str(copy / "configs/all.yaml")], "editors": []})
+    write(own.parent / "lm.yaml", "model: {}")
+    experiment = Experiment.load("try", str(own))
+    assert experiment.configs("MEND")[0] == own.parent / "lm.yaml"
+    assert experiment.out.as_posix() == "outputs/try-mine"
+    assert f"--scale {own} " in experiment.command
+
+
+def test_only_the_scales_model_is_quoted_unless_the_grid_names_another(copy):
     published = Experiment.load("try", "one").published
     assert published.to_dict("records") == [{"method": "MEND", "task": "zsre", "metric": "reliability", "mean": 81.25}]
+    write(copy / "experiments/try/grid.yaml", changed(["paper_model"], "Other"))
+    assert Experiment.load("try", "one").published["mean"].tolist() == [12.5]
+    write(copy / "experiments/try/grid.yaml", changed(["paper"], None))
+    assert Experiment.load("try", "one").published is None
+    write(copy / "experiments/try/grid.yaml", {k: v for k, v in GRID.items() if k != "paper"} | {"paper_model": "Big"})
+    with pytest.raises(UserError, match="paper_model: needs the key paper"):
+        Experiment.load("try", "one")
 
 
 # -- the paper's Table 3 --------------------------------------------------------------------------------------------
@@ -134,7 +155,8 @@ def test_the_papers_table_is_there():
 def test_every_published_method_has_a_row():
     table3 = Grid.load(TABLE3 / "grid.yaml")
     assert set(pd.read_csv(TABLE3 / "paper.csv")["method"]) <= set(table3.rows)
-    assert {scale.paper for scale in table3.scales.values()} == set(pd.read_csv(TABLE3 / "paper.csv")["model"])
+    scales = [Scale.load(file.stem) for file in (paths.SHARED / "configs/scale").glob("*.yaml")]
+    assert {scale.paper for scale in scales} == set(pd.read_csv(TABLE3 / "paper.csv")["model"])
 
 
 # -- fingerprints --------------------------------------------------------------------------------------------------
@@ -183,7 +205,7 @@ def whole(made, tmp_path_factory):
     """The store and the results of an experiment that ran from beginning to end."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "REPOSITORY", made)
+        patch.setattr(paths, "SHARED", made)
         status, printed, _ = run(folder / "store", folder / "out")
     assert status == 0
     return SimpleNamespace(

@@ -12,7 +12,7 @@ from scipy.stats import ttest_1samp
 
 from instructedit.analysis import EditingAreas
 from instructedit.analysis.magnitudes import magnitude_boxes, magnitude_spread, magnitudes
-from instructedit.experiments.grid import Grid, Row, Scale
+from instructedit.experiments.grid import Grid, Row
 from instructedit.experiments.runs import Child
 from instructedit.experiments.views import Results
 from instructedit.experiments.views.magnitudes import MagnitudesView
@@ -75,7 +75,7 @@ def test_the_view() -> None:
         return Child(f"run-{seed}", seed, pd.DataFrame(), own, TITLES, Path("nowhere"))
 
     rows = {"unedited": [child(None, 0)], "MEND": [child(areas(0), 0), child(areas(1), 1)]}
-    grid = Grid("A try", (0, 1), (), {name: Row("mend") for name in rows}, {"one": Scale(())})
+    grid = Grid("A try", (0, 1), {name: Row("mend") for name in rows})
     figure, table = MagnitudesView().show(Results("try", grid, "one", rows, None, TITLES))
     assert figure.figure is not None
     assert [text.get_text() for text in figure.figure.legends[0].get_texts()] == ["Recent", "ConvSent"]

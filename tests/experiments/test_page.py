@@ -11,7 +11,8 @@ import pytest
 from matplotlib.figure import Figure
 from tests.experiments.helpers import GRID, parents, run, write
 
-from instructedit.experiments import Experiment, grid
+from instructedit import paths
+from instructedit.experiments import Experiment
 from instructedit.experiments.page import figure_html, frame_html, markdown_html, page
 from instructedit.experiments.views import Results, Shown
 from instructedit.tracking import MLflowTracker, artifact_path
@@ -66,7 +67,7 @@ def made_page(made, tmp_path_factory):
     }
     write(root / "experiments/try/grid.yaml", spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "REPOSITORY", root)
+        patch.setattr(paths, "SHARED", root)
         status, _printed, errors = run(root / "store", root / "out")
         assert status == 0, errors
         experiment = Experiment.load("try", "one", root=str(root / "store"), out=str(root / "out"))

@@ -20,9 +20,9 @@ from instructedit.cli import main
 from instructedit.data.module import EditData, Place, TaskSource
 from instructedit.errors import UserError
 from instructedit.experiments.experiment import Experiment
-from instructedit.experiments.grid import REPOSITORY
 from instructedit.lightning_cli import EditingCLI, run
 from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.paths import SHARED
 from instructedit.tasks.tiny.datasets import raw_records
 from instructedit.tracking import load_table, runs
 from instructedit.training.module import EditingModule
@@ -42,7 +42,7 @@ RECORDS = 40
 #: What tells rows apart but not what is built.
 NOT_BUILT = ("--results.method=", "--model.evaluation.description=")
 
-REAL = REPOSITORY.parent / "shared" / "data"
+REAL = SHARED.parent / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real datasets are not at {REAL}")
 
 Built = tuple[EditingModule, EditData, Any]
@@ -170,7 +170,7 @@ def test_figure_3_only_tests() -> None:
     experiment = Experiment.load("figure3")
     assert [row for row, spec in experiment.grid.rows.items() if spec.fitted] == ["InstructEdit"]
     assert len(experiment.rows) == 15
-    config = yaml.safe_load((REPOSITORY / "experiments/figure3/test.yaml").read_text())
+    config = yaml.safe_load((SHARED / "experiments/figure3/test.yaml").read_text())
     assert config["areas"] == {"records_per_task": 0}
     assert EditingAreaDump().records_per_task > 0
 
@@ -205,7 +205,7 @@ def test_the_papers_rows_run_on_the_real_records(tmp_path: Path, monkeypatch: py
             for chosen in sorted((REAL / task).glob(f"*{split}*.json"), key=lambda file: len(file.name))[:1]:
                 (tmp_path / "data" / task / chosen.name).symlink_to(chosen)
     monkeypatch.chdir(tmp_path)
-    overrides = [f"--config={REPOSITORY / 'configs/data/real.yaml'}", "--config=short.yaml"]
+    overrides = [f"--config={SHARED / 'configs/data/real.yaml'}", "--config=short.yaml"]
     main(["experiment", "table3", "--rows=[MEND, InstructEdit]", "--seeds=[0]", f"--overrides={overrides}"])
     summary = pd.read_csv("outputs/table3/summary.csv").set_index(["method", "task", "metric"])
     for method, task in product(("MEND", "InstructEdit"), SPLITS):

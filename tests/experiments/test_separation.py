@@ -17,7 +17,7 @@ from instructedit.analysis.seeds import across_seeds, interval_text
 from instructedit.analysis.separations import map_pairs, separation_dots, separation_table
 from instructedit.errors import UserError
 from instructedit.experiments.experiment import shared_titles
-from instructedit.experiments.grid import Grid, Row, Scale
+from instructedit.experiments.grid import Grid, Row
 from instructedit.experiments.runs import Child
 from instructedit.experiments.views import Results
 from instructedit.experiments.views.separation import SeparationView
@@ -43,9 +43,7 @@ def child(own: EditingAreas | None, seed: int = 0, titles: dict[str, str] = TITL
 
 
 def results(rows: dict[str, list[Child]], **options: float) -> Results:
-    grid = Grid(
-        "A try", (0,), (), {name: Row("mend") for name in rows}, {"one": Scale(())}, options={"separation": options}
-    )
+    grid = Grid("A try", (0,), {name: Row("mend") for name in rows}, options={"separation": options})
     return Results("try", grid, "one", rows, None, TITLES)
 
 

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from instructedit.analysis.statistics import dataset_statistics
-from instructedit.experiments.grid import REPOSITORY, Grid, Row, Scale, published
+from instructedit.experiments.grid import Grid, Row, published
 from instructedit.experiments.runs import Child
 from instructedit.experiments.views import Results
 from instructedit.experiments.views.statistics import StatisticsView
+from instructedit.paths import SHARED
 from instructedit.records import EditRecord, EditRequest, Probe
 from instructedit.tasks.tiny.datasets import raw_records
 
@@ -33,8 +34,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
     data = {"train": train, "test": [{"name": "convsent", "options": {"cases": 3}}, {"name": "zsre"}], "val_size": 10}
     config = {"data": data, "model": {"lm": {"name": "tiny"}}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    figures = published(REPOSITORY / "experiments" / "table5" / "paper.csv", "Table 5")
-    grid = Grid("t", (0,), (), {"unedited": Row("unedited", fit=False)}, {"one": Scale(())})
+    figures = published(SHARED / "experiments" / "table5" / "paper.csv", "Table 5")
+    grid = Grid("t", (0,), {"unedited": Row("unedited", fit=False)})
     rows: dict[str, list[Child]] = {"unedited": [Kept("run", 0, pd.DataFrame(), None, TITLES, folder)]}
     results = Results("table5", grid, "one", rows, figures, TITLES)
     return {one.name: one.frame for one in StatisticsView().show(results) if one.frame is not None}
@@ -83,5 +84,5 @@ def test_tokens_and_shared_probes() -> None:
 
 
 def test_no_runs_no_statistics() -> None:
-    grid = Grid("t", (0,), (), {"unedited": Row("unedited", fit=False)}, {"one": Scale(())})
+    grid = Grid("t", (0,), {"unedited": Row("unedited", fit=False)})
     assert list(StatisticsView().show(Results("table5", grid, "one", {}, None, {}))) == []

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from instructedit.analysis.summary import holm
-from instructedit.experiments.grid import Grid, Row, Scale
+from instructedit.experiments.grid import Grid, Row
 from instructedit.experiments.runs import Child
 from instructedit.experiments.views import PACKAGE, Results, View
 from instructedit.experiments.views.differences import DifferencesView
@@ -30,9 +30,7 @@ def probes(accuracy, task="zsre", **columns):
 
 def results(rows, compare=(), **options):
     """Of rows to the tables of their seeds."""
-    grid = Grid(
-        "A try", (1,), (), {name: Row("mend") for name in rows}, {"one": Scale(())}, compare=tuple(compare), **options
-    )
+    grid = Grid("A try", (1,), {name: Row("mend") for name in rows}, compare=tuple(compare), **options)
     children = {
         name: [Child(f"run{seed}", seed, table, None, {"zsre": "ZsRE"}, None) for seed, table in enumerate(tables)]
         for name, tables in rows.items()
@@ -41,7 +39,7 @@ def results(rows, compare=(), **options):
 
 
 def test_views_without_results_show_nothing():
-    empty = Results("try", Grid("A try", (1,), (), {}, {}), "one", {}, None, {})
+    empty = Results("try", Grid("A try", (1,), {}), "one", {}, None, {})
     own = ("table", "differences", "metrics", "areas", "search", "failures")
     assert {name: list(plugins(View, PACKAGE)[name]().show(empty)) for name in own} == {key: [] for key in own}
 

@@ -110,10 +110,10 @@ def test_the_command_takes_one(lm, tmp_path, capsys):
 def test_the_option_of_evaluations(given, expected, capsys):
     import yaml
 
-    from instructedit.experiments import REPOSITORY
+    from instructedit.paths import SHARED
 
     files = [
-        f"--config={REPOSITORY}/configs/{name}.yaml" for name in ("data/single-task", "editor/instructedit", "lm/tiny")
+        f"--config={SHARED}/configs/{name}.yaml" for name in ("data/single-task", "editor/instructedit", "lm/tiny")
     ]
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["fit", *files, given, "--print_config"])

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def warm(
-    configs: list[str], overrides: list[str] | None = None, cache_dir: str | None = None, batch_size: int = 32
+    configs: list[str] | None = None,
+    scale: str | None = None,
+    editor: str | None = None,
+    overrides: list[str] | None = None,
+    cache_dir: str | None = None,
+    batch_size: int = 32,
 ) -> None:
     """Computes the states that training with these configs can ask for, once; what is there already is left out.
 
@@ -27,6 +32,8 @@ def warm(
 
     Args:
         configs: The config files that fit is given, e.g. '[lm.yaml, editor.yaml, data.yaml]'.
+        scale: The scale that fit is given, a name or a file; configs and overrides come after it.
+        editor: The name of the editor's config that fit is given.
         overrides: Its further options, e.g. '["--model.lm.cache_dtype=bfloat16"]'.
         cache_dir: Folder of the cache; by default the configs' model.lm.cache_dir, else "prefix" in $INSTRUCTEDIT_CACHE
             (~/.cache/instructedit).
@@ -35,18 +42,20 @@ def warm(
     import torch
     from tqdm import tqdm
 
+    from instructedit.configs import config_files
     from instructedit.lightning_cli import Built, run
 
     first, last = [_option(_folder(None))], [_option(Path(cache_dir))] if cache_dir else []
-    options = [*first, *(f"--config={path}" for path in configs), *(overrides or ()), *last]
+    files = [*config_files(scale, editor), *(configs or ())]
+    options = [*first, *(f"--config={path}" for path in files), *(overrides or ()), *last]
     cli = run(["fit", *options, "--trainer.logger=false"], Built)
-    editor: Editor = cli.model.editor
-    lm = editor.lm.to(cli.trainer.strategy.root_device)
-    block, disk = lm.first_block([site.name for site in editor.sites]), lm.cache.disk
+    made: Editor = cli.model.editor
+    lm = made.lm.to(cli.trainer.strategy.root_device)
+    block, disk = lm.first_block([site.name for site in made.sites]), lm.cache.disk
     if disk is None:
         raise UserError("model.lm.cache_dir is null: name a folder, or give cache_dir")
     cli.datamodule.setup("fit")
-    pairs, locality = _training_pairs(editor, cli.datamodule)
+    pairs, locality = _training_pairs(made, cli.datamodule)
     text = lm.text.within(cli.datamodule.hparams["max_length"])
     work = [(len(lm.blocks), locality, lambda batch: lm.unedited_states(batch, block))]
     work += [(block, pairs, lambda batch: lm.prefix(batch, block))] if block else []  # else nothing lies below it

@@ -6,13 +6,14 @@ from typing import Literal
 
 
 def main(
-    lm: str = "tiny",
+    lm: str | None = None,
     editor: Literal["rome", "memit"] = "rome",
-    text: str = "auto",
-    tokens: int = 100_000,
+    scale: str | None = None,
+    text: str | None = None,
+    tokens: int | None = None,
     blocks: list[int] | None = None,
     site_names: list[str] | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
 ) -> None:
     """Computes the second moments C = E[u uᵀ] that ROME and MEMIT need, once; they are kept on disk.
@@ -21,25 +22,35 @@ def main(
     The text is streamed, so any length fits. Editors with the same options find them there.
 
     Args:
-        lm: tiny, tiny-llama, a local folder, or a hub id.
-        editor: Whose layers; the other options are those of that editor.
+        lm: tiny, tiny-llama, a local folder, or a hub id; by default the scale's, or tiny.
+        editor: Whose layers; the other options are those of that editor, by default as its config at the scale has
+            them, or its own.
+        scale: A scale of configs/scale/, or a file of your own: fit finds what is computed here.
         text: auto (the embedded corpus for the embedded models, for any other what it samples itself), sampled, tiny
             (the embedded corpus), a file (.txt, blank lines part the texts; or .jsonl with a field "text"; also
             as .gz or .xz), or a dataset on the hub.
-        tokens: So many tokens of it.
+        tokens: So many tokens of it; 100,000 by default.
         blocks: Blocks, negative from the top; by default as far up as in the method's paper.
         site_names: Names or patterns of the layers within them; by default the output projections.
-        dtype: Of the LM's weights and forward pass.
+        dtype: Of the LM's weights and forward pass; by default the scale's, or float32.
         device: Where the LM runs, e.g. cuda.
     """
     import instructedit as ie
+    from instructedit.configs import Scale
+    from instructedit.editors.key_value import KeyValueEditor
     from instructedit.lm.moments import moments_file, second_moments
 
-    model = ie.FrozenLM.from_pretrained(lm, dtype, device)
-    method = ie.build_editor(editor, model, text=text, tokens=tokens, blocks=blocks, site_names=site_names)
-    names = [site.name for site in method.sites]
-    known = [name for name in names if moments_file(model, name, text, tokens).is_file()]
-    for name, moment in second_moments(model, names, text, tokens).items():
-        size = moments_file(model, name, text, tokens).stat().st_size / 1e6
+    at = Scale.load(scale) if scale else None
+    named = {"name": lm} if lm else at.lm_options() if at else {}
+    model = ie.FrozenLM.from_pretrained(**named | ({"dtype": dtype} if dtype else {}), device=device)
+    given = {"text": text, "tokens": tokens, "blocks": blocks, "site_names": site_names}
+    options = at.editor_options(editor) if at else {}
+    options |= {key: value for key, value in given.items() if value is not None}
+    method = ie.build_editor(editor, model, **options)
+    assert isinstance(method, KeyValueEditor)
+    names, source = [site.name for site in method.sites], (method.text, method.tokens)
+    known = [name for name in names if moments_file(model, name, *source).is_file()]
+    for name, moment in second_moments(model, names, *source).items():
+        size = moments_file(model, name, *source).stat().st_size / 1e6
         state = "was there" if name in known else "computed"
         print(f"{name}: {moment.shape[0]} × {moment.shape[1]}, {size:.1f} MB, {state}, trace {moment.trace():.4g}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from instructedit.configs import Scale
 from instructedit.console import console
 from instructedit.errors import UserError
 from instructedit.paths import check_writable
@@ -18,7 +19,8 @@ def main(
     target: str,
     editor: str,
     options: dict[str, Any] | None = None,
-    lm: str = "tiny",
+    scale: str | None = None,
+    lm: str | None = None,
     task: str | None = None,
     subject: str | None = None,
     description: str | None = None,
@@ -38,8 +40,11 @@ def main(
         editor: A trained editor (folder, checkpoint, a run's id or a hub id), or the name of a method that needs no
             training.
         options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by
-            default the published ones, with step sizes and radii that follow the model's own scales.
-        lm: tiny, tiny-llama, smollm2-135m, gemma-3-270m, a local folder, a .gguf file, or a hub id.
+            default those of its config at the scale; without a scale the published ones, with step sizes and radii
+            that follow the model's own scales.
+        scale: A scale of configs/scale/, or a file of your own, for the LM and the method's hyper-parameters.
+        lm: tiny, tiny-llama, smollm2-135m, gemma-3-270m, a local folder, a .gguf file, or a hub id; by default the
+            scale's, or tiny.
         task: Name of the editing task, for editors that read instructions.
         subject: The entity in the prompt that the edit is about, for ROME and MEMIT.
         description: Id of the instruction's description; by default one that training uses, always the same.
@@ -56,8 +61,10 @@ def main(
 
     _check_targets(save, merge)
     request = ie.EditRequest(prompt, target, task=task, subject=subject, slots=slots or {})
-    model = ie.FrozenLM.from_pretrained(lm, chat=chat)
-    method = _method(editor, model, options)
+    at = Scale.load(scale) if scale else None
+    known = at.lm_options() if at and not lm else {"name": lm or "tiny"}
+    model = ie.FrozenLM.from_pretrained(**known | ({"chat": True} if chat else {}))
+    method = _method(editor, model, options, at)
     if merge and not method.changes_weights:
         raise UserError(f"--merge: edits of {method.name!r} are no change of weights, so no model can hold them")
     change = method.edit([request], description=description, instruction=instruction)
@@ -73,7 +80,7 @@ def main(
         model.tokenizer.save_pretrained(merge)
 
 
-def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None) -> Editor:
+def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None, scale: Scale | None) -> Editor:
     """A trained editor, or one that needs no training."""
     import instructedit as ie
     from instructedit.editors.sources import is_place
@@ -82,7 +89,8 @@ def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None) -> Editor
         if options:
             raise UserError(f"editor {editor!r} is a trained one, which has its own options: leave out --options")
         return ie.load_editor(editor, lm)
-    method = ie.build_editor(editor, lm, **options or {})
+    own = scale.editor_options(editor) if scale else {}
+    method = ie.build_editor(editor, lm, **own | (options or {}))
     if method.trainable:
         raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")
     return method

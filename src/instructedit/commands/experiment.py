@@ -25,7 +25,7 @@ def main(
 
     Args:
         name: Of the experiment's folder under experiments/.
-        scale: Which LM and hyper-parameters; one of the grid's scales.
+        scale: Which LM and hyper-parameters: a file of configs/scale/ by its name, or a file of your own.
         data: real: the records of the real datasets, a folder for each task under data/; by default those of the scale.
         seeds: One run of every row for each; the grid's own by default.
         rows: Only these rows of the grid.

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from instructedit import paths
+from instructedit.configs import Scale, located
 from instructedit.console import console
-from instructedit.errors import UserError
-from instructedit.experiments import grid as grids
+from instructedit.errors import UserError, unknown
 from instructedit.experiments.fingerprint import fingerprint
 from instructedit.experiments.grid import Grid, published
 
@@ -30,7 +31,7 @@ class Experiment:
     Attributes:
         name: Of its folder under experiments/.
         grid: The whole grid.
-        scale: Name of the scale.
+        scale: The language model and what goes with it.
         rows: Names of the rows to run.
         seeds: The seeds to run them with.
         published: Figures to put beside ours, ``method, task, metric, mean``.
@@ -43,7 +44,7 @@ class Experiment:
 
     name: str
     grid: Grid
-    scale: str
+    scale: Scale
     rows: tuple[str, ...]
     seeds: tuple[int, ...]
     published: DataFrame | None
@@ -71,24 +72,20 @@ class Experiment:
         Raises:
             UserError: If there is no such experiment, scale, row, config or published figure, or the grid is wrong.
         """
-        folder = grids.REPOSITORY / "experiments"
+        folder = paths.SHARED / "experiments"
         file = folder / name / "grid.yaml"
         if not file.is_file():
-            known = sorted(p.parent.name for p in folder.glob("*/grid.yaml"))
-            raise UserError(f"no experiment {name!r}; there are: {', '.join(known)}")
-        grid = Grid.load(file)
-        if scale not in grid.scales:
-            raise UserError(f"{file}: no scale {scale!r}; there are: {', '.join(grid.scales)}")
-        if unknown := sorted(set(rows or ()) - set(grid.rows)):
-            raise UserError(f"{file}: no row {unknown[0]!r}; there are: {', '.join(grid.rows)}")
-        model = grid.scales[scale].paper
-        if model and not grid.paper:
-            raise UserError(f"{file}: scales: {scale}: paper needs the grid's own key paper, a file")
+            raise unknown("experiment", name, sorted(p.parent.name for p in folder.glob("*/grid.yaml")))
+        grid, at = Grid.load(file), Scale.load(scale)
+        if strange := sorted(set(rows or ()) - set(grid.rows)):
+            raise UserError(f"{file}: {unknown('row', strange[0], list(grid.rows))}")
+        model = grid.paper_model or at.paper
         figures = published(file.parent / grid.paper, model) if grid.paper and model else None
         wanted = rows or [key for key, row in grid.rows.items() if not row.hidden]
+        place = Path(out or f"outputs/{_place(name, at.name, data)}")
         experiment = cls(
-            name, grid, scale, tuple(wanted), tuple(seeds or grid.seeds), figures,
-            Path(root), Path(out or f"outputs/{_place(name, scale, data)}"), tuple(overrides or ()), fresh, data,
+            name, grid, at, tuple(wanted), tuple(seeds or grid.seeds), figures, Path(root), place,
+            tuple(located(overrides or ())), fresh, data,
         )  # fmt: skip
         for key in grid.rows:
             experiment.configs(key)  # a file that is missing is missed now, not after hours
@@ -97,7 +94,8 @@ class Experiment:
     @property
     def command(self) -> str:
         """The command line that runs this experiment."""
-        parts = ["instructedit", "experiment", self.name, "--scale", self.scale, "--seeds", json.dumps(self.seeds)]
+        parts = ["instructedit", "experiment", self.name, "--scale", self.scale.option]
+        parts += ["--seeds", json.dumps(self.seeds)]
         parts += ["--data", self.data] if self.data else []
         if self.rows != tuple(key for key, row in self.grid.rows.items() if not row.hidden):
             parts += ["--rows", json.dumps(self.rows, ensure_ascii=False)]
@@ -115,19 +113,15 @@ class Experiment:
         return [*(self.configs(row.of) if row.of else self._shared_configs(name)), *own]
 
     def _shared_configs(self, name: str) -> list[Path]:
-        scale, editor = self.grid.scales[self.scale], self.grid.rows[name].editor
-        folders = [scale.editors] if isinstance(scale.editors, str) else scale.editors or [self.scale]
-        choices = [grids.REPOSITORY / "configs" / "editor" / folder / f"{editor}.yaml" for folder in (*folders, "")]
-        chosen = next((path for path in choices if path.is_file()), None)
-        if chosen is None:
-            raise UserError(
-                f"row {name!r}: no config of the editor {editor!r}: neither of {', '.join(map(str, choices))}"
-            )
         data = [f"configs/data/{self.data}.yaml"] if self.data else []
-        return [*(grids.REPOSITORY / path for path in (*self.grid.configs, *scale.configs, *data)), chosen]
+        more = [paths.SHARED / path for path in (*self.grid.configs, *data)]
+        try:
+            return self.scale.files(self.grid.rows[name].editor, more)
+        except UserError as error:
+            raise UserError(f"row {name!r}: {error}") from error
 
     def _own_configs(self, name: str) -> list[Path]:
-        files = [grids.REPOSITORY / path for path in self.grid.rows[name].configs]
+        files = [paths.SHARED / path for path in self.grid.rows[name].configs]
         if missing := [file for file in files if not file.is_file()]:
             raise UserError(f"row {name!r}: configs: {missing[0]}: no such file")
         return files
@@ -165,7 +159,7 @@ class Experiment:
         from instructedit.experiments.runs import Runner
         from instructedit.tracking import MLflowTracker
 
-        tags = {"experiment": self.name, "scale": self.scale, "seeds": ",".join(map(str, self.seeds))}
+        tags = {"experiment": self.name, "scale": self.scale.name, "seeds": ",".join(map(str, self.seeds))}
         with MLflowTracker(run_name=self.name, root=self.root, tags=tags) as parent:
             return self._run(Runner(self, parent))
 

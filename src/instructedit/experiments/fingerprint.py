@@ -12,8 +12,18 @@ from pathlib import Path
 #: The package.
 SOURCE = Path(__file__).resolve().parents[1]
 
-# No part in a run: they show results, or are commands of their own.
-_APART = ("analysis", "benchmark", "commands", "experiments", "writing", "cli.py", "console.py")
+# No part in a run: they show results, are commands of their own, or find configs, which count where a run names them.
+_APART = (
+    "_shared",
+    "analysis",
+    "benchmark",
+    "commands",
+    "experiments",
+    "writing",
+    "cli.py",
+    "configs.py",
+    "console.py",
+)
 
 
 def fingerprint(args: Sequence[str]) -> str:

@@ -1,27 +1,20 @@
-"""What a ``grid.yaml`` says: the rows of an experiment, the scales they are run at, and what is shown of them."""
+"""What a ``grid.yaml`` says: the rows of an experiment, and what is shown of them."""
 
 from __future__ import annotations
 
-from argparse import ArgumentError
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import yaml
-
+from instructedit.configs import parsed, read_yaml
 from instructedit.errors import UserError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-#: Of a clone: where configs/ and experiments/ stand.
-REPOSITORY = Path(__file__).resolve().parents[3]
-
 #: What is shown of an experiment that does not say it, as far as there are data for it.
 VIEWS = ("table", "differences", "metrics", "areas", "search", "failures")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,22 +42,6 @@ class Row:
     def fitted(self) -> bool:
         """Whether this row trains its own editor."""
         return self.fit and self.of is None
-
-
-@dataclass(frozen=True)
-class Scale:
-    """A language model and what goes with it.
-
-    Attributes:
-        configs: Further configs of every run, relative to the repository.
-        editors: The folder under configs/editor/ whose files come before those of configs/editor/ itself, or several
-            in order; by default the one with the scale's name.
-        paper: The model whose published figures stand beside ours.
-    """
-
-    configs: tuple[str, ...]
-    editors: str | tuple[str, ...] | None = None
-    paper: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +78,12 @@ class Grid:
     Attributes:
         title: Of the experiment.
         seeds: Every fitted row is run once with each.
-        configs: Of every run, relative to the repository.
         rows: Name in tables to the row.
-        scales: Name to the scale.
+        configs: Of every run, beside the scale's, relative to the repository.
         compare: Pairs of a row and a baseline, whose difference is tested.
         layout: Of the result table: ``wide``, or ``tall`` for many rows.
         paper: A file of published figures beside the grid, ``model,method,task,metric,mean``.
+        paper_model: The model whose figures are taken from it; by default the one that the scale names.
         views: Names of what is shown, in order.
         search: Options to be tried, before the rows are run.
         note: What the experiment asks, for the top of its page.
@@ -115,12 +92,12 @@ class Grid:
 
     title: str
     seeds: tuple[int, ...]
-    configs: tuple[str, ...]
     rows: dict[str, Row]
-    scales: dict[str, Scale]
+    configs: tuple[str, ...] = ()
     compare: tuple[tuple[str, str], ...] = ()
     layout: Literal["wide", "tall"] = "wide"
     paper: str | None = None
+    paper_model: str | None = None
     views: tuple[str, ...] = VIEWS
     search: Search | None = None
     note: str = ""
@@ -133,20 +110,22 @@ class Grid:
         Raises:
             UserError: If it is not YAML, or a key is missing, unknown or of the wrong kind, or names what is not there.
         """
-        try:
-            spec = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
-            raise UserError(f"{file}: not YAML: {error}") from error
-        for key, kind in (("rows", Row), ("scales", Scale)):
-            if isinstance(spec, dict) and isinstance(spec.get(key), dict):
-                spec[key] = {name: _parsed(kind, part, f"{file}: {key}: {name}") for name, part in spec[key].items()}
-        if isinstance(spec, dict) and spec.get("search") is not None:
-            spec["search"] = _parsed(Search, spec["search"], f"{file}: search")
-        grid = _parsed(cls, spec, str(file))
+        spec = read_yaml(file)
+        if isinstance(spec, dict):
+            if "scales" in spec:
+                raise UserError(f"{file}: scales: a scale is a file now, configs/scale/NAME.yaml: leave this key out")
+            if isinstance(spec.get("rows"), dict):
+                rows = spec["rows"].items()
+                spec["rows"] = {name: parsed(Row, part, f"{file}: rows: {name}") for name, part in rows}
+            if spec.get("search") is not None:
+                spec["search"] = parsed(Search, spec["search"], f"{file}: search")
+        grid = parsed(cls, spec, str(file))
         grid._check(str(file))
         return grid
 
     def _check(self, file: str) -> None:
+        if self.paper_model and not self.paper:
+            raise UserError(f"{file}: paper_model: needs the key paper, a file")
         named = [("compare", name) for pair in self.compare for name in pair]
         named += [(f"rows: {name}: of", row.of) for name, row in self.rows.items() if row.of is not None]
         named += [("search: base", self.search.base)] if self.search else []
@@ -202,17 +181,3 @@ def published(file: Path, model: str) -> DataFrame:
     if model not in set(figures["model"]):
         raise UserError(f"{file}: no model {model!r}; there are: {', '.join(figures['model'].unique())}")
     return figures.loc[figures["model"] == model, columns[1:]]
-
-
-def _parsed(kind: type[T], spec: Any, where: str) -> T:
-    """A dataclass from plain data, its keys and their types checked."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind)
-    try:
-        if not isinstance(spec, dict):
-            raise TypeError(f"expected keys and values, got {spec!r}")
-        return kind(**vars(parser.instantiate(parser.parse_object(spec))))
-    except (ArgumentError, TypeError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from error

@@ -150,7 +150,7 @@ def _facts(experiment: Experiment, own: Run) -> list[tuple[str, str]]:
     tags = own.data.tags
     device, system = (tags.get(f"{_PREFIX}{name}", "unknown") for name in ("device", "platform"))
     return [
-        ("scale", experiment.scale),
+        ("scale", experiment.scale.name),
         ("seeds", ", ".join(map(str, experiment.seeds))),
         ("date", _date(own.info.start_time)),
         ("machine", f"{device}, {os.cpu_count()} cores, {system}"),

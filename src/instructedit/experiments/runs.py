@@ -159,7 +159,7 @@ def run_row(experiment: Experiment, name: str, seed: int, parent: MLflowTracker,
     from instructedit.lightning_cli import run
 
     gc.collect()  # a Trainer is full of circles: the last one's LM would stay beside this one's
-    tags = {"experiment": experiment.name, "method": name, "scale": experiment.scale, "seed": str(seed)}
+    tags = {"experiment": experiment.name, "method": name, "scale": experiment.scale.name, "seed": str(seed)}
     place = logger_options(f"{experiment.name}/{name}/seed-{seed}", tags, parent, experiment.root)
     arguments = [*experiment.arguments(name, seed), *place]
     if not experiment.grid.rows[name].fitted:

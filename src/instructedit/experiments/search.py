@@ -94,7 +94,7 @@ class _Searching:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         choices = {option: [_choice(value) for value in values] for option, values in self.search.parameters.items()}
         asked = [self.search.metric, self.search.sampler, self.search.pruner, json.dumps(choices)]
-        name = f"{self.experiment.name}/{self.experiment.scale}/{fingerprint([*self.arguments, *asked])}"
+        name = f"{self.experiment.name}/{self.experiment.scale.name}/{fingerprint([*self.arguments, *asked])}"
         storage = f"sqlite:///{self.experiment.root.expanduser().absolute() / DATABASE}"
         if self.experiment.fresh and name in optuna.get_all_study_names(storage):
             optuna.delete_study(study_name=name, storage=storage)
@@ -152,7 +152,12 @@ class _Searching:
 
         gc.collect()
         here = self.experiment
-        tags = {"experiment": here.name, "method": self.search.base, "scale": here.scale, "seed": str(here.seeds[0])}
+        tags = {
+            "experiment": here.name,
+            "method": self.search.base,
+            "scale": here.scale.name,
+            "seed": str(here.seeds[0]),
+        }
         tags |= {"search.trial": str(number)}
         tags |= {f"search.{name.lstrip('-')}": value for name, _, value in (each.partition("=") for each in options)}
         place = logger_options(f"{here.name}/search/trial-{number}", tags, self.parent, here.root)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from instructedit.configs import Scale
     from instructedit.experiments.grid import Grid
     from instructedit.experiments.runs import Child
 
@@ -26,7 +27,7 @@ class Results:
     Attributes:
         name: Of the experiment.
         grid: Its whole grid.
-        scale: Name of the scale.
+        scale: The language model and what goes with it.
         rows: Row to its runs, one for each seed; rows that failed or are hidden are not there.
         published: Figures to put beside ours, ``method, task, metric, mean``.
         titles: Task to its name in tables.
@@ -36,7 +37,7 @@ class Results:
 
     name: str
     grid: Grid
-    scale: str
+    scale: Scale
     rows: dict[str, list[Child]]
     published: DataFrame | None
     titles: dict[str, str]

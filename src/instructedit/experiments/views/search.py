@@ -28,7 +28,7 @@ class SearchView(View):
             return
         parameters = list(search.parameters)
         options = best_options(trials, parameters)
-        command = shlex.join(["instructedit", "experiment", results.name, "--scale", results.scale])
+        command = shlex.join(["instructedit", "experiment", results.name, "--scale", results.scale.option])
         command += f" --overrides {shlex.quote(json.dumps(options))}"
         yield Shown(
             "best",

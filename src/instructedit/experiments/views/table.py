@@ -57,4 +57,4 @@ def _note(results: Results) -> str:
     note = f"Means × 100 over records{averaged}, with 95 % bootstrap intervals. Best mean bold, next one underlined."
     if results.published is None:
         return note
-    return f"{note} paper: published figures for {results.grid.scales[results.scale].paper}."
+    return f"{note} paper: published figures for {results.grid.paper_model or results.scale.paper}."

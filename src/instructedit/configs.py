@@ -1,0 +1,246 @@
+"""Config files by name: which of the shipped ones, or of a user's own, a scale and an editor at that scale mean."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+
+from instructedit import paths
+from instructedit.errors import UserError, unknown
+
+T = TypeVar("T")
+
+SCALE, EDITOR, CONFIG = "--scale", "--editor", ("--config", "-c")
+
+#: Folders of ``configs/`` with an option of their name, for what is the same at every scale.
+GROUPS = ("callbacks", "logger", "debug")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A language model and what goes with it: a file of ``configs/scale/``, or a user's own.
+
+    Its keys name files of ``configs/<key>/`` without their suffix, or give a path that ends in ``.yaml`` and is
+    relative to the scale's own file.
+
+    Attributes:
+        file: The file that says the rest.
+        lm: Config of the language model.
+        trainer: Config of the training: steps, batches, device.
+        data: Configs of the data, in order.
+        editors: Folders with this scale's variants of editors, in order: names in ``configs/editor/``, or paths with a
+            slash, relative to the file. An editor that is in none of them has its plain config.
+        paper: The model whose published figures stand beside ours.
+    """
+
+    file: Path
+    lm: str
+    trainer: str
+    data: tuple[str, ...]
+    editors: tuple[str, ...] = ()
+    paper: str | None = None
+
+    @classmethod
+    def load(cls, given: str | Path) -> Self:
+        """Reads a scale by its name or by the path of its file.
+
+        Raises:
+            UserError: If there is none, or a key is missing, unknown or of the wrong kind.
+        """
+        file = _named("scale", given, [_group("scale")])
+        return parsed(cls, read_yaml(file), str(file), file=file)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its suffix."""
+        return self.file.stem
+
+    @property
+    def option(self) -> str:
+        """What ``--scale`` is given to get this scale: its name, or the path of a user's own file."""
+        return self.name if self.file.parent == _group("scale") else str(self.file)
+
+    def editor(self, name: str) -> Path:
+        """The config of an editor at this scale.
+
+        Raises:
+            UserError: If there is none of this name, or no such folder of variants.
+        """
+        return _named("editor", name, [*map(self._variants, self.editors), _group("editor")])
+
+    def files(self, editor: str | None = None, more: Iterable[Path] = ()) -> list[Path]:
+        """The configs of a run, in the order in which they are read: the last one that sets an option has its way.
+
+        Args:
+            editor: Name or path of the editor's config; without it the files say nothing of an editor.
+            more: Further configs, which stand before the editor's.
+
+        Raises:
+            UserError: If one of them is not there.
+        """
+        named = (("lm", self.lm), ("trainer", self.trainer), *(("data", name) for name in self.data))
+        own = [self._own(key, name) for key, name in named]
+        return [*own, *more, *([self.editor(editor)] if editor else [])]
+
+    def lm_options(self) -> dict[str, Any]:
+        """What the LM's config says of it: ``name``, and further arguments of `FrozenLM.from_pretrained`."""
+        return dict(read_yaml(self.files()[0])["model"]["lm"])
+
+    def editor_options(self, name: str) -> dict[str, Any]:
+        """An editor's hyper-parameters at this scale, as `build_editor` takes them.
+
+        Raises:
+            UserError: If there is no such editor.
+        """
+        return dict(read_yaml(self.editor(name))["model"]["editor"].get("init_args") or {})
+
+    def _own(self, key: str, name: str) -> Path:
+        try:
+            return _named(f"{key} config", name, [_group(key)], self.file.parent)
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from error
+
+    def _variants(self, folder: str) -> Path:
+        found = self.file.parent / folder if "/" in folder else _group("editor") / folder
+        if not found.is_dir():
+            known = sorted(each.name for each in _group("editor").iterdir() if each.is_dir())
+            raise UserError(f"{self.file}: editors: {unknown('folder', folder, known)}")
+        return found
+
+
+def config_files(scale: str | None, editor: str | None) -> list[Path]:
+    """The configs that a scale and an editor mean; without a scale the editor's plain one.
+
+    Raises:
+        UserError: If one of them is not there.
+    """
+    if scale:
+        return Scale.load(scale).files(editor)
+    return [_named("editor", editor, [_group("editor")])] if editor else []
+
+
+def expanded(args: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """A command line in which ``--scale``, ``--editor`` and `GROUPS` are replaced by the configs that they mean.
+
+    These come right behind the command, in this order, so that explicit configs and options override them. Configs that
+    ship are found by their path in the repository (``configs/lm/tiny.yaml``) from any folder.
+
+    Args:
+        args: The command and its options.
+
+    Returns:
+        The new command line, and the files that the names mean.
+
+    Raises:
+        UserError: If there is no such scale, editor or file, or a file is not YAML.
+    """
+    scale, rest = _taken(args, SCALE)
+    editor, rest = _taken(rest, EDITOR)
+    files = config_files(scale, editor)
+    for group in GROUPS:
+        name, rest = _taken(rest, f"--{group}")
+        files += [_named(group, name, [_group(group)])] if name else []
+    rest = located(rest)
+    return [*rest[:1], *(f"--config={file}" for file in files), *rest[1:]], files
+
+
+def located(args: Sequence[str]) -> list[str]:
+    """Options whose ``--config`` is a file that is there and is YAML, the shipped ones found from any folder.
+
+    Raises:
+        UserError: If one is not.
+    """
+    left, found = iter(args), []
+    for arg in left:
+        name, equals, value = arg.partition("=")
+        if name in CONFIG:
+            path = value if equals else next(left, "")
+            file = next((file for file in (Path(path), paths.SHARED / path) if file.is_file()), None)
+            if file is None:
+                raise UserError(f"--config {path}: no such file")
+            read_yaml(file, "--config ")
+            arg = f"--config={file}"
+        found.append(arg)
+    return found
+
+
+def read_yaml(file: Path, what: str = "") -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        UserError: If it is not YAML, with `what` before its name.
+    """
+    try:
+        return yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{what}{file}: not YAML: {error}") from error
+
+
+def parsed(kind: type[T], spec: Any, where: str, **known: Any) -> T:
+    """A dataclass from plain data, its keys and their types checked.
+
+    Args:
+        kind: The dataclass.
+        spec: Its fields by name.
+        where: Where they stand, for errors.
+        known: Fields that are no keys, with their values.
+
+    Raises:
+        UserError: If a key is missing, unknown or of the wrong kind.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip=set(known))
+    try:
+        if not isinstance(spec, dict):
+            raise TypeError(f"expected keys and values, got {spec!r}")
+        return kind(**vars(parser.instantiate(parser.parse_object(spec))), **known)
+    except (ArgumentError, TypeError) as error:
+        raise UserError(f"{where}: {' '.join(str(error).split())}") from error
+
+
+def shown(file: Path) -> str:
+    """The path of a config as a reader knows it: from the working directory or in the repository, where it is there."""
+    homes = (home for home in (Path.cwd(), paths.SHARED) if file.is_relative_to(home))
+    return str(next((file.relative_to(home) for home in homes), file))
+
+
+def _group(name: str) -> Path:
+    return paths.SHARED / "configs" / name
+
+
+def _named(kind: str, name: str | Path, folders: Sequence[Path], base: Path = Path()) -> Path:
+    """A file by its path (``.yaml``), from `base`, or by its name in the first of the folders that has it."""
+    if str(name).endswith(".yaml"):
+        file = base / Path(name).expanduser()
+        if not file.is_file():
+            raise UserError(f"{kind} {name}: no such file")
+        return file.resolve()
+    found = next((file for folder in folders if (file := folder / f"{name}.yaml").is_file()), None)
+    if found is None:
+        raise unknown(kind, str(name), sorted(set(_names(folders))))
+    return found
+
+
+def _names(folders: Iterable[Path]) -> Iterator[str]:
+    return (file.stem for folder in folders for file in folder.glob("*.yaml"))
+
+
+def _taken(args: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of a flag, in either spelling, and the arguments without it."""
+    left, value, rest = iter(args), None, []
+    for arg in left:
+        name, equals, given = arg.partition("=")
+        if name != flag:
+            rest.append(arg)
+            continue
+        value = given if equals else next(left, "")
+        if not value:
+            raise UserError(f"{flag}: expected a name or a file")
+    return value, rest
