@@ -17,8 +17,8 @@ from tests.test_structure import FLOORS, GROUND, TOP, TREES
 
 import instructedit as ie
 from instructedit.cli import main
-from instructedit.experiments import REPOSITORY
 
+REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))]
 TARGETS = set(re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))

@@ -18,11 +18,12 @@ import yaml
 
 import instructedit as ie
 from instructedit.cli import main
-from instructedit.experiments import REPOSITORY, grid
+from instructedit.experiments import grid
 from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.tracking import load_table, runs
 
 SOURCE = Path(ie.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
 GUIDE = (REPOSITORY / "CONTRIBUTING.md").read_text()
 #: The files that the guide shows, by the titles of its code blocks.
 EXAMPLES = dict(re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)^```$', GUIDE, re.MULTILINE | re.DOTALL))
