@@ -1,8 +1,12 @@
 """Small random LMs of both shapes, made here: no download, no training, no GPU."""
 
+import functools
+import shutil
+
 import pytest
 import torch
 
+from instructedit import tracking
 from instructedit.lm import FrozenLM
 from instructedit.lm.pretrain import Recipe, new_model, train_tokenizer
 from instructedit.tasks.tiny.corpus import documents
@@ -14,6 +18,25 @@ ARCHITECTURES = ("gpt2", "llama")
 def one_thread():
     """Several test processes share the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_stores(tmp_path_factory):
+    """MLflow migrates a new database, and reads all of its migrations at each opening, for seconds: once is enough."""
+    make = tracking._make_database
+
+    @functools.cache
+    def template():
+        from mlflow.store.db import utils  # only where a store is made
+
+        patch.setattr(utils, "_get_latest_schema_revision", functools.cache(utils._get_latest_schema_revision))
+        file = tmp_path_factory.mktemp("template") / "mlflow.db"
+        make(file)
+        return file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "_make_database", lambda file: shutil.copy(template(), file))
+        yield
 
 
 @pytest.fixture(scope="session")

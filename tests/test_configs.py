@@ -136,6 +136,7 @@ def test_a_users_own_scale_and_editor(tmp_path, monkeypatch):
     (tmp_path / "lm.yaml").write_text("model: {lm: {name: tiny, dtype: bfloat16}}")
     keys = "lm: lm.yaml\ntrainer: paper\ndata: [single-task]\neditors: [./mine, tiny]\n"
     (tmp_path / "own.yaml").write_text(keys)
+    (tmp_path / "empty.yaml").write_text("model: {lr: 1}")
     monkeypatch.chdir(tmp_path)
     scale = Scale.load("own.yaml")
     shipped = SHARED / "configs"
@@ -149,6 +150,8 @@ def test_a_users_own_scale_and_editor(tmp_path, monkeypatch):
         assert scale.files(editor) == [*files, its]
     assert scale.lm_options() == {"name": "tiny", "dtype": "bfloat16"}
     assert scale.editor_options("rome")["blocks"] == [1]
+    with pytest.raises(UserError, match=r"empty\.yaml: expected the keys model\.editor"):
+        scale.editor_options("empty.yaml")
     assert (scale.editor_options("grace"), scale.paper, scale.option) == ({}, None, str(tmp_path / "own.yaml"))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import instructedit.provenance
+from instructedit import tracking
 from instructedit.errors import UserError
 from instructedit.provenance import provenance
 from instructedit.tracking import MLflowTracker, SaveConfig, artifact_path, load_table, runs
@@ -66,9 +67,9 @@ class Toy(LightningModule):
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated database, made once: migrating takes seconds."""
+    """A migrated database."""
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}")
+    tracking._make_database(file)
     return file
 
 
@@ -130,14 +131,14 @@ def test_the_store_is_made_where_there_is_none(
 ) -> None:
     made: list[Path] = []
 
-    def migrate(uri: str) -> None:
-        made.append(Path(uri.removeprefix("sqlite:///")))
-        shutil.copy(empty_store, made[-1])
+    def migrate(file: Path) -> None:
+        made.append(file)
+        shutil.copy(empty_store, file)
 
     def refuse(*_: Path) -> None:
         raise PermissionError("no hard links here")
 
-    monkeypatch.setattr("mlflow.MlflowClient", migrate)
+    monkeypatch.setattr(tracking, "_make_database", migrate)
     monkeypatch.chdir(tmp_path)
     if not hard_links:
         monkeypatch.setattr("os.link", refuse)
@@ -153,13 +154,13 @@ def test_of_two_first_runs_at_once_the_first_store_stays(
 ) -> None:
     root = tmp_path / "mlruns"
 
-    def migrate_second(uri: str) -> None:
-        shutil.copy(empty_store, Path(uri.removeprefix("sqlite:///")))
+    def migrate_second(file: Path) -> None:
+        shutil.copy(empty_store, file)
         shutil.copy(empty_store, root / "mlflow.db")
         MlflowClient(f"sqlite:///{root}/mlflow.db").create_experiment("theirs")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlflow.MlflowClient", migrate_second)
+        patch.setattr(tracking, "_make_database", migrate_second)
         MLflowTracker(root=root)
     assert runs("theirs", root).empty
 

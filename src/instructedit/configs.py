@@ -1,4 +1,4 @@
-"""Config files by name: which of the shipped ones, or of a user's own, a scale and an editor at that scale mean."""
+"""Finds config files by name: those that a scale, an editor at that scale, and the other groups of configs/ mean."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROUPS = ("callbacks", "logger", "debug")
 
 @dataclass(frozen=True)
 class Scale:
-    """A language model and what goes with it: a file of ``configs/scale/``, or a user's own.
+    """A scale is a language model and what goes with it: a file of ``configs/scale/``, or a user's own.
 
     Its keys name files of ``configs/<key>/`` without their suffix, or give a path that ends in ``.yaml`` and is
     relative to the scale's own file.
@@ -66,7 +66,7 @@ class Scale:
         return self.name if self.file.parent == _group("scale") else str(self.file)
 
     def editor(self, name: str) -> Path:
-        """The config of an editor at this scale.
+        """Finds the config of an editor at this scale.
 
         Raises:
             UserError: If there is none of this name, or no such folder of variants.
@@ -74,7 +74,7 @@ class Scale:
         return _named("editor", name, [*map(self._variants, self.editors), _group("editor")])
 
     def files(self, editor: str | None = None, more: Iterable[Path] = ()) -> list[Path]:
-        """The configs of a run, in the order in which they are read: the last one that sets an option has its way.
+        """Lists the configs of a run in the order in which they are read: the last one that sets an option has its way.
 
         Args:
             editor: Name or path of the editor's config; without it the files say nothing of an editor.
@@ -88,16 +88,20 @@ class Scale:
         return [*own, *more, *([self.editor(editor)] if editor else [])]
 
     def lm_options(self) -> dict[str, Any]:
-        """What the LM's config says of it: ``name``, and further arguments of `FrozenLM.from_pretrained`."""
-        return dict(read_yaml(self.files()[0])["model"]["lm"])
-
-    def editor_options(self, name: str) -> dict[str, Any]:
-        """An editor's hyper-parameters at this scale, as `build_editor` takes them.
+        """Reads the LM's config: ``name``, and further arguments of `FrozenLM.from_pretrained`.
 
         Raises:
-            UserError: If there is no such editor.
+            UserError: If the config says nothing of an LM.
         """
-        return dict(read_yaml(self.editor(name))["model"]["editor"].get("init_args") or {})
+        return _section(self._own("lm", self.lm), "model", "lm")
+
+    def editor_options(self, name: str) -> dict[str, Any]:
+        """Reads an editor's hyper-parameters at this scale, as `build_editor` takes them.
+
+        Raises:
+            UserError: If there is no such editor, or its config says nothing of one.
+        """
+        return dict(_section(self.editor(name), "model", "editor").get("init_args") or {})
 
     def _own(self, key: str, name: str) -> Path:
         try:
@@ -114,7 +118,7 @@ class Scale:
 
 
 def config_files(scale: str | None, editor: str | None) -> list[Path]:
-    """The configs that a scale and an editor mean; without a scale the editor's plain one.
+    """Lists the configs that a scale and an editor mean; without a scale the editor has its plain one.
 
     Raises:
         UserError: If one of them is not there.
@@ -125,7 +129,7 @@ def config_files(scale: str | None, editor: str | None) -> list[Path]:
 
 
 def expanded(args: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """A command line in which ``--scale``, ``--editor`` and `GROUPS` are replaced by the configs that they mean.
+    """Replaces ``--scale``, ``--editor`` and `GROUPS` in a command line by the configs that they mean.
 
     These come right behind the command, in this order, so that explicit configs and options override them. Configs that
     ship are found by their path in the repository (``configs/lm/tiny.yaml``) from any folder.
@@ -150,7 +154,7 @@ def expanded(args: Sequence[str]) -> tuple[list[str], list[Path]]:
 
 
 def located(args: Sequence[str]) -> list[str]:
-    """Options whose ``--config`` is a file that is there and is YAML, the shipped ones found from any folder.
+    """Makes sure that each ``--config`` is a YAML file; the shipped ones are found from any folder.
 
     Raises:
         UserError: If one is not.
@@ -170,7 +174,7 @@ def located(args: Sequence[str]) -> list[str]:
 
 
 def read_yaml(file: Path, what: str = "") -> Any:
-    """What a YAML file holds.
+    """Reads a YAML file.
 
     Raises:
         UserError: If it is not YAML, with `what` before its name.
@@ -182,7 +186,7 @@ def read_yaml(file: Path, what: str = "") -> Any:
 
 
 def parsed(kind: type[T], spec: Any, where: str, **known: Any) -> T:
-    """A dataclass from plain data, its keys and their types checked.
+    """Makes a dataclass from plain data, whose keys and their types are checked.
 
     Args:
         kind: The dataclass.
@@ -206,9 +210,19 @@ def parsed(kind: type[T], spec: Any, where: str, **known: Any) -> T:
 
 
 def shown(file: Path) -> str:
-    """The path of a config as a reader knows it: from the working directory or in the repository, where it is there."""
+    """Shortens the path of a config to that from the working directory or in the repository, where it lies there."""
     homes = (home for home in (Path.cwd(), paths.SHARED) if file.is_relative_to(home))
     return str(next((file.relative_to(home) for home in homes), file))
+
+
+def _section(file: Path, *keys: str) -> dict[str, Any]:
+    """A part of a config."""
+    part = read_yaml(file)
+    for key in keys:
+        part = part.get(key) if isinstance(part, dict) else None
+    if not isinstance(part, dict):
+        raise UserError(f"{file}: expected the keys {'.'.join(keys)}")
+    return dict(part)
 
 
 def _group(name: str) -> Path:

@@ -269,8 +269,6 @@ def load_table(run_id: str, name: str, root: str | Path = "mlruns") -> DataFrame
 
 def _local_store(root: Path) -> str:
     """Makes the store when it is not there."""
-    from mlflow import MlflowClient
-
     database = root / _DATABASE
     if not database.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -278,7 +276,7 @@ def _local_store(root: Path) -> str:
         # leave it broken for good. So it is made aside, and whoever is first puts a whole one in place.
         with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
             made = Path(folder, _DATABASE)
-            MlflowClient(f"sqlite:///{made}")
+            _make_database(made)
             try:
                 os.link(made, database)
             except FileExistsError:
@@ -286,6 +284,13 @@ def _local_store(root: Path) -> str:
             except OSError:  # a file system without hard links
                 made.rename(database)
     return f"sqlite:///{database}"
+
+
+def _make_database(file: Path) -> None:
+    """Makes an empty database with MLflow's tables."""
+    from mlflow import MlflowClient
+
+    MlflowClient(f"sqlite:///{file}")
 
 
 def _client(root: str | Path) -> MlflowClient:

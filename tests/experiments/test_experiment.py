@@ -39,6 +39,7 @@ WRONG = {
     "row with both": (["rows", "MEND", "of"], "MEND", "rows: MEND: expected one of the keys editor and of"),
     "test of no row": (["rows", "raw"], {"of": "KE"}, "grid.yaml: rows: raw: of: no row 'KE'; there are: unedited, "),
     "test of what is not fitted": (["rows", "raw"], {"of": "unedited"}, "rows: raw: of: row 'unedited' is not fitted"),
+    "no config of all": (["configs"], ["absent.yaml"], "row 'unedited': configs: "),
     "no config of a row": (["rows", "MEND", "configs"], ["absent.yaml"], "row 'MEND': configs: "),
     "unknown view": (["views"], ["table", "tabel"], "grid.yaml: views: no view 'tabel'; there are: areas, "),
     "options of no view": (["options"], {"tabel": {}}, "grid.yaml: options: no view 'tabel'"),

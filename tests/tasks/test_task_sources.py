@@ -53,6 +53,16 @@ def test_a_folder_has_one_file_for_a_split(split: str, chosen: str, tmp_path: Pa
     assert load_records("counterfact", str(tmp_path), split)[1].source == str(tmp_path / chosen)
 
 
+def test_a_file_that_starts_with_the_split_comes_before_one_that_has_it_further_on(tmp_path: Path) -> None:
+    for name in ("train_moons.json", "other_moons_train.json", "moons_test.json"):
+        (tmp_path / name).write_bytes(LIST)
+    assert load_records("counterfact", str(tmp_path), "train")[1].source == str(tmp_path / "train_moons.json")
+    assert load_records("counterfact", str(tmp_path), "test")[1].source == str(tmp_path / "moons_test.json")
+    (tmp_path / "train_suns.json").write_bytes(LIST)
+    with pytest.raises(UserError, match=r"there is: train_moons\.json, train_suns\.json"):
+        load_records("counterfact", str(tmp_path), "train")
+
+
 @pytest.mark.parametrize(
     ("names", "problem"),
     [

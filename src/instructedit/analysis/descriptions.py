@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from instructedit.analysis.style import CAPTION, colours_of, legend, styled, whiskers
-from instructedit.analysis.tables import METRICS, in_order, metric_title
+from instructedit.analysis.tables import in_order
+from instructedit.metrics import headline_metrics, metric_title
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +30,7 @@ def description_spread(summary: pd.DataFrame, groups: Mapping[str, str]) -> pd.D
         ``task, metric, group, descriptions, mean, lowest, highest, deviation``: of the descriptions' means; the last
         is their standard deviation, nan for one description alone.
     """
-    shown = summary[summary["metric"].isin(METRICS)].assign(group=lambda frame: frame["method"].map(groups))
+    shown = summary[summary["metric"].isin(headline_metrics())].assign(group=lambda frame: frame["method"].map(groups))
     spread = shown.groupby(["task", "metric", "group"], sort=False)["mean"].agg(
         descriptions="count", mean="mean", lowest="min", highest="max", deviation="std"
     )
@@ -93,7 +94,7 @@ def description_dots(
     """
     from matplotlib.figure import Figure
 
-    shown = summary[summary["metric"].isin(METRICS) & summary["method"].isin(groups)]
+    shown = summary[summary["metric"].isin(headline_metrics()) & summary["method"].isin(groups)]
     names = sorted(in_order(shown["method"], ()), key=lambda name: GROUPS.index(groups[name]))
     tasks = in_order(shown["task"], titles or {})
     columns = int(shown.groupby("task")["metric"].nunique().max())
@@ -104,7 +105,7 @@ def description_dots(
         grid = figure.subplots(len(tasks), columns, squeeze=False)
         for panels, task in zip(grid, tasks, strict=True):
             own = shown[shown["task"] == task]
-            metrics = in_order(own["metric"], METRICS)
+            metrics = in_order(own["metric"], headline_metrics())
             for axes, metric in zip(panels, metrics, strict=False):
                 handles |= _panel(axes, own[own["metric"] == metric], names, groups, colours)
                 axes.set_ylabel(metric_title(metric))
@@ -139,12 +140,12 @@ def _values(table: pd.DataFrame) -> pd.Series:
 
     from instructedit.analysis.summary import metric_values
 
-    found = {(task, metric): values for task, metric, values in metric_values(table) if metric in METRICS}
+    found = {(task, metric): values for task, metric, values in metric_values(table) if metric in headline_metrics()}
     return pd.concat(found, names=["task", "metric"])
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Metrics of a task in the order of the result table."""
     order = {task: i for i, task in enumerate(frame["task"].unique())}
-    places = frame["task"].map(order) * len(METRICS) + frame["metric"].map(METRICS.index)
+    places = frame["task"].map(order) * len(headline_metrics()) + frame["metric"].map(headline_metrics().index)
     return frame.iloc[places.argsort(kind="stable")].reset_index(drop=True)

@@ -6,6 +6,7 @@ Figures are plain matplotlib objects that no global state holds on to: show them
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,8 @@ from instructedit.analysis.style import (
     task_styles,
     whiskers,
 )
-from instructedit.analysis.tables import METRICS, UNEDITED, in_order, metric_title
+from instructedit.analysis.tables import UNEDITED, in_order
+from instructedit.metrics import editing_metrics, headline_metrics, metric_title
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +42,7 @@ def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) 
 
     Args:
         summary: One row for each ``method``, ``task`` and ``metric``, with ``mean``, the interval from ``low`` to
-            ``high`` (x 100), and the number of records ``n``. Metrics other than ``METRICS`` are left out.
+            ``high`` (x 100), and the number of records ``n``. Others than the headline metrics are left out.
         titles: Task name to the panel's title; its order is the order of the panels, others follow.
 
     Raises:
@@ -60,12 +62,12 @@ def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) 
         grid = figure.add_gridspec(len(tasks), columns)
         for row, task in enumerate(tasks):
             own = shown[shown["task"] == task]
-            metrics = in_order(own["metric"], METRICS)
-            split = len(metrics) - ("fluency" in metrics)
-            panels = [span for span in (slice(0, split), slice(split, len(metrics))) if metrics[span]]
-            drawn = [figure.add_subplot(grid[row, span]) for span in panels]
-            for axes, span in zip(drawn, panels, strict=True):
-                handles |= _bar_panel(axes, own, metrics[span], looks, group)
+            metrics = in_order(own["metric"], headline_metrics())
+            panels = _by_unit(metrics)
+            ends = accumulate(map(len, panels))
+            drawn = [figure.add_subplot(grid[row, end - len(p) : end]) for p, end in zip(panels, ends, strict=True)]
+            for axes, panel in zip(drawn, panels, strict=True):
+                handles |= _bar_panel(axes, own, panel, looks, group)
             drawn[0].set_title(titles.get(task, task), loc="left", pad=13)
             drawn[-1].set_title(_count(own), loc="right", pad=13, fontweight="normal", **CAPTION)
         legend(figure, {method: handles[method] for method in looks})
@@ -101,7 +103,7 @@ def metric_dots(
         grid = figure.subplots(len(tasks), columns, squeeze=False)
         for panels, task in zip(grid, tasks, strict=True):
             own, theirs = (rows[rows["task"] == task] for rows in (shown, published))
-            metrics = in_order(own["metric"], METRICS)
+            metrics = in_order(own["metric"], headline_metrics())
             for axes, metric in zip(panels, metrics, strict=False):
                 handles |= _dot_panel(axes, own[own["metric"] == metric], theirs[theirs["metric"] == metric], methods)
                 axes.set_xlabel(metric_title(metric))
@@ -322,7 +324,7 @@ def _bar_panel(
         axes.bar_label(bars, labels, padding=1.5, fontsize=_SMALL, annotation_clip=False)
         handles[method] = bars
     axes.set(xlim=(-0.5, len(metrics) - 0.5), xticks=range(len(metrics)), xticklabels=map(metric_title, metrics))
-    if list(metrics) != ["fluency"]:
+    if _is_share(metrics[0]):
         axes.set(ylim=(0, 100), ylabel="Score (× 100)")
     axes.grid(visible=False, axis="x")
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -344,19 +346,29 @@ def _dot_panel(axes: Axes, rows: pd.DataFrame, published: pd.DataFrame, methods:
         look = {"marker": "D", "s": 18, "facecolors": "none", "edgecolors": [orange], "linewidths": 1.1, "zorder": 3}
         handles["paper"] = axes.scatter(published["mean"], published["method"].map(places), **look)
     axes.set(ylim=(len(methods) - 0.5, -0.5), yticks=range(len(methods)), yticklabels=methods)
-    if (rows["metric"] != "fluency").all():
+    if rows["metric"].map(_is_share).all():
         axes.set(xlim=(-3, 103))
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     return handles
 
 
+def _is_share(metric: str) -> bool:
+    return editing_metrics()[metric].is_share
+
+
+def _by_unit(metrics: Sequence[str]) -> list[list[str]]:
+    """Puts the shares, which have one axis, together, and every other metric on its own."""
+    shares = [metric for metric in metrics if _is_share(metric)]
+    return [part for part in (shares, *([metric] for metric in metrics if metric not in shares)) if part]
+
+
 def _drawn(summary: pd.DataFrame) -> pd.DataFrame:
     """The rows that a figure shows; metrics in lower case."""
     shown = summary.assign(metric=summary["metric"].str.lower())
-    shown = shown[shown["metric"].isin(METRICS) & shown["mean"].notna()]
+    shown = shown[shown["metric"].isin(headline_metrics()) & shown["mean"].notna()]
     if shown.empty:
-        raise ValueError(f"nothing to draw: expected means of {', '.join(METRICS)}")
+        raise ValueError(f"nothing to draw: expected means of {', '.join(headline_metrics())}")
     return shown
 
 

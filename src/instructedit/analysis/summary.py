@@ -6,14 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from instructedit.metrics import bootstrap_interval, convsent_edit_success, paired_difference
+from instructedit.metrics import bootstrap_interval, editing_metrics, headline_metrics, paired_difference
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
-
-#: Metrics that stand in every result table; others carry a suffix (``reliability.exact``, ``.generated``, ``.plain``).
-MAIN_METRICS = ("reliability", "generalization", "locality", "portability", "fluency")
-
 
 #: So small a p-value can be told from 0 that it survives the correction for some hundred comparisons.
 _RESAMPLES = 20_000
@@ -45,48 +41,9 @@ def metric_values(table: DataFrame) -> Iterator[tuple[str, str, Series]]:
 
 def _metrics(table: DataFrame) -> Iterator[tuple[str, str, Series]]:
     for task, rows in table.groupby("task", sort=False):
-        main = rows[rows["main"]]
-        for kind in ("reliability", "generalization", "portability"):
-            of_kind = rows[rows["kind"] == kind]
-            for view, part in (("", of_kind[of_kind["main"]]), (".plain", of_kind[of_kind["view"] == "plain"])):
-                for suffix, column in (("", "accuracy"), (".exact", "exact"), (".generated", "generated")):
-                    yield from _metric(task, f"{kind}{view}{suffix}", part, column)
-        yield from _metric(task, "locality", main[main["kind"] == "locality"], "agreement")
-        for kind, column in (("portability", "accuracy"), ("locality", "agreement")):
-            for group, part in main[main["kind"] == kind].groupby("group", sort=False):
-                if group:
-                    yield from _metric(task, f"{kind}.{group}", part, column)
-        yield from _metric(task, "fluency", main[main["kind"] == "fluency"], "fluency", scale=0.01)
-        yield from _edit_success(task, main)
-
-
-def _metric(
-    task: str, metric: str, rows: DataFrame, column: str, scale: float = 1.0
-) -> Iterator[tuple[str, str, Series]]:
-    if column in rows and rows[column].notna().any():
-        yield task, metric, rows.groupby(["cluster", "record"], sort=False)[column].mean() * scale
-
-
-def _edit_success(task: str, rows: DataFrame) -> Iterator[tuple[str, str, Series]]:
-    """SERAC's edit success on the replies of ConvSent."""
-    if not {"wanted", "opposite"} <= set(rows["kind"]):
-        return
-    keys = ["cluster", "record"]
-    wanted = rows[rows["kind"] == "wanted"].groupby(keys, sort=False)
-    opposite = rows[rows["kind"] == "opposite"].groupby(keys, sort=False)
-    import pandas as pd
-    import torch
-
-    means = pd.DataFrame(
-        {
-            "before": wanted["log_likelihood_before"].mean(),
-            "after": wanted["log_likelihood"].mean(),
-            "opposite": opposite["log_likelihood"].mean(),
-        }
-    ).dropna()
-    found = convsent_edit_success(*(torch.tensor(means[c].to_numpy()) for c in ("before", "after", "opposite")))
-    for name, values in zip(("success", "success.sentiment", "success.topic"), found, strict=True):
-        yield task, name, pd.Series(values.numpy(), index=means.index)
+        for metric in editing_metrics().values():
+            for name, values in metric.values(rows):
+                yield task, name, values
 
 
 def summarise(table: DataFrame, method: str, level: float = 0.95, seed: int = 0) -> DataFrame:
@@ -139,16 +96,16 @@ def compare(table: DataFrame, baseline_table: DataFrame, method: str, baseline: 
 
     ours = {(task, metric): values for task, metric, values in metric_values(table)}
     theirs = {(task, metric): values for task, metric, values in metric_values(baseline_table)}
+    order = {metric: i for i, metric in enumerate(headline_metrics())}
     found = []
     for task, metric in ours.keys() & theirs.keys():
-        if metric not in MAIN_METRICS:
+        if metric not in order:
             continue
         a, b = (values.droplevel("cluster") for values in (ours[task, metric], theirs[task, metric]))
         clusters = {record: cluster for cluster, record in ours[task, metric].index}
         gap = paired_difference(a.to_dict(), b.to_dict(), clusters, resamples=_RESAMPLES, seed=seed)
         figures = (100 * gap.mean, 100 * gap.low, 100 * gap.high, gap.p_value, gap.n)
         found.append((method, baseline, task, metric, *figures))
-    order = {metric: i for i, metric in enumerate(MAIN_METRICS)}
     columns = ["method", "baseline", "task", "metric", "mean", "low", "high", "p_value", "n"]
     frame = pd.DataFrame(sorted(found, key=lambda r: (r[2], order[r[3]])), columns=columns)
     return frame

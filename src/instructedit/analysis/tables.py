@@ -15,12 +15,11 @@ from html import escape
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
+from instructedit.metrics import headline_metrics, metric_title
+
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Group
-
-#: The paper's metrics in the order of its Table 3; each of them is the higher, the better.
-METRICS = ("reliability", "generalization", "locality", "portability", "fluency")
 
 #: The method name of the model before any edit. It keeps its own locality at 100, so it takes no part in a ranking.
 UNEDITED = "unedited"
@@ -80,7 +79,7 @@ def rich_table(
     summary: pd.DataFrame,
     titles: Mapping[str, str] | None = None,
     baselines: pd.DataFrame | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     layout: Layout = "wide",
 ) -> Group:
     """Table for the terminal.
@@ -132,7 +131,7 @@ def markdown_table(
     summary: pd.DataFrame,
     titles: Mapping[str, str] | None = None,
     baselines: pd.DataFrame | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     layout: Layout = "wide",
 ) -> str:
     """The table of ``rich_table`` in GitHub's Markdown, underlined with ``<ins>``; a table for each part."""
@@ -156,7 +155,7 @@ def html_table(
     summary: pd.DataFrame,
     titles: Mapping[str, str] | None = None,
     baselines: pd.DataFrame | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     layout: Layout = "wide",
 ) -> str:
     """The table of ``rich_table`` as HTML, all text escaped: one ``table`` for each part.
@@ -188,7 +187,7 @@ def latex_table(
     summary: pd.DataFrame,
     titles: Mapping[str, str] | None = None,
     baselines: pd.DataFrame | None = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     layout: Layout = "wide",
 ) -> str:
     """The table of ``rich_table`` as a LaTeX ``tabular``; it needs the package booktabs."""
@@ -215,20 +214,15 @@ def in_order(names: Iterable[str], first: Iterable[str]) -> list[str]:
     return [name for name in dict.fromkeys([*first, *present]) if name in present]
 
 
-def metric_title(name: str) -> str:
-    """``reliability.exact`` as ``Reliability (exact)``."""
-    head, _, rest = name.partition(".")
-    return head.capitalize() + f" ({rest.replace('.', ', ')})" * bool(rest)
-
-
 def _parts(
     summary: pd.DataFrame,
     titles: Mapping[str, str] | None,
     baselines: pd.DataFrame | None,
-    metrics: Sequence[str],
+    metrics: Sequence[str] | None,
     layout: Layout,
 ) -> list[_Part]:
     """What all formats share: one part or more."""
+    metrics = headline_metrics() if metrics is None else metrics
     titles = titles or {}
     ours = _values(summary)
     published = {} if baselines is None else _values(baselines)

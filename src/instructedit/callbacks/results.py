@@ -19,7 +19,8 @@ class ResultTables(L.Callback):
     """Collects the probe rows of `test`, prints the result table, and logs tables, intervals and the bar chart.
 
     Logged: ``tables/probes`` (one row for each probe, with the model's words before and after), ``tables/summary``
-    (means with intervals), ``figures/metrics``, and a metric ``test/<task>/<metric>`` for each mean.
+    (means with intervals), ``figures/metrics``, and a metric ``test/<task>/<metric>`` for each mean that the module has
+    not logged itself (``reliability.exact``, ``locality.Forgetfulness``, …).
 
     Args:
         method: What to call the editor in tables; its own name by default.
@@ -62,7 +63,8 @@ class ResultTables(L.Callback):
             tracker.log_table(self.summary, "summary")
             tracker.log_figure(metric_bars(self.summary, titles=titles), "metrics")
             means = {f"test/{row.task}/{row.metric}": row.mean for row in self.summary.itertuples()}
-            tracker.log_metrics(means, trainer.global_step)  # where Lightning logs them: the UI draws bars, not lines
+            more = {name: mean for name, mean in means.items() if name not in trainer.callback_metrics}
+            tracker.log_metrics(more, trainer.global_step)  # where Lightning logs its own: the UI draws bars, not lines
 
 
 def task_titles(trainer: Any) -> dict[str, str]:

@@ -114,17 +114,16 @@ class Experiment:
 
     def _shared_configs(self, name: str) -> list[Path]:
         data = [f"configs/data/{self.data}.yaml"] if self.data else []
-        more = [paths.SHARED / path for path in (*self.grid.configs, *data)]
         try:
-            return self.scale.files(self.grid.rows[name].editor, more)
+            return self.scale.files(self.grid.rows[name].editor, _shipped((*self.grid.configs, *data)))
         except UserError as error:
             raise UserError(f"row {name!r}: {error}") from error
 
     def _own_configs(self, name: str) -> list[Path]:
-        files = [paths.SHARED / path for path in self.grid.rows[name].configs]
-        if missing := [file for file in files if not file.is_file()]:
-            raise UserError(f"row {name!r}: configs: {missing[0]}: no such file")
-        return files
+        try:
+            return _shipped(self.grid.rows[name].configs)
+        except UserError as error:
+            raise UserError(f"row {name!r}: {error}") from error
 
     def arguments(self, name: str, seed: int) -> list[str]:
         """The command line of a row, without its place in the store and the checkpoint that it tests."""
@@ -204,6 +203,14 @@ class Experiment:
             complain(f"row {name!r}", error)
             return False
         return bool(children)
+
+
+def _shipped(names: Sequence[str]) -> list[Path]:
+    """Files by their paths in the repository."""
+    files = [paths.SHARED / name for name in names]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"configs: {missing[0]}: no such file")
+    return files
 
 
 def _place(name: str, scale: str, data: str | None) -> str:

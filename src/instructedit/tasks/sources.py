@@ -64,7 +64,11 @@ def read_source(task: str, source: str, split: str) -> Source:
 
 
 def _file_for(folder: Path, split: str) -> Path:
-    """The folder's one file for the split: the one named after it, else the only one with the split in its name."""
+    """The folder's one file for the split: named after it, else starting with it, else with the split in its name.
+
+    Raises:
+        UserError: If there is none, or several of the first of these sorts that there is.
+    """
     try:
         names = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
@@ -72,7 +76,9 @@ def _file_for(folder: Path, split: str) -> Path:
     stems = {name: match["stem"] for name in names if (match := _DATA_FILE.fullmatch(name))}
     # A split's name counts where a word starts: "eval" is not "val".
     word = re.compile(rf"(?<![A-Za-z]){re.escape(split)}", re.IGNORECASE)
-    found = [n for n, stem in stems.items() if stem == split] or [n for n, stem in stems.items() if word.search(stem)]
+    found: list[str] = []
+    for fits in (split.__eq__, word.match, word.search):
+        found = found or [name for name, stem in stems.items() if fits(stem)]
     if len(found) != 1:
         problem = f"more than one file for split {split!r}" if found else f"no file for split {split!r}"
         listed = ", ".join((found or names)[:_LISTED]) + (", ..." if len(found or names) > _LISTED else "")

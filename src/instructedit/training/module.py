@@ -19,7 +19,7 @@ from instructedit.editors.products import hold
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, Outcome, Watcher, evaluate_batch
 from instructedit.lm import FrozenLM, Loading
-from instructedit.metrics import Fluency, Generalization, Locality, PerRecordMean, Portability, Reliability
+from instructedit.metrics import PerRecordMean, editing_metrics
 from instructedit.records import EditRecord
 from instructedit.training.optimizer import ProductAdamW
 
@@ -55,20 +55,6 @@ class LMConfig(Loading):
     checkpoint: bool = False
     joiner: str = "auto"
     chat: bool = False
-
-
-#: Teacher-forced metrics that are logged while the Trainer runs: name → (class, kind of probe, score).
-METRICS: dict[str, tuple[type[PerRecordMean], str, str]] = {
-    "reliability": (Reliability, "reliability", "accuracy"),
-    "generalization": (Generalization, "generalization", "accuracy"),
-    "locality": (Locality, "locality", "agreement"),
-    "portability": (Portability, "portability", "accuracy"),
-    "fluency": (Fluency, "fluency", "fluency"),
-}
-
-
-#: The metrics that make up ``val/score``.
-VALIDATED = ("reliability", "generalization", "locality")
 
 
 class EditingModule(L.LightningModule):
@@ -215,11 +201,11 @@ class EditingModule(L.LightningModule):
         outcome = evaluate_batch(self.lm, self.editor, batch, settings, watchers)
         for key, metric in self._metrics(stage).items():
             _, task, name = key.split("/")
-            _, kind, score = METRICS[name]
-            rows = [r for r in outcome.rows if r["task"] == task and r["kind"] == kind and r["main"]]
+            declared = editing_metrics()[name]
+            rows = [r for r in outcome.rows if r["task"] == task and r["kind"] in declared.probes and r["main"]]
             metric.update(
                 [_number(r["record"]) for r in rows], [_number(r["cluster"]) for r in rows],
-                [r["probe"] for r in rows], torch.tensor([float(r[score]) for r in rows]),
+                [r["probe"] for r in rows], torch.tensor([float(r[declared.column]) for r in rows]),
             )  # fmt: skip
         return outcome
 
@@ -227,9 +213,9 @@ class EditingModule(L.LightningModule):
         """The same metrics on every process, whatever records it gets."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         for task in datamodule.records["validate" if stage == "val" else "test"]:
-            for name, (cls, _, _) in METRICS.items():
-                if f"{stage}/{task}/{name}" not in self._own(stage):
-                    self.scores[f"{stage}/{task}/{name}"] = cls().to(self.device)
+            for name, metric in editing_metrics().items():
+                if metric.column and f"{stage}/{task}/{name}" not in self._own(stage):
+                    self.scores[f"{stage}/{task}/{name}"] = PerRecordMean(metric.scale).to(self.device)
         return self._own(stage)
 
     def _own(self, stage: str) -> dict[str, Any]:
@@ -247,7 +233,8 @@ class EditingModule(L.LightningModule):
         for key, value in found.items():
             self.log(key, value)
         if stage == "val":
-            means = {name: [v for k, v in found.items() if k.endswith(f"/{name}")] for name in VALIDATED}
+            chosen_by = [name for name, metric in editing_metrics().items() if metric.chooses]
+            means = {name: [v for k, v in found.items() if k.endswith(f"/{name}")] for name in chosen_by}
             if chosen := [value for values in means.values() for value in values]:
                 self.log("val/score", torch.stack(chosen).mean(), prog_bar=True)
             if self.trainer.state.fn == TrainerFn.FITTING:

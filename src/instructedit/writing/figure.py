@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from instructedit.analysis.style import colours_of, styled
-from instructedit.analysis.tables import metric_title
+from instructedit.metrics import metric_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -96,15 +96,16 @@ class EditorTrial:
 
     def measure(self, text: str) -> Measured:
         """What the editor scores with a description; the task's main metrics but Fluency."""
-        from instructedit.analysis.summary import MAIN_METRICS, metric_values
+        from instructedit.analysis.summary import metric_values
         from instructedit.evaluation import Evaluation, evaluate
+        from instructedit.metrics import headline_metrics
 
         settings = Evaluation(generate=False, fluency_tokens=0, instruction=text)
         table = evaluate(self._lm, self._editor, self._records, settings, self._batch_size).table
         found = {
             metric: values.droplevel("cluster").to_dict()
             for _, metric, values in metric_values(table)
-            if metric in MAIN_METRICS
+            if metric in headline_metrics()
         }
         return Measured(found, tuple(self._failures(table)))
 

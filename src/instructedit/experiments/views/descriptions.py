@@ -75,6 +75,6 @@ def group_of(row: Row, tasks: Iterable[str]) -> str | None:
 
 def titled(frame: DataFrame, results: Results) -> DataFrame:
     """The frame with tasks and metrics as tables name them."""
-    from instructedit.analysis.tables import metric_title
+    from instructedit.metrics import metric_title
 
     return results.titled(frame).assign(metric=frame["metric"].map(metric_title))

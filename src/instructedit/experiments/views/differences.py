@@ -48,9 +48,10 @@ def _tables(frame: DataFrame, titles: dict[str, str]) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from instructedit.analysis.tables import METRICS, in_order, metric_title
+    from instructedit.analysis.tables import in_order
+    from instructedit.metrics import headline_metrics, metric_title
 
-    metrics, tables = in_order(frame["metric"], METRICS), []
+    metrics, tables = in_order(frame["metric"], headline_metrics()), []
     for (method, baseline), pair in frame.groupby(["method", "baseline"], sort=False):
         name = Text(f"{method} − {baseline}  (*: p (Holm) < 0.05)", "bold")
         table = Table(title=name, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))

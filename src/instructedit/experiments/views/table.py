@@ -16,12 +16,12 @@ class TableView(View):
     def show(self, results: Results) -> Iterator[Shown]:
         """Nothing without rows."""
         from instructedit.analysis import html_table, markdown_table, rich_table
-        from instructedit.analysis.tables import METRICS
+        from instructedit.metrics import headline_metrics
 
         summary, layout = results.summary, results.grid.layout
         if summary.empty:
             return
-        arguments = (summary, results.titles, results.published, METRICS, layout)
+        arguments = (summary, results.titles, results.published, headline_metrics(), layout)
         yield Shown(
             "table",
             "Results",
@@ -30,7 +30,7 @@ class TableView(View):
             html=html_table(*arguments),
             terminal=rich_table(*arguments),
         )
-        main = summary[summary["metric"].isin(METRICS) & summary["spread"].notna()]
+        main = summary[summary["metric"].isin(headline_metrics()) & summary["spread"].notna()]
         if len(main):
             spread = results.titled(main)
             yield Shown(

@@ -1,7 +1,6 @@
-"""The paper's metrics as torchmetrics classes: they collect one value per probe and average by record.
+"""The average of a metric's scores as a torchmetrics class: it collects one value per probe and averages by record.
 
-The values come from :mod:`instructedit.metrics.functional`. One instance serves one task and, where a dataset has
-groups of probes (``Relation_Specificity``), one group.
+The values come from :mod:`instructedit.metrics.functional`. One instance serves one metric of one task.
 """
 
 from __future__ import annotations
@@ -27,21 +26,23 @@ class PerRecordMean(Metric):
     same on any number of processes, however the records are spread over them. nan values are left out.
 
     ``compute()`` returns a scalar: ``scale`` times the mean; nan without values.
+
+    Args:
+        scale: From the unit of the values to that of the result; a metric declares its own (`EditingMetric.scale`).
+        kwargs: torchmetrics' own options.
     """
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-
-    #: From the unit of the values (0..1) to that of the result (0..100).
-    scale: float = 100.0
+    plot_lower_bound = 0.0
 
     probe_keys: list[Tensor]  # each [entries, 3]: cluster, record id, probe index
     probe_values: list[Tensor]  # each [entries]
 
-    def __init__(self, **kwargs: Any) -> None:
-        """Takes torchmetrics' own options only."""
+    def __init__(self, scale: float = 100.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.scale = scale
         self.add_state("probe_keys", [], dist_reduce_fx="cat")
         self.add_state("probe_values", [], dist_reduce_fx="cat")
 
@@ -108,50 +109,3 @@ class PerRecordMean(Metric):
         if len(self.probe_keys) == 0:
             self.probe_keys = [torch.empty(0, len(_KEYS), dtype=torch.int64, device=self.device)]
             self.probe_values = [torch.empty(0, device=self.device)]
-
-
-class _Share(PerRecordMean):
-    plot_lower_bound = 0.0
-    plot_upper_bound = 100.0
-
-
-class Reliability(_Share):
-    """Does the edited model give the wanted answer to the request itself?
-
-    Paper eq. 4, times 100. Takes values of :func:`~instructedit.metrics.functional.token_accuracy`, or of its
-    stricter sister :func:`~instructedit.metrics.functional.exact_match`.
-    """
-
-
-class Generalization(_Share):
-    """Does it give that answer to rephrasings of the request, too?
-
-    Paper eq. 5, times 100. Takes values of :func:`~instructedit.metrics.functional.token_accuracy`, or of its
-    stricter sister :func:`~instructedit.metrics.functional.exact_match`.
-    """
-
-
-class Locality(_Share):
-    """Does it answer out-of-scope prompts as the unedited model does?
-
-    Paper eq. 6, times 100. Takes values of :func:`~instructedit.metrics.functional.agreement`.
-    """
-
-
-class Portability(_Share):
-    """Does it draw the edit's consequences?
-
-    Paper eq. 7, times 100. Takes values of :func:`~instructedit.metrics.functional.token_accuracy`, or of its
-    stricter sister :func:`~instructedit.metrics.functional.exact_match`.
-    """
-
-
-class Fluency(PerRecordMean):
-    """Does it still write without repeating itself?
-
-    Paper eq. 8: about 600 for fluent text of 100 tokens. Takes values of
-    :func:`~instructedit.metrics.functional.fluency`, which are times 100 already.
-    """
-
-    plot_lower_bound = 0.0
-    scale = 1.0

@@ -1,0 +1,14 @@
+"""Generalization (paper, equation 5)."""
+
+from instructedit.metrics.base import AnswerMetric
+
+
+class Generalization(AnswerMetric):
+    """Declares Generalization: other words for the same request."""
+
+    name = "generalization"
+    title = "Generalization"
+    meaning = "share of the target's tokens that it predicts when it is asked in other words"
+    place = 20
+    probes = ("generalization",)
+    chooses = True

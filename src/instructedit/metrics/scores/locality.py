@@ -1,0 +1,16 @@
+"""Locality (paper, equation 6)."""
+
+from instructedit.metrics.base import EditingMetric
+
+
+class Locality(EditingMetric):
+    """Declares Locality: what has nothing to do with the edit."""
+
+    name = "locality"
+    title = "Locality"
+    meaning = "share of answer tokens on unrelated prompts at which the edited model predicts what the unedited one did"
+    place = 30
+    probes = ("locality",)
+    column = "agreement"
+    chooses = True
+    by_group = True
