@@ -17,8 +17,8 @@ import torch
 import yaml
 
 import instructedit as ie
+from instructedit import paths
 from instructedit.cli import main
-from instructedit.experiments import grid
 from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.tracking import load_table, runs
 
@@ -40,7 +40,7 @@ def place(tmp_path_factory, tokenizer):
     """A user's folder: the guide's files, data, an LM, and what this machine needs in one YAML file more."""
     root = tmp_path_factory.mktemp("user")
     for name, body in EXAMPLES.items():
-        (root / name).write_text(body.replace("source: quiz", f"source: {root}/quiz"))
+        (root / name).write_text(body.replace("source: quiz", f"source: {root}/quiz").replace("./lm}", f"{root}/lm}}"))
     rows = [{"q": f"What is number {i}?", "a": f"n{i}", "unrelated": f"The colour {i} is"} for i in range(8)]
     (root / "quiz").mkdir()
     for split in ("train", "val", "test"):
@@ -50,9 +50,7 @@ def place(tmp_path_factory, tokenizer):
     new_model(recipe, tokenizer.eos_token_id).save_pretrained(root / "lm")
     tokenizer.save_pretrained(root / "lm")
     logger = {"class_path": "instructedit.tracking.MLflowTracker", "init_args": {"root": str(root / "store")}}
-    trainer = {"max_steps": 3, "accelerator": "cpu", "log_every_n_steps": 1, "logger": logger}
-    trainer |= dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)
-    here = {"model": {"lm": {"name": str(root / "lm")}}, "trainer": trainer}
+    here = {"trainer": {"logger": logger, **dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)}}
     (root / "here.yaml").write_text(yaml.safe_dump(here))
     return root
 
@@ -61,10 +59,16 @@ def place(tmp_path_factory, tokenizer):
 def at_work(place):
     """The modules can be imported while the tests of this file run."""
     sys.path.insert(0, str(place))
-    toy_editor, toy_task, toy_view = (importlib.import_module(name) for name in ("toy_editor", "toy_task", "toy_view"))
+    names = ("toy_editor", "toy_metric", "toy_task", "toy_view")
+    toy_editor, toy_metric, toy_task, toy_view = map(importlib.import_module, names)
     yield place
     sys.path.remove(str(place))
-    for cls in (toy_editor.Nudge, toy_task.Quiz, toy_view.ProbesView):  # other tests list what there is
+    for cls in (
+        toy_editor.Nudge,
+        toy_metric.InScope,
+        toy_task.Quiz,
+        toy_view.ProbesView,
+    ):  # other tests list what there is
         del cls.name
 
 
@@ -72,8 +76,8 @@ def at_work(place):
 def printed(at_work):
     """What fit and then test of its checkpoint print."""
     before = fingerprints()
-    files = ("here", "toy_editor", "toy_task", "toy_callback")
-    configs = [f"--config={at_work}/{name}.yaml" for name in files]
+    configs = [f"--config={at_work}/{name}.yaml" for name in ("here", "toy_editor", "toy_callback")]
+    configs = [f"--scale={at_work}/toy_scale.yaml", *configs]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["fit", *configs]) == 0
         checkpoint = next(at_work.rglob("last.ckpt"))
@@ -83,7 +87,7 @@ def printed(at_work):
 
 
 def test_the_guide_shows_a_file_of_each_kind():
-    assert MODULES == ["toy_callback.py", "toy_editor.py", "toy_task.py", "toy_view.py"]
+    assert MODULES == ["toy_callback.py", "toy_editor.py", "toy_metric.py", "toy_task.py", "toy_view.py"]
 
 
 def test_a_method_and_a_dataset_are_fitted_and_tested(at_work, printed):
@@ -114,6 +118,12 @@ def test_the_callback_logged_what_the_editor_learned(at_work, printed):
     assert fitted["metrics.watched/amount"] == pytest.approx(editor.amount.item())
 
 
+def test_the_metric_is_printed_and_logged(at_work, printed):
+    assert "In scope" in printed
+    tested = runs(root=at_work / "store").iloc[0]
+    assert tested["metrics.test/toy_quiz/toy_in_scope"] == tested["metrics.test/toy_quiz/reliability"]
+
+
 def test_they_are_found_by_name(at_work):
     assert "toy_nudge" in ie.editor_names()
     assert "toy_quiz" in ie.task_names()
@@ -128,16 +138,14 @@ def test_they_are_found_by_name(at_work):
 
 
 def test_a_section_stands_on_the_page_of_an_experiment(at_work, tmp_path, monkeypatch):
-    for file, name in (("data/quiz", "toy_task"), ("lm/tiny", "here")):
-        (tmp_path / "configs" / file).parent.mkdir(parents=True)
-        shutil.copy(at_work / f"{name}.yaml", tmp_path / "configs" / f"{file}.yaml")
-    (tmp_path / "configs/editor").mkdir()
+    (tmp_path / "configs/editor").mkdir(parents=True)
     shutil.copy(REPOSITORY / "configs/editor/unedited.yaml", tmp_path / "configs/editor")
     (tmp_path / "experiments/quiz").mkdir(parents=True)
     shutil.copy(at_work / "grid.yaml", tmp_path / "experiments/quiz")
-    monkeypatch.setattr(grid, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(paths, "SHARED", tmp_path)
     with contextlib.redirect_stdout(io.StringIO()):
-        assert main(["experiment", "quiz", f"--root={tmp_path}/store", f"--out={tmp_path}/out"]) == 0
+        places = (f"--scale={at_work}/toy_scale.yaml", f"--root={tmp_path}/store", f"--out={tmp_path}/out")
+        assert main(["experiment", "quiz", *places]) == 0
     assert "Probes asked" in (tmp_path / "out/index.html").read_text()
     counted = (tmp_path / "out/probes.csv").read_text().splitlines()
     assert "unedited,toy_quiz,locality,8" in counted
