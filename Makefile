@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real test check lint types format ui clean
+.PHONY: help install demo demo-real test check lint types format docs ui clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,8 +39,12 @@ format: $(READY)  ## lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)  ## build the documentation into site/; warnings are errors
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 ui: $(READY)  ## open the runs in the MLflow UI at http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --workers 1
 
 clean:  ## remove the environment and caches; runs under mlruns/ stay
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis outputs
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis outputs site

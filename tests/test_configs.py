@@ -22,7 +22,7 @@ from instructedit.paths import SHARED
 GROUPS = ("lm", "editor", "data", "trainer")
 OPTIONS = ("callbacks", "logger", "debug")
 CONFIGS = {group: sorted((SHARED / "configs" / group).rglob("*.yaml")) for group in GROUPS}
-#: Each editor's config beside one of every other group in turn: no two groups set the same key.
+#: Each editor's config beside one of every other group in turn; groups hardly ever set the same key.
 MIXED = list(
     zip(cycle(CONFIGS["lm"]), CONFIGS["editor"], cycle(CONFIGS["data"]), cycle(CONFIGS["trainer"]), strict=False)
 )

@@ -1,4 +1,4 @@
-"""A new editing method and a new task are one class each, in a file outside the library, and YAML."""
+"""What CONTRIBUTING.md shows how to add works as it stands there: files outside the library, and no edit within."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 import importlib
 import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,71 +17,17 @@ import torch
 import yaml
 
 import instructedit as ie
+from instructedit import paths
 from instructedit.cli import main
 from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.tracking import load_table, runs
 
 SOURCE = Path(ie.__file__).parent
-EDITOR = '''
-"""Pushes the answer's own output direction, by a learned amount."""
-
-from typing import ClassVar
-
-import torch
-
-from instructedit.editors import Editor
-from instructedit.edits import Factors, LowRankEdit
-
-
-class Nudge(Editor):
-    """One gradient step of a learned size.
-
-    Args:
-        strength: Where the step size starts.
-    """
-
-    name: ClassVar[str] = "toy_nudge"
-    trainable = True
-
-    def __init__(self, strength: float = 0.1):
-        super().__init__(blocks=[-1])
-        self.strength = strength
-
-    def build(self):
-        self.amount = torch.nn.Parameter(torch.tensor(self.strength))
-
-    def make(self, batch):
-        seen = self.lm.capture(batch.tokens, [site.name for site in self.sites])
-        return LowRankEdit({name: Factors(seen.u[name], -self.amount * seen.delta[name]) for name in seen.u})
-
-    def watched(self):
-        return {"amount": self.amount}
-'''
-TASK = '''
-"""Questions with one-word answers."""
-
-from instructedit.records import EditRecord, EditRequest, Probe
-from instructedit.tasks import Task
-
-
-class Quiz(Task):
-    """Reader of ``q, a, unrelated``.
-
-    Args:
-        mark: Put at the end of each question.
-    """
-
-    name = "toy_quiz"
-    title = "Quiz"
-
-    def __init__(self, mark: str = ""):
-        self.mark = mark
-
-    def parse(self, raw, report):
-        request = EditRequest(raw.text("q") + self.mark, raw.text("a"), task=self.name)
-        probe = Probe("locality", raw.text("unrelated"), ("so",))
-        yield EditRecord(report.record_id(raw), request, (probe,))
-'''
+REPOSITORY = Path(__file__).parents[1]
+GUIDE = (REPOSITORY / "CONTRIBUTING.md").read_text()
+#: The files that the guide shows, by the titles of its code blocks.
+EXAMPLES = dict(re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)^```$', GUIDE, re.MULTILINE | re.DOTALL))
+MODULES = sorted(name for name in EXAMPLES if name.endswith(".py"))
 
 
 def fingerprints() -> dict[str, str]:
@@ -89,33 +37,21 @@ def fingerprints() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
-    """A user's folder: two modules, data, an LM, and one YAML file."""
+    """A user's folder: the guide's files, data, an LM, and what this machine needs in one YAML file more."""
     root = tmp_path_factory.mktemp("user")
-    (root / "toy_editor.py").write_text(EDITOR)
-    (root / "toy_task.py").write_text(TASK)
+    for name, body in EXAMPLES.items():
+        (root / name).write_text(body.replace("source: quiz", f"source: {root}/quiz").replace("./lm}", f"{root}/lm}}"))
     rows = [{"q": f"What is number {i}?", "a": f"n{i}", "unrelated": f"The colour {i} is"} for i in range(8)]
+    (root / "quiz").mkdir()
     for split in ("train", "val", "test"):
-        (root / f"{split}.json").write_text(json.dumps(rows))
+        (root / "quiz" / f"{split}.json").write_text(json.dumps(rows))
     torch.manual_seed(0)
     recipe = Recipe(architecture="llama", width=16, layers=3, heads=2, vocab=600, context=128)
     new_model(recipe, tokenizer.eos_token_id).save_pretrained(root / "lm")
     tokenizer.save_pretrained(root / "lm")
-    task = {"name": "toy_quiz", "source": str(root), "options": {"mark": "?!"}}
-    config = {
-        "model": {
-            "lm": {"name": str(root / "lm")},
-            "editor": {"class_path": "toy_editor.Nudge", "init_args": {"strength": 0.25}},
-            "lr": 1e-2,
-        },
-        "data": {"train": [task], "batch_size": 2},
-        "trainer": {
-            "max_steps": 3, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
-            "logger": {
-                "class_path": "instructedit.tracking.MLflowTracker", "init_args": {"root": str(root / "store")},
-            },
-        },
-    }  # fmt: skip
-    (root / "toy.yaml").write_text(yaml.safe_dump(config))
+    logger = {"class_path": "instructedit.tracking.MLflowTracker", "init_args": {"root": str(root / "store")}}
+    here = {"trainer": {"logger": logger, **dict.fromkeys(("enable_progress_bar", "enable_model_summary"), False)}}
+    (root / "here.yaml").write_text(yaml.safe_dump(here))
     return root
 
 
@@ -123,10 +59,16 @@ def place(tmp_path_factory, tokenizer):
 def at_work(place):
     """The modules can be imported while the tests of this file run."""
     sys.path.insert(0, str(place))
-    classes = importlib.import_module("toy_task").Quiz, importlib.import_module("toy_editor").Nudge
+    names = ("toy_editor", "toy_metric", "toy_task", "toy_view")
+    toy_editor, toy_metric, toy_task, toy_view = map(importlib.import_module, names)
     yield place
     sys.path.remove(str(place))
-    for cls in classes:  # other tests list what there is
+    for cls in (
+        toy_editor.Nudge,
+        toy_metric.InScope,
+        toy_task.Quiz,
+        toy_view.ProbesView,
+    ):  # other tests list what there is
         del cls.name
 
 
@@ -134,15 +76,21 @@ def at_work(place):
 def printed(at_work):
     """What fit and then test of its checkpoint print."""
     before = fingerprints()
+    configs = [f"--config={at_work}/{name}.yaml" for name in ("here", "toy_editor", "toy_callback")]
+    configs = [f"--scale={at_work}/toy_scale.yaml", *configs]
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert main(["fit", f"--config={at_work}/toy.yaml"]) == 0
+        assert main(["fit", *configs]) == 0
         checkpoint = next(at_work.rglob("last.ckpt"))
-        assert main(["test", f"--config={at_work}/toy.yaml", f"--ckpt_path={checkpoint}"]) == 0
+        assert main(["test", *configs, f"--ckpt_path={checkpoint}"]) == 0
     assert fingerprints() == before
     return out.getvalue()
 
 
-def test_they_are_fitted_and_tested(at_work, printed):
+def test_the_guide_shows_a_file_of_each_kind():
+    assert MODULES == ["toy_callback.py", "toy_editor.py", "toy_metric.py", "toy_task.py", "toy_view.py"]
+
+
+def test_a_method_and_a_dataset_are_fitted_and_tested(at_work, printed):
     assert "toy_nudge" in printed
     assert "Quiz" in printed
     found = runs(root=at_work / "store")
@@ -163,12 +111,25 @@ def test_the_editor_was_trained_and_is_loaded_by_its_checkpoint(at_work, printed
     assert ie.load_editor(at_work / "saved", lm).amount == editor.amount
 
 
+def test_the_callback_logged_what_the_editor_learned(at_work, printed):
+    fitted = runs(root=at_work / "store").iloc[-1]
+    lm = ie.FrozenLM.from_pretrained(str(at_work / "lm"))
+    editor = ie.load_editor(next(at_work.rglob("last.ckpt")), lm)
+    assert fitted["metrics.watched/amount"] == pytest.approx(editor.amount.item())
+
+
+def test_the_metric_is_printed_and_logged(at_work, printed):
+    assert "In scope" in printed
+    tested = runs(root=at_work / "store").iloc[0]
+    assert tested["metrics.test/toy_quiz/toy_in_scope"] == tested["metrics.test/toy_quiz/reliability"]
+
+
 def test_they_are_found_by_name(at_work):
     assert "toy_nudge" in ie.editor_names()
     assert "toy_quiz" in ie.task_names()
     lm = ie.FrozenLM.from_pretrained(str(at_work / "lm"))
     editor = ie.build_editor("toy_nudge", lm, strength=2.0)
-    records, _ = ie.load_records("toy_quiz", str(at_work), "test")
+    records, _ = ie.load_records("toy_quiz", str(at_work / "quiz"), "test")
     scores = ie.evaluate(lm, editor, records, ie.Evaluation(generate=False, fluency_tokens=0))
     assert set(scores.summary["metric"]) >= {"reliability", "locality"}
     with contextlib.redirect_stdout(io.StringIO()) as help_text, pytest.raises(SystemExit):
@@ -176,8 +137,24 @@ def test_they_are_found_by_name(at_work):
     assert "Where the step size starts" in help_text.getvalue()
 
 
-def test_no_library_file_knows_them():
+def test_a_section_stands_on_the_page_of_an_experiment(at_work, tmp_path, monkeypatch):
+    (tmp_path / "configs/editor").mkdir(parents=True)
+    shutil.copy(REPOSITORY / "configs/editor/unedited.yaml", tmp_path / "configs/editor")
+    (tmp_path / "experiments/quiz").mkdir(parents=True)
+    shutil.copy(at_work / "grid.yaml", tmp_path / "experiments/quiz")
+    monkeypatch.setattr(paths, "SHARED", tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        places = (f"--scale={at_work}/toy_scale.yaml", f"--root={tmp_path}/store", f"--out={tmp_path}/out")
+        assert main(["experiment", "quiz", *places]) == 0
+    assert "Probes asked" in (tmp_path / "out/index.html").read_text()
+    counted = (tmp_path / "out/probes.csv").read_text().splitlines()
+    assert "unedited,toy_quiz,locality,8" in counted
+    run = runs(root=tmp_path / "store").set_index("name").loc["quiz"]
+    assert set(load_table(run.run_id, "probes", tmp_path / "store")["kind"]) == {"reliability", "locality"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_library_file_knows_them(name):
+    (cls,) = re.findall(r"^class (\w+)", EXAMPLES[name], re.MULTILINE)
     for file in SOURCE.rglob("*.py"):
-        text = file.read_text().lower()
-        assert "nudge" not in text, file
-        assert "toy_quiz" not in text, file
+        assert not {cls, name.removesuffix(".py"), "toy_quiz"} & set(re.findall(r"\w+", file.read_text())), file
