@@ -22,7 +22,8 @@ from tests.reference import (
 from instructedit.editors import Editor, build_editor
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.evaluation import Evaluation, _chunks, evaluate, evaluate_batch
+from instructedit.evaluation import Evaluation, evaluate, evaluate_batch
+from instructedit.evaluation.passes import chunks
 from instructedit.metrics import answer_match
 from instructedit.records import EditRecord, EditRequest, Probe
 
@@ -299,9 +300,9 @@ def test_an_error_restores_training_mode(lm):
     lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=30), tokens=st.integers(1, 200)
 )  # fmt: skip
 def test_no_pass_has_more_tokens_than_it_may(lengths, tokens):
-    chunks = list(_chunks(lengths, tokens))
-    assert sorted(i for chunk in chunks for i in chunk) == list(range(len(lengths)))
-    for chunk in chunks:
+    found = list(chunks(lengths, tokens))
+    assert sorted(i for chunk in found for i in chunk) == list(range(len(lengths)))
+    for chunk in found:
         padded = len(chunk) * sum(max(lengths[i][part] for i in chunk) for part in (0, 1))
         assert padded <= tokens or len(chunk) == 1
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instructedit.data.batch import Collator, EditBatch, batch_requests, plain
+from instructedit.data.batch import Collator, EditBatch, batch_requests
 from instructedit.errors import UserError
 from instructedit.instructions import InstructionBank, Instructor
 from instructedit.lm import IGNORE, Text
@@ -164,4 +164,4 @@ def test_an_answer_that_does_not_fit_names_its_record_and_probe(collate):
 
 def test_requests_without_names_are_called_by_their_prompt(tokenizer):
     with pytest.raises(UserError, match="edit request 'short'"):
-        batch_requests(Text(tokenizer, 20), [EditRequest("short", "long " * 50)], [plain])
+        batch_requests(Text(tokenizer, 20), [EditRequest("short", "long " * 50)])

@@ -15,9 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instructedit.errors import UserError
-from instructedit.instructions import Description, InstructionBank, Instructor, Split, bank_names, render
+from instructedit.instructions import (
+    Description,
+    InstructionBank,
+    Instructor,
+    Split,
+    bank_names,
+    render,
+    render_records,
+)
 from instructedit.instructions.bank import BANKS
-from instructedit.records import EditRequest
+from instructedit.records import EditRecord, EditRequest, Probe
 
 REQUEST = EditRequest("The capital of France is", "Lyon", task="counterfact")
 MOODY = EditRequest("How is tea?", "Lovely.", task="convsent", slots={"LABEL": "positive", "TOPIC": "tea"})
@@ -126,21 +134,21 @@ def test_instructor_covers_the_training_split_over_steps_and_over_keys() -> None
     train = {
         f"Task: CounterFact\nDescription: {d.text}" for d in InstructionBank.for_task("counterfact").split("train")
     }
-    assert {Instructor().front(REQUEST, step=i)("?").removesuffix("\nInput: ?") for i in range(300)} == train
-    assert {Instructor().front(REQUEST, key=str(i))("?").removesuffix("\nInput: ?") for i in range(300)} == train
+    assert {Instructor().prefix(REQUEST, step=i).removesuffix("\nInput: ") for i in range(300)} == train
+    assert {Instructor().prefix(REQUEST, key=str(i)).removesuffix("\nInput: ") for i in range(300)} == train
 
 
 @pytest.mark.parametrize(("split", "count"), [("heldout", 1), ("unseen", 5)])
 def test_instructor_draws_from_its_split_alone(split: Split, count: int) -> None:
-    texts = {Instructor(split).front(REQUEST, step=i)("") for i in range(100)}
+    texts = {Instructor(split).prefix(REQUEST, step=i) for i in range(100)}
     assert len(texts) == count
-    assert texts.isdisjoint(Instructor().front(REQUEST, step=i)("") for i in range(100))
+    assert texts.isdisjoint(Instructor().prefix(REQUEST, step=i) for i in range(100))
 
 
 def test_draws_are_the_same_in_every_process() -> None:
     def drawn(step: int) -> str:
-        front = Instructor(seed=3).front(REQUEST, step=step, key="r1")
-        return next(d.id for d in InstructionBank.for_task("counterfact").descriptions if d.text in front(""))
+        prefix = Instructor(seed=3).prefix(REQUEST, step=step, key="r1")
+        return next(d.id for d in InstructionBank.for_task("counterfact").descriptions if d.text in prefix)
 
     # Fixed values: a draw that hung on the process, or on the draws before it, would not meet them.
     assert [drawn(step) for step in reversed(range(8))] == GOLDEN[::-1]
@@ -149,26 +157,34 @@ def test_draws_are_the_same_in_every_process() -> None:
 @pytest.mark.parametrize("change", [{"step": 1}, {"key": "b"}, {"seed": 1}])
 def test_step_key_and_seed_each_draw_afresh(change: dict[str, Any]) -> None:
     def sequence(seed: int = 0, step: int = 0, key: str = "") -> list[str]:
-        return [Instructor(seed=seed).front(REQUEST, step=step + i, key=key)("") for i in range(20)]
+        return [Instructor(seed=seed).prefix(REQUEST, step=step + i, key=key) for i in range(20)]
 
     assert sequence() == sequence()
     assert sequence() != sequence(**change)
 
 
 def test_one_description_for_all_prompts_of_an_edit() -> None:
-    front = Instructor().front(MOODY, step=4, key="r9")
-    assert front("a").removesuffix("a") == front("b c").removesuffix("b c")
-    assert pickle.loads(pickle.dumps(front))("a") == front("a")
+    probes = (Probe("generalization", "a", ("b",)), Probe("wanted", "c", ("d",)), Probe("locality", "e", ("f",)))
+    record = EditRecord("r9", MOODY, probes)
+    (rendered,) = render_records([record], Instructor(), [4])
+    prefix = Instructor().prefix(MOODY, step=4, key="r9")
+    assert prefix
+    assert rendered.prompt == prefix + MOODY.prompt
+    assert [rendered.ask(probe) for probe in probes] == [f"{prefix}a", f"{prefix}c", "e"]
+    assert pickle.loads(pickle.dumps(rendered)) == rendered
+    assert render_records([record], None)[0].prompt == MOODY.prompt
+    with pytest.warns(DeprecationWarning, match=r"Instructor\.prefix"):
+        assert Instructor().front(MOODY, step=4, key="r9")("a") == f"{prefix}a"
 
 
 def test_fixed_description() -> None:
     expected = f"Task: CounterFact\nDescription: {InstructionBank.for_task('counterfact').get('cf-12').text}\nInput: Hm"
-    assert {Instructor(description_id="cf-12").front(REQUEST, step=i)("Hm") for i in range(20)} == {expected}
-    assert Instructor(split=None, description_id="cf-12").front(REQUEST)("Hm") == expected
+    assert {Instructor(description_id="cf-12").prefix(REQUEST, step=i) + "Hm" for i in range(20)} == {expected}
+    assert Instructor(split=None, description_id="cf-12").prefix(REQUEST) + "Hm" == expected
 
 
 def test_no_split_puts_nothing_in_front() -> None:
-    assert Instructor(split=None).front(EditRequest("a", "b"))("a prompt") == "a prompt"
+    assert Instructor(split=None).prefix(EditRequest("a", "b")) + "a prompt" == "a prompt"
 
 
 # What is refused
@@ -233,15 +249,15 @@ def test_unknown_and_empty_splits(tmp_path: Path) -> None:
 
 def test_unknown_description() -> None:
     with pytest.raises(UserError, match="task CounterFact has no description 'rc-01'; there are: cf-01, "):
-        Instructor(description_id="rc-01").front(REQUEST)
+        Instructor(description_id="rc-01").prefix(REQUEST)
 
 
 @pytest.mark.parametrize("task", [None, "poetry", "../banks/zsre"])
 def test_request_without_a_bank_lists_those_there_are(task: str | None) -> None:
     with pytest.raises(UserError, match=f"there are: {', '.join(bank_names())}$"):
-        Instructor().front(EditRequest("a", "b", task=task))
+        Instructor().prefix(EditRequest("a", "b", task=task))
 
 
 def test_request_without_slot_values_fails_at_once() -> None:
     with pytest.raises(UserError, match=r"slot \[LABEL\] of description 'cs-10' of task ConvSent"):
-        Instructor("heldout").front(EditRequest("a", "b", task="convsent", slots={"TOPIC": "tea"}))
+        Instructor("heldout").prefix(EditRequest("a", "b", task="convsent", slots={"TOPIC": "tea"}))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
 import pytest
 import torch
 
@@ -20,37 +18,36 @@ OWN = "Make the model believe\nwhat I say."
 
 
 def test_a_sentence_stands_where_the_description_does():
-    front = Instructor(sentence=OWN).front(REQUEST)
-    assert front("Hm?") == "Task: CounterFact\nDescription: Make the model believe what I say.\nInput: Hm?"
-    assert pickle.loads(pickle.dumps(front))("Hm?") == front("Hm?")
-    assert Instructor(None, sentence="").front(REQUEST)("Hm?") == "Task: CounterFact\nDescription: \nInput: Hm?"
+    prefix = Instructor(sentence=OWN).prefix(REQUEST)
+    assert prefix == "Task: CounterFact\nDescription: Make the model believe what I say.\nInput: "
+    assert Instructor(None, sentence="").prefix(REQUEST) == "Task: CounterFact\nDescription: \nInput: "
 
 
 def test_it_equals_the_description_with_the_same_words():
     for request in (REQUEST, MOODY):
         description = InstructionBank.for_task(request.task).descriptions[3]
-        by_id = Instructor(description_id=description.id).front(request)
-        assert Instructor(sentence=description.text).front(request)("Hm?") == by_id("Hm?")
+        by_id = Instructor(description_id=description.id).prefix(request)
+        assert Instructor(sentence=description.text).prefix(request) == by_id
 
 
 def test_slots_are_filled_if_there_are_any():
-    assert Instructor(sentence="Be [LABEL] on [TOPIC].").front(MOODY)("").endswith("Be positive on [tea].\nInput: ")
+    assert Instructor(sentence="Be [LABEL] on [TOPIC].").prefix(MOODY).endswith("Be positive on [tea].\nInput: ")
     with pytest.raises(UserError, match=r"no value for slot \[STYLE\] of the instruction 'Be \[STYLE\]\.'"):
-        Instructor(sentence="Be [STYLE].").front(MOODY)
+        Instructor(sentence="Be [STYLE].").prefix(MOODY)
 
 
 def test_tasks_without_a_bank_and_no_task_at_all():
     new = EditRequest("a", "b", task="mine")
-    assert Instructor(sentence=OWN).front(new)("?").startswith("Task: mine\nDescription: Make")
-    assert Instructor(sentence=OWN).front(EditRequest("a", "b"))("?").startswith("Description: Make")
+    assert Instructor(sentence=OWN).prefix(new).startswith("Task: mine\nDescription: Make")
+    assert Instructor(sentence=OWN).prefix(EditRequest("a", "b")).startswith("Description: Make")
 
 
 def test_a_sentence_for_each_task():
     own = {"counterfact": "One.", "convsent": "Two, [LABEL]."}
-    assert "Description: One.\n" in Instructor(sentence=own).front(REQUEST)("")
-    assert "Description: Two, positive.\n" in Instructor(sentence=own).front(MOODY)("")
+    assert "Description: One.\n" in Instructor(sentence=own).prefix(REQUEST)
+    assert "Description: Two, positive.\n" in Instructor(sentence=own).prefix(MOODY)
     with pytest.raises(UserError, match=r"no instruction for task 'zsre'; there are some for: counterfact, convsent"):
-        Instructor(sentence=own).front(EditRequest("a", "b", task="zsre"))
+        Instructor(sentence=own).prefix(EditRequest("a", "b", task="zsre"))
     with pytest.raises(UserError, match="not both"):
         Instructor(description_id="cf-01", sentence=OWN)
 

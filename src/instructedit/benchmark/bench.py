@@ -15,7 +15,7 @@ from instructedit.editors.losses import LossWeights
 from instructedit.editors.mend import Mend
 from instructedit.editors.products import hold
 from instructedit.evaluation import Evaluation, evaluate_batch
-from instructedit.instructions import Instructor
+from instructedit.instructions import Instructor, render_records
 from instructedit.lm import FrozenLM
 from instructedit.lm.loading import load_model
 from instructedit.lm.pretrain import Recipe, new_model
@@ -247,9 +247,9 @@ def parts(whole: Sequence[T], size: int) -> list[Sequence[T]]:
 
 def _instructed(record: EditRecord) -> EditRecord:
     """With its instruction in the prompts themselves, so that both sides see it."""
-    front = Instructor("train").front(record.request, key=record.id)
-    probes = [p if p.kind == "locality" else replace(p, prompt=front(p.prompt)) for p in record.probes]
-    request = replace(record.request, prompt=front(record.request.prompt))
+    (rendered,) = render_records([record], Instructor("train"))
+    probes = [replace(probe, prompt=rendered.ask(probe)) for probe in record.probes]
+    request = replace(record.request, prompt=rendered.prompt)
     return replace(record, request=request, probes=tuple(probes))
 
 

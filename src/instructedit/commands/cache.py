@@ -9,9 +9,9 @@ from instructedit.console import console
 from instructedit.errors import UserError
 
 if TYPE_CHECKING:
-    from instructedit.data.batch import Front
     from instructedit.data.module import EditData
     from instructedit.editors import Editor
+    from instructedit.instructions import RenderedRecord
     from instructedit.records import EditRecord
 
 
@@ -154,21 +154,20 @@ def _training_pairs(editor: Editor, data: EditData) -> tuple[list[tuple[str, str
         (probe.prompt, probe.answers[0]) for r in records for probe in r.of("locality") if data.hparams["locality"]
     )
     pairs = dict.fromkeys(
-        (front(probe.prompt), probe.answers[0])
+        (rendered.ask(probe), probe.answers[0])
         for record in records
-        for front in _fronts(editor, record)
+        for rendered in _renderings(editor, record)
         for probe in record.of("reliability", *kinds)
     )
     return list(pairs | locality), list(locality)
 
 
-def _fronts(editor: Editor, record: EditRecord) -> list[Front]:
-    """What training can put in front of a record's prompts."""
-    from instructedit.data.batch import plain
-    from instructedit.instructions import InstructionBank
+def _renderings(editor: Editor, record: EditRecord) -> list[RenderedRecord]:
+    """A record behind every instruction that training can draw for it."""
+    from instructedit.instructions import InstructionBank, render_records
 
     if not editor.instructions:
-        return [plain]
+        return render_records([record], None)
     descriptions = InstructionBank.for_task(record.task).split("train")
     instructors = [editor.instructor(description=description.id) for description in descriptions]
-    return [instructor.front(record.request) for instructor in instructors if instructor]
+    return [rendered for instructor in instructors for rendered in render_records([record], instructor)]

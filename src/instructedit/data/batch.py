@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from instructedit.instructions import Instructor
+from instructedit.instructions import Instructor, RenderedRecord, render_records
 from instructedit.lm import Text, TokenBatch
 from instructedit.records import EditRecord, EditRequest, Probe
-
-Front = Callable[[str], str]
 
 
 @dataclass
@@ -83,22 +81,27 @@ class EditBatch:
         return type(self)(self.records, self.requests.to(device), self.in_scope.to(device), locality)
 
 
-def plain(prompt: str) -> str:
-    """No instruction in front."""
-    return prompt
-
-
 def batch_requests(
-    text: Text,
-    requests: Sequence[EditRequest],
-    fronts: Sequence[Front],
-    names: Sequence[str] = (),
+    text: Text, requests: Sequence[EditRequest], prefixes: Sequence[str] = (), names: Sequence[str] = ()
 ) -> RequestBatch:
-    """Tokenises edit requests, each behind its own instruction."""
-    prompts = [front(r.prompt) for front, r in zip(fronts, requests, strict=True)]
+    """Tokenises edit requests.
+
+    Args:
+        text: How prompts and answers become tokens.
+        requests: The requests.
+        prefixes: The instruction in front of each one's prompt; none by default.
+        names: What to call each in errors.
+    """
+    prompts = [prefix + r.prompt for prefix, r in zip(prefixes or [""] * len(requests), requests, strict=True)]
     pairs = [(prompt, r.target) for prompt, r in zip(prompts, requests, strict=True)]
     names = names or [f"edit request {r.prompt!r}" for r in requests]
     return RequestBatch(list(requests), prompts, text.encode(pairs, names))
+
+
+def batch_rendered(text: Text, rendered: Sequence[RenderedRecord]) -> RequestBatch:
+    """Tokenises the requests of records whose instructions are drawn."""
+    names = [f"record {one.record.id}" for one in rendered]
+    return batch_requests(text, [one.record.request for one in rendered], [one.prefix for one in rendered], names)
 
 
 @dataclass(frozen=True)
@@ -123,49 +126,43 @@ class Collator:
 
     def __call__(self, drawn: Sequence[tuple[int, EditRecord]]) -> EditBatch:
         """Tokenises a batch of (number of the draw, record)."""
-        records = [record for _, record in drawn]
-        fronts = [
-            self.instructor.front(record.request, step=draw, key=record.id) if self.instructor else plain
-            for draw, record in drawn
-        ]
+        steps, records = [draw for draw, _ in drawn], [record for _, record in drawn]
+        rendered = render_records(records, self.instructor, steps)
         rngs = [random.Random(f"{self.seed}/{draw}/{record.id}") for draw, record in drawn]
-        requests = batch_requests(self.text, [r.request for r in records], fronts, [f"record {r.id}" for r in records])
-        return EditBatch(
-            records, requests, self._in_scope(records, requests, fronts, rngs), self._locality(records, rngs)
-        )
+        requests = batch_rendered(self.text, rendered)
+        return EditBatch(records, requests, self._in_scope(rendered, requests, rngs), self._locality(rendered, rngs))
 
     def _in_scope(
-        self, records: list[EditRecord], requests: RequestBatch, fronts: list[Front], rngs: list[random.Random]
+        self, rendered: list[RenderedRecord], requests: RequestBatch, rngs: list[random.Random]
     ) -> ProbeBatch:
-        chosen: list[tuple[int, Probe]] = []
-        for i, (record, rng) in enumerate(zip(records, rngs, strict=True)):
-            for kind, most in (
-                ("generalization", self.rephrases),
-                ("wanted", self.replies),
-                ("opposite", self.replies),
-            ):
-                probes = record.of(kind)
-                chosen += [(i, p) for p in rng.sample(probes, min(most, len(probes)))]
-        owner = torch.tensor([*range(len(records)), *(i for i, _ in chosen)])
-        unwanted = torch.tensor([False] * len(records) + [p.kind == "opposite" for _, p in chosen])
+        most = {"generalization": self.rephrases, "wanted": self.replies, "opposite": self.replies}
+        chosen = _drawn(rendered, rngs, most)
+        owner = torch.tensor([*range(len(rendered)), *(i for i, _ in chosen)])
+        unwanted = torch.tensor([False] * len(rendered) + [p.kind == "opposite" for _, p in chosen])
         if not chosen:
             return ProbeBatch(requests.tokens, owner, unwanted)
-        more = self._encode([(fronts[i](p.prompt), p.answers[0]) for i, p in chosen], records, chosen)
+        more = self._encode(rendered, chosen)
         return ProbeBatch(TokenBatch.cat([requests.tokens, more]), owner, unwanted)
 
-    def _locality(self, records: list[EditRecord], rngs: list[random.Random]) -> ProbeBatch | None:
-        chosen: list[tuple[int, Probe]] = []
-        for i, (record, rng) in enumerate(zip(records, rngs, strict=True)):
-            probes = record.of("locality")
-            chosen += [(i, p) for p in rng.sample(probes, min(self.locality, len(probes)))]
+    def _locality(self, rendered: list[RenderedRecord], rngs: list[random.Random]) -> ProbeBatch | None:
+        chosen = _drawn(rendered, rngs, {"locality": self.locality})
         if not chosen:
             return None
-        tokens = self._encode([(p.prompt, p.answers[0]) for _, p in chosen], records, chosen)
         owner = torch.tensor([i for i, _ in chosen])
-        return ProbeBatch(tokens, owner, torch.zeros(len(chosen), dtype=torch.bool))
+        return ProbeBatch(self._encode(rendered, chosen), owner, torch.zeros(len(chosen), dtype=torch.bool))
 
-    def _encode(
-        self, pairs: list[tuple[str, str]], records: list[EditRecord], chosen: list[tuple[int, Probe]]
-    ) -> TokenBatch:
-        names = [f"record {records[i].id}, {p.kind} probe" for i, p in chosen]
-        return self.text.encode(pairs, names)
+    def _encode(self, rendered: list[RenderedRecord], chosen: list[tuple[int, Probe]]) -> TokenBatch:
+        pairs = [(rendered[i].ask(p), p.answers[0]) for i, p in chosen]
+        return self.text.encode(pairs, [f"record {rendered[i].record.id}, {p.kind} probe" for i, p in chosen])
+
+
+def _drawn(
+    rendered: list[RenderedRecord], rngs: list[random.Random], most: Mapping[str, int]
+) -> list[tuple[int, Probe]]:
+    """Draws probes of each record, at most so many of each kind, with the record's number."""
+    chosen: list[tuple[int, Probe]] = []
+    for i, (one, rng) in enumerate(zip(rendered, rngs, strict=True)):
+        for kind, count in most.items():
+            probes = one.record.of(kind)
+            chosen += [(i, p) for p in rng.sample(probes, min(count, len(probes)))]
+    return chosen

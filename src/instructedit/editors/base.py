@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from instructedit.data.batch import EditBatch, RequestBatch, batch_requests, plain
+from instructedit.data.batch import EditBatch, RequestBatch, batch_rendered, batch_requests
 from instructedit.editors.losses import LossWeights, editing_loss
 from instructedit.editors.options import options
 from instructedit.editors.report import EditReport, edit_report
 from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor
 from instructedit.edits import Edit
 from instructedit.errors import UserError
-from instructedit.instructions import Instructor
+from instructedit.instructions import Instructor, RenderedRecord
 from instructedit.lm import FrozenLM, Site
 from instructedit.records import EditRequest
 from instructedit.registry import plugin, plugins
@@ -209,10 +209,13 @@ class Editor(nn.Module, ABC):
         if not requests:
             raise UserError("no edit request given")
         keys = keys or [""] * len(requests)
-        fronts = [instructor.front(r, key=k) if instructor else plain for r, k in zip(requests, keys, strict=True)]
+        prefixes = [instructor.prefix(r, key=k) if instructor else "" for r, k in zip(requests, keys, strict=True)]
         names = [f"record {k}" for k in keys] if any(keys) else ()
-        batch = batch_requests(self.lm.text, requests, fronts, names)
-        return batch.to(self.lm.device)
+        return batch_requests(self.lm.text, requests, prefixes, names).to(self.lm.device)
+
+    def rendered_requests(self, rendered: Sequence[RenderedRecord]) -> RequestBatch:
+        """Tokenises the requests of rendered records for this editor's LM, on its device."""
+        return batch_rendered(self.lm.text, rendered).to(self.lm.device)
 
     # -- disk -----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from instructedit.instructions.bank import Description, InstructionBank, Provenance, Split, bank_names
 from instructedit.instructions.instructor import Instructor
+from instructedit.instructions.rendered import RenderedRecord, render_records
 from instructedit.instructions.rendering import render
 
-__all__ = ["Description", "InstructionBank", "Instructor", "Provenance", "Split", "bank_names", "render"]
+__all__ = [
+    "Description",
+    "InstructionBank",
+    "Instructor",
+    "Provenance",
+    "RenderedRecord",
+    "Split",
+    "bank_names",
+    "render",
+    "render_records",
+]

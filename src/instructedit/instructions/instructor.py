@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import random
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +43,12 @@ class Instructor:
             check_split(self.split)
 
     def front(self, request: EditRequest, step: int = 0, key: str = "") -> Callable[[str], str]:
-        """A function that puts the edit's instruction in front of any of the edit's prompts.
+        """A function that prepends what `prefix` gives (its old name; use `prefix`)."""
+        warnings.warn("Instructor.front: use Instructor.prefix, which gives the text", DeprecationWarning, stacklevel=2)
+        return partial(operator.add, self.prefix(request, step, key))
+
+    def prefix(self, request: EditRequest, step: int = 0, key: str = "") -> str:
+        """Draws the edit's instruction: the text that stands in front of any of the edit's prompts, empty for none.
 
         The draw depends on the seed, the step, the key and the task alone: a resumed run repeats it, the next step
         draws afresh.
@@ -57,16 +63,15 @@ class Instructor:
                 description, or a slot no value.
         """
         if self.sentence is not None:
-            return partial(operator.add, self._free(request))
+            return self._free(request)
         if self.split is None and self.description_id is None:
-            return str
+            return ""
         if not request.task:
             raise UserError(
                 f"edit request {request.prompt!r} has no task to instruct; there are: {', '.join(bank_names())}"
             )
         bank = InstructionBank.for_task(request.task)
-        head = render(bank, self._description(bank, step, key), request, prompt="")
-        return partial(operator.add, head)  # unlike a closure it can be sent to another process
+        return render(bank, self._description(bank, step, key), request, prompt="")
 
     def _free(self, request: EditRequest) -> str:
         sentence, task = self.sentence, request.task
@@ -81,7 +86,7 @@ class Instructor:
     def _description(self, bank: InstructionBank, step: int, key: str) -> Description:
         if self.description_id is not None:
             return bank.get(self.description_id)
-        assert self.split is not None  # front() has returned by then
+        assert self.split is not None  # prefix() has returned by then
         # Python's own hash differs from process to process.
         digest = hashlib.sha256("\n".join(map(str, (self.seed, step, bank.task, key))).encode()).digest()
         return bank.draw(random.Random(int.from_bytes(digest, "big")), self.split)

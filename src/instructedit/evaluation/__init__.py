@@ -1,0 +1,7 @@
+"""The one loop that edits, probes and scores. `test`, `evaluate` and every experiment use it."""
+
+from instructedit.evaluation.runner import Outcome, Scores, Watcher, evaluate, evaluate_batch
+from instructedit.evaluation.scoring import Row
+from instructedit.evaluation.settings import Evaluation
+
+__all__ = ["Evaluation", "Outcome", "Row", "Scores", "Watcher", "evaluate", "evaluate_batch"]

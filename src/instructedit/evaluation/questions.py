@@ -1,0 +1,66 @@
+"""What is asked of a model to see what an edit did: one prompt with one answer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from instructedit.instructions import RenderedRecord
+from instructedit.records import EditRecord, Probe
+
+#: Kinds of probes that should give their own answer after the edit.
+IN_SCOPE = ("reliability", "generalization", "portability")
+#: Kinds of ConvSent's probes: replies of the wanted sentiment, and of the other.
+REPLIES = ("wanted", "opposite")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt with one answer, put to the model under one edit.
+
+    Attributes:
+        owner: Number of the record in its batch.
+        record: The record itself.
+        probe: What the question is about.
+        number: Of the probe within its record; 0 is the request itself.
+        view: ``instructed`` or ``plain``.
+        main: Whether the headline metrics count it.
+        prompt: As the model reads it.
+        answer: One of the probe's answers.
+    """
+
+    owner: int
+    record: EditRecord
+    probe: Probe
+    number: int
+    view: str
+    main: bool
+    prompt: str
+    answer: str
+
+
+def questions(rendered: Sequence[RenderedRecord], instructed: bool, replies: int) -> Iterator[Question]:
+    """Every question of a batch of records, one for each accepted answer.
+
+    In-scope probes are asked behind their instruction and plainly (without instructions: plainly alone), ConvSent's
+    replies behind it alone, locality probes plainly.
+
+    Args:
+        rendered: The records with their instructions.
+        instructed: Whether the editor reads instructions.
+        replies: Replies of each sentiment to ask for, the first ones of a record.
+    """
+    for owner, one in enumerate(rendered):
+        record = one.record
+        left_out = {probe for kind in REPLIES for probe in record.of(kind)[replies:]}
+        for number, probe in enumerate((record.reliability, *record.probes)):
+            if probe in left_out:
+                continue
+            if probe.kind == "locality":
+                yield Question(owner, record, probe, number, "plain", True, probe.prompt, probe.answers[0])
+                continue
+            views = [("instructed", one.ask(probe))] if instructed else []
+            views += [("plain", probe.prompt)] if not views or probe.kind not in REPLIES else []
+            for place, (view, prompt) in enumerate(views):
+                for answer in probe.answers:
+                    yield Question(owner, record, probe, number, view, place == 0, prompt, answer)

@@ -1,0 +1,156 @@
+"""Edits records and scores the edited models: one batch, or many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from instructedit.editors import Editor
+from instructedit.edits import Edit
+from instructedit.errors import UserError
+from instructedit.evaluation.passes import chunks
+from instructedit.evaluation.questions import REPLIES, questions
+from instructedit.evaluation.scoring import Row, scored
+from instructedit.evaluation.settings import Evaluation
+from instructedit.evaluation.words import answer_freely, fluency_rows, write_words
+from instructedit.instructions import RenderedRecord, render_records
+from instructedit.lm import FrozenLM
+from instructedit.records import EditRecord
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass
+class Outcome:
+    """What a batch of edits did.
+
+    Attributes:
+        rows: One row for each probe and view (see `evaluate`).
+    """
+
+    rows: list[Row]
+
+
+#: Is shown records and their edits, which live no longer than they are scored.
+Watcher = Callable[[list[EditRecord], Edit], Any]
+
+
+def evaluate_batch(
+    lm: FrozenLM,
+    editor: Editor,
+    records: Sequence[EditRecord],
+    settings: Evaluation | None = None,
+    watchers: Sequence[Watcher] = (),
+) -> Outcome:
+    """Edits each record on its own, many at once, and scores every probe under its record's edit."""
+    settings = settings or Evaluation()
+    # Editing needs gradients, whatever mode the caller evaluates in.
+    with torch.inference_mode(False), torch.no_grad():
+        instructor = editor.instructor(settings.descriptions, settings.description, settings.seed, settings.instruction)
+        rendered = render_records(records, instructor)
+        outcome = Outcome([])
+        for numbers in _alike(lm, rendered, settings):
+            chosen = [rendered[i] for i in numbers]
+            rows = _evaluated(lm, editor, chosen, instructor is not None, settings, watchers)
+            outcome.rows += [row | {"owner": numbers[row["owner"]]} for row in rows]
+        asked = [row for row in outcome.rows if row["kind"] == "reliability" and "after" in row]
+        write_words(lm, None, asked, "before", settings.tokens)
+    outcome.rows.sort(key=lambda row: row["owner"])
+    for row in outcome.rows:
+        del row["owner"]
+    return outcome
+
+
+def _alike(lm: FrozenLM, rendered: Sequence[RenderedRecord], settings: Evaluation) -> Iterator[list[int]]:
+    """Groups record indices within the token budget; records with replies are grouped on their own."""
+    # Of a request activations are kept, for its gradient: more than a probe takes.
+    room = [2 * n for n in lm.text.lengths([(one.prompt, one.record.request.target) for one in rendered])]
+    spoken = [bool(one.record.of(*REPLIES)) for one in rendered]
+    if settings.fluency_tokens:
+        share = settings.text_tokens // settings.tokens
+        beside = settings.fluency_tokens + lm.row_tokens
+        texts = [math.ceil((len(ids) + beside) / share) for ids in lm.text.prompts([one.prompt for one in rendered])]
+        room = [max(r, text) if s else r for r, text, s in zip(room, texts, spoken, strict=True)]
+    for kind in (True, False):
+        numbers = [i for i, s in enumerate(spoken) if s == kind]
+        for chunk in chunks([(room[i],) for i in numbers], settings.tokens):
+            yield sorted(numbers[i] for i in chunk)
+
+
+def _evaluated(
+    lm: FrozenLM, editor: Editor, rendered: list[RenderedRecord], instructed: bool, settings: Evaluation,
+    watchers: Sequence[Watcher],
+) -> list[Row]:  # fmt: skip
+    edit = _edit(editor, rendered)
+    for watcher in watchers:
+        watcher([one.record for one in rendered], edit)
+    rows = scored(lm, edit, list(questions(rendered, instructed, settings.replies)), settings.tokens)
+    if settings.generate:
+        answer_freely(lm, edit, rows, rendered, settings.tokens)
+    if settings.fluency_tokens:
+        rows += fluency_rows(lm, edit, rendered, settings)
+    return rows
+
+
+def _edit(editor: Editor, rendered: Sequence[RenderedRecord]) -> Edit:
+    training = editor.training
+    editor.eval()
+    try:
+        return editor.make(editor.rendered_requests(rendered)).detach()
+    finally:
+        editor.train(training)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `evaluate` found.
+
+    Attributes:
+        table: One row for each probe and view: ``task, record, cluster, kind, group, view, main, prompt, answer``,
+            the scores 0..1 (``accuracy``, ``exact``, ``generated``, ``agreement``), and the model's words
+            ``before`` and ``after``.
+        summary: ``method, task, metric, mean, low, high, n`` with 95 % bootstrap intervals, ×100.
+    """
+
+    table: DataFrame
+    summary: DataFrame
+
+    def __str__(self) -> str:
+        return self.summary.to_string(index=False, float_format="{:.2f}".format)
+
+
+def evaluate(
+    lm: FrozenLM,
+    editor: Editor,
+    records: Sequence[EditRecord],
+    settings: Evaluation | None = None,
+    batch_size: int = 32,
+    progress: Callable[[Any], Any] = iter,
+) -> Scores:
+    """Edits every record on its own and scores the edited models with the paper's metrics.
+
+    Args:
+        lm: The model.
+        editor: The method, bound to it.
+        records: What to edit and how to probe it.
+        settings: How to score.
+        batch_size: Different edits in one forward pass.
+        progress: Wraps the batches, e.g. ``tqdm``.
+    """
+    from pandas import DataFrame
+
+    from instructedit.analysis.summary import summarise
+
+    if not records:
+        raise UserError("evaluate: no records given")
+    rows: list[Row] = []
+    batches = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
+    for batch in progress(batches):
+        rows += evaluate_batch(lm, editor, batch, settings).rows
+    table = DataFrame(rows)
+    return Scores(table, summarise(table, editor.name))

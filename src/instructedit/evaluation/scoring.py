@@ -1,0 +1,104 @@
+"""Teacher-forced scores: what a model predicts at the tokens of given answers, before and after an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from instructedit.edits import Edit
+from instructedit.evaluation.passes import passes
+from instructedit.evaluation.questions import Question
+from instructedit.lm import FrozenLM, Judged, TokenBatch
+from instructedit.metrics import agreement, exact_match, row_mean, token_accuracy
+
+Row = dict[str, Any]
+
+
+def scored(lm: FrozenLM, edit: Edit, asked: list[Question], size: int) -> list[Row]:
+    """Scores each probe and view before and after the edit, one row for each.
+
+    Any given alias counts, so the row is of the one that fits best after the edit; that one alone is scored before it.
+
+    Args:
+        lm: The model.
+        edit: An edit for each owner of a question.
+        asked: The questions.
+        size: Tokens in a pass, at most.
+    """
+    start = lm.first_block(edit.sites)
+    names = [f"record {question.record.id}, {question.probe.kind} probe" for question in asked]
+    tokens = lm.encode([(question.prompt, question.answer) for question in asked], names, scored=True)
+    owners = [question.owner for question in asked]
+    after = None if edit.changes_nothing else _predicted(lm, tokens, edit, owners, start, size)
+    every = after or _predicted(lm, tokens, None, owners, start, size)
+    best = _best_aliases(asked, _fit(tokens, every))
+    kept = tokens.select(torch.tensor(best))
+    own = _of_rows(every, tokens, best)
+    before = own if after is None else _predicted(lm, kept, None, [owners[i] for i in best], start, size)
+    return [row_of(asked[i], scores) for i, scores in zip(best, _compare(kept, before, own), strict=True)]
+
+
+def row_of(question: Question, scores: dict[str, float]) -> Row:
+    """A row of the table of probes."""
+    record, probe = question.record, question.probe
+    return {
+        "owner": question.owner, "task": record.task, "record": record.id, "cluster": record.cluster,
+        "probe": question.number, "kind": probe.kind, "group": probe.group, "view": question.view,
+        "main": question.main, "prompt": question.prompt, "answer": question.answer, "aliases": probe.answers, **scores,
+    }  # fmt: skip
+
+
+def _predicted(lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, owners: list[int], start: int, size: int) -> Judged:
+    """How the model takes all answers, each row under its owner's edit, in passes of at most so many tokens."""
+    parts = passes(tokens.unpadded(), owners, size, trees=lm.takes_trees)
+    groups = [torch.tensor(sorted(part)) for part in parts]
+    found = []
+    for group in groups:
+        part = tokens.select(group)
+        if edit is None:
+            found.append(lm.unedited_judged(part, start))
+        else:
+            rows = torch.tensor([owners[i] for i in group.tolist()], device=lm.device)
+            found.append(lm.predictions(part, edit, rows, start))
+    order = tokens.in_order(groups)
+    return Judged(*(torch.cat(column)[order] for column in zip(*found, strict=True)))
+
+
+def _of_rows(judged: Judged, tokens: TokenBatch, rows: list[int]) -> Judged:
+    """The part of some rows, in their order."""
+    sizes = tokens.answer_sizes()
+    columns = [column.split(sizes) for column in judged]
+    return Judged(*(torch.cat([column[i] for i in rows]) for column in columns))
+
+
+def _best_aliases(asked: Sequence[Question], scores: list[tuple[float, ...]]) -> list[int]:
+    """For each probe and view the number of the answer that fits best; of equal ones the first."""
+    best: dict[tuple[int, int, str], int] = {}
+    for i, question in enumerate(asked):
+        key = (question.owner, question.number, question.view)
+        if key not in best or scores[i] > scores[best[key]]:
+            best[key] = i
+    return list(best.values())
+
+
+def _fit(tokens: TokenBatch, judged: Judged) -> list[tuple[float, ...]]:
+    """How well each row's answer fits: whether all of its tokens are predicted, and the share that is."""
+    scores = (exact_match, token_accuracy)
+    columns = [score(judged.said, tokens.answers, tokens.rows, len(tokens)) for score in scores]
+    return [tuple(row) for row in torch.stack(columns, -1).tolist()]
+
+
+def _compare(tokens: TokenBatch, before: Judged, after: Judged) -> Iterator[dict[str, float]]:
+    rows, count, labels = tokens.rows, len(tokens), tokens.answers
+    columns = {
+        "accuracy": token_accuracy(after.said, labels, rows, count),
+        "exact": exact_match(after.said, labels, rows, count),
+        "agreement": agreement(after.said, before.said, rows, count),
+        "accuracy_before": token_accuracy(before.said, labels, rows, count),
+        "log_likelihood": -row_mean(after.nll, rows, count),
+        "log_likelihood_before": -row_mean(before.nll, rows, count),
+    }
+    for row in torch.stack(list(columns.values()), -1).tolist():  # the device is waited for once
+        yield dict(zip(columns, row, strict=True))

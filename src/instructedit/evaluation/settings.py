@@ -1,0 +1,39 @@
+"""How edited models are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Says how edited models are scored.
+
+    Attributes:
+        generate: Also let the model answer freely, and keep its words before and after the edit.
+        fluency_tokens: Length of the text that Fluency is measured on; 0 leaves Fluency out.
+        descriptions: Which of a bank's descriptions instructions are drawn from.
+        description: Id of one description to use for every record instead; ``10`` is the tenth of each task's bank.
+        instruction: A free sentence for every record instead; or one for each task, by its name.
+        replies: Replies of each sentiment that edit success is measured on, the first ones of a record.
+        seed: Of the descriptions drawn and of sampled text, which depends on it and the record alone.
+        tokens: In one forward pass, padding and what is to be generated included, at most; it bounds the memory.
+        kv_dtype: Keys and values of sampled text (Fluency) as they are computed (``float32``), or rounded, in half the
+            memory, so that twice as many rows are sampled at once.
+    """
+
+    generate: bool = True
+    fluency_tokens: int = 100
+    descriptions: Literal["train", "heldout", "unseen"] = "train"
+    description: str | None = None
+    instruction: str | dict[str, str] | None = None
+    replies: int = 2
+    seed: int = 0
+    tokens: int = 8192
+    kv_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def text_tokens(self) -> int:
+        """Of sampled text in one pass, at most."""
+        return self.tokens if self.kv_dtype == "float32" else 2 * self.tokens

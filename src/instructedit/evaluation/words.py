@@ -1,0 +1,102 @@
+"""The model's own words: free answers, and the text that Fluency is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from instructedit.edits import Edit
+from instructedit.evaluation.passes import passes
+from instructedit.evaluation.questions import IN_SCOPE, REPLIES, Question
+from instructedit.evaluation.scoring import Row, row_of
+from instructedit.evaluation.settings import Evaluation
+from instructedit.instructions import RenderedRecord
+from instructedit.lm import FrozenLM
+from instructedit.metrics import answer_match, fluency
+from instructedit.records import Probe
+
+
+def answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], rendered: Sequence[RenderedRecord], size: int) -> None:
+    """Adds the edited model's own words to rows of in-scope probes, and whether they are a right answer.
+
+    Replies have no one right wording: records with replies are left to Fluency.
+    """
+    wanted = [r for r in rows if r["kind"] in IN_SCOPE and not rendered[r["owner"]].record.of(*REPLIES)]
+    write_words(lm, edit, wanted, "after", size)
+    for row in wanted:
+        row["generated"] = float(answer_match(row["after"], row["aliases"]))
+
+
+def write_words(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: int) -> None:
+    """Puts what the model says after the prompts of rows, each under its owner's edit, into a column."""
+    # Room for the longest answer and for the model to stop or to run on.
+    lengths = [len(lm.words(" " + max(r["aliases"], key=len))) for r in rows]
+    rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
+    prompts, owners = [r["prompt"] for r in rows], [r["owner"] for r in rows]
+
+    def say(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:
+        found: list[str] = lm.generate([prompts[i] for i in chunk], [rooms[i] for i in chunk], applied, rows)
+        return found
+
+    def said(these: Sequence[int]) -> list[str]:
+        return _continued(lm, edit, these, owners, prompts, rooms, size, say)
+
+    if edit is None or edit.changes_nothing:
+        texts = lm.cache.recalled("words", list(zip(prompts, rooms, strict=True)), said)
+    else:
+        texts = said(range(len(rows)))
+    for row, text in zip(rows, texts, strict=True):
+        row[column] = text
+
+
+def _continued(
+    lm: FrozenLM, edit: Edit | None, these: Sequence[int], owners: Sequence[int], prompts: Sequence[str],
+    rooms: Sequence[int], size: int, say: Callable[[list[int], Edit | None, list[int] | None], list[str]],
+    trees: bool = True,
+) -> list[str]:  # fmt: skip
+    """What `say` says after these prompts under their owners' edits, in passes of at most so many tokens.
+
+    Args:
+        lm: The model.
+        edit: An edit for each owner.
+        these: Numbers of the prompts.
+        owners: Of all prompts.
+        prompts: All of them.
+        rooms: New tokens of each.
+        size: Tokens in a pass, new ones included.
+        say: Takes the prompts of a pass by their numbers, the edits to apply, and which of them each prompt has.
+        trees: Whether `say` reads what an owner's prompts begin with once, where the model can.
+    """
+    texts: dict[int, str] = {}
+    applied = None if edit is None or edit.changes_nothing else edit
+    ids = lm.text.prompts([prompts[i] for i in these])
+    beside = [rooms[i] + lm.row_tokens for i in these]
+    groups = [0 if applied is None else owners[i] for i in these]
+    for places in passes(ids, groups, size, beside, trees and lm.decodes_trees(applied)):
+        chunk = [these[place] for place in places]
+        found = say(chunk, applied, None if applied is None else [owners[i] for i in chunk])
+        texts |= zip(chunk, found, strict=True)
+    return [texts[i] for i in these]
+
+
+def fluency_rows(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], settings: Evaluation) -> list[Row]:
+    """Fluency of sampled text (top 5 tokens, as in ROME's measure) after the prompts of records with replies."""
+    chosen = [i for i, one in enumerate(rendered) if one.record.of(*REPLIES)]
+    prompts = [rendered[i].prompt for i in chosen]
+    tokens = min(settings.fluency_tokens, lm.max_length - max(map(len, lm.text.prompts(prompts)), default=0))
+    seeds = [f"{settings.seed} {rendered[i].record.id}" for i in chosen]
+
+    def say(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:
+        with lm.edited(applied, rows):
+            asked, own = [prompts[i] for i in chunk], [seeds[i] for i in chunk]
+            return lm.sample(asked, tokens, own, kv_dtype=settings.kv_dtype)
+
+    rooms = [tokens] * len(chosen)
+    texts = _continued(lm, edit, range(len(chosen)), chosen, prompts, rooms, settings.text_tokens, say, trees=False)
+    rows = []
+    for i, prompt, text in zip(chosen, prompts, texts, strict=True):
+        record = rendered[i].record
+        probe = Probe("reliability", record.request.prompt, (record.request.target,))
+        view = "instructed" if rendered[i].prefix else "plain"
+        row = row_of(Question(i, record, probe, -1, view, True, prompt, record.request.target), {})
+        rows.append(row | {"kind": "fluency", "after": text, "fluency": fluency(text)})
+    return rows
