@@ -492,7 +492,7 @@ def test_after_an_exception_nothing_is_left(lm, error, inside, monkeypatch):
         with pytest.raises(error):
             run()
     assert_untouched(lm, before)
-    assert (lm._front, lm._worn) == (None, 0)
+    assert (lm.applied.prompt_prefix, lm.applied.layers) == (None, 0)
     assert torch.equal(lm.logits(batch), said)
     with lm.edited(edit):
         assert not torch.equal(lm.logits(batch), said)

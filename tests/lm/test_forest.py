@@ -75,7 +75,7 @@ def test_the_prefix_is_that_of_each_row(tokenizer, architecture, block):
     kept = batch.attention_mask.bool()
     found = lm.prefix(batch, block)
     for i, row in enumerate(batch.input_ids):
-        alone = lm._prefix(rows_of([row[kept[i]].tolist()]), block)
+        alone = lm.forward.up_to_block(rows_of([row[kept[i]].tolist()]), block)
         torch.testing.assert_close(found[i][kept[i]], alone[0], rtol=1e-4, atol=1e-5)
     assert not found[~kept].any()
 
@@ -118,7 +118,7 @@ def test_a_model_that_takes_no_trees_gets_rows(tokenizer, name):
     assert lm.takes_trees is takes
     batch = lm.encode([(FRONT + prompt, " Paris") for prompt in PROMPTS])
     kept = batch.attention_mask.bool()
-    torch.testing.assert_close(lm.prefix(batch, 2)[kept], lm._prefix(batch, 2)[kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lm.prefix(batch, 2)[kept], lm.forward.up_to_block(batch, 2)[kept], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [16, 60])
@@ -137,14 +137,14 @@ def test_a_window_that_the_config_of_the_cache_does_not_show(tokenizer, window):
     batch = lm.encode([(FRONT * 2 + prompt, " Paris") for prompt in PROMPTS])
     assert max(batch.lengths) > window
     kept = batch.attention_mask.bool()
-    torch.testing.assert_close(lm.prefix(batch, 3)[kept], lm._prefix(batch, 3)[kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lm.prefix(batch, 3)[kept], lm.forward.up_to_block(batch, 3)[kept], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_longer_than_what_was_tried_are_run_as_rows(tokenizer, monkeypatch):
-    monkeypatch.setattr("instructedit.lm.frozen.WIDTH", 20)
+    monkeypatch.setattr("instructedit.lm.prefix_states.WIDTH", 20)
     lm = random_lm("gpt2", tokenizer)
-    monkeypatch.setattr(lm, "_prefix_of_trees", None)  # would fail
-    lm.__dict__["takes_trees"] = True
+    monkeypatch.setattr(lm.prefixes, "_in_trees", None)  # would fail
+    lm.prefixes.__dict__["takes_trees"] = True
     batch = lm.encode([(FRONT * 2, " Paris")])
     assert max(batch.lengths) > 20
     assert lm.prefix(batch, 2).shape[1] == max(batch.lengths)

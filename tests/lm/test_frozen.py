@@ -80,8 +80,8 @@ def test_unedited_logits_run_each_block_once(lm, start, cache_bytes):
 @torch.no_grad()
 def test_unedited_answers_are_judged_once(lm, cache_bytes, monkeypatch):
     lm.cache.max_bytes = cache_bytes
-    heads, own = [], lm.head
-    monkeypatch.setattr(lm, "head", lambda states: (heads.append(len(states)), own(states))[1])
+    heads, own = [], lm.forward.head
+    monkeypatch.setattr(lm.forward, "head", lambda states: (heads.append(len(states)), own(states))[1])
     front, last = PAIRS[0][0].rsplit(" ", 1)
     pairs = [*PAIRS, (front, f"{last} {PAIRS[0][1]}")]  # the last one is the first's text, asked for earlier
     for chosen in ([0, 1, 2, 3], [3, 0], [2, 2, 1]):

@@ -34,7 +34,7 @@ def read(lm):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_behind_a_known_beginning_are_the_rows_themselves(tokenizer, architecture):
     lm = with_lines(random_lm(architecture, tokenizer))
-    assert lm._takes_beginnings
+    assert lm.prefixes.takes_prompt_prefixes
     batches = [
         [[*INSTRUCTION, 1, 2, 3], [*INSTRUCTION, 4], [5, 6, 7]],
         [[*INSTRUCTION, 9, 9], [*INSTRUCTION, 1, BREAK], [300, *INSTRUCTION, 301, 302], [7]],
@@ -43,7 +43,7 @@ def test_rows_behind_a_known_beginning_are_the_rows_themselves(tokenizer, archit
     for rows in batches:
         found = lm.prefix(rows_of(rows), 3)
         for row, states in zip(rows, found, strict=True):
-            expected = lm._prefix(rows_of([row]), 3)[0]
+            expected = lm.forward.up_to_block(rows_of([row]), 3)[0]
             torch.testing.assert_close(states[: len(row)], expected, rtol=1e-4, atol=1e-5)
     assert len(lm.beginnings) == 2
 
@@ -70,7 +70,9 @@ def test_another_block_knows_nothing_of_it(tokenizer):
     lm = with_lines(random_lm("gpt2", tokenizer))
     row = [*INSTRUCTION, 1, 2]
     lm.prefix(rows_of([row]), 1)
-    torch.testing.assert_close(lm.prefix(rows_of([row]), 3)[0], lm._prefix(rows_of([row]), 3)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        lm.prefix(rows_of([row]), 3)[0], lm.forward.up_to_block(rows_of([row]), 3)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_beginning_is_all_lines_but_the_last():
@@ -110,6 +112,6 @@ def test_room_is_kept_and_the_least_lately_used_goes_first():
 def test_without_room_nothing_is_kept(tokenizer):
     lm = random_lm("gpt2", tokenizer)
     lm.beginnings.max_bytes = 0
-    assert not lm._takes_beginnings
+    assert not lm.prefixes.takes_prompt_prefixes
     lm.prefix(rows_of([[*INSTRUCTION, 1]]), 2)
     assert not len(lm.beginnings)

@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from instructedit.editors.losses import editing_loss
 from instructedit.edits import Factors, LowRankEdit
-from instructedit.lm import frozen
+from instructedit.lm import scores
 from instructedit.lm.readout import positionwise
 
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-4}
@@ -53,7 +53,7 @@ def test_parts_give_what_the_whole_gives(count, size, seed):
 @pytest.fixture
 def few(lm, monkeypatch):
     """Two positions at once."""
-    monkeypatch.setitem(frozen.HEAD, "cpu", (2, 0))
+    monkeypatch.setitem(scores.HEAD, "cpu", (2, 0))
     return lm
 
 
@@ -68,8 +68,8 @@ def widths(few):
 def test_the_outer_loss_has_the_same_gradients(few, widths, monkeypatch):
     batch, found = training_batch(few, CASES), []
     for room in (2, 1000):
-        monkeypatch.setitem(frozen.HEAD, "cpu", (room, 0))
-        vars(few).pop("_head_positions", None)
+        monkeypatch.setitem(scores.HEAD, "cpu", (room, 0))
+        vars(few.scores).pop("_head_positions", None)
         widths.clear()
         edit = LowRankEdit({k: Factors(*v) for k, v in random_factors(few.select(blocks=[2, 3]), 2, 3).items()})
         leaves = [factor.requires_grad_() for pair in edit.factors.values() for factor in pair]

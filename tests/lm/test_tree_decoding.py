@@ -94,6 +94,6 @@ def test_no_numbers_are_no_text(lm):
     lm.blocks[2].register_forward_hook(
         lambda _, args, output: (output[0] * torch.nan,) if isinstance(output, tuple) else output * torch.nan
     )
-    lm.__dict__["takes_trees"] = lm.__dict__["_takes_beginnings"] = True
+    lm.prefixes.__dict__["takes_trees"] = lm.prefixes.__dict__["takes_prompt_prefixes"] = True
     with pytest.raises(UserError, match="NaN"):
         lm.generate(PROMPTS, 2)

@@ -19,7 +19,7 @@ def found(name, lm):
     """The row of one architecture."""
     row = {"model": CLASSES[name]}
     try:
-        layout = lm._layout
+        layout = lm.applied.sites.layout
     except UserError as refusal:
         return row | {"refused": str(refusal).partition(": ")[2]}
     prefix = lm.block_name(0).removesuffix(".0")

@@ -193,7 +193,7 @@ def test_prompts_of_one_beginning_see_what_they_see_alone(name):
     kept = batch.attention_mask.bool()
     assert len(Forest.of(batch.unpadded()).ids) == 1
     lm.cache.clear()
-    torch.testing.assert_close(lm.prefix(batch, top)[kept], lm._prefix(batch, top)[kept], **CLOSE)
+    torch.testing.assert_close(lm.prefix(batch, top)[kept], lm.forward.up_to_block(batch, top)[kept], **CLOSE)
 
 
 @each

@@ -1,0 +1,84 @@
+"""The edits that are applied to a model now, and the rows that they are applied to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from instructedit.edits import ContextEdit, Edit
+from instructedit.errors import UserError
+from instructedit.lm import hooks
+from instructedit.lm.edit_sites import EditSites
+
+
+class Applied:
+    """Holds what is applied to a model now, and applies edits to it.
+
+    Attributes:
+        layers: How many edits the model's layers have now.
+        prompt_prefix: The edit that prepends contexts to prompts, with the edit of each row; None without one.
+    """
+
+    def __init__(self, sites: EditSites) -> None:
+        self.sites, self.forward = sites, sites.forward
+        self.layers = 0
+        self.prompt_prefix: tuple[ContextEdit, Tensor | None] | None = None
+
+    def __bool__(self) -> bool:
+        """True while an edit is applied."""
+        return bool(self.layers) or self.prompt_prefix is not None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return self.forward.device
+
+    @contextmanager
+    def edited(self, edit: Edit | None, rows: Sequence[int] | Tensor | None = None) -> Iterator[None]:
+        """Applies edits inside a ``with`` block, at layers or in front of prompts (see `FrozenLM.edited`)."""
+        index = self.named(edit, rows)
+        if not isinstance(edit, ContextEdit):
+            with self.at_layers(edit, index):
+                yield
+            return
+        if self.prompt_prefix is not None:
+            raise UserError("the model already wears an edit that stands in front of its prompts; join the two")
+        self.prompt_prefix = (edit, index)
+        try:
+            yield
+        finally:
+            self.prompt_prefix = None
+
+    @contextmanager
+    def at_layers(self, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
+        """Applies edits to the layers alone inside a ``with`` block."""
+        if edit is not None:
+            self.sites.first_block(edit.sites)
+        _ = self.forward.outputs_of_a_block  # found out while the model wears nothing
+        with hooks.worn(self.forward.model, edit, rows):
+            self.layers += 1
+            try:
+                yield
+            finally:
+                self.layers -= 1
+
+    def index(self, edit: Edit, rows: Tensor | None, count: int) -> Tensor:
+        """Which edit each row wears, [rows]."""
+        hooks.check_rows(edit, rows, count)
+        return torch.arange(len(edit), device=self.device).expand(count) if rows is None else rows
+
+    def named(self, edit: Edit | None, rows: Sequence[int] | Tensor | None) -> Tensor | None:
+        """What a caller says of which edit each row has, on the model's device.
+
+        Raises:
+            UserError: If there is no such edit.
+        """
+        if rows is None:
+            return None
+        index = torch.as_tensor(rows)  # looked at where it is: no device is waited for
+        if edit is not None and not ((index >= 0) & (index < len(edit))).all():
+            raise UserError(f"rows must name edits 0 to {len(edit) - 1}, got {index.tolist()}")
+        return index.to(self.device)

@@ -1,0 +1,93 @@
+"""Forward passes of a frozen model: as a whole, up to a block, from a block on, and its head alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from instructedit.lm import hooks, tryout
+from instructedit.lm.sites import (
+    find_blocks,
+)
+from instructedit.lm.thin import thin_products
+from instructedit.lm.tokens import TokenBatch
+
+
+class Forward:
+    """Runs a frozen model or a part of it, without its trainer's autocast.
+
+    Args:
+        model: A transformers model in eval mode.
+        max_length: Tokens a row may have.
+        activation_checkpointing: Keep of the blocks that run only what enters them; a backward pass runs them again.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_length: int, activation_checkpointing: bool = False) -> None:
+        self.model = model
+        self.max_length = max_length
+        self.activation_checkpointing = activation_checkpointing
+        self._resumable: dict[int, bool] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
+
+    @functools.cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks."""
+        return find_blocks(self.model)[1]
+
+    def block_name(self, number: int) -> str:
+        """Module name of a block."""
+        return f"{self._blocks_name}.{number}"
+
+    @functools.cached_property
+    def _blocks_name(self) -> str:
+        return find_blocks(self.model)[0]
+
+    @functools.cached_property
+    def outputs_of_a_block(self) -> int:
+        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        return hooks.values_of(self.blocks[0], lambda: self.model(input_ids=one, attention_mask=one, use_cache=False))
+
+    def resumed_from(self, block: int) -> int:
+        """The block that runs first where blocks below `block` need not: 0 if those above need more than its input."""
+        if block and block not in self._resumable:
+            with hooks.bare(self.model.modules()):
+                self._resumable[block] = tryout.resumes(self.model, self.blocks, block, self.outputs_of_a_block)
+        return block if self._resumable.get(block) else 0
+
+    @torch.no_grad()
+    def up_to_block(self, batch: TokenBatch, block: int) -> Tensor:
+        return hooks.input_of(self.blocks[block], lambda: self.run(batch.inputs))
+
+    def run(self, inputs: dict[str, Any]) -> Any:
+        with self.own_dtype():
+            return self.model(**inputs, use_cache="past_key_values" in inputs)
+
+    def own_dtype(self) -> torch.autocast:
+        """Turns a trainer's autocast off: what the cache holds must not depend on who asked first."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def from_block(self, inputs: dict[str, Tensor], start: int, hidden: Tensor | None) -> Tensor:
+        """What leaves the last block, [rows, seq, hidden], when `hidden` enters block `start` (or a row the model)."""
+        running = self.blocks[start:] if self.activation_checkpointing else ()
+        with hooks.recomputed(running), hooks.replayed(self.blocks, start, hidden, self.outputs_of_a_block):
+            return hooks.output_of(self.blocks[-1], lambda: self.run(inputs))
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits of states that left the last block, [positions, hidden] → [positions, vocab].
+
+        The model's own final norm, head, and what else it does after its blocks.
+        """
+        ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
+        bare = hooks.bare(self.blocks)
+        replayed = hooks.replayed(self.blocks, len(self.blocks), states.unsqueeze(1), self.outputs_of_a_block)
+        with bare, replayed, self.own_dtype(), thin_products([self.model.get_output_embeddings()]):
+            logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return logits.squeeze(1)

@@ -1,0 +1,79 @@
+"""The states that leave the last block at answer positions, of rows without a prompt prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from instructedit.edits import Edit
+from instructedit.lm.forest import WIDTH, Forest
+from instructedit.lm.prefix_states import PrefixStates
+from instructedit.lm.tokens import TokenBatch
+
+
+class RowStates:
+    """Computes the states that leave the last block, row by row, by length, or in prefix trees."""
+
+    def __init__(self, prefix: PrefixStates) -> None:
+        self.prefix, self.applied, self.forward = prefix, prefix.applied, prefix.forward
+
+    def shared(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+        """The distinct states at answer positions, and which of them each position has."""
+        if (forest := self._forest(batch, edit, rows)) is not None:
+            return self._states_of_trees(batch, forest, edit, start)
+        states = self._states_by_length(batch, edit, rows, start)
+        return states, torch.arange(len(states), device=states.device)
+
+    def _forest(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None) -> Forest | None:
+        """The rows as trees of one edit each, if the model takes trees and these have fewer tokens than the rows."""
+        # Edits that a caller put on know the batch as it is.
+        if (
+            self.applied
+            or len(batch) == 1
+            or max(batch.lengths) > WIDTH
+            or not (edit is None or edit.positionwise)
+            or not self.prefix.takes_trees
+        ):
+            return None
+        index = None if edit is None or len(edit) == 1 else self.applied.index(edit, rows, len(batch)).tolist()
+        forest = Forest.fitting(batch.unpadded(), index)
+        padded = sum(len(group) * max(batch.lengths[i] for i in group.tolist()) for group in batch.by_length())
+        return forest if forest.padded < padded else None
+
+    def _states_of_trees(
+        self, batch: TokenBatch, forest: Forest, edit: Edit | None, start: int
+    ) -> tuple[Tensor, Tensor]:
+        start = self.forward.resumed_from(start)
+        hidden = forest.gather(self.prefix.of(batch, start)) if start else None
+        rows = None if edit is None or len(edit) == 1 else forest.groups.to(self.forward.device)
+        with self.applied.at_layers(edit, rows):
+            found = self.forward.from_block(forest.inputs(self.forward.device, self.forward.model.dtype), start, hidden)
+        at, node = forest.at(*batch.places).unique(return_inverse=True)
+        return found.flatten(0, 1)[at.to(self.forward.device)], node.to(self.forward.device)
+
+    def _states_by_length(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
+        groups = batch.by_length()
+        if len(groups) == 1 or self.applied.layers:
+            return self.of(batch, edit, rows, start)
+        index = None if edit is None else self.applied.index(edit, rows, len(batch))
+
+        def run(group: Tensor) -> Tensor:
+            mine = None if index is None else index[group.to(self.forward.device)]
+            return self.of(batch.select(group), edit, mine, start)
+
+        return in_groups(batch, groups, run)
+
+    def of(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
+        """The states at answer positions of rows in one forward pass, [positions, hidden]."""
+        start = self.forward.resumed_from(start)
+        hidden = self.prefix.of(batch, start) if start else None
+        with self.applied.at_layers(edit, rows):
+            return self.forward.from_block(batch.inputs, start, hidden)[batch.answer_at]
+
+
+def in_groups(batch: TokenBatch, groups: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
+    """Runs groups of a batch's rows, each in ascending order, and puts their answer positions back in order."""
+    parts = [run(group) for group in groups]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)[batch.in_order(groups)]

@@ -1,0 +1,149 @@
+"""How a frozen model scores answer tokens: logits a piece at a time, losses and predictions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from instructedit.edits import Edit
+from instructedit.errors import UserError
+from instructedit.lm.context import ContextStates
+from instructedit.lm.readout import parts, positionwise
+from instructedit.lm.tokens import TokenBatch
+from instructedit.metrics import row_mean
+
+#: Logits that are there at once: of so many positions at least, and of more within so many bytes of float32.
+HEAD = {"cpu": (128, 8 << 20), "gpu": (512, 256 << 20)}
+
+
+class Judged(NamedTuple):
+    """At each answer position: −log p of the answer's token, `nll` [positions], and the most likely one, `said`."""
+
+    nll: Tensor
+    said: Tensor
+
+
+class Scores:
+    """Scores answer tokens, with the logits of all positions never in memory at once."""
+
+    def __init__(self, context: ContextStates, name: str) -> None:
+        self.context, self.name = context, name
+        self.prefix, self.applied, self.forward = context.prefix, context.applied, context.forward
+
+    @torch.no_grad()
+    def unedited_states(self, batch: TokenBatch, start: int = 0) -> Tensor:
+        """What leaves the last block at the answer positions without any edit, [positions, hidden].
+
+        It is kept in the prefix cache: a prompt asked again costs no block. `head` makes logits of it.
+
+        Args:
+            batch: Rows of tokens.
+            start: Blocks below this one come from the prefix cache the first time too.
+
+        Raises:
+            UserError: While the model wears an edit.
+        """
+        if self.applied.layers:
+            raise UserError("the model wears an edit: ask for its unedited states outside of `edited`")
+        top = len(self.forward.blocks)
+        return self.prefix.cache.states(batch, top, functools.partial(self._leaving, start=start))[batch.answer_at]
+
+    def unedited_judged(self, batch: TokenBatch, start: int = 0) -> Judged:
+        """How the unedited model takes the answers, [positions] each; rows asked again cost nothing.
+
+        Arguments and errors as for `unedited_states`.
+        """
+        pairs = zip(batch.input_ids.numpy(), batch.labels.numpy(), batch.lengths, strict=True)
+        keys = [(ids[:size].tobytes(), labels[:size].tobytes()) for ids, labels, size in pairs]
+
+        def judge(rows: list[int]) -> list[tuple[Tensor, ...]]:
+            part = batch.select(torch.tensor(rows))
+            columns = [column.split(part.answer_sizes()) for column in self.predictions(part, start=start)]
+            return list(zip(*columns, strict=True))
+
+        return Judged(*map(torch.cat, zip(*self.prefix.cache.recalled("judged", keys, judge), strict=True)))
+
+    def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
+        start = self.forward.resumed_from(start)
+        return self.forward.from_block(batch.inputs, start, self.prefix.of(batch, start) if start else None)
+
+    def read(self, states: Tensor, what: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `what` makes of the logits, which are never there all at once.
+
+        Args:
+            states: That left the last block, [positions, hidden].
+            what: Takes logits [n, vocab] and the places of these positions among all; gives one number for each
+                position, [n], differentiable with respect to the logits of that position, and, if wanted, more
+                tensors [n, …], which are not.
+
+        Returns:
+            The same for all positions.
+        """
+        return positionwise(states, lambda part, at: what(self.forward.head(part), at), self._head_positions)
+
+    @functools.cached_property
+    def _head_positions(self) -> int:
+        """Positions whose logits are there at once.
+
+        Enough that the head's product is bound by arithmetic rather than by reading its matrix, whose size does not
+        matter for that: a small vocabulary just has room for more.
+        """
+        few, room = HEAD["cpu" if self.forward.device.type == "cpu" else "gpu"]
+        return max(few, room // (4 * self.forward.model.config.get_text_config().vocab_size))
+
+    def judged(self, states: Tensor, answers: Tensor) -> Judged:
+        """How states that left the last block, [positions, hidden], take the answer tokens, [positions]."""
+
+        def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
+            return F.cross_entropy(logits.float(), answers[at], reduction="none"), logits.detach().argmax(-1)
+
+        return self._numbers(Judged(*self.read(states, read)))
+
+    def _numbers(self, judged: Judged) -> Judged:
+        """The same, if they are numbers.
+
+        Raises:
+            UserError: If one is NaN.
+        """
+        if judged.nll.isnan().any():
+            raise UserError(f"{self.name}: its logits are not numbers (NaN), which is no score; try dtype float32")
+        return judged
+
+    @torch.no_grad()
+    def predictions(
+        self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0
+    ) -> Judged:
+        """How the model takes the answers, each [positions], without gradients (arguments as for `logits`).
+
+        Logits of a position that several rows share are made once.
+        """
+        batch = batch if self.applied.layers else batch.read_part()
+        states, node = self.context.shared(batch, edit, rows, start)
+        answers, order = batch.answers, node.argsort()
+        ends = node[order]
+        nll, said = torch.empty(len(node), device=node.device), torch.empty_like(node)
+        for at in parts(len(states), self._head_positions):
+            logits = self.forward.head(states[at]).float()
+            mine = order[torch.searchsorted(ends, at.start) : torch.searchsorted(ends, at.stop)]
+            here = node[mine] - at.start
+            nll[mine] = logits.logsumexp(-1)[here] - logits[here, answers[mine]]
+            said[mine] = logits.argmax(-1)[here]
+        return self._numbers(Judged(nll, said))
+
+    def states(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
+        """What leaves the last block at the answer positions, [positions, hidden] (arguments as for `logits`).
+
+        `read` and `head` make logits of it.
+        """
+        states, node = self.context.shared(batch, edit, rows, start)
+        return states if len(states) == len(node) and bool((node.diff() > 0).all()) else states[node]
+
+    def losses(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
+        """Edit loss of each row: mean over its answer's tokens of −log p, [rows] (arguments as for `logits`)."""
+        nll = self.judged(self.states(batch, edit, rows, start), batch.answers).nll
+        return row_mean(nll, batch.rows, len(batch))
