@@ -1,7 +1,10 @@
 """Small random LMs of both shapes, made here: no download, no training, no GPU."""
 
+import fnmatch
 import functools
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,16 @@ from instructedit.lm.pretrain import Recipe, new_model, train_tokenizer
 from instructedit.tasks.tiny.corpus import documents
 
 ARCHITECTURES = ("gpt2", "llama")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of slow.txt, which `make test` leaves out."""
+    lines = (Path(__file__).parent / "slow.txt").read_text().splitlines()
+    patterns = [line.replace("[", "[[]") for line in lines if line and not line.startswith("#")]
+    slow = re.compile("|".join(map(fnmatch.translate, patterns)))
+    for item in items:
+        if slow.match(item.nodeid.removeprefix("tests/")):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="session")

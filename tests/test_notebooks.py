@@ -18,8 +18,6 @@ from instructedit.tracking import load_table, runs
 NOTEBOOKS = SHARED / "experiments" / "notebooks"
 ROWS = ["InstructEdit", "MEND"]
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, tokenizer):

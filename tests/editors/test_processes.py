@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 from tests.conftest import random_lm
 from tests.editors.test_promises import built
@@ -51,7 +50,6 @@ json.dump(scores(AutoTokenizer.from_pretrained(folder), rank, 2), open(f"{folder
 """
 
 
-@pytest.mark.slow
 def test_two_processes_score_as_one(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

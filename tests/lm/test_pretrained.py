@@ -136,7 +136,6 @@ def test_what_is_known_can_be_asked_for():
         assert {package for package, _ in [*model.members, *model.notices]} <= set(model.wheels)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "place"), [("smollm2-135m", 1), ("gemma-3-270m", 3)])
 def test_the_real_ones_know_their_capitals(name, place):
     if name not in REAL:

@@ -236,7 +236,6 @@ torch.save(found, f"{out}-{cli.trainer.global_rank}")
 """
 
 
-@pytest.mark.slow
 def test_two_processes_make_one_editor_and_the_scores_of_one_process(options, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
 

@@ -27,7 +27,11 @@ PAIRS = [(PROMPTS[0], "Lyon"), (PROMPTS[1], "the man of the sea"), (PROMPTS[2], 
 NEW = 4
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 
-each = pytest.mark.parametrize("name", EDITABLE)
+#: One architecture of those whose layers have the same names; the others take their time in `make test-all`.
+TWINS = {KNOWN[name].sites: name for name in reversed(EDITABLE)}
+each = pytest.mark.parametrize(
+    "name", [name if name in TWINS.values() else pytest.param(name, marks=pytest.mark.slow) for name in EDITABLE]
+)
 
 
 @functools.cache
@@ -128,7 +132,7 @@ def test_sites_have_the_shape_of_their_weights(name):
         assert all(site.name.startswith(f"{site.mlp}.") for site in own)
 
 
-@each
+@pytest.mark.parametrize("name", EDITABLE)
 def test_applied_is_merged_and_a_batch_is_its_edits_alone(name):
     lm, edit = tiny_lm(name), edit_of(name)
     batch, before = lm.encode(PAIRS), footprint(lm)
@@ -241,8 +245,7 @@ QUICK = {
 REQUESTS = [EditRequest(prompt, target, task="counterfact", subject=prompt.split()[-2]) for prompt, target in PAIRS[:1]]
 
 
-#: Every editor costs a second or two: by default one architecture of those whose layers have the same names.
-TWINS = {KNOWN[name].sites: name for name in reversed(EDITABLE)}
+#: Every editor costs a second or two.
 EVERY = EDITABLE if os.environ.get("EVERY_ARCHITECTURE") else sorted(TWINS.values())
 
 
