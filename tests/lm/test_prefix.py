@@ -152,7 +152,7 @@ def test_many_rows_are_written_as_one_file_when_enough_wait(lm, tmp_path, monkey
 def test_block_zero_and_edited_passes_are_not_written(lm, tmp_path):
     cached = opened(lm, tmp_path)
     asked(cached, block=0)
-    cached._worn = 1
+    cached.applied.layers = 1
     asked(cached)
     cached.cache.flush()
     assert segments(tmp_path) == []

@@ -32,6 +32,7 @@ class EditSites:
 
     @functools.cached_property
     def layout(self) -> Layout:
+        """All edit sites and the blocks that hold them, found by trying the model out."""
         with hooks.bare(self.forward.model.modules()):
             layout = find_layout(self.forward.model)
             tryout.check(self.forward.model, self.forward.blocks, self.forward.head)

@@ -52,6 +52,7 @@ class Forward:
 
     @functools.cached_property
     def outputs_of_a_block(self) -> int:
+        """How many values a block gives: 0 for a tensor alone, else the length of its tuple."""
         one = torch.ones(1, 1, dtype=torch.long, device=self.device)
         return hooks.values_of(self.blocks[0], lambda: self.model(input_ids=one, attention_mask=one, use_cache=False))
 
@@ -64,9 +65,11 @@ class Forward:
 
     @torch.no_grad()
     def up_to_block(self, batch: TokenBatch, block: int) -> Tensor:
+        """Computes the hidden states that enter a block, row by row, [rows, seq, hidden]."""
         return hooks.input_of(self.blocks[block], lambda: self.run(batch.inputs))
 
     def run(self, inputs: dict[str, Any]) -> Any:
+        """Runs the model in the dtype of its weights; with a cache only if the inputs bring one."""
         with self.own_dtype():
             return self.model(**inputs, use_cache="past_key_values" in inputs)
 

@@ -98,6 +98,7 @@ class FrozenLM:
 
     @max_length.setter
     def max_length(self, tokens: int) -> None:
+        """Sets how many tokens a row may have."""
         self.forward.max_length = tokens
 
     @property
@@ -107,6 +108,7 @@ class FrozenLM:
 
     @checkpoint.setter
     def checkpoint(self, again: bool) -> None:
+        """Sets whether a backward pass computes the blocks' activations again."""
         self.forward.activation_checkpointing = again
 
     @classmethod
