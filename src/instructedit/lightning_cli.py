@@ -22,22 +22,10 @@ from instructedit.data.module import EditData
 from instructedit.editors.base import PACKAGE, Editor, load_weights, read_folder
 from instructedit.editors.sources import find_editor
 from instructedit.errors import UserError
+from instructedit.paths import DEFAULTS
 from instructedit.registry import plugin, plugins
 from instructedit.tracking import SaveConfig
 from instructedit.training.module import EditingModule
-
-DEFAULTS: dict[str, Any] = {
-    "logger": {"class_path": "instructedit.tracking.MLflowTracker"},
-    # Editors need gradients while they are tested, and the data module shards its own records.
-    "inference_mode": False,
-    "use_distributed_sampler": False,
-    # The stream of training batches is endless: a run is so many steps long, and validates by steps.
-    "max_epochs": -1,
-    "max_steps": 5000,
-    "check_val_every_n_epoch": None,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 10,
-}
 
 #: Options that stand for several configs.
 NAMED = {
@@ -153,7 +141,8 @@ class EditingCLI(LightningCLI):
             rank_zero_info(f"the checkpoint's own editor is used: {', '.join(changed)}")
 
     def after_instantiate_classes(self) -> None:
-        """Puts the weights of a saved editor in place."""
+        """Introduces the module and its data to each other, and puts the weights of a saved editor in place."""
+        self.model.connect(self.datamodule)
         if self._weights is not None:
             load_weights(self.model.editor, self._weights, "--ckpt_path")
 
@@ -232,16 +221,17 @@ def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defau
     if files:
         rank_zero_info(f"configs: {' '.join(map(shown, files))}")
     raising = {"exit_on_error": False}
+    first = raising | {"default_config_files": [str(DEFAULTS)]}
     cls = _of_one_command(cls, args[0] if args else "")
     return cls(
         EditingModule,
         EditData,
         args=args,
         save_config_callback=SaveConfig,
-        trainer_defaults={**DEFAULTS, **trainer_defaults},
+        trainer_defaults=trainer_defaults,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "instructedit", **raising, **dict.fromkeys(cls.subcommands(), raising)},
+        parser_kwargs={"prog": "instructedit", **raising, **dict.fromkeys(cls.subcommands(), first)},
     )
 
 
