@@ -17,7 +17,7 @@ from instructedit.cli import main
 from instructedit.configs import Scale, expanded, located
 from instructedit.errors import UserError
 from instructedit.experiments import Experiment
-from instructedit.paths import SHARED
+from instructedit.paths import DEFAULTS, SHARED
 
 GROUPS = ("lm", "editor", "data", "trainer")
 OPTIONS = ("callbacks", "logger", "debug")
@@ -48,7 +48,7 @@ def config(name: str) -> str:
 def test_every_config_is_in_one_of_the_groups():
     together = {file for group in CONFIGS.values() for file in group}
     named = {file for group in OPTIONS for file in (SHARED / "configs" / group).glob("*.yaml")}
-    assert together | named | set(SCALES) == set(EVERY)
+    assert together | named | set(SCALES) | {DEFAULTS} == set(EVERY)
     assert {file for files in MIXED for file in files} == together
 
 
@@ -171,6 +171,17 @@ def test_the_explained_defaults_are_the_defaults():
     plain, explained = parsed(*options), parsed(*options, "--callbacks=default", "--logger=mlflow")
     assert explained.pop("trainer")["logger"].items() >= plain.pop("trainer")["logger"].items()
     assert explained == plain
+
+
+def test_every_command_reads_the_default_config_first(tmp_path):
+    (tmp_path / "own.yaml").write_text("trainer: {max_steps: 7}\n")
+    said = yaml.safe_load(DEFAULTS.read_text())["trainer"]
+    for command in ("fit", "validate", "test", "predict"):
+        with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit, match=r"^0$"):
+            main([command, "--editor=unedited", f"--config={tmp_path}/own.yaml", "--print_config"])
+        trainer = yaml.safe_load(printed.getvalue())["trainer"]
+        assert trainer["logger"].pop("init_args")["root"] == "mlruns"  # complete: the logger's own defaults, too
+        assert trainer.items() >= (said | {"max_steps": 7}).items()
 
 
 def test_without_a_scale_the_plain_config_is_meant():

@@ -59,15 +59,15 @@ def place(tmp_path_factory, tokenizer):
 def at_work(place):
     """The modules can be imported while the tests of this file run."""
     sys.path.insert(0, str(place))
-    names = ("toy_editor", "toy_metric", "toy_task", "toy_view")
-    toy_editor, toy_metric, toy_task, toy_view = map(importlib.import_module, names)
+    names = ("toy_editor", "toy_metric", "toy_section", "toy_task")
+    toy_editor, toy_metric, toy_section, toy_task = map(importlib.import_module, names)
     yield place
     sys.path.remove(str(place))
     for cls in (
         toy_editor.Nudge,
         toy_metric.InScope,
         toy_task.Quiz,
-        toy_view.ProbesView,
+        toy_section.ProbesSection,
     ):  # other tests list what there is
         del cls.name
 
@@ -87,7 +87,7 @@ def printed(at_work):
 
 
 def test_the_guide_shows_a_file_of_each_kind():
-    assert MODULES == ["toy_callback.py", "toy_editor.py", "toy_metric.py", "toy_task.py", "toy_view.py"]
+    assert MODULES == ["toy_callback.py", "toy_editor.py", "toy_metric.py", "toy_section.py", "toy_task.py"]
 
 
 def test_a_method_and_a_dataset_are_fitted_and_tested(at_work, printed):

@@ -26,7 +26,7 @@ FLOORS = (
 )  # fmt: skip
 #: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
 TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli")
-GROUND = ("registry", "provenance", "drawing", "console", "configs", "paths", "errors")
+GROUND = ("artifacts", "registry", "provenance", "drawing", "console", "configs", "paths", "errors")
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))
 
@@ -48,6 +48,43 @@ def imported(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
             for alias in node.names:
                 if alias.name.split(".")[0] == "instructedit":
                     yield node.lineno, [*alias.name.split("."), "__init__"][1]
+
+
+#: The LM's facade: the rooms behind it name it in annotations, which import nothing.
+FACADE = "instructedit.lm.frozen"
+
+
+def modules(name: str, tree: ast.AST, known: set[str]) -> Iterator[str]:
+    """The package's modules that a module imports anywhere: ``from a import b`` means ``a.b`` if that is a module."""
+    annotated = (n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    inside_lm = name.startswith("instructedit.lm.")
+    left_out = {each for n in annotated if inside_lm for each in n.body if getattr(each, "module", "") == FACADE}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node not in left_out:
+            full = [f"{node.module}.{each.name}" for each in node.names]
+            yield from (found for each in full if (found := each if each in known else str(node.module)) in known)
+
+
+def circles(trees: dict[str, ast.Module]) -> list[list[str]]:
+    """Groups of modules in which each one reaches each other one by its imports: strongly connected components."""
+    named = {f"instructedit.{path.removesuffix('.py')}".replace("/", "."): tree for path, tree in trees.items()}
+    named = {name.removesuffix(".__init__"): tree for name, tree in named.items()}
+    graph = {name: set(modules(name, tree, set(named))) for name, tree in named.items()}
+
+    def reached(name: str) -> set[str]:
+        found: set[str] = set()
+        todo = [*graph[name]]
+        while todo:
+            if (each := todo.pop()) not in found:
+                found.add(each)
+                todo += graph[each]
+        return found
+
+    reach = {name: reached(name) for name in graph}
+    groups = {tuple(sorted(other for other in reach[n] if n in reach[other])) for n in graph if n in reach[n]}
+    return [[name.removeprefix("instructedit.") for name in group] for group in sorted(groups)]
 
 
 def upward(trees: dict[str, ast.Module]) -> list[str]:
@@ -77,6 +114,27 @@ def test_imports_never_run_upwards():
 )
 def test_an_upward_import_is_noticed(code):
     assert len(upward({"lm/bad.py": ast.parse(code)})) == 1
+
+
+def test_no_modules_import_each_other():
+    """Neither inside functions nor under TYPE_CHECKING."""
+    assert circles(TREES) == []
+
+
+def test_a_circle_is_noticed():
+    code = {
+        "a/__init__.py": "from instructedit.a.one import One",
+        "a/one.py": "def f():\n    from instructedit.a import two",
+        "a/two.py": "if TYPE_CHECKING:\n    import instructedit.b",
+        "b.py": "from instructedit.a.one import One\nfrom instructedit.c import C",
+        "c.py": "import instructedit.c as myself",
+        "d.py": "import torch\nfrom instructedit.a.one import One",
+        "lm/frozen.py": "from instructedit.lm import annotated, used",
+        "lm/annotated.py": "if TYPE_CHECKING:\n    from instructedit.lm.frozen import FrozenLM",
+        "lm/used.py": "def f():\n    from instructedit.lm.frozen import FrozenLM",
+    }
+    trees = {path: ast.parse(text) for path, text in code.items()}
+    assert circles(trees) == [["a.one", "a.two", "b"], ["c"], ["lm.frozen", "lm.used"]]
 
 
 def test_importing_the_package_is_cheap():

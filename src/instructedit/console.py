@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import TYPE_CHECKING
+
+from instructedit.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,3 +17,10 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def report_error(what: str, error: Exception) -> None:
+    """Prints one line about what failed, below the traceback unless the user is to blame."""
+    if not isinstance(error, UserError):
+        traceback.print_exception(error)
+    print(f"instructedit: error: {what}: {' '.join(str(error).split())}", file=sys.stderr)

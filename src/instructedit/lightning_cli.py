@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from argparse import SUPPRESS, ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,10 @@ from instructedit.data.module import EditData
 from instructedit.editors.base import PACKAGE, Editor, load_weights, read_folder
 from instructedit.editors.sources import find_editor
 from instructedit.errors import UserError
+from instructedit.paths import DEFAULTS
 from instructedit.registry import plugin, plugins
 from instructedit.tracking import SaveConfig
 from instructedit.training.module import EditingModule
-
-DEFAULTS: dict[str, Any] = {
-    "logger": {"class_path": "instructedit.tracking.MLflowTracker"},
-    # Editors need gradients while they are tested, and the data module shards its own records.
-    "inference_mode": False,
-    "use_distributed_sampler": False,
-    # The stream of training batches is endless: a run is so many steps long, and validates by steps.
-    "max_epochs": -1,
-    "max_steps": 5000,
-    "check_val_every_n_epoch": None,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 10,
-}
 
 #: Options that stand for several configs.
 NAMED = {
@@ -66,15 +54,14 @@ class Checkpoint(ModelCheckpoint):
         self, monitor: str | None = "val/score", save_last: bool = True, every_n_train_steps: int | None = None
     ) -> None:
         super().__init__(
-            monitor=monitor, mode="max", save_last=save_last, every_n_train_steps=every_n_train_steps,
+            monitor=monitor, mode="max", save_last=False, every_n_train_steps=every_n_train_steps,
             filename="step-{step}", auto_insert_metric_name=False, enable_version_counter=False,
         )  # fmt: skip
-        self.every = every_n_train_steps
+        self.keeps_last, self.every, self._kept = save_last, every_n_train_steps, 0
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
-        due = self.every and trainer.global_step % self.every == 0
-        if due and self._last_global_step_saved != trainer.global_step:
+        if self.every and trainer.global_step % self.every == 0 and trainer.global_step != self._kept:
             self._keep_last(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -82,13 +69,16 @@ class Checkpoint(ModelCheckpoint):
         self._keep_last(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._keep_last(trainer)  # Lightning's own would write one after `fast_dev_run`, too
+        self._keep_last(trainer)
 
     def _keep_last(self, trainer: Any) -> None:
-        """Lightning writes the last state only together with a new best one."""
+        """Lightning's own `save_last` writes the last state only together with a new best one."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
-        if self.save_last and fitting:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if self.keeps_last and fitting:
+            self._kept = trainer.global_step
+            # Before it is saved, for the path is part of the state.
+            self.last_model_path = self.format_checkpoint_name(trainer.callback_metrics, self.CHECKPOINT_NAME_LAST)
+            trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
 
 
 class EditingCLI(LightningCLI):
@@ -106,9 +96,45 @@ class EditingCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(EditingAreaDump, "areas")
 
+    def fit(self, **options: Any) -> None:
+        """Runs `Trainer.fit`."""
+        self._call(self.trainer.fit, options)
+
+    def validate(self, **options: Any) -> None:
+        """Runs `Trainer.validate`."""
+        self._score(self.trainer.validate, options)
+
     def test(self, **options: Any) -> None:
-        """`Trainer.test` without its own table of bare means: ours has intervals."""
-        self.trainer.test(**{**options, "verbose": False})
+        """Runs `Trainer.test` without its own table of bare means: ours has intervals."""
+        self._score(self.trainer.test, options | {"verbose": False})
+
+    def predict(self, **options: Any) -> None:
+        """Runs `Trainer.predict`."""
+        self._score(self.trainer.predict, options)
+
+    def _score(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        """An untrained editor is not scored under its method's name."""
+        editor = self.model.editor
+        if editor.trainable and not options["ckpt_path"]:
+            raise UserError(
+                f"editor {editor.name!r} must be trained first: give --ckpt_path a run's id, folder or checkpoint"
+            )
+        self._call(function, options)
+
+    def _call(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        """Calls Lightning, which goes on without a checkpoint where ``last`` finds none, and has errors of its own."""
+        asked = options["ckpt_path"]
+        if self._weights:  # of a saved editor, which Lightning cannot read: they are in place
+            options = options | {"ckpt_path": None}
+        with warnings.catch_warnings():
+            if asked in LIGHTNINGS_OWN:
+                warnings.filterwarnings("error", ".*there is no last checkpoint available")
+            try:
+                function(**options)
+            except (ValueError, UserWarning) as error:
+                if asked in LIGHTNINGS_OWN and "ckpt_path" in str(error):
+                    raise UserError(f"--ckpt_path {asked}: finds no checkpoint: name a run, folder or file") from error
+                raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Errors in the arguments are one line."""
@@ -153,33 +179,10 @@ class EditingCLI(LightningCLI):
             rank_zero_info(f"the checkpoint's own editor is used: {', '.join(changed)}")
 
     def after_instantiate_classes(self) -> None:
-        """Puts the weights of a saved editor in place."""
+        """Introduces the module and its data to each other, and puts the weights of a saved editor in place."""
+        self.model.connect(self.datamodule)
         if self._weights is not None:
             load_weights(self.model.editor, self._weights, "--ckpt_path")
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """What Lightning is called with: it cannot read a saved editor, whose weights are in place."""
-        return super()._prepare_subcommand_kwargs(subcommand) | ({"ckpt_path": None} if self._weights else {})
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Lightning goes on without a checkpoint where ``last`` finds none, and has its own errors for the others.
-
-        An untrained editor is not scored under its method's name.
-        """
-        asked, editor = self._get(self.config_init, "ckpt_path"), self.model.editor
-        if subcommand != "fit" and editor.trainable and not asked:
-            raise UserError(
-                f"editor {editor.name!r} must be trained first: give --ckpt_path a run's id, folder or checkpoint"
-            )
-        with warnings.catch_warnings():
-            if asked in LIGHTNINGS_OWN:
-                warnings.filterwarnings("error", ".*there is no last checkpoint available")
-            try:
-                super()._run_subcommand(subcommand)
-            except (ValueError, UserWarning) as error:
-                if asked in LIGHTNINGS_OWN and "ckpt_path" in str(error):
-                    raise UserError(f"--ckpt_path {asked}: finds no checkpoint: name a run, folder or file") from error
-                raise
 
 
 def _store(config: Any) -> str:
@@ -216,7 +219,10 @@ def _flat(config: Any, prefix: str = "editor") -> dict[str, Any]:
 class Built(EditingCLI):
     """Builds module, data and Trainer of a command, and does not run it."""
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def _score(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        pass
+
+    def _call(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         pass
 
 
@@ -232,16 +238,17 @@ def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defau
     if files:
         rank_zero_info(f"configs: {' '.join(map(shown, files))}")
     raising = {"exit_on_error": False}
+    first = raising | {"default_config_files": [str(DEFAULTS)]}
     cls = _of_one_command(cls, args[0] if args else "")
     return cls(
         EditingModule,
         EditData,
         args=args,
         save_config_callback=SaveConfig,
-        trainer_defaults={**DEFAULTS, **trainer_defaults},
+        trainer_defaults=trainer_defaults,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "instructedit", **raising, **dict.fromkeys(cls.subcommands(), raising)},
+        parser_kwargs={"prog": "instructedit", **raising, **dict.fromkeys(cls.subcommands(), first)},
     )
 
 

@@ -14,6 +14,9 @@ _HERE = Path(__file__).resolve().parent
 #: checkout its top, whose files are read where they stand.
 SHARED = _HERE / "_shared" if (_HERE / "_shared").is_dir() else _HERE.parents[1]
 
+#: What every run reads first.
+DEFAULTS = SHARED / "configs" / "default.yaml"
+
 
 def cache_folder() -> Path:
     """Where models, second moments and states are kept: $INSTRUCTEDIT_CACHE, else ~/.cache/instructedit."""

@@ -15,24 +15,23 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from instructedit.drawing import save_figure
+from instructedit.artifacts import Artifacts, artifacts
 from instructedit.errors import UserError
 from instructedit.provenance import provenance
 
 if TYPE_CHECKING:
     import jsonargparse
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
     from mlflow.entities import Run
     from pandas import DataFrame
@@ -49,7 +48,7 @@ _LISTED = 20  # names that an error lists: it stays one readable line
 _STATUS = {"success": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "finished": "KILLED"}
 
 
-class MLflowTracker(MLFlowLogger):
+class MLflowTracker(Artifacts, MLFlowLogger):
     """Logs to MLflow: by default to a local store, which needs no server.
 
     A run starts when something is first logged, with the tags ``provenance.*``. Lightning's Trainer ends it: FINISHED,
@@ -139,7 +138,7 @@ class MLflowTracker(MLFlowLogger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Logs parameters, nested ones as ``a/b``. MLflow keeps a first value: a changed one becomes a tag."""
-        flat = _flatten_dict(_convert_params(params))
+        flat = _flat(params)
         # LightningCLI leaves `_instantiator` among the hyper-parameters.
         new = {k: str(v)[:_LONGEST_VALUE] for k, v in flat.items() if k.split("/")[-1] != "_instantiator"}
         self._log(self.experiment, new, {})
@@ -150,29 +149,12 @@ class MLflowTracker(MLFlowLogger):
         self._log(self.experiment, {}, {f"data.{name}": value for name, value in fingerprints.items()})
 
     @rank_zero_only
-    def log_table(self, df: DataFrame, name: str) -> None:
-        """Logs a table as ``tables/<name>.parquet``, which `load_table` reads."""
-        path = Path("tables", f"{name}.parquet")
-        with tempfile.TemporaryDirectory() as folder:
-            df.to_parquet(Path(folder, path.name))
-            self.log_file(Path(folder, path.name), path.parent.as_posix())
-
-    @rank_zero_only
-    def log_figure(self, figure: Figure, name: str) -> None:
-        """Logs a figure as ``figures/<name>.png`` and ``.svg``."""
-        with tempfile.TemporaryDirectory() as folder:
-            for file in save_figure(figure, Path(folder, name)):
-                self.log_file(file, "figures")
-
-    @rank_zero_only
     def log_file(self, path: str | Path, folder: str | None = None) -> None:
         """Logs a copy of a file, or of a folder, below the artifact folder ``folder``."""
         self.experiment.log_artifact(self.run_id, str(path), folder)
 
-    @rank_zero_only
-    def log_json(self, obj: dict[str, Any] | list[Any], name: str) -> None:
-        """Logs plain data as ``<name>.json``."""
-        self.experiment.log_dict(self.run_id, obj, f"{name}.json")
+    def has(self, name: str) -> bool:
+        return name in {file.path for file in self.experiment.list_artifacts(self.run_id)}
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
@@ -204,14 +186,24 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Logs the configuration; `fast_dev_run` has no such logger. Called on rank zero only."""
         text = self.parser.dump(self.config, skip_unset=False)
-        for logger in trainer.loggers:
-            if isinstance(logger, MLflowTracker):
-                there = {file.path for file in logger.experiment.list_artifacts(logger.run_id)}
-                # A `test` in the run of its `fit` must not take the place of the fit's configuration.
-                name = (
-                    f"config.{TrainerFn(stage).value}.yaml" if self.config_filename in there else self.config_filename
-                )
-                logger.experiment.log_text(logger.run_id, text, name)
+        for keeper in artifacts(trainer):
+            # A `test` in the run of its `fit` must not take the place of the fit's configuration.
+            again = keeper.has(self.config_filename)
+            keeper.log_text(text, f"config.{TrainerFn(stage).value}.yaml" if again else self.config_filename)
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested parameters by paths with slashes: keys of mappings and dataclasses, numbers in lists of mappings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    elif isinstance(value, Namespace):
+        value = vars(value)
+    elif isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {name: value}
+    prefix = f"{name}/" if name else ""
+    return {path: leaf for key, inner in value.items() for path, leaf in _flat(inner, f"{prefix}{key}").items()}
 
 
 def runs(experiment: str = "instructedit", root: str | Path = "mlruns") -> DataFrame:

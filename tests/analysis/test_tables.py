@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import instructedit.analysis as analysis
-from instructedit.analysis import latex_table, markdown_table, rich_table
+from instructedit.analysis import markdown_table, rich_table
 
 Marked = tuple[str, str]  # a cell's text, and how it is stressed
 
@@ -103,27 +103,10 @@ def from_markdown(text: str) -> list[Part]:
     return parts
 
 
-def from_latex(text: str) -> list[Part]:
-    def marked(cell: str) -> Marked:
-        mark = "best" if cell.startswith(r"\textbf") else "second" if cell.startswith(r"\underline") else ""
-        return re.sub(r"\\\w+\{(.*)\}", r"\1", cell).replace("--", "–"), mark
-
-    parts: list[Part] = []
-    for line in text.splitlines():
-        if line.endswith(r" \\"):
-            cells = [cell.strip() for cell in line.removesuffix(r" \\").split(" & ")]
-            if re.search(r"\d|--", cells[-1]):
-                parts[-1][1].append([marked(cell) for cell in cells])
-            else:
-                parts.append((cells, []))
-    return parts
-
-
 def in_every_format(*args: Any, **options: Any) -> list[Part]:
-    """The table, which is the same in the terminal, Markdown and LaTeX."""
+    """The table, which is the same in the terminal and in Markdown."""
     parts = from_rich(rich_table(*args, **options))
     assert from_markdown(markdown_table(*args, **options)) == parts
-    assert from_latex(latex_table(*args, **options)) == parts
     return parts
 
 
@@ -184,7 +167,6 @@ TALL: list[Part] = [
 
 def test_tall_has_a_part_for_each_task_and_a_column_for_each_of_its_metrics() -> None:
     assert in_every_format(summary(), TITLES, layout="tall") == TALL
-    assert latex_table(summary(), TITLES, layout="tall").startswith(r"\begin{tabular}{lrr}")  # of the widest part
 
 
 def test_tall_published_numbers_stand_beside_their_metric() -> None:
@@ -234,7 +216,6 @@ def test_names_are_text_and_not_markup() -> None:
     table = pd.DataFrame([row(name, "zsre", "locality", 1.0)])
     assert from_rich(rich_table(table))[0][0][-1] == name
     assert from_markdown(markdown_table(table))[0][0][-1] == name.replace("&", "&amp;").replace("<f>", "&lt;f&gt;")
-    assert r"a|b\_*c*\_[d] 100\% \& \{e\} <f> \textbackslash{}g" in latex_table(table)
 
 
 def test_the_terminal_shows_sections() -> None:

@@ -43,13 +43,10 @@ def source(folder):
 
 
 def attach(data, tokenizer, instructor=None, rank=0, world=1, used=0):
-    """The parts of a Trainer that the data module looks at."""
+    """What the editing module tells the data module, and the parts of a Trainer that this looks at."""
+    data.connect(Text(tokenizer, 128), lambda **options: instructor)
     ready = SimpleNamespace(total=SimpleNamespace(ready=used))
     data.trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(
-            lm=SimpleNamespace(text=Text(tokenizer, 128)),
-            editor=SimpleNamespace(instructor=lambda **options: instructor),
-        ),
         global_rank=rank,
         world_size=world,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=ready)),
@@ -208,10 +205,10 @@ def test_batches_are_tokenised_with_the_settings(tokenizer, source):
     assert data.transfer_batch_to_device(batch, "cpu", 0).records == batch.records
 
 
-def test_the_stream_needs_a_trainer(source):
+def test_the_stream_needs_the_module(source):
     data = EditData(train=[source("a")])
     data.setup("fit")
-    with pytest.raises(UserError, match="needs a Trainer"):
+    with pytest.raises(UserError, match=r"needs the editing module: call module\.connect"):
         data.train_dataloader()
 
 

@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from instructedit import tracking
 from instructedit.cli import main
-from instructedit.experiments import runs
+from instructedit.experiments import runner
 
 GRID = {
     "title": "A try",
@@ -56,7 +56,7 @@ def run(store, out, *options):
 def watched(monkeypatch, fails=None, error=None):
     """Which rows and seeds are really run."""
     done = []
-    original = runs.run_row
+    original = runner.run_row
 
     def run_row(experiment, name, seed, *rest):
         if name == fails:
@@ -64,7 +64,7 @@ def watched(monkeypatch, fails=None, error=None):
         done.append((name, seed))
         return original(experiment, name, seed, *rest)
 
-    monkeypatch.setattr(runs, "run_row", run_row)
+    monkeypatch.setattr(runner, "run_row", run_row)
     return done
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from instructedit.experiments.grid import Grid, Row
-from instructedit.experiments.runs import Child
-from instructedit.experiments.views import Results
-from instructedit.experiments.views.cases import CasesView
+from instructedit.experiments.runner import RunResult
+from instructedit.experiments.sections import Results
+from instructedit.experiments.sections.cases import CasesSection
+from instructedit.experiments.spec import Grid, Row
 
 TITLES = {"counterfact": "CounterFact", "zsre": "ZsRE (held out)"}
 #: Record to whether A and B answer it right.
@@ -38,11 +38,11 @@ def shown(**options: int) -> list[pd.DataFrame]:
     rows = {"unedited": Row("unedited", fit=False), "B": Row("mend"), "A": Row("instructedit")}
     grid = Grid("t", (4,), rows, compare=(("A", "none"), ("A", "B")), options={"cases": options})
     children = {
-        "A": [Child("a", 4, table(0, True), None, {}, Path())],
-        "B": [Child("b", 4, table(1, False), None, {}, Path())],
+        "A": [RunResult("a", 4, table(0, True), None, {}, Path())],
+        "B": [RunResult("b", 4, table(1, False), None, {}, Path())],
     }
     results = Results("cases", grid, "one", children, None, TITLES)
-    return [one.frame for one in CasesView().show(results) if one.frame is not None]
+    return [one.frame for one in CasesSection().show(results) if one.frame is not None]
 
 
 def test_the_first_records_of_each_sort_are_chosen() -> None:
@@ -77,7 +77,7 @@ def test_the_counts_are_of_all_records() -> None:
 def test_without_free_answers_or_a_pair_there_is_nothing() -> None:
     grid = Grid("t", (0,), {"A": Row("mend"), "B": Row("mend")}, compare=(("A", "B"),))
     bare = table(0, False).drop(columns=["generated", "after", "before"])
-    children = {name: [Child("a", 0, bare, None, {}, Path())] for name in "AB"}
-    assert list(CasesView().show(Results("cases", grid, "one", children, None, TITLES))) == []
-    alone = {"A": [Child("a", 0, table(0, False), None, {}, Path())]}
-    assert list(CasesView().show(Results("cases", grid, "one", alone, None, TITLES))) == []
+    children = {name: [RunResult("a", 0, bare, None, {}, Path())] for name in "AB"}
+    assert list(CasesSection().show(Results("cases", grid, "one", children, None, TITLES))) == []
+    alone = {"A": [RunResult("a", 0, table(0, False), None, {}, Path())]}
+    assert list(CasesSection().show(Results("cases", grid, "one", alone, None, TITLES))) == []

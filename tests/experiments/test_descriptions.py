@@ -12,10 +12,10 @@ from scipy.stats import false_discovery_control
 from instructedit.analysis.descriptions import description_dots, description_spread, description_tests
 from instructedit.analysis.summary import summarise
 from instructedit.errors import UserError
-from instructedit.experiments.grid import Grid, Row
-from instructedit.experiments.runs import Child
-from instructedit.experiments.views import Results
-from instructedit.experiments.views.descriptions import DescriptionsView, group_of
+from instructedit.experiments.runner import RunResult
+from instructedit.experiments.sections import Results
+from instructedit.experiments.sections.descriptions import DescriptionsSection, group_of
+from instructedit.experiments.spec import Grid, Row
 from instructedit.instructions import InstructionBank, bank_names
 from instructedit.paths import SHARED
 
@@ -136,9 +136,9 @@ def test_the_view() -> None:
         for name, number in numbers.items()
     }
     grid = Grid("A try", (0, 1), rows, options={"descriptions": {"resamples": 400}})
-    children = {name: [Child("run", s, table(name, s), None, {}, Path()) for s in (0, 1)] for name in numbers}
+    children = {name: [RunResult("run", s, table(name, s), None, {}, Path()) for s in (0, 1)] for name in numbers}
     results = Results("try", grid, "one", children, None, {"zsre": "ZsRE (held out)"})
-    dots, spread, tests = DescriptionsView().show(results)
+    dots, spread, tests = DescriptionsSection().show(results)
     assert dots.figure is not None
     assert spread.frame is not None
     assert tests.frame is not None
@@ -148,4 +148,4 @@ def test_the_view() -> None:
     assert "this table, 8 (Holm)" in tests.note
     plain = Grid("A try", (0,), {"s1": Row("mend")})
     only = {"s1": children["s1"]}
-    assert list(DescriptionsView().show(Results("try", plain, "one", only, None, {"zsre": "ZsRE"}))) == []
+    assert list(DescriptionsSection().show(Results("try", plain, "one", only, None, {"zsre": "ZsRE"}))) == []

@@ -19,8 +19,8 @@ from instructedit.errors import UserError
 from instructedit.experiments import Experiment, Grid
 from instructedit.experiments import fingerprint as fingerprints
 from instructedit.experiments.fingerprint import fingerprint
-from instructedit.experiments.views import Shown
-from instructedit.experiments.views.metrics import MetricsView
+from instructedit.experiments.sections import Panel, Section
+from instructedit.experiments.sections.metrics import MetricsSection
 from instructedit.lm import FrozenLM
 from instructedit.tracking import artifact_path, runs
 
@@ -41,8 +41,12 @@ WRONG = {
     "test of what is not fitted": (["rows", "raw"], {"of": "unedited"}, "rows: raw: of: row 'unedited' is not fitted"),
     "no config of all": (["configs"], ["absent.yaml"], "row 'unedited': configs: "),
     "no config of a row": (["rows", "MEND", "configs"], ["absent.yaml"], "row 'MEND': configs: "),
-    "unknown view": (["views"], ["table", "tabel"], "grid.yaml: views: no view 'tabel'; there are: areas, "),
-    "options of no view": (["options"], {"tabel": {}}, "grid.yaml: options: no view 'tabel'"),
+    "unknown section": (
+        ["sections"],
+        ["table", "tabel"],
+        "grid.yaml: sections: no section 'tabel'; there are: areas, ",
+    ),
+    "options of no section": (["options"], {"tabel": {}}, "grid.yaml: options: no section 'tabel'"),
     "unknown key of the search": (
         ["search"],
         {"base": "MEND", "parameters": {"--a": [1]}, "tries": 1},
@@ -319,18 +323,18 @@ def test_all_rows_fail(place, whole, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_view_that_fails_does_not_take_the_others_along(place, whole, monkeypatch, tmp_path):
+def test_a_section_that_fails_does_not_take_the_others_along(place, whole, monkeypatch, tmp_path):
     def broken(self, results):
-        yield Shown("first", "First", frame=pd.DataFrame({"a": [1]}))
+        yield Panel("first", "First", frame=pd.DataFrame({"a": [1]}))
         raise RuntimeError("no such colour")
 
-    monkeypatch.setattr(MetricsView, "show", broken)
+    monkeypatch.setattr(MetricsSection, "show", broken)
     status, _, errors = run(whole.store, tmp_path / "out", "--rows=[unedited, MEND]", "--seeds=[3]")
     assert status == 2
-    assert "instructedit: error: view 'metrics': no such colour" in errors
-    assert errors.splitlines()[-1].endswith("1 of 6 views failed, see above: metrics")
+    assert "instructedit: error: section 'metrics': no such colour" in errors
+    assert errors.splitlines()[-1].endswith("1 of 6 sections failed, see above: metrics")
     page = (tmp_path / "out/index.html").read_text()
-    assert "1 of 6 views failed, see above: metrics" in page
+    assert "1 of 6 sections failed, see above: metrics" in page
     assert {"table.md", "first.csv", "areas.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert parents(whole.store)[0].info.status == "FAILED"
 
@@ -381,3 +385,13 @@ def test_the_experiments_run_links_its_page(whole):
     place = f"#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}/artifacts/index.html"
     assert note.startswith(f"[results page]({place})")
     assert "| ZsRE (held out) | Reliability | paper |" in note
+
+
+def test_the_old_key_and_names_of_sections_are_read_for_now(copy):
+    write(copy / "experiments/try/grid.yaml", changed(["views"], ["table", "areas"]))
+    with pytest.warns(UserWarning, match=r"grid\.yaml: views: this key is called sections now"):
+        grid = Grid.load(copy / "experiments/try/grid.yaml")
+    assert grid.sections == ("table", "areas")
+    with pytest.warns(DeprecationWarning, match="import Section"):
+        from instructedit.experiments.views import Shown, View
+    assert (Shown, View) == (Panel, Section)

@@ -12,10 +12,10 @@ from scipy.stats import ttest_1samp
 
 from instructedit.analysis import EditingAreas
 from instructedit.analysis.magnitudes import magnitude_boxes, magnitude_spread, magnitudes
-from instructedit.experiments.grid import Grid, Row
-from instructedit.experiments.runs import Child
-from instructedit.experiments.views import Results
-from instructedit.experiments.views.magnitudes import MagnitudesView
+from instructedit.experiments.runner import RunResult
+from instructedit.experiments.sections import Results
+from instructedit.experiments.sections.magnitudes import MagnitudesSection
+from instructedit.experiments.spec import Grid, Row
 
 SITE = "h.5.mlp.c_proj.weight"
 TITLES = {"recent": "Recent", "convsent": "ConvSent"}
@@ -71,12 +71,12 @@ def test_boxes_stand_at_the_quartiles_of_each_task() -> None:
 
 
 def test_the_view() -> None:
-    def child(own: EditingAreas | None, seed: int) -> Child:
-        return Child(f"run-{seed}", seed, pd.DataFrame(), own, TITLES, Path("nowhere"))
+    def child(own: EditingAreas | None, seed: int) -> RunResult:
+        return RunResult(f"run-{seed}", seed, pd.DataFrame(), own, TITLES, Path("nowhere"))
 
     rows = {"unedited": [child(None, 0)], "MEND": [child(areas(0), 0), child(areas(1), 1)]}
     grid = Grid("A try", (0, 1), {name: Row("mend") for name in rows})
-    figure, table = MagnitudesView().show(Results("try", grid, "one", rows, None, TITLES))
+    figure, table = MagnitudesSection().show(Results("try", grid, "one", rows, None, TITLES))
     assert figure.figure is not None
     assert [text.get_text() for text in figure.figure.legends[0].get_texts()] == ["Recent", "ConvSent"]
     assert table.frame is not None
@@ -84,4 +84,4 @@ def test_the_view() -> None:
     assert (line["method"], line["layer"], line["seeds"]) == ("MEND", "block 5 · c_proj", 2)
     assert line["ratio"].endswith("]")
     none = {"unedited": rows["unedited"]}
-    assert list(MagnitudesView().show(Results("try", grid, "one", none, None, TITLES))) == []
+    assert list(MagnitudesSection().show(Results("try", grid, "one", none, None, TITLES))) == []

@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from tests.experiments.helpers import GRID, run, watched, write
 
-from instructedit.experiments import Experiment, runs
+from instructedit.experiments import Experiment, runner
 from instructedit.tracking import load_table
 from instructedit.tracking import runs as stored
 
@@ -20,7 +20,7 @@ OF = GRID | {
         "never": {"editor": "unedited", "fit": False, "hidden": True},
     },
     "compare": [["ZsRE alone", "raw"]],
-    "views": ["table", "differences"],
+    "sections": ["table", "differences"],
 }
 
 
@@ -41,14 +41,14 @@ def test_rows_of_another_row(repository, tmp_path, monkeypatch):
     store, out = tmp_path / "store", tmp_path / "out"
     with monkeypatch.context() as patch:
         # killed after the fit, before its test
-        original = runs.run_row
+        original = runner.run_row
 
         def run_row(experiment, name, *rest):
             if name == "ZsRE alone":
                 raise KeyboardInterrupt
             return original(experiment, name, *rest)
 
-        patch.setattr(runs, "run_row", run_row)
+        patch.setattr(runner, "run_row", run_row)
         assert run(store, out)[0] == 130
     assert set(names(store)) == {"try", "try/MEND/seed-3"}
 
@@ -119,6 +119,6 @@ def test_its_options_come_last_and_its_fingerprint_has_the_fits(repository):
 
 def test_what_only_shows_results_is_in_no_fingerprint(repository):
     mark = Experiment.load("try", "one").fingerprint("raw", 3)
-    shown = {"layout": "wide", "views": ["table"], "title": "Another", "note": "Why?", "compare": []}
+    shown = {"layout": "wide", "sections": ["table"], "title": "Another", "note": "Why?", "compare": []}
     write(repository / "experiments/try/grid.yaml", OF | shown)
     assert Experiment.load("try", "one").fingerprint("raw", 3) == mark

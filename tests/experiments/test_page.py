@@ -14,7 +14,7 @@ from tests.experiments.helpers import GRID, parents, run, write
 from instructedit import paths
 from instructedit.experiments import Experiment
 from instructedit.experiments.page import figure_html, frame_html, markdown_html, page
-from instructedit.experiments.views import Results, Shown
+from instructedit.experiments.sections import Panel, Results
 from instructedit.tracking import MLflowTracker, artifact_path
 
 EVIL = "<script>alert('x')</script>"
@@ -99,13 +99,13 @@ def test_all_that_is_shown_is_escaped(made_page):
     figure = Figure()
     figure.subplots().set_title(EVIL)
     shown = [
-        Shown("a", f"Table {EVIL}", f"note {EVIL}", frame=pd.DataFrame({f"c{EVIL}": [EVIL], "run_id": [f'"{EVIL}']})),
-        Shown(
+        Panel("a", f"Table {EVIL}", f"note {EVIL}", frame=pd.DataFrame({f"c{EVIL}": [EVIL], "run_id": [f'"{EVIL}']})),
+        Panel(
             "a",
             "Words",
             markdown=f"| a |\n|---|\n| {EVIL} |\n\n![x](https://example.org/x.png) [y](http://y)\n\n{EVIL}",
         ),
-        Shown("c", f'" onload="{EVIL}', figure=figure, frame=pd.DataFrame({"x": [1]})),
+        Panel("c", f'" onload="{EVIL}', figure=figure, frame=pd.DataFrame({"x": [1]})),
     ]
     parent = parents(experiment.root)[0]
     tracker = MLflowTracker(root=experiment.root, run_id=parent.info.run_id)
@@ -116,7 +116,7 @@ def test_all_that_is_shown_is_escaped(made_page):
         assert said in read.text, said
     assert "onload=" in read.text
     assert 'id="a"' in text
-    assert 'id="a-"' in text  # two views may choose one name
+    assert 'id="a-"' in text  # two sections may choose one name
 
 
 def test_a_table_on_the_page():

@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from instructedit import lightning_cli
 from instructedit.callbacks import EditingAreaDump
 from instructedit.cli import main
 from instructedit.data.module import EditData, Place, TaskSource
 from instructedit.errors import UserError
 from instructedit.experiments.experiment import Experiment
-from instructedit.lightning_cli import EditingCLI, run
 from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.paths import SHARED
 from instructedit.tasks.tiny.datasets import raw_records
@@ -69,9 +69,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Iterator[
 
 def build(place: Path, scale: str, arguments: list[str]) -> Built:
     options = [f"--model.lm.name={place / scale}", "--trainer.logger=false", "--trainer.accelerator=cpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EditingCLI, "_run_subcommand", lambda self, subcommand: None)
-        cli = run([*arguments, *options])
+    cli = lightning_cli.run([*arguments, *options], lightning_cli.Built)
     return cli.model, cli.datamodule, cli.trainer
 
 

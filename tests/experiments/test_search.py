@@ -23,7 +23,7 @@ SEARCH = GRID | {
     "rows": {"MEND": {"editor": "mend", "configs": ["configs/steps.yaml"], "hidden": True}},
     "compare": [],
     "search": {"base": "MEND", "parameters": {"--model.lr": RATES, "--model.editor.rank": RANKS}},
-    "views": ["search"],
+    "sections": ["search"],
 }
 
 
@@ -147,7 +147,8 @@ def test_a_pruned_fit_ends_early_and_the_rest_goes_on(repository, tmp_path, monk
     spec = {"base": "MEND", "parameters": {"--model.lr": [0.1]}, "pruner": "median"}
     row = SEARCH["rows"]["MEND"] | {"hidden": False}
     write(
-        repository / "experiments/try/grid.yaml", SEARCH | {"search": spec, "rows": {"MEND": row}, "views": ["table"]}
+        repository / "experiments/try/grid.yaml",
+        SEARCH | {"search": spec, "rows": {"MEND": row}, "sections": ["table"]},
     )
     monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: optuna.pruners.ThresholdPruner(lower=2.0))
     status, _, errors = run(tmp_path / "store", tmp_path / "out")

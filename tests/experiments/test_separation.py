@@ -17,10 +17,10 @@ from instructedit.analysis.seeds import across_seeds, interval_text
 from instructedit.analysis.separations import map_pairs, separation_dots, separation_table
 from instructedit.errors import UserError
 from instructedit.experiments.experiment import shared_titles
-from instructedit.experiments.grid import Grid, Row
-from instructedit.experiments.runs import Child
-from instructedit.experiments.views import Results
-from instructedit.experiments.views.separation import SeparationView
+from instructedit.experiments.runner import RunResult
+from instructedit.experiments.sections import Results
+from instructedit.experiments.sections.separation import SeparationSection
+from instructedit.experiments.spec import Grid, Row
 
 SITES = ["h.4.mlp.c_fc.weight", "h.5.mlp.c_proj.weight"]
 TITLES = {"counterfact": "CounterFact", "zsre": "ZsRE (held out)"}
@@ -38,11 +38,11 @@ def areas(distance: float, seed: int, sites: list[str] = SITES, titles: dict[str
     return EditingAreas.from_factors([str(i) for i in range(24)], tasks, factors)
 
 
-def child(own: EditingAreas | None, seed: int = 0, titles: dict[str, str] = TITLES) -> Child:
-    return Child(f"run-{seed}", seed, pd.DataFrame(), own, titles, Path("nowhere"))
+def child(own: EditingAreas | None, seed: int = 0, titles: dict[str, str] = TITLES) -> RunResult:
+    return RunResult(f"run-{seed}", seed, pd.DataFrame(), own, titles, Path("nowhere"))
 
 
-def results(rows: dict[str, list[Child]], **options: float) -> Results:
+def results(rows: dict[str, list[RunResult]], **options: float) -> Results:
     grid = Grid("A try", (0,), {name: Row("mend") for name in rows}, options={"separation": options})
     return Results("try", grid, "one", rows, None, TITLES)
 
@@ -127,7 +127,7 @@ def test_a_task_is_one_task_whatever_a_run_held_out() -> None:
     """Runs that trained on other tasks have other titles; the maps show one colour and one name for both."""
     other = {"counterfact": "CounterFact (held out)", "zsre": "ZsRE"}
     rows = {"a": [child(areas(2, 0))], "b": [child(areas(2, 0, titles=other), titles=other)]}
-    shown = list(SeparationView().show(results(rows)))
+    shown = list(SeparationSection().show(results(rows)))
     assert [one.name for one in shown] == ["separation", "separation-table", "map-0", "map-1"]
     figure = shown[2].figure
     assert figure is not None
@@ -141,14 +141,14 @@ def test_a_task_is_one_task_whatever_a_run_held_out() -> None:
 
 
 def test_the_grid_says_perplexity_and_seed() -> None:
-    shown = list(SeparationView().show(results({"a": [child(areas(2, 0))]}, perplexity=4, seed=9)))
+    shown = list(SeparationSection().show(results({"a": [child(areas(2, 0))]}, perplexity=4, seed=9)))
     assert shown[2].figure is not None
     assert "perplexity 4, seed 9" in shown[2].figure.get_supxlabel()
 
 
 def test_rows_without_areas_show_nothing() -> None:
-    assert list(SeparationView().show(results({"unedited": [child(None)]}))) == []
-    shown = list(SeparationView().show(results({"unedited": [child(None)], "a": [child(areas(1, 0))]})))
+    assert list(SeparationSection().show(results({"unedited": [child(None)]}))) == []
+    shown = list(SeparationSection().show(results({"unedited": [child(None)], "a": [child(areas(1, 0))]})))
     assert shown[1].frame is not None
     assert set(shown[1].frame["method"]) == {"a"}
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from instructedit.analysis.statistics import dataset_statistics
-from instructedit.experiments.grid import Grid, Row, published
-from instructedit.experiments.runs import Child
-from instructedit.experiments.views import Results
-from instructedit.experiments.views.statistics import StatisticsView
+from instructedit.experiments.runner import RunResult
+from instructedit.experiments.sections import Results
+from instructedit.experiments.sections.statistics import StatisticsSection
+from instructedit.experiments.spec import Grid, Row, published
 from instructedit.paths import SHARED
 from instructedit.records import EditRecord, EditRequest, Probe
 from instructedit.tasks.tiny.datasets import raw_records
@@ -20,7 +20,7 @@ from instructedit.tasks.tiny.datasets import raw_records
 TITLES = {"recent": "Recent", "convsent": "ConvSent", "zsre": "ZsRE (held out)"}
 
 
-class Kept(Child):
+class Kept(RunResult):
     """A run whose only artifact is a config that the test wrote."""
 
     def artifact(self, name: str) -> Path:
@@ -36,9 +36,9 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     figures = published(SHARED / "experiments" / "table5" / "paper.csv", "Table 5")
     grid = Grid("t", (0,), {"unedited": Row("unedited", fit=False)})
-    rows: dict[str, list[Child]] = {"unedited": [Kept("run", 0, pd.DataFrame(), None, TITLES, folder)]}
+    rows: dict[str, list[RunResult]] = {"unedited": [Kept("run", 0, pd.DataFrame(), None, TITLES, folder)]}
     results = Results("table5", grid, "one", rows, figures, TITLES)
-    return {one.name: one.frame for one in StatisticsView().show(results) if one.frame is not None}
+    return {one.name: one.frame for one in StatisticsSection().show(results) if one.frame is not None}
 
 
 def test_counts_are_those_of_the_raw_records(shown: dict[str, pd.DataFrame]) -> None:
@@ -85,4 +85,4 @@ def test_tokens_and_shared_probes() -> None:
 
 def test_no_runs_no_statistics() -> None:
     grid = Grid("t", (0,), {"unedited": Row("unedited", fit=False)})
-    assert list(StatisticsView().show(Results("table5", grid, "one", {}, None, {}))) == []
+    assert list(StatisticsSection().show(Results("table5", grid, "one", {}, None, {}))) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import lightning as L  # noqa: N812
@@ -17,7 +18,7 @@ from instructedit.editors import base
 from instructedit.editors.losses import EditingLoss
 from instructedit.editors.products import held as products_of
 from instructedit.errors import UserError
-from instructedit.lightning_cli import run
+from instructedit.lightning_cli import Built, run
 from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.training import module as training
 
@@ -219,12 +220,49 @@ def test_an_editor_without_parameters_has_nothing_to_fit(options):
         run(["fit", *rest, "--model.editor=Unedited", "--model.lr=1e-3"])
 
 
+# -- without the command line -------------------------------------------------------------------------------------
+
+
+def alone(options, tmp_path):
+    """What the command line builds, as a script of one's own would hold it; and a Trainer."""
+    built = run(["fit", *options], Built)
+    built.model._data = None
+    trainer = L.Trainer(
+        max_steps=2, max_epochs=-1, logger=False, accelerator="cpu", enable_checkpointing=False, limit_val_batches=0,
+        enable_progress_bar=False, enable_model_summary=False, inference_mode=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    return built.model, built.datamodule, trainer
+
+
+def test_the_module_is_connected_with_its_data(options, tmp_path):
+    model, data, trainer = alone(options, tmp_path)
+    model.connect(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        trainer.fit(model, data)
+    assert (trainer.global_step, model.data) == (2, data)
+
+
+def test_data_that_only_the_trainer_knows_is_still_found(options, tmp_path):
+    model, data, trainer = alone(options, tmp_path)
+    with pytest.warns(DeprecationWarning, match=r"call module\.connect\(data\)"):
+        trainer.fit(model, data)
+    assert (trainer.global_step, model.data) == (2, data)
+
+
+def test_a_module_without_data_says_so(options, tmp_path):
+    model, _, trainer = alone(options, tmp_path)
+    model.trainer = trainer
+    with pytest.raises(UserError, match=r"needs its data: call module\.connect\(data\)"):
+        _ = model.data
+
+
 # -- two processes ------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-from instructedit.lightning_cli import run
+from instructedit.lightning_cli import Built, run
 out, *args = sys.argv[1:]
 cli = run(args)
 cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=None, verbose=False)

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
         metric_dots,
     )
     from instructedit.analysis.summary import summarise
-    from instructedit.analysis.tables import html_table, latex_table, markdown_table, rich_table
+    from instructedit.analysis.tables import html_table, markdown_table, rich_table
     from instructedit.drawing import save_figure
 
 _MODULES = {
     "areas": ("EditingAreas", "cosines", "embed", "fitting_perplexity", "principal_components", "separation"),
     "figures": ("area_map", "area_maps", "many_edits_figure", "metric_bars", "metric_dots"),
     "summary": ("summarise",),
-    "tables": ("html_table", "latex_table", "markdown_table", "rich_table"),
+    "tables": ("html_table", "markdown_table", "rich_table"),
 }
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "embed",
     "fitting_perplexity",
     "html_table",
-    "latex_table",
     "many_edits_figure",
     "markdown_table",
     "metric_bars",

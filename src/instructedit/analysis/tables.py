@@ -1,4 +1,4 @@
-"""Result tables with intervals, for the terminal, Markdown and LaTeX, in two layouts.
+"""Result tables with intervals, for the terminal, Markdown and HTML, in two layouts.
 
 ``wide`` is the paper's Table 3: a row for each task and metric, a column for each method. ``tall`` is for many methods:
 a part for each task, in it a row for each method and a column for each metric.
@@ -28,12 +28,6 @@ Layout = Literal["wide", "tall"]
 
 _PAPER = "paper"
 _MARKDOWN_SPECIAL = re.compile(r"([\\|*_`<>\[\]])")
-_LATEX_SPECIAL = {char: f"\\{char}" for char in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "–": "--",
-}
 
 _Values = dict[tuple[str, str, str], tuple[float, ...]]  # (method, task, metric) to (mean, low, high)
 _Shown = dict[tuple[str, str], list[str]]  # (task, its title) to its metrics
@@ -183,31 +177,6 @@ def html_table(
     return "\n".join(tables)
 
 
-def latex_table(
-    summary: pd.DataFrame,
-    titles: Mapping[str, str] | None = None,
-    baselines: pd.DataFrame | None = None,
-    metrics: Sequence[str] | None = None,
-    layout: Layout = "wide",
-) -> str:
-    """The table of ``rich_table`` as a LaTeX ``tabular``; it needs the package booktabs."""
-    styles = {_Mark.BEST: r"\textbf{{{}}}", _Mark.SECOND: r"\underline{{{}}}", _Mark.NONE: "{}", _Mark.PUBLISHED: "{}"}
-
-    def line(cells: Iterable[str]) -> str:
-        return " & ".join(cells) + r" \\"
-
-    parts = _parts(summary, titles, baselines, metrics, layout)
-    columns = ("l" * part.names + "r" * (len(part.header) - part.names) for part in parts)
-    lines = [rf"\begin{{tabular}}{{{max(columns, key=len, default='l')}}}"]
-    for part in parts:
-        lines += [r"\toprule" if part is parts[0] else r"\midrule", line(map(_latex, part.header))]
-        for row in part.rows:
-            lines += [r"\midrule"] * row.section
-            cells = (styles[cell.mark].format(_latex(cell.text)) for cell in row.cells)
-            lines.append(line([*map(_latex, row.names), *cells]))
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
 def in_order(names: Iterable[str], first: Iterable[str]) -> list[str]:
     """Each name once: those in ``first`` in its order, then the others as they come."""
     present = dict.fromkeys(names)
@@ -315,7 +284,3 @@ def _aligned(text: str) -> str:
 
 def _markdown(text: str) -> str:
     return _MARKDOWN_SPECIAL.sub(r"\\\1", text)
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX_SPECIAL.get(char, char) for char in text)

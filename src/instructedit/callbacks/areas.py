@@ -11,10 +11,9 @@ import lightning as L  # noqa: N812
 from lightning.pytorch.utilities import rank_zero_info
 
 from instructedit.analysis import EditingAreas, area_maps
-from instructedit.callbacks.results import task_titles
+from instructedit.artifacts import artifacts
 from instructedit.edits import Edit, LowRankEdit
 from instructedit.records import EditRecord
-from instructedit.tracking import MLflowTracker
 
 
 class EditingAreaDump(L.Callback):
@@ -61,15 +60,17 @@ class EditingAreaDump(L.Callback):
         if not self.parts:
             return
         self.areas = EditingAreas.concat(self.parts)
-        titles = task_titles(trainer)
+        titles = pl_module.data.titles
         self.areas.tasks = [titles.get(t, t) for t in self.areas.tasks]
-        tracker = trainer.logger
-        if isinstance(tracker, MLflowTracker):
-            with tempfile.TemporaryDirectory() as folder:
-                file = Path(folder, "areas.safetensors")
-                self.areas.save(file, half=True)
-                tracker.log_file(file, "areas")
-            if len(self.areas) >= 5:
-                tracker.log_figure(area_maps({pl_module.editor.name: self.areas}), "areas")
-            else:
-                rank_zero_info("too few test records for a map of editing areas")
+        keepers = artifacts(trainer)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "areas.safetensors")
+            self.areas.save(file, half=True)
+            for keeper in keepers:
+                keeper.log_file(file, "areas")
+        if len(self.areas) < 5:
+            rank_zero_info("too few test records for a map of editing areas")
+        elif keepers:
+            figure = area_maps({pl_module.editor.name: self.areas})
+            for keeper in keepers:
+                keeper.log_figure(figure, "areas")

@@ -7,9 +7,9 @@ from typing import Any
 import lightning as L  # noqa: N812
 from lightning.pytorch.utilities import rank_zero_info
 
+from instructedit.artifacts import artifacts
 from instructedit.editors.mend import Mend
 from instructedit.editors.rates import RateLoss, best_rate, sweep_rates
-from instructedit.tracking import MLflowTracker
 
 
 class EditRateSweep(L.Callback):
@@ -35,7 +35,7 @@ class EditRateSweep(L.Callback):
         if not (isinstance(editor, Mend) and editor.rate_is_open):
             return
         pl_module.lm.to(pl_module.device)
-        batch = trainer.datamodule.first_records(self.records).to(pl_module.device)
+        batch = pl_module.data.first_records(self.records).to(pl_module.device)
         self.tried = sweep_rates(editor, batch, pl_module.loss_weights)
         rate = trainer.strategy.broadcast(best_rate(self.tried))  # one number, whatever rounding does
         editor.start_at(rate)
@@ -49,13 +49,15 @@ class EditRateSweep(L.Callback):
         self._log(trainer, rate)
 
     def _log(self, trainer: Any, rate: float) -> None:
-        if trainer.logger is not None:
-            trainer.logger.log_metrics({"edit_rate": rate}, 0)
-        if isinstance(trainer.logger, MLflowTracker) and trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics({"edit_rate": rate}, 0)
+        if trainer.is_global_zero and (keepers := artifacts(trainer)):
             from pandas import DataFrame
 
             from instructedit.analysis.figures import edit_rate_curve
 
             table = DataFrame(self.tried)
-            trainer.logger.log_table(table, "edit_rates")
-            trainer.logger.log_figure(edit_rate_curve(table, rate), "edit_rates")
+            figure = edit_rate_curve(table, rate)
+            for keeper in keepers:
+                keeper.log_table(table, "edit_rates")
+                keeper.log_figure(figure, "edit_rates")

@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning as L  # noqa: N812
 
+from instructedit.artifacts import artifacts
 from instructedit.editors import load_editor
-from instructedit.tracking import MLflowTracker
 
 
 def best_checkpoint(trainer: Any) -> str:
@@ -27,9 +27,11 @@ class EditorModel(L.Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """After the checkpoints: Lightning writes the last one when training ends."""
         best = best_checkpoint(trainer)
-        if not best or not isinstance(trainer.logger, MLflowTracker) or not trainer.is_global_zero:
+        keepers = artifacts(trainer)
+        if not best or not keepers or not trainer.is_global_zero:
             return
         with tempfile.TemporaryDirectory() as folder:
             editor = Path(folder, "editor")
             load_editor(best, pl_module.lm).save_pretrained(editor)
-            trainer.logger.log_file(editor)
+            for keeper in keepers:
+                keeper.log_file(editor)

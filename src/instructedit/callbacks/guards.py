@@ -37,7 +37,7 @@ class Guards(L.Callback):
 
     @torch.no_grad()
     def _check_base(self, trainer: Any, module: Any) -> None:
-        tasks = trainer.datamodule.records["fit"].values()
+        tasks = module.data.records["fit"].values()
         share = -(-self.base_records // len(tasks))
         records = [record for task in tasks for record in islice(task, share)]
         batch = module.lm.encode(

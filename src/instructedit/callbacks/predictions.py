@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning as L  # noqa: N812
 
+from instructedit.artifacts import artifacts
 from instructedit.console import console
-from instructedit.tracking import MLflowTracker
 
 
 class PredictionTable(L.Callback):
@@ -42,5 +42,5 @@ class PredictionTable(L.Callback):
             words = [str(row[c]).strip().splitlines() for c in ("prompt", "answer", "before", "after")]
             table.add_row(row["task"], *(lines[-1] if lines else "" for lines in words))
         console().print(table)
-        if isinstance(trainer.logger, MLflowTracker):
-            trainer.logger.log_table(DataFrame(self.rows), "predictions")
+        for keeper in artifacts(trainer):
+            keeper.log_table(DataFrame(self.rows), "predictions")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import lightning as L  # noqa: N812
 from torch import distributed
 
+from instructedit.artifacts import artifacts
 from instructedit.console import console
 from instructedit.evaluation import Outcome, Row
-from instructedit.tracking import MLflowTracker
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -54,29 +54,19 @@ class ResultTables(L.Callback):
 
         self.table = DataFrame(rows).drop(columns="aliases")
         self.summary = summarise(DataFrame(rows), self.method or pl_module.editor.name)
-        titles = task_titles(trainer)
+        titles = pl_module.data.titles
         if self.show:
             console().print(rich_table(self.summary, titles=titles))
-        tracker = trainer.logger
-        if isinstance(tracker, MLflowTracker):
-            tracker.log_table(self.table, "probes")
-            tracker.log_table(self.summary, "summary")
-            tracker.log_figure(metric_bars(self.summary, titles=titles), "metrics")
-            means = {f"test/{row.task}/{row.metric}": row.mean for row in self.summary.itertuples()}
-            more = {name: mean for name, mean in means.items() if name not in trainer.callback_metrics}
-            tracker.log_metrics(more, trainer.global_step)  # where Lightning logs its own: the UI draws bars, not lines
-
-
-def task_titles(trainer: Any) -> dict[str, str]:
-    """Task → its name in tables, with a word for those that are held out of training."""
-    from instructedit.tasks import task_title
-
-    data = trainer.datamodule
-    trained = {source.name for source in data.sources["fit"]}
-    return {
-        source.name: task_title(source.name) + ("" if source.name in trained or not trained else " (held out)")
-        for source in data.sources["test"]
-    }
+        if keepers := artifacts(trainer):
+            figure = metric_bars(self.summary, titles=titles)
+            for keeper in keepers:
+                keeper.log_table(self.table, "probes")
+                keeper.log_table(self.summary, "summary")
+                keeper.log_figure(figure, "metrics")
+        means = {f"test/{row.task}/{row.metric}": row.mean for row in self.summary.itertuples()}
+        more = {name: mean for name, mean in means.items() if name not in trainer.callback_metrics}
+        for logger in trainer.loggers:  # where Lightning logs its own: the UI draws bars, not lines
+            logger.log_metrics(more, trainer.global_step)
 
 
 def _from_all(rows: list[Row]) -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from instructedit.data.batch import Collator, EditBatch
 from instructedit.data.mixture import MixtureSampler
 from instructedit.errors import UserError
+from instructedit.instructions import Instructor
+from instructedit.lm import Text
 from instructedit.records import EditRecord
-from instructedit.tasks import LoadReport, load_records
+from instructedit.tasks import LoadReport, load_records, task_title
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,16 @@ class EditData(L.LightningDataModule):
         self.records: dict[str, dict[str, list[EditRecord]]] = {}
         self.reports: list[LoadReport] = []
         self.batches_used = 0
+        self._encoding: tuple[Text, Callable[..., Instructor | None]] | None = None
+
+    def connect(self, text: Text, instructor: Callable[..., Instructor | None]) -> None:
+        """Says how training records become tokens; `EditingModule.connect` calls this with what is its own.
+
+        Args:
+            text: How prompts and answers become tokens.
+            instructor: Makes, of a ``seed``, what draws the instructions; it returns None where prompts stay plain.
+        """
+        self._encoding = text, instructor
 
     def setup(self, stage: str) -> None:
         """Reads the records that the stage needs, and says what was dropped."""
@@ -140,13 +152,19 @@ class EditData(L.LightningDataModule):
         """What was read: ``task/split`` → sha256 of the bytes."""
         return {f"{r.task}/{r.split}": r.fingerprint for r in self.reports}
 
+    @property
+    def titles(self) -> dict[str, str]:
+        """Test task → its name in tables, with a word for those that are held out of training."""
+        trained = {source.name for source in self.sources["fit"]}
+        return {
+            source.name: task_title(source.name) + ("" if source.name in trained or not trained else " (held out)")
+            for source in self.sources["test"]
+        }
+
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless stream of `EditBatch`."""
         options, tasks = self.hparams, self.records["fit"]
-        trainer = self.trainer
-        if trainer is None:
-            raise UserError("data: the training stream needs a Trainer with the editing module")
-        sampler = self._sampler(options["batch_size"], self.batches_used, trainer.global_rank, trainer.world_size)
+        sampler = self._sampler(options["batch_size"], self.batches_used, *self._process())
         return DataLoader(
             _Drawn(list(tasks.values())), batch_sampler=sampler, collate_fn=self._collator(),
             num_workers=options["num_workers"], persistent_workers=options["num_workers"] > 0,
@@ -165,20 +183,23 @@ class EditData(L.LightningDataModule):
 
     def _collator(self) -> Collator:
         options = self.hparams
-        module: Any = self.trainer.lightning_module if self.trainer else None
-        if module is None:
-            raise UserError("data: the training stream needs a Trainer with the editing module")
+        if self._encoding is None:
+            raise UserError("data: the training stream needs the editing module: call module.connect(data)")
+        text, instructor = self._encoding
         return Collator(
-            module.lm.text.within(options["max_length"]),
-            module.editor.instructor(seed=options["seed"]),
+            text.within(options["max_length"]), instructor(seed=options["seed"]),
             options["rephrases"], options["replies"], options["locality"], options["seed"],
         )  # fmt: skip
 
     def _whole(self, part: str) -> DataLoader[Any]:
         """All records of all tasks, each process its share; nothing is repeated to make the shares equal."""
         records = [record for task in self.records[part].values() for record in task]
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        rank, world = self._process()
         return DataLoader(_Records(records[rank::world]), batch_size=self.hparams["eval_batch_size"], collate_fn=list)
+
+    def _process(self) -> tuple[int, int]:
+        """Which process this is, of how many."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of records."""

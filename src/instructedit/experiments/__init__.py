@@ -1,6 +1,6 @@
 """Experiments: the rows of a grid, each fitted and tested by the same command line, put side by side."""
 
 from instructedit.experiments.experiment import Experiment
-from instructedit.experiments.grid import Grid, Row, Search
+from instructedit.experiments.spec import Grid, Row, Search
 
 __all__ = ["Experiment", "Grid", "Row", "Search"]

@@ -1,151 +1,37 @@
-"""An experiment: a grid at one scale. It is run row by row, and shown by the grid's views."""
+"""An experiment: a plan that is run row by row, and shown section by section."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from instructedit import paths
-from instructedit.configs import Scale, located
-from instructedit.console import console
-from instructedit.errors import UserError, unknown
-from instructedit.experiments.fingerprint import fingerprint
-from instructedit.experiments.grid import Grid, published
+from instructedit.console import console, report_error
+from instructedit.errors import UserError
+from instructedit.experiments.plan import Plan
+from instructedit.experiments.report import report
+from instructedit.experiments.results import Results
+from instructedit.experiments.runner import Runner, RunResult
+from instructedit.experiments.search import search
+from instructedit.experiments.sections import PACKAGE, Section
+from instructedit.registry import plugins
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-    from instructedit.experiments.runs import Child, Runner
-
 
 @dataclass(frozen=True)
-class Experiment:
-    """A grid at one scale (see `load`).
+class Experiment(Plan):
+    """A plan that can be run (see `load`)."""
 
-    Attributes:
-        name: Of its folder under experiments/.
-        grid: The whole grid.
-        scale: The language model and what goes with it.
-        rows: Names of the rows to run.
-        seeds: The seeds to run them with.
-        published: Figures to put beside ours, ``method, task, metric, mean``.
-        root: Folder of the MLflow store.
-        out: Folder of the results page, tables and figures.
-        overrides: Further options of every run.
-        fresh: Run also what the store has.
-        data: Name of a config under configs/data/ that says where the records lie; None leaves that to the scale.
-    """
-
-    name: str
-    grid: Grid
-    scale: Scale
-    rows: tuple[str, ...]
-    seeds: tuple[int, ...]
-    published: DataFrame | None
-    root: Path
-    out: Path
-    overrides: tuple[str, ...] = ()
-    fresh: bool = False
-    data: str | None = None
-
-    @classmethod
-    def load(
-        cls,
-        name: str,
-        scale: str = "tiny",
-        seeds: list[int] | None = None,
-        rows: list[str] | None = None,
-        root: str = "mlruns",
-        out: str | None = None,
-        overrides: list[str] | None = None,
-        fresh: bool = False,
-        data: str | None = None,
-    ) -> Self:
-        """Reads ``experiments/<name>/grid.yaml``.
-
-        Raises:
-            UserError: If there is no such experiment, scale, row, config or published figure, or the grid is wrong.
-        """
-        folder = paths.SHARED / "experiments"
-        file = folder / name / "grid.yaml"
-        if not file.is_file():
-            raise unknown("experiment", name, sorted(p.parent.name for p in folder.glob("*/grid.yaml")))
-        grid, at = Grid.load(file), Scale.load(scale)
-        if strange := sorted(set(rows or ()) - set(grid.rows)):
-            raise UserError(f"{file}: {unknown('row', strange[0], list(grid.rows))}")
-        model = grid.paper_model or at.paper
-        figures = published(file.parent / grid.paper, model) if grid.paper and model else None
-        wanted = rows or [key for key, row in grid.rows.items() if not row.hidden]
-        place = Path(out or f"outputs/{_place(name, at.name, data)}")
-        experiment = cls(
-            name, grid, at, tuple(wanted), tuple(seeds or grid.seeds), figures, Path(root), place,
-            tuple(located(overrides or ())), fresh, data,
-        )  # fmt: skip
-        for key in grid.rows:
-            experiment.configs(key)  # a file that is missing is missed now, not after hours
-        return experiment
-
-    @property
-    def command(self) -> str:
-        """The command line that runs this experiment."""
-        parts = ["instructedit", "experiment", self.name, "--scale", self.scale.option]
-        parts += ["--seeds", json.dumps(self.seeds)]
-        parts += ["--data", self.data] if self.data else []
-        if self.rows != tuple(key for key, row in self.grid.rows.items() if not row.hidden):
-            parts += ["--rows", json.dumps(self.rows, ensure_ascii=False)]
-        return shlex.join(
-            parts + (["--overrides", json.dumps(self.overrides, ensure_ascii=False)] if self.overrides else [])
-        )
-
-    def configs(self, name: str) -> list[Path]:
-        """The config files of a row, of a row with ``of`` first those of the other row.
-
-        Raises:
-            UserError: If its editor has none, or one of its own is not there.
-        """
-        row, own = self.grid.rows[name], self._own_configs(name)
-        return [*(self.configs(row.of) if row.of else self._shared_configs(name)), *own]
-
-    def _shared_configs(self, name: str) -> list[Path]:
-        data = [f"configs/data/{self.data}.yaml"] if self.data else []
-        try:
-            return self.scale.files(self.grid.rows[name].editor, _shipped((*self.grid.configs, *data)))
-        except UserError as error:
-            raise UserError(f"row {name!r}: {error}") from error
-
-    def _own_configs(self, name: str) -> list[Path]:
-        try:
-            return _shipped(self.grid.rows[name].configs)
-        except UserError as error:
-            raise UserError(f"row {name!r}: {error}") from error
-
-    def arguments(self, name: str, seed: int) -> list[str]:
-        """The command line of a row, without its place in the store and the checkpoint that it tests."""
-        command = "fit" if self.grid.rows[name].fitted else "test"
-        seeded = (f"--seed_everything={seed}", f"--data.seed={seed}")
-        return [
-            command, *seeded, "--results.show=false", *self._options(name), f"--results.method={name}", *self.overrides
-        ]  # fmt: skip
-
-    def _options(self, name: str) -> list[str]:
-        """Configs and overrides; what a row with ``of`` says itself comes after all that the other row says."""
-        row = self.grid.rows[name]
-        first = self._options(row.of) if row.of else [f"--config={path}" for path in self._shared_configs(name)]
-        return [*first, *(f"--config={path}" for path in self._own_configs(name)), *row.overrides]
-
-    def fingerprint(self, name: str, seed: int) -> str:
-        """Of one run of a row; that of a row with ``of`` counts the other row's."""
-        of = self.grid.rows[name].of
-        return fingerprint([*([self.fingerprint(of, seed)] if of else []), *self.arguments(name, seed)])
+    def __post_init__(self) -> None:
+        known = plugins(Section, PACKAGE)
+        for key, names in (("sections", self.grid.sections), ("options", self.grid.options)):
+            if unknown := [name for name in names if name not in known]:
+                raise UserError(f"{self.file}: {key}: no section {unknown[0]!r}; there are: {', '.join(known)}")
 
     def run(self) -> DataFrame:
-        """Runs the search, then every row with every seed; shows, writes and logs what the views make of them.
+        """Runs the search, then every row with every seed; makes, writes and logs the sections of its page.
 
         A run that the store has already, whole and with the same fingerprint, is not run again.
 
@@ -153,9 +39,8 @@ class Experiment:
             The summary: ``method, task, metric, mean, low, high, n, seeds, spread``.
 
         Raises:
-            UserError: If rows or views failed; what the others gave has been written.
+            UserError: If rows or sections failed; what the others gave has been written.
         """
-        from instructedit.experiments.runs import Runner
         from instructedit.tracking import MLflowTracker
 
         tags = {"experiment": self.name, "scale": self.scale.name, "seeds": ",".join(map(str, self.seeds))}
@@ -163,16 +48,12 @@ class Experiment:
             return self._run(Runner(self, parent))
 
     def _run(self, runner: Runner) -> DataFrame:
-        from instructedit.experiments.report import report
-        from instructedit.experiments.search import search
-        from instructedit.experiments.views import Results
-
         trials, trouble = None, []
         if self.grid.search:
             try:
                 trials = search(self, runner.parent)
             except Exception as error:  # any, as for rows
-                complain("search", error)
+                report_error("search", error)
                 trouble = ["the search failed, see above"]
         done = [name for i, name in enumerate(self.rows, 1) if self._run_row(i, name, runner)]
         failed = [name for name in self.rows if name not in done]
@@ -189,33 +70,15 @@ class Experiment:
             raise UserError("; ".join(trouble))
         return results.summary
 
-    def seeds_of(self, name: str) -> tuple[int, ...]:
-        """The seeds that a row is run with: the first one alone if nothing is trained."""
-        row = self.grid.rows[name]
-        return self.seeds if row.fitted or row.of else self.seeds[:1]
-
     def _run_row(self, number: int, name: str, runner: Runner) -> bool:
         """Whether all seeds went through."""
         console().rule(f"row {number} of {len(self.rows)}: {name}")
         try:
-            children: list[Child] = [runner.child(name, seed) for seed in self.seeds_of(name)]
+            children: list[RunResult] = [runner.child(name, seed) for seed in self.seeds_of(name)]
         except Exception as error:  # any: the rows to come may need less memory, say
-            complain(f"row {name!r}", error)
+            report_error(f"row {name!r}", error)
             return False
         return bool(children)
-
-
-def _shipped(names: Sequence[str]) -> list[Path]:
-    """Files by their paths in the repository."""
-    files = [paths.SHARED / name for name in names]
-    if missing := [file for file in files if not file.is_file()]:
-        raise UserError(f"configs: {missing[0]}: no such file")
-    return files
-
-
-def _place(name: str, scale: str, data: str | None) -> str:
-    """Where an experiment's page goes: what was asked for beside the name stands in it."""
-    return "-".join([name, *([scale] if scale != "tiny" else []), *([data] if data else [])])
 
 
 def shared_titles(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -227,10 +90,3 @@ def shared_titles(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
         for task, title in titles.items():
             every.setdefault(task, set()).add(title)
     return {task: found.pop() if len(found) == 1 else task_title(task) for task, found in every.items()}
-
-
-def complain(what: str, error: Exception) -> None:
-    """One line about what failed; with the traceback unless the user is to blame."""
-    if not isinstance(error, UserError):
-        traceback.print_exception(error)
-    print(f"instructedit: error: {what}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from instructedit.paths import DEFAULTS
+
 #: The package.
 SOURCE = Path(__file__).resolve().parents[1]
 
@@ -27,7 +29,7 @@ _APART = (
 
 
 def fingerprint(args: Sequence[str]) -> str:
-    """sha256 (hex) of what a run is made from: its command line, the files that this names, and the package.
+    """sha256 (hex) of what a run is made from: its command line, the files that this names, the package, its defaults.
 
     A file counts with its contents, wherever it lies. Folders (a local LM, datasets), the hub, the installed packages
     and the machine are not looked at; nor are the parts of the package that have no part in a run.
@@ -45,7 +47,8 @@ def _package() -> str:
     files = sorted(path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc")
     files = [path for path in files if apart.isdisjoint((path, *path.parents))]
     names = [path.relative_to(SOURCE).as_posix() for path in files]
-    return hashlib.sha256(json.dumps([*zip(names, map(_sha256, files), strict=True)]).encode()).hexdigest()
+    parts = [*zip(names, map(_sha256, files), strict=True), ("defaults", _sha256(DEFAULTS))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instructedit.errors import UserError
-from instructedit.experiments.views.base import Results, Shown
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from mlflow.entities import Run
     from pandas import DataFrame
 
-    from instructedit.experiments.experiment import Experiment
-    from instructedit.experiments.runs import Child
+    from instructedit.experiments.plan import Plan
+    from instructedit.experiments.runner import RunResult
     from instructedit.tracking import MLflowTracker
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -33,8 +34,8 @@ _PREFIX = "provenance."
 
 
 @dataclass(frozen=True)
-class _Section:
-    """One `Shown` as HTML."""
+class _Html:
+    """One `Panel` as HTML."""
 
     anchor: str
     title: str
@@ -44,14 +45,14 @@ class _Section:
 
 
 def page(
-    experiment: Experiment, results: Results, shown: Sequence[Shown], trouble: Sequence[str], parent: MLflowTracker
+    experiment: Plan, results: Results, shown: Sequence[Panel], trouble: Sequence[str], parent: MLflowTracker
 ) -> str:
     """Renders the page; all text from data, models and grids is escaped.
 
     Args:
         experiment: What was run.
         results: What it found.
-        shown: What its views made of that, in order.
+        shown: What its sections made of that, in order.
         trouble: What went wrong, in a line each.
         parent: The experiment's own run, for when and with what this was made.
     """
@@ -126,7 +127,7 @@ def figure_html(figure: Figure, title: str) -> str:
     return f'<div class="figure">{image}</div>'
 
 
-def _section(shown: Shown, taken: set[str]) -> _Section:
+def _section(shown: Panel, taken: set[str]) -> _Html:
     from markupsafe import Markup
 
     bodies = []
@@ -143,10 +144,10 @@ def _section(shown: Shown, taken: set[str]) -> _Section:
     while anchor in taken:
         anchor += "-"
     taken.add(anchor)
-    return _Section(anchor, shown.title, shown.note, Markup("\n".join(bodies)), shown.folded or long)
+    return _Html(anchor, shown.title, shown.note, Markup("\n".join(bodies)), shown.folded or long)
 
 
-def _facts(experiment: Experiment, own: Run) -> list[tuple[str, str]]:
+def _facts(experiment: Plan, own: Run) -> list[tuple[str, str]]:
     tags = own.data.tags
     device, system = (tags.get(f"{_PREFIX}{name}", "unknown") for name in ("device", "platform"))
     return [
@@ -177,7 +178,7 @@ def _run(row: str, seed: int, run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _config(child: Child) -> str:
+def _config(child: RunResult) -> str:
     try:
         return child.artifact("config.yaml").read_text()
     except UserError as error:  # a run with a logger of its own

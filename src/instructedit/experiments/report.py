@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from instructedit.console import console
+from instructedit.console import console, report_error
 from instructedit.drawing import save_figure
-from instructedit.experiments.experiment import complain
-from instructedit.experiments.views.base import PACKAGE, Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import PACKAGE, Panel, Section
 from instructedit.registry import plugin
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from instructedit.experiments.experiment import Experiment
+    from instructedit.experiments.plan import Plan
     from instructedit.tracking import MLflowTracker
 
 _NOTE = "mlflow.note.content"  # a run's description in MLflow's UI
 _LONGEST_NOTE = 8000  # characters that MLflow keeps of a tag
 
 
-def report(experiment: Experiment, results: Results, parent: MLflowTracker, trouble: Sequence[str] = ()) -> list[str]:
-    """Writes, logs and prints what each view shows, and the page with all of it.
+def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: Sequence[str] = ()) -> list[str]:
+    """Writes, logs and prints what each section shows, and the page with all of it.
 
     Args:
         experiment: What was run.
@@ -31,25 +31,26 @@ def report(experiment: Experiment, results: Results, parent: MLflowTracker, trou
         trouble: What went wrong before, for the page.
 
     Returns:
-        What went wrong here: a view that fails does not take the others along.
+        What went wrong here: a section that fails does not take the others along.
     """
     out, shown, failed = console(), [], []
     experiment.out.mkdir(parents=True, exist_ok=True)
-    for name in results.grid.views:
+    for name in results.grid.sections:
         try:
-            for each in plugin(View, PACKAGE, name)().show(results):
+            for each in plugin(Section, PACKAGE, name)().show(results):
                 _keep(each, experiment.out, parent)
                 shown.append(each)
                 if each.terminal is not None:
                     out.print(each.terminal, each.note, highlight=False)
         except Exception as error:  # any, as for rows
-            complain(f"view {name!r}", error)
+            report_error(f"section {name!r}", error)
             failed.append(name)
-    own = [f"{len(failed)} of {len(results.grid.views)} views failed, see above: {', '.join(failed)}"] if failed else []
+    every = len(results.grid.sections)
+    own = [f"{len(failed)} of {every} sections failed, see above: {', '.join(failed)}"] if failed else []
     try:
         _keep_page(experiment, results, shown, [*trouble, *own], parent)
     except Exception as error:
-        complain("results page", error)
+        report_error("results page", error)
         own.append("the results page failed, see above")
     out.print(
         f"\nresults page: {experiment.out}/index.html   runs: "
@@ -59,7 +60,7 @@ def report(experiment: Experiment, results: Results, parent: MLflowTracker, trou
     return own
 
 
-def _keep(shown: Shown, out: Path, parent: MLflowTracker) -> None:
+def _keep(shown: Panel, out: Path, parent: MLflowTracker) -> None:
     """Files under `out`, and the same as artifacts."""
     if shown.markdown is not None:
         file = out / f"{shown.name}.md"
@@ -77,7 +78,7 @@ def _keep(shown: Shown, out: Path, parent: MLflowTracker) -> None:
 
 
 def _keep_page(
-    experiment: Experiment, results: Results, shown: list[Shown], trouble: list[str], parent: MLflowTracker
+    experiment: Plan, results: Results, shown: list[Panel], trouble: list[str], parent: MLflowTracker
 ) -> None:
     from instructedit.experiments.page import page
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from instructedit.console import console
+from instructedit.console import console, report_error
 from instructedit.errors import UserError
 from instructedit.experiments.fingerprint import fingerprint
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from pandas import DataFrame
 
-    from instructedit.experiments.experiment import Experiment
-    from instructedit.experiments.grid import Search
+    from instructedit.experiments.plan import Plan
+    from instructedit.experiments.spec import Search
     from instructedit.tracking import MLflowTracker
 
 #: In the store's folder: what was tried, for going on after a kill.
@@ -31,7 +31,7 @@ _ERROR, _STEPS, _RUN, _AGAIN = "error", "steps", "run_id", "run_again"  # what i
 _WHOLE = {"COMPLETE": "complete", "PRUNED": "pruned"}
 
 
-def search(experiment: Experiment, parent: MLflowTracker) -> DataFrame:
+def search(experiment: Plan, parent: MLflowTracker) -> DataFrame:
     """Runs the trials that the store does not have yet.
 
     A trial that was killed or failed is run again, like a row; one that fails does not take the others along.
@@ -76,7 +76,7 @@ def best_config(options: list[str]) -> str:
 
 @dataclass(frozen=True)
 class _Searching:
-    experiment: Experiment
+    experiment: Plan
     search: Search
     parent: MLflowTracker
 
@@ -134,10 +134,8 @@ class _Searching:
         try:
             run_id = self._fit(trial.number, options, watch)
         except Exception as error:
-            from instructedit.experiments.experiment import complain
-
             trial.set_user_attr(_ERROR, " ".join(str(error).split()))
-            complain(f"trial {trial.number}", error)
+            report_error(f"trial {trial.number}", error)
             raise
         trial.set_user_attr(_RUN, run_id)
         self.parent.experiment.log_metric(run_id, "search/score", watch.best)
@@ -147,7 +145,7 @@ class _Searching:
         return watch.best
 
     def _fit(self, number: int, options: list[str], watch: Any) -> str:
-        from instructedit.experiments.runs import logger_options
+        from instructedit.experiments.runner import logger_options
         from instructedit.lightning_cli import run
 
         gc.collect()

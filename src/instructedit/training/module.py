@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from instructedit.data.batch import EditBatch
+from instructedit.data.module import EditData
 from instructedit.editors import Editor, load_weights
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.products import hold
@@ -99,6 +101,7 @@ class EditingModule(L.LightningModule):
         self._lm = [FrozenLM.from_pretrained(**asdict(lm))]
         self.editor = editor.bind(self.lm)
         self.evaluation = evaluation
+        self._data: EditData | None = None
         self.scores = nn.ModuleDict()
         self.watchers: list[Watcher] = []  # of the edits of `test`
 
@@ -106,6 +109,32 @@ class EditingModule(L.LightningModule):
     def lm(self) -> FrozenLM:
         """The frozen LM."""
         return self._lm[0]
+
+    def connect(self, data: EditData) -> None:
+        """Introduces the module and its data to each other: training reads records as its LM and editor do.
+
+        Call this before the Trainer is given the two; the command line does it by itself.
+        """
+        data.connect(self.lm.text, self.editor.instructor)
+        self._data = data
+
+    @property
+    def data(self) -> EditData:
+        """The data that the module was connected with."""
+        if self._data is None:  # as scripts for 0.1 leave it to the Trainer
+            data: Any = getattr(self.trainer, "datamodule", None)
+            if data is None:
+                raise UserError("the editing module needs its data: call module.connect(data)")
+            advice = "call module.connect(data) before the Trainer's fit or test"
+            warnings.warn(advice, DeprecationWarning, stacklevel=2)
+            self.connect(data)
+            return data
+        return self._data
+
+    def setup(self, stage: str) -> None:
+        """Connects data that the Trainer alone was given, before its stream begins."""
+        if getattr(self.trainer, "datamodule", None) is not None:
+            _ = self.data
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -211,8 +240,7 @@ class EditingModule(L.LightningModule):
 
     def _metrics(self, stage: str) -> dict[str, PerRecordMean]:
         """The same metrics on every process, whatever records it gets."""
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        for task in datamodule.records["validate" if stage == "val" else "test"]:
+        for task in self.data.records["validate" if stage == "val" else "test"]:
             for name, metric in editing_metrics().items():
                 if metric.column and f"{stage}/{task}/{name}" not in self._own(stage):
                     self.scores[f"{stage}/{task}/{name}"] = PerRecordMean(metric.scale).to(self.device)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from instructedit.analysis import EditingAreas
-    from instructedit.experiments.experiment import Experiment
+    from instructedit.experiments.plan import Plan
     from instructedit.tracking import MLflowTracker
 
 # Tags of a run. The fingerprint is set last of all, so that a run that was killed has none.
@@ -26,7 +26,7 @@ _FINGERPRINT, _TITLES, _CHECKPOINT, _BASE = "fingerprint", "titles", "checkpoint
 
 
 @dataclass(frozen=True)
-class Child:
+class RunResult:
     """What one run left in the store.
 
     Attributes:
@@ -60,12 +60,12 @@ class Child:
 class Runner:
     """Runs rows, each row and seed once, or takes their results from the store."""
 
-    experiment: Experiment
+    experiment: Plan
     parent: MLflowTracker
-    _done: dict[tuple[str, int], Child] = field(default_factory=dict)
+    _done: dict[tuple[str, int], RunResult] = field(default_factory=dict)
     _broken: set[tuple[str, int]] = field(default_factory=set)
 
-    def child(self, name: str, seed: int) -> Child:
+    def child(self, name: str, seed: int) -> RunResult:
         """The results of one row and seed."""
         if (name, seed) not in self._done:
             self._done[name, seed] = self._reused(name, seed) or self._run(name, seed)
@@ -83,12 +83,12 @@ class Runner:
             raise UserError(f"row {name!r}: its run left no checkpoint")
         return self._done[name, seed].run_id, file
 
-    def _checkpoint_of(self, child: Child) -> Path | None:
+    def _checkpoint_of(self, child: RunResult) -> Path | None:
         place = self.parent.experiment.get_run(child.run_id).data.tags.get(_CHECKPOINT)
         file = child.root / place if place else None
         return file if file and file.is_file() else None
 
-    def _reused(self, name: str, seed: int) -> Child | None:
+    def _reused(self, name: str, seed: int) -> RunResult | None:
         """The newest run with the same fingerprint whose files are there."""
         if self.experiment.fresh:
             return None
@@ -105,25 +105,23 @@ class Runner:
             return child
         return None
 
-    def _run(self, name: str, seed: int) -> Child:
+    def _run(self, name: str, seed: int) -> RunResult:
         from instructedit.callbacks.editor_model import best_checkpoint
-        from instructedit.callbacks.results import task_titles
 
         of, tags, checkpoint = self.experiment.grid.rows[name].of, {}, None
         if of:
             tags[_BASE], checkpoint = self._checkpoint(of, seed)
         console().print(f"seed {seed}" if (name, seed) not in self._done else f"{name}, seed {seed}")
         try:
-            trainer = run_row(self.experiment, name, seed, self.parent, checkpoint)
+            cli = run_row(self.experiment, name, seed, self.parent, checkpoint)
         except Exception:
             self._broken.add((name, seed))
             raise
-        run_id, client = trainer.logger.run_id, self.parent.experiment
-        data = trainer.datamodule
-        tags |= {_TITLES: json.dumps(task_titles(trainer))}
+        data, run_id, client = cli.datamodule, cli.trainer.logger.run_id, self.parent.experiment
+        tags |= {_TITLES: json.dumps(data.titles)}
         tags |= {f"tasks.{stage}": ",".join(source.name for source in data.sources[stage]) for stage in ("fit", "test")}
         if self.experiment.grid.rows[name].fitted:
-            tags[_CHECKPOINT] = os.path.relpath(best_checkpoint(trainer), self.experiment.root)
+            tags[_CHECKPOINT] = os.path.relpath(best_checkpoint(cli.trainer), self.experiment.root)
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
         child = self._done[name, seed] = self._read(run_id, seed)
@@ -132,7 +130,7 @@ class Runner:
         client.set_tag(run_id, _FINGERPRINT, self.experiment.fingerprint(name, seed))
         return child
 
-    def log_norms(self, child: Child) -> None:
+    def log_norms(self, child: RunResult) -> None:
         """Logs how large the edits of each task are in each matrix, as ``update_norm.<task>/<matrix>``."""
         assert child.areas is not None
         tasks = list(dict.fromkeys(child.areas.tasks))
@@ -142,7 +140,7 @@ class Runner:
                 name = mlflow_name(f"update_norm.{task}/{site}")
                 self.parent.experiment.log_metric(child.run_id, name, own.mean().item())
 
-    def _read(self, run_id: str, seed: int) -> Child:
+    def _read(self, run_id: str, seed: int) -> RunResult:
         from instructedit.analysis import EditingAreas
         from instructedit.tracking import artifact_path, load_table
 
@@ -150,11 +148,11 @@ class Runner:
         table = load_table(run_id, "probes", root)
         areas = artifact_path(run_id, "tables", root).parent / "areas" / "areas.safetensors"
         titles = json.loads(self.parent.experiment.get_run(run_id).data.tags[_TITLES])
-        return Child(run_id, seed, table, EditingAreas.load(areas) if areas.is_file() else None, titles, root)
+        return RunResult(run_id, seed, table, EditingAreas.load(areas) if areas.is_file() else None, titles, root)
 
 
-def run_row(experiment: Experiment, name: str, seed: int, parent: MLflowTracker, checkpoint: Path | None) -> Any:
-    """Fits and tests one row, or tests a checkpoint with its options, in one MLflow run; gives the Trainer that did."""
+def run_row(experiment: Plan, name: str, seed: int, parent: MLflowTracker, checkpoint: Path | None) -> Any:
+    """Fits and tests one row, or tests a checkpoint with its options, in one MLflow run; gives what did."""
     from instructedit.callbacks.editor_model import EditorModel, best_checkpoint
     from instructedit.lightning_cli import run
 
@@ -165,10 +163,10 @@ def run_row(experiment: Experiment, name: str, seed: int, parent: MLflowTracker,
     if not experiment.grid.rows[name].fitted:
         with warnings.catch_warnings():  # a test in a run of its own is meant
             warnings.filterwarnings("ignore", "The dirpath has changed.*")
-            return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])]).trainer
+            return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])
     cli = run(arguments, callbacks=[EditorModel()])
     cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=best_checkpoint(cli.trainer), verbose=False)
-    return cli.trainer
+    return cli
 
 
 def logger_options(run_name: str, tags: dict[str, str], parent: MLflowTracker, root: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -13,8 +14,8 @@ from instructedit.errors import UserError
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-#: What is shown of an experiment that does not say it, as far as there are data for it.
-VIEWS = ("table", "differences", "metrics", "areas", "search", "failures")
+#: The sections of an experiment that does not say it, as far as there are data for them.
+SECTIONS = ("table", "differences", "metrics", "areas", "search", "failures")
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class Grid:
         layout: Of the result table: ``wide``, or ``tall`` for many rows.
         paper: A file of published figures beside the grid, ``model,method,task,metric,mean``.
         paper_model: The model whose figures are taken from it; by default the one that the scale names.
-        views: Names of what is shown, in order.
+        sections: Names of the sections of the results page, in order.
         search: Options to be tried, before the rows are run.
         note: What the experiment asks, for the top of its page.
-        options: Of single views: name of the view to its options.
+        options: Of single sections: name of the section to its options.
     """
 
     title: str
@@ -98,7 +99,7 @@ class Grid:
     layout: Literal["wide", "tall"] = "wide"
     paper: str | None = None
     paper_model: str | None = None
-    views: tuple[str, ...] = VIEWS
+    sections: tuple[str, ...] = SECTIONS
     search: Search | None = None
     note: str = ""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -108,12 +109,16 @@ class Grid:
         """Reads a grid.
 
         Raises:
-            UserError: If it is not YAML, or a key is missing, unknown or of the wrong kind, or names what is not there.
+            UserError: If it is not YAML, or a key is missing, unknown or of the wrong kind, or names a row that is not
+                there.
         """
         spec = read_yaml(file)
         if isinstance(spec, dict):
             if "scales" in spec:
                 raise UserError(f"{file}: scales: a scale is a file now, configs/scale/NAME.yaml: leave this key out")
+            if "views" in spec and "sections" not in spec:
+                warnings.warn(f"{file}: views: this key is called sections now", stacklevel=2)
+                spec["sections"] = spec.pop("views")
             if isinstance(spec.get("rows"), dict):
                 rows = spec["rows"].items()
                 spec["rows"] = {name: parsed(Row, part, f"{file}: rows: {name}") for name, part in rows}
@@ -137,18 +142,8 @@ class Grid:
                 raise UserError(f"{file}: rows: {name}: expected one of the keys editor and of")
             if row.of is not None and not self.rows[row.of].fitted:
                 raise UserError(f"{file}: rows: {name}: of: row {row.of!r} is not fitted")
-        self._check_views(file)
         if self.search:
             self._check_search(file, self.search)
-
-    def _check_views(self, file: str) -> None:
-        from instructedit.experiments.views import PACKAGE, View
-        from instructedit.registry import plugins
-
-        known = plugins(View, PACKAGE)
-        for key, names in (("views", self.views), ("options", self.options)):
-            if unknown := [name for name in names if name not in known]:
-                raise UserError(f"{file}: {key}: no view {unknown[0]!r}; there are: {', '.join(known)}")
 
     def _check_search(self, file: str, search: Search) -> None:
         if not self.rows[search.base].fitted:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 _COLUMNS = ["row", "task", "record", "probe", "prompt", "target", "before", "after", "accuracy"]
 
 
-class FailuresView(View):
+class FailuresSection(Section):
     """Of each row and task the records with the lowest in-scope accuracy; ties go by record id.
 
     Option ``records``: how many of each (3 by default). Only probes that the model answered in its own words can be
@@ -22,7 +23,7 @@ class FailuresView(View):
 
     name: ClassVar[str] = "failures"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing where no row let the model answer freely."""
         import pandas as pd
 
@@ -33,7 +34,7 @@ class FailuresView(View):
         if frame.empty:
             return
         frame = results.titled(frame)
-        yield Shown(
+        yield Panel(
             "failures",
             "Failures worth reading",
             f"Of each row and task the {records} records with the lowest mean in-scope accuracy (× 100, of the first "

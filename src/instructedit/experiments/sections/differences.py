@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-class DifferencesView(View):
+class DifferencesSection(Section):
     """Pairs of rows, record by record, with p-values corrected for all comparisons of the experiment."""
 
     name: ClassVar[str] = "differences"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing where no pair of the grid was run."""
         import pandas as pd
 
@@ -30,7 +31,7 @@ class DifferencesView(View):
         parts = [compare(results.tables[a], results.tables[b], a, b) for a, b in pairs]
         frame = pd.concat(parts, ignore_index=True)
         frame.insert(frame.columns.get_loc("p_value") + 1, "p_holm", holm(frame["p_value"].tolist()))
-        yield Shown(
+        yield Panel(
             "differences",
             "Differences",
             "Mean differences × 100 on the same records, with 95 % intervals and two-sided p-values (paired "

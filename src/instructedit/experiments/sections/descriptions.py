@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from instructedit.experiments.grid import Row
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
+from instructedit.experiments.spec import Row
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -15,7 +16,7 @@ _OPTION = "--model.evaluation.description="
 _GROUPS = {"train": "seen", "heldout": "held out", "unseen": "novel"}
 
 
-class DescriptionsView(View):
+class DescriptionsSection(Section):
     """Metrics of each row that tests one description, their spread, and tests against the seen ones.
 
     A row counts if it sets ``--model.evaluation.description``; the instruction banks say whether its description was
@@ -24,7 +25,7 @@ class DescriptionsView(View):
 
     name: ClassVar[str] = "descriptions"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing where no row sets a description."""
         from instructedit.analysis.descriptions import SEEN, description_dots, description_spread, description_tests
         from instructedit.analysis.seeds import interval_text
@@ -33,13 +34,13 @@ class DescriptionsView(View):
         if not groups:
             return
         summary = results.summary[results.summary["method"].isin(groups)]
-        yield Shown(
+        yield Panel(
             "descriptions", "Every description on its own", "Locality is asked without an instruction; what varies "
             "there is the edit, which was made with it.", figure=description_dots(summary, groups, results.titles),
         )  # fmt: skip
         spread = description_spread(summary, groups)
         note = "Of the means of a group's descriptions, × 100; deviation: their standard deviation."
-        yield Shown("description-spread", "Spread of the descriptions", note, frame=titled(spread, results))
+        yield Panel("description-spread", "Spread of the descriptions", note, frame=titled(spread, results))
         if SEEN not in groups.values() or set(groups.values()) == {SEEN}:
             return
         resamples = int(results.options(self).get("resamples", 20_000))
@@ -52,7 +53,7 @@ class DescriptionsView(View):
             f"this table, {len(tests)} (Holm)."
         )
         shown = titled(tests.drop(columns=["mean", "low", "high"]), results)
-        yield Shown("description-tests", "Difference from the seen descriptions", note, frame=shown)
+        yield Panel("description-tests", "Difference from the seen descriptions", note, frame=shown)
 
 
 def group_of(row: Row, tasks: Iterable[str]) -> str | None:

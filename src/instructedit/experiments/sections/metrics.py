@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
 
 
-class MetricsView(View):
+class MetricsSection(Section):
     """Bars of few methods, dots of many."""
 
     name: ClassVar[str] = "metrics"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing without rows."""
         from instructedit.analysis import metric_bars, metric_dots
 
@@ -22,4 +23,4 @@ class MetricsView(View):
             return
         tall = results.grid.layout == "tall"
         figure = metric_dots(summary, titles, results.published) if tall else metric_bars(summary, titles)
-        yield Shown("metrics", "Metrics", "The means of the table above with their intervals.", figure=figure)
+        yield Panel("metrics", "Metrics", "The means of the table above with their intervals.", figure=figure)

@@ -7,18 +7,19 @@ import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
 
 if TYPE_CHECKING:
-    from instructedit.experiments.grid import Search
+    from instructedit.experiments.spec import Search
 
 
-class SearchView(View):
+class SearchSection(Section):
     """Table of trials, figure of effects, best options."""
 
     name: ClassVar[str] = "search"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing for a grid without a search."""
         from instructedit.analysis.figures import parameter_effects
         from instructedit.experiments.search import best_config, best_options
@@ -30,7 +31,7 @@ class SearchView(View):
         options = best_options(trials, parameters)
         command = shlex.join(["instructedit", "experiment", results.name, "--scale", results.scale.option])
         command += f" --overrides {shlex.quote(json.dumps(options))}"
-        yield Shown(
+        yield Panel(
             "best",
             f"Best options for {search.base}",
             f"The trial with the highest {search.metric}. As a config file: best.yaml.",
@@ -38,8 +39,8 @@ class SearchView(View):
             terminal=f"best options ({search.metric}): {' '.join(options)}",
             files={"best.yaml": best_config(options)},
         )
-        yield Shown("trials", "Trials", _note(search, trials["state"].value_counts().to_dict()), frame=trials)
-        yield Shown(
+        yield Panel("trials", "Trials", _note(search, trials["state"].value_counts().to_dict()), frame=trials)
+        yield Panel(
             "effects",
             "What each option does",
             "Each dot is a trial; the line joins the means of the trials that came to an end.",

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
-from instructedit.experiments.views.separation import task_areas
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
+from instructedit.experiments.sections.separation import task_areas
 
 
-class MagnitudesView(View):
+class MagnitudesSection(Section):
     """Boxes of the updates' norms, and how much the tasks' medians differ."""
 
     name: ClassVar[str] = "magnitudes"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing where no row's edits have areas."""
         from instructedit.analysis.magnitudes import magnitude_boxes, magnitude_spread, magnitudes
         from instructedit.analysis.seeds import interval_text
@@ -29,7 +30,7 @@ class MagnitudesView(View):
             return
         norms = magnitudes(areas)
         note = "Each record's update ΔW at an edited matrix: its Frobenius norm, records of all seeds together."
-        yield Shown("magnitudes", "Size of the edits", note, figure=magnitude_boxes(norms, results.titles))
+        yield Panel("magnitudes", "Size of the edits", note, figure=magnitude_boxes(norms, results.titles))
         spread = magnitude_spread(norms)
         ratios = [interval_text(*own) for own in zip(spread["ratio"], spread["low"], spread["high"], strict=True)]
         frame = spread[["method", "seeds", "median"]].assign(ratio=ratios)
@@ -38,4 +39,4 @@ class MagnitudesView(View):
             "ratio: the largest task's median norm over the smallest one's, 1 where all tasks are edited alike; mean "
             "over seeds with a 95 % t interval. median: over all records."
         )
-        yield Shown("magnitudes-table", "Size of the edits, in numbers", note, frame=frame)
+        yield Panel("magnitudes-table", "Size of the edits, in numbers", note, frame=frame)

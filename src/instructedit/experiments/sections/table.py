@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
 
 
-class TableView(View):
+class TableSection(Section):
     """The main metrics side by side, how far the seeds lie apart, and every metric."""
 
     name: ClassVar[str] = "table"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing without rows."""
         from instructedit.analysis import html_table, markdown_table, rich_table
         from instructedit.metrics import headline_metrics
@@ -22,7 +23,7 @@ class TableView(View):
         if summary.empty:
             return
         arguments = (summary, results.titles, results.published, headline_metrics(), layout)
-        yield Shown(
+        yield Panel(
             "table",
             "Results",
             _note(results),
@@ -33,7 +34,7 @@ class TableView(View):
         main = summary[summary["metric"].isin(headline_metrics()) & summary["spread"].notna()]
         if len(main):
             spread = results.titled(main)
-            yield Shown(
+            yield Panel(
                 "spread",
                 "From seed to seed",
                 "Standard deviation of the seeds' means (× 100). It stands beside the intervals above, which are over "
@@ -41,7 +42,7 @@ class TableView(View):
                 frame=spread.pivot_table("spread", ["task", "metric"], "method", sort=False).reset_index(),
                 folded=True,
             )
-        yield Shown(
+        yield Panel(
             "summary",
             "Every metric",
             "Also exact match of the whole answer (.exact), free generation (.generated), prompts without their "

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from instructedit.analysis import EditingAreas
-    from instructedit.experiments.runs import Child
+    from instructedit.experiments.runner import RunResult
 
 
-class SeparationView(View):
+class SeparationSection(Section):
     """Silhouette, variance ratio and linear probe of every row and edited matrix; maps by t-SNE with PCA below.
 
     Options ``perplexity`` (30) of t-SNE, and ``seed`` (0) of t-SNE and of the probe's folds.
@@ -23,7 +24,7 @@ class SeparationView(View):
 
     name: ClassVar[str] = "separation"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing where no row's edits have areas."""
         from instructedit.analysis.separations import map_pairs, separation_dots, separation_table
         from instructedit.analysis.style import short_site
@@ -41,13 +42,13 @@ class SeparationView(View):
             "probe: the share of records whose task a logistic regression on 50 principal components names "
             "(cross-validated); the dashed line is what a blind guess reaches. Mean over seeds, with a 95 % t interval."
         )
-        yield Shown("separation", "Separation of the tasks", note, figure=separation_dots(table))
-        yield Shown("separation-table", "Separation of the tasks, in numbers", frame=readable(table))
+        yield Panel("separation", "Separation of the tasks", note, figure=separation_dots(table))
+        yield Panel("separation-table", "Separation of the tasks, in numbers", frame=readable(table))
         first = {name: own[0] for name, own in areas.items()}
         for i, site in enumerate(in_order((site for own in first.values() for site in own.site_names), ())):
             figure = map_pairs(first, site, titles=results.titles, **options)
             note = "Editing areas of the first seed. The measures above say how much of the picture is there."
-            yield Shown(f"map-{i}", f"Editing areas, {short_site(site)}", note, figure=figure)
+            yield Panel(f"map-{i}", f"Editing areas, {short_site(site)}", note, figure=figure)
 
 
 def readable(table: DataFrame) -> DataFrame:
@@ -66,7 +67,7 @@ def readable(table: DataFrame) -> DataFrame:
     return wide.rename_axis(columns=None).reset_index()
 
 
-def task_areas(child: Child) -> EditingAreas | None:
+def task_areas(child: RunResult) -> EditingAreas | None:
     """A run's areas with the names of their tasks: in the store they have titles, which say what a run held out."""
     if child.areas is None:
         return None

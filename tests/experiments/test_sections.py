@@ -1,4 +1,4 @@
-"""What the views make of results, on tables made by hand."""
+"""What the sections make of results, on tables made by hand."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from instructedit.analysis.summary import holm
-from instructedit.experiments.grid import Grid, Row
-from instructedit.experiments.runs import Child
-from instructedit.experiments.views import PACKAGE, Results, View
-from instructedit.experiments.views.differences import DifferencesView
-from instructedit.experiments.views.failures import FailuresView, worst
-from instructedit.experiments.views.table import TableView
+from instructedit.experiments.runner import RunResult
+from instructedit.experiments.sections import PACKAGE, Results, Section
+from instructedit.experiments.sections.differences import DifferencesSection
+from instructedit.experiments.sections.failures import FailuresSection, worst
+from instructedit.experiments.sections.table import TableSection
+from instructedit.experiments.spec import Grid, Row
 from instructedit.registry import plugins
 
 
@@ -32,22 +32,22 @@ def results(rows, compare=(), **options):
     """Of rows to the tables of their seeds."""
     grid = Grid("A try", (1,), {name: Row("mend") for name in rows}, compare=tuple(compare), **options)
     children = {
-        name: [Child(f"run{seed}", seed, table, None, {"zsre": "ZsRE"}, None) for seed, table in enumerate(tables)]
+        name: [RunResult(f"run{seed}", seed, table, None, {"zsre": "ZsRE"}, None) for seed, table in enumerate(tables)]
         for name, tables in rows.items()
     }
     return Results("try", grid, "one", children, None, {"zsre": "ZsRE", "recent": "Recent"})
 
 
-def test_views_without_results_show_nothing():
+def test_sections_without_results_show_nothing():
     empty = Results("try", Grid("A try", (1,), {}), "one", {}, None, {})
     own = ("table", "differences", "metrics", "areas", "search", "failures")
-    assert {name: list(plugins(View, PACKAGE)[name]().show(empty)) for name in own} == {key: [] for key in own}
+    assert {name: list(plugins(Section, PACKAGE)[name]().show(empty)) for name in own} == {key: [] for key in own}
 
 
 def test_differences_are_corrected_for_all_comparisons():
     a, b, c = probes([1.0, 0.9, 0.8, 0.7, 1.0]), probes([0.1, 0.2, 0.3, 0.4, 0.0]), probes([0.9, 0.9, 0.9, 0.7, 0.9])
     found = results({"A": [a], "B": [b], "C": [c]}, compare=[("A", "B"), ("A", "C"), ("A", "gone")])
-    (shown,) = DifferencesView().show(found)
+    (shown,) = DifferencesSection().show(found)
     frame = shown.frame
     assert frame[["method", "baseline", "task"]].to_numpy().tolist() == [["A", "B", "ZsRE"], ["A", "C", "ZsRE"]]
     assert frame["p_holm"].tolist() == pytest.approx(holm(frame["p_value"].tolist()))
@@ -63,18 +63,18 @@ def test_differences_are_corrected_for_all_comparisons():
 
 def test_the_spread_of_seeds_stands_beside_the_table():
     found = results({"A": [probes([1.0, 0.0]), probes([1.0, 1.0])], "B": [probes([0.5, 0.5])]})
-    shown = {each.name: each for each in TableView().show(found)}
+    shown = {each.name: each for each in TableSection().show(found)}
     assert list(shown) == ["table", "spread", "summary"]
     spread = shown["spread"].frame
     assert spread["A"].item() == pytest.approx(100 * math.sqrt(0.125))  # of 0.5 and 1
     assert "B" not in spread
     assert "a record's 2 seeds averaged first" in shown["table"].note
-    assert "spread" not in {each.name for each in TableView().show(results({"B": [probes([0.5])]}))}
+    assert "spread" not in {each.name for each in TableSection().show(results({"B": [probes([0.5])]}))}
 
 
 def test_the_html_table_says_what_the_markdown_says():
     evil = results({"A <b>": [probes([1.0, 0.0])], "B": [probes([0.5, 0.25])]})
-    shown = next(iter(TableView().show(evil)))
+    shown = next(iter(TableSection().show(evil)))
     assert "<th>A &lt;b&gt;</th>" in shown.html
     (line,) = [text for text in shown.markdown.splitlines() if "Reliability" in text and "ZsRE" in text]
     for cell in line.split(" | ")[2:]:
@@ -100,9 +100,9 @@ def test_failures_of_each_row_and_task():
     both = pd.concat([probes([0.5, 0.0]), probes([0.1], task="recent")], ignore_index=True)
     still = both.assign(accuracy=both["accuracy_before"])
     silent = both.drop(columns=["generated", "after", "before"])
-    (shown,) = FailuresView().show(results({"A": [both], "unedited": [still], "silent": [silent]}))
+    (shown,) = FailuresSection().show(results({"A": [both], "unedited": [still], "silent": [silent]}))
     assert shown.frame[["row", "task", "record"]].to_numpy().tolist() == [
         ["A", "ZsRE", "zsre/1"], ["A", "ZsRE", "zsre/0"], ["A", "Recent", "recent/0"],
     ]  # fmt: skip
-    (shown,) = FailuresView().show(results({"A": [both]}, options={"failures": {"records": 1}}))
+    (shown,) = FailuresSection().show(results({"A": [both]}, options={"failures": {"records": 1}}))
     assert shown.frame["record"].tolist() == ["zsre/1", "recent/0"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _SPLITS = {"fit": "train", "validate": "val", "test": "test"}
 
 
-class StatisticsView(View):
+class StatisticsSection(Section):
     """Records, edits, probes and tokens of each task and split that the first row's config names; what was left out.
 
     Published figures are those of the metrics ``records.train``, ``records.val`` and ``records.test``.
@@ -23,7 +24,7 @@ class StatisticsView(View):
 
     name: ClassVar[str] = "statistics"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing without rows."""
         import pandas as pd
         import yaml
@@ -53,10 +54,10 @@ class StatisticsView(View):
             f"{config['data']['val_size']} of a task. Then the probes of each kind, each once for a record. tokens "
             "and longest: of a request with its target."
         )
-        yield Shown("statistics", "What the datasets hold", note, frame=table.reset_index(drop=True))
+        yield Panel("statistics", "What the datasets hold", note, frame=table.reset_index(drop=True))
         if left := _left_out(data):
             frame = results.titled(pd.DataFrame(left, columns=["task", "split", "what", "reason", "count"]))
-            yield Shown("left-out", "What the readers dropped, and what they noted", frame=frame)
+            yield Panel("left-out", "What the readers dropped, and what they noted", frame=frame)
 
 
 def loaded(options: dict[str, Any]) -> EditData:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-class CasesView(View):
+class CasesSection(Section):
     """The edited models' own answers for the first compared pair of rows, for records chosen by a rule.
 
     The rule: of each task the first records, in the order of the data, that the first row of the pair answers right
@@ -23,7 +24,7 @@ class CasesView(View):
 
     name: ClassVar[str] = "cases"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing where no compared pair answered freely."""
         pair = next((pair for pair in results.grid.compare if set(pair) <= set(results.rows)), None)
         if pair is None:
@@ -58,11 +59,11 @@ class CasesView(View):
             f"the data, of each sort: only {a} right, only {b} right, both wrong. answer: what the edit asks for."
         )
         frame = frame.rename(columns={"answer": "target"}).assign(task=frame["task"].map(results.titles))
-        yield Shown("cases", "Before and after", note, frame=frame.reset_index(drop=True))
+        yield Panel("cases", "Before and after", note, frame=frame.reset_index(drop=True))
         counts = table.groupby(["task", "sort"], sort=False).size().unstack("sort", fill_value=0)
         counts = counts.reindex(columns=[*sorts], fill_value=0).rename_axis(columns=None).reset_index()
         counts["task"] = counts["task"].map(results.titles)
-        yield Shown("case-counts", "How often each sort comes", "Records of the test, same seed.", frame=counts)
+        yield Panel("case-counts", "How often each sort comes", "Records of the test, same seed.", frame=counts)
 
 
 def answered(table: DataFrame) -> DataFrame:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from instructedit.experiments.views.base import Results, Shown, View
+from instructedit.experiments.results import Results
+from instructedit.experiments.sections.base import Panel, Section
 
 
-class AreasView(View):
+class AreasSection(Section):
     """t-SNE of each row's editing areas, of its first seed."""
 
     name: ClassVar[str] = "areas"
 
-    def show(self, results: Results) -> Iterator[Shown]:
+    def show(self, results: Results) -> Iterator[Panel]:
         """Nothing where no row's edits have areas."""
         from instructedit.analysis import area_maps
 
@@ -22,7 +23,7 @@ class AreasView(View):
         if not areas:
             return
         seeds = sorted({first[name].seed for name in areas})
-        yield Shown(
+        yield Panel(
             "areas",
             "Editing areas",
             "Where in each edited matrix a record's edit writes: normalised updates, one dot a record, of the editors "

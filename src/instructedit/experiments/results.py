@@ -1,23 +1,17 @@
-"""The interface of views: what an experiment found → things to look at."""
+"""What an experiment found: the results of its runs, put side by side."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from pandas import DataFrame
 
     from instructedit.configs import Scale
-    from instructedit.experiments.grid import Grid
-    from instructedit.experiments.runs import Child
-
-#: Where views live; a module there with a subclass of `View` is enough to add one.
-PACKAGE = "instructedit.experiments.views"
+    from instructedit.experiments.runner import RunResult
+    from instructedit.experiments.spec import Grid
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Results:
     name: str
     grid: Grid
     scale: Scale
-    rows: dict[str, list[Child]]
+    rows: dict[str, list[RunResult]]
     published: DataFrame | None
     titles: dict[str, str]
     trials: DataFrame | None = None
@@ -68,46 +62,6 @@ class Results:
         """The frame with its tasks as tables name them."""
         return frame.assign(task=frame["task"].map(lambda task: self.titles.get(task, task)))
 
-    def options(self, view: View) -> dict[str, Any]:
-        """What the grid's key ``options`` says for a view."""
-        return self.grid.options.get(view.name, {})
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One thing to look at: a table or a figure.
-
-    Attributes:
-        name: Stem of its files.
-        title: Above it.
-        note: How to read it, in a sentence or two.
-        frame: A table.
-        figure: A figure.
-        markdown: The table in its own layout, in place of the frame's columns and rows.
-        html: The same for the results page, with all text escaped.
-        terminal: What the terminal shows of it, a text or a renderable of rich; nothing by default.
-        folded: Whether the results page shows it only when asked.
-        files: Further files to write beside it, name to text.
-    """
-
-    name: str
-    title: str
-    note: str = ""
-    frame: DataFrame | None = None
-    figure: Figure | None = None
-    markdown: str | None = None
-    html: str | None = None
-    terminal: Any = None
-    folded: bool = False
-    files: dict[str, str] = field(default_factory=dict)
-
-
-class View(ABC):
-    """One way to look at results. It yields nothing where the results have not what it shows."""
-
-    #: By which a grid's key ``views`` asks for it.
-    name: ClassVar[str] = ""
-
-    @abstractmethod
-    def show(self, results: Results) -> Iterator[Shown]:
-        """The things to look at, in order."""
+    def options(self, section: Any) -> dict[str, Any]:
+        """What the grid's key ``options`` says for a section."""
+        return self.grid.options.get(section.name, {})

@@ -1,0 +1,167 @@
+"""What an experiment is to run: the rows and seeds of a grid at one scale, with their command lines."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from instructedit import paths
+from instructedit.configs import Scale, located
+from instructedit.errors import UserError, unknown
+from instructedit.experiments.fingerprint import fingerprint
+from instructedit.experiments.spec import Grid, published
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A grid at one scale (see `load`). `Experiment` runs it.
+
+    Attributes:
+        name: Of its folder under experiments/.
+        grid: The whole grid.
+        scale: The language model and what goes with it.
+        rows: Names of the rows to run.
+        seeds: The seeds to run them with.
+        published: Figures to put beside ours, ``method, task, metric, mean``.
+        root: Folder of the MLflow store.
+        out: Folder of the results page, tables and figures.
+        overrides: Further options of every run.
+        fresh: Run also what the store has.
+        data: Name of a config under configs/data/ that says where the records lie; None leaves that to the scale.
+    """
+
+    name: str
+    grid: Grid
+    scale: Scale
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...]
+    published: DataFrame | None
+    root: Path
+    out: Path
+    overrides: tuple[str, ...] = ()
+    fresh: bool = False
+    data: str | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        scale: str = "tiny",
+        seeds: list[int] | None = None,
+        rows: list[str] | None = None,
+        root: str = "mlruns",
+        out: str | None = None,
+        overrides: list[str] | None = None,
+        fresh: bool = False,
+        data: str | None = None,
+    ) -> Self:
+        """Reads ``experiments/<name>/grid.yaml``.
+
+        Raises:
+            UserError: If there is no such experiment, scale, row, config or published figure, or the grid is wrong.
+        """
+        file = _grid_file(name)
+        if not file.is_file():
+            known = (paths.SHARED / "experiments").glob("*/grid.yaml")
+            raise unknown("experiment", name, sorted(each.parent.name for each in known))
+        grid, at = Grid.load(file), Scale.load(scale)
+        if strange := sorted(set(rows or ()) - set(grid.rows)):
+            raise UserError(f"{file}: {unknown('row', strange[0], list(grid.rows))}")
+        model = grid.paper_model or at.paper
+        figures = published(file.parent / grid.paper, model) if grid.paper and model else None
+        wanted = rows or [key for key, row in grid.rows.items() if not row.hidden]
+        place = Path(out or f"outputs/{_place(name, at.name, data)}")
+        experiment = cls(
+            name, grid, at, tuple(wanted), tuple(seeds or grid.seeds), figures, Path(root), place,
+            tuple(located(overrides or ())), fresh, data,
+        )  # fmt: skip
+        for key in grid.rows:
+            experiment.configs(key)  # a file that is missing is missed now, not after hours
+        return experiment
+
+    @property
+    def file(self) -> Path:
+        """The grid's file."""
+        return _grid_file(self.name)
+
+    @property
+    def command(self) -> str:
+        """The command line that runs this experiment."""
+        parts = ["instructedit", "experiment", self.name, "--scale", self.scale.option]
+        parts += ["--seeds", json.dumps(self.seeds)]
+        parts += ["--data", self.data] if self.data else []
+        if self.rows != tuple(key for key, row in self.grid.rows.items() if not row.hidden):
+            parts += ["--rows", json.dumps(self.rows, ensure_ascii=False)]
+        return shlex.join(
+            parts + (["--overrides", json.dumps(self.overrides, ensure_ascii=False)] if self.overrides else [])
+        )
+
+    def configs(self, name: str) -> list[Path]:
+        """The config files of a row, of a row with ``of`` first those of the other row.
+
+        Raises:
+            UserError: If its editor has none, or one of its own is not there.
+        """
+        row, own = self.grid.rows[name], self._own_configs(name)
+        return [*(self.configs(row.of) if row.of else self._shared_configs(name)), *own]
+
+    def _shared_configs(self, name: str) -> list[Path]:
+        data = [f"configs/data/{self.data}.yaml"] if self.data else []
+        try:
+            return self.scale.files(self.grid.rows[name].editor, _shipped((*self.grid.configs, *data)))
+        except UserError as error:
+            raise UserError(f"row {name!r}: {error}") from error
+
+    def _own_configs(self, name: str) -> list[Path]:
+        try:
+            return _shipped(self.grid.rows[name].configs)
+        except UserError as error:
+            raise UserError(f"row {name!r}: {error}") from error
+
+    def arguments(self, name: str, seed: int) -> list[str]:
+        """The command line of a row, without its place in the store and the checkpoint that it tests."""
+        command = "fit" if self.grid.rows[name].fitted else "test"
+        seeded = (f"--seed_everything={seed}", f"--data.seed={seed}")
+        return [
+            command, *seeded, "--results.show=false", *self._options(name), f"--results.method={name}", *self.overrides
+        ]  # fmt: skip
+
+    def _options(self, name: str) -> list[str]:
+        """Configs and overrides; what a row with ``of`` says itself comes after all that the other row says."""
+        row = self.grid.rows[name]
+        first = self._options(row.of) if row.of else [f"--config={path}" for path in self._shared_configs(name)]
+        return [*first, *(f"--config={path}" for path in self._own_configs(name)), *row.overrides]
+
+    def fingerprint(self, name: str, seed: int) -> str:
+        """Of one run of a row; that of a row with ``of`` counts the other row's."""
+        of = self.grid.rows[name].of
+        return fingerprint([*([self.fingerprint(of, seed)] if of else []), *self.arguments(name, seed)])
+
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        """The seeds that a row is run with: the first one alone if nothing is trained."""
+        row = self.grid.rows[name]
+        return self.seeds if row.fitted or row.of else self.seeds[:1]
+
+
+def _grid_file(name: str) -> Path:
+    return paths.SHARED / "experiments" / name / "grid.yaml"
+
+
+def _shipped(names: Sequence[str]) -> list[Path]:
+    """Files by their paths in the repository."""
+    files = [paths.SHARED / name for name in names]
+    if missing := [file for file in files if not file.is_file()]:
+        raise UserError(f"configs: {missing[0]}: no such file")
+    return files
+
+
+def _place(name: str, scale: str, data: str | None) -> str:
+    """Where an experiment's page goes: what was asked for beside the name stands in it."""
+    return "-".join([name, *([scale] if scale != "tiny" else []), *([data] if data else [])])
