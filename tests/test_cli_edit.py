@@ -130,22 +130,6 @@ def test_words_behind_an_option_are_its_list(capsys, lm_folder, tmp_path):
     assert "[link](x)" in (tmp_path / "r.html").read_text()
 
 
-def test_a_file_of_requests_is_an_edit_each_or_one_of_all(capsys, lm_folder, tmp_path):
-    (tmp_path / "r.csv").write_text("prompt,target\nThe capital of Peru is,Lyon\nThe capital of Chile is,Rhine\n")
-    base = ["edit", f"--lm={lm_folder}", f"--requests={tmp_path}/r.csv", *FT_L, "--max_new_tokens=2"]
-    assert main([*base, f"--json={tmp_path}/r.json", f"--save={tmp_path}/each"]) == 0
-    assert main([*base, "--joint", f"--save={tmp_path}/all", f"--merge={tmp_path}/model"]) == 0
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert [each["request"]["target"] for each in report["requests"]] == ["Lyon", "Rhine"]
-    printed = capsys.readouterr().out
-    assert "of 2 requests took, spread to" in printed
-    assert "of 2 requests took in one edit, spread to" in printed
-    one, other, both = (ie.load_edit(tmp_path / name) for name in ("each/000", "each/001", "all"))
-    (site,) = both.sites
-    torch.testing.assert_close(both.delta(site), one.delta(site) + other.delta(site))
-    assert (tmp_path / "model" / "config.json").is_file()
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -218,3 +202,19 @@ def test_a_runs_id_is_an_editor(capsys, lm_folder, tmp_path, monkeypatch):
     unknown = "0" * 32
     assert "no run in mlruns" in refused(capsys, lm_folder, f"--editor={unknown}")
     assert "unknown editor 'nosuch'; there are: " in refused(capsys, lm_folder, "--editor=nosuch")
+
+
+def test_a_file_of_requests_is_an_edit_each_or_one_of_all(capsys, lm_folder, tmp_path, nudge):
+    (tmp_path / "r.csv").write_text("prompt,target\nThe capital of Peru is,Lyon\nThe capital of Chile is,Rhine\n")
+    base = ["edit", f"--lm={lm_folder}", "--editor=./trained", f"--requests={tmp_path}/r.csv"]
+    assert main([*base, f"--json={tmp_path}/r.json", f"--save={tmp_path}/each"]) == 0
+    assert main([*base, "--joint", f"--save={tmp_path}/all", f"--merge={tmp_path}/model"]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [each["request"]["target"] for each in report["requests"]] == ["Lyon", "Rhine"]
+    printed = capsys.readouterr().out
+    assert "of 2 requests took, spread to" in printed
+    assert "of 2 requests took in one edit, spread to" in printed
+    one, other, both = (ie.load_edit(tmp_path / name) for name in ("each/000", "each/001", "all"))
+    for site in both.sites:
+        torch.testing.assert_close(both.delta(site), one.delta(site) + other.delta(site))
+    assert (tmp_path / "model" / "config.json").is_file()

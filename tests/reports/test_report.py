@@ -11,6 +11,7 @@ import instructedit as ie
 from instructedit.errors import UserError
 from instructedit.reports import EditCase
 from instructedit.reports.measure import Reply, text_sample
+from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, RequestReport
 from instructedit.reports.words import headline
 from instructedit.tasks.tiny.world import world
@@ -90,7 +91,7 @@ def test_several_requests_are_reported_as_each_alone(lm):
 
 def test_an_edit_that_changes_nothing_failed_and_spread_to_nobody(lm):
     (found,) = ie.edit(lm, "unedited", REQUESTS[0], neighbours=4).requests
-    assert str(found.verdict) == "failed; spread to none of 4 neighbours"
+    assert str(found.verdict) == "failed; 0 of 2 paraphrases follow; spread to none of 4 neighbours"
     assert found.drift.kl == 0
     assert found.drift.perplexity_after == found.drift.perplexity_before
 
@@ -141,7 +142,7 @@ def test_a_model_that_knows_facts_takes_an_edit():
 @pytest.mark.filterwarnings("error")  # the report says it, no warning beside it
 def test_a_failure_says_what_to_try(lm):
     report = ie.edit(lm, ie.build_editor("ft_l", lm, lr=1e-6, bound=1e-6, steps=1), REQUESTS, neighbours=0)
-    assert [str(each.verdict) for each in report.requests] == ["failed", "failed"]
+    assert [each.verdict.kind for each in report.requests] == ["failed", "failed"]
     assert report.advice == "a larger lr or bound, or more steps"
 
 
@@ -149,7 +150,7 @@ def test_an_instructed_editor_is_asked_both_ways(lm):
     editor = ie.build_editor("instructedit", lm, rank=4)
     record = ie.EditRecord("x", ie.EditRequest("The capital of Peru is", "Lyon", task="counterfact"))
     (found,) = ie.edit(lm, editor, record, neighbours=0, instruction="Do it.").requests
-    assert [answer.role for answer in found.answers] == ["request", "instructed"]
+    assert [answer.role for answer in found.answers] == ["request", "instructed", "paraphrase", "paraphrase"]
     assert "Do it." in found.answers[1].prompt
 
 
@@ -157,8 +158,6 @@ def test_an_instructed_editor_is_asked_both_ways(lm):
 
 
 def drawn(request, number=10):
-    from instructedit.reports.neighbours import draw_neighbours
-
     return draw_neighbours(request, number)
 
 
@@ -174,6 +173,18 @@ def test_neighbours_ask_the_same_of_others_and_other_things_of_the_subject(subje
             assert prompt.removeprefix("The capital of ").removesuffix(" is") in countries - {"France"}
         assert ("France" in prompt) == (group == "same subject")
     assert found == drawn(ie.EditRequest("The capital of France is", "Rome"))
+
+
+def test_a_known_relation_has_paraphrases_and_is_no_neighbour_of_itself():
+    request = ie.EditRequest("The capital of France is", "Rome")
+    (capital,) = (fact for fact in world().about["France"] if fact.relation.noun == "capital")
+    phrasings = {capital.relation.fill(frame, "France") for frame in capital.relation.statements}
+    found = draw_paraphrases(request)
+    assert len(set(found)) == 2
+    assert set(found) < phrasings - {request.prompt}
+    assert not phrasings & {each.prompt for each in drawn(request, 400)}
+    assert draw_paraphrases(ie.EditRequest("The seat of government of France is", "Rome")) == []
+    assert draw_paraphrases(ie.EditRequest("The capital of Zork is", "Rome")) == []
 
 
 def test_an_unknown_subject_has_facts_about_others_for_neighbours():

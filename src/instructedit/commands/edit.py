@@ -68,7 +68,8 @@ def main(
         instruction: A sentence of your own in the description's place, for editors that read instructions; its slots
             are filled.
         slots: Values of the task's instruction slots, e.g. '{"LABEL": "positive", "TOPIC": "tea"}'.
-        rephrase: Other words for the prompt, which the target should follow, too.
+        rephrase: Other words for the prompt, which the target should follow, too; by default two are drawn where the
+            embedded facts know the relation.
         neighbours: Prompts whose answers should stay; by default ten are drawn from the embedded facts.
         ask: Further prompts to ask before and after.
         joint: Make one edit of all requests.

@@ -38,7 +38,8 @@ class EditCase:
 
     Attributes:
         request: The edit.
-        paraphrases: Prompts that the target should answer, too.
+        paraphrases: Prompts that the target should answer, too; where there are none, some are drawn if the embedded
+            facts know the request's relation.
         neighbours: Prompts whose answers should stay; where there are none, some are drawn.
         ask: Further prompts, shown and not judged.
     """

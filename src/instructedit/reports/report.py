@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,15 +14,16 @@ from typing import Any, Literal
 from instructedit.editors import Editor, any_editor
 from instructedit.edits import Edit
 from instructedit.errors import UserError
+from instructedit.instructions import Instructor
 from instructedit.lm import FrozenLM
 from instructedit.records import EditRecord, EditRequest
 from instructedit.reports.cases import EditCase
 from instructedit.reports.measure import Drift, Reply, drifts, replies, text_sample
-from instructedit.reports.neighbours import draw_neighbours
+from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 
 Role = Literal["request", "instructed", "paraphrase", "neighbour", "ask"]
 #: Requests that are edited and asked at once.
-_AT_ONCE = 4
+AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Answer:
         role: ``request``; ``instructed`` (the request behind the instruction, as an editor that takes one reads it);
             ``paraphrase``, ``neighbour`` or ``ask``.
         prompt: What the model was asked.
-        group: Where a neighbour comes from: ``given``, or how it is related to the request.
+        group: Where it comes from: ``given`` by the user; else, for a neighbour, how it is related to the request.
         before: The unedited model.
         after: The edited one.
         changed: Whether the first words differ, as many tokens of them as the target has.
@@ -101,6 +102,12 @@ class RequestReport:
         return [answer for answer in self.answers if answer.role == role]
 
     @property
+    def case(self) -> EditCase:
+        """The request with the prompts that were asked, to ask them again."""
+        roles: tuple[Role, ...] = ("paraphrase", "neighbour", "ask")
+        return EditCase(self.request, *(tuple(answer.prompt for answer in self.of(role)) for role in roles))
+
+    @property
     def verdict(self) -> Verdict:
         """What became of it."""
         own, paraphrases, neighbours = self.answers[0], self.of("paraphrase"), self.of("neighbour")
@@ -158,8 +165,74 @@ class EditReport:
 
         Path(file).write_text(page(self), encoding="utf-8")
 
+    def each(self) -> Iterator[EditReport]:
+        """Takes the report apart: one for each edit."""
+        if len(self.edits) == 1:
+            yield self
+            return
+        for report, edit in zip(self.requests, self.edits, strict=True):
+            yield replace(self, requests=(report,), edits=(edit,))
+
     def __str__(self) -> str:
         return "\n".join(f"{r.request.prompt!r} → {r.request.target!r}: {r.verdict}" for r in self.requests)
+
+
+class Judge:
+    """Asks a model of its edits.
+
+    Args:
+        lm: The model.
+        ask: Further prompts to ask of every edit.
+        neighbours: How many are drawn for a case that brings none.
+        text: What drift is measured on.
+        max_new_tokens: Length of the words.
+        instructor: Of an editor that reads instructions: requests are asked behind theirs, too.
+    """
+
+    def __init__(
+        self, lm: FrozenLM, ask: Sequence[str] = (), neighbours: int = 10, text: str = "tiny", max_new_tokens: int = 12,
+        instructor: Instructor | None = None,
+    ) -> None:  # fmt: skip
+        self.lm, self.ask, self.neighbours, self.instructor = lm, tuple(ask), neighbours, instructor
+        self.max_new_tokens = max_new_tokens
+        self.sample = text_sample(lm, text)
+
+    def __call__(self, cases: Sequence[EditCase], edit: Edit) -> list[RequestReport]:
+        """Asks all cases of their edits at once: of one for each, or of the one that serves them all."""
+        start = self.lm.first_block(edit.sites)
+        moved = drifts(self.lm, self.sample, edit, start)
+        prompts = [list(self._prompts(case)) for case in cases]
+        asked = [(p, case.request.target) for case, own in zip(cases, prompts, strict=True) for _, p, _ in own]
+        rows = [i % len(edit) for i, own in enumerate(prompts) for _ in own]
+        both = [replies(self.lm, asked, each, rows, start, self.max_new_tokens) for each in (None, edit)]
+        pairs = zip(*both, strict=True)
+        reports = []
+        for i, (case, own) in enumerate(zip(cases, prompts, strict=True)):
+            answers = [
+                Answer(role, prompt, group, old, new, self._differ(old, new))
+                for (role, prompt, group), (old, new) in zip(own, islice(pairs, len(own)), strict=True)
+            ]
+            reports.append(RequestReport(case.request, tuple(answers), moved[i % len(edit)]))
+        return reports
+
+    def _prompts(self, case: EditCase) -> Iterable[tuple[Role, str, str]]:
+        """Role, prompt and group of all that is asked of a case."""
+        prompt = case.request.prompt
+        yield "request", prompt, ""
+        if self.instructor and (instructed := self.instructor.front(case.request)(prompt)) != prompt:
+            yield "instructed", instructed, ""
+        yield from (("paraphrase", each, "given") for each in case.paraphrases)
+        if not case.paraphrases:
+            yield from (("paraphrase", each, "drawn") for each in draw_paraphrases(case.request))
+        yield from (("neighbour", each, "given") for each in case.neighbours)
+        if not case.neighbours:
+            yield from (("neighbour", *each) for each in draw_neighbours(case.request, self.neighbours))
+        yield from (("ask", each, "") for each in (*case.ask, *self.ask))
+
+    def _differ(self, before: Reply, after: Reply) -> bool:
+        """Whether the first words of two replies differ, as many tokens as the target has."""
+        first, second = (self.lm.words(reply.words)[: reply.target_tokens] for reply in (before, after))
+        return first != second
 
 
 def edit(
@@ -200,79 +273,27 @@ def edit(
     if not given:
         raise UserError("no edit request given")
     cases = [EditCase.of(each) for each in given]
-    asking = _Asking(lm, method, tuple(ask), neighbours, max_new_tokens, description, instruction)
-    sample = text_sample(lm, text)
-    made = asking.make(cases, together=True) if joint else None
+    instructor = method.instructor(description=description, instruction=instruction)
+    judge = Judge(lm, tuple(ask), neighbours, text, max_new_tokens, instructor)
+
+    def make(part: Sequence[EditCase]) -> Edit:
+        with warnings.catch_warnings():  # the report says which requests failed
+            warnings.filterwarnings("ignore", ".* did not reach their target", UserWarning)
+            return method.edit([case.request for case in part], description, joint, instruction)
+
+    whole = make(cases) if joint else None
     reports: list[RequestReport] = []
-    edits: list[Edit] = []
-    for begin in progress(range(0, len(cases), _AT_ONCE)):
-        part = cases[begin : begin + _AT_ONCE]
-        change = made if made is not None else asking.make(part)
-        if made is None or begin == 0:
-            start = lm.first_block(change.sites)
-            moved = drifts(lm, sample, change, start)
-            edits += [change[i] for i in range(len(change))]
-        reports += asking.reports(part, change, moved * len(part) if joint else moved, start)
+    edits: list[Edit] = [] if whole is None else [whole]
+    for begin in progress(range(0, len(cases), AT_ONCE)):
+        part = cases[begin : begin + AT_ONCE]
+        change = make(part) if whole is None else whole
+        reports += judge(part, change)
+        edits += [change[i] for i in range(len(part))] if whole is None else []
     failed = any(not report.verdict.took for report in reports)
     return EditReport(
         lm.name, lm.fingerprint, method.name, method.options(), joint, text, method.REMEDY if failed else "",
         tuple(reports), tuple(edits),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """How requests are edited and asked."""
-
-    lm: FrozenLM
-    editor: Editor
-    ask: tuple[str, ...]
-    neighbours: int
-    max_new_tokens: int
-    description: str | None
-    instruction: str | Mapping[str, str] | None
-
-    def make(self, cases: Sequence[EditCase], together: bool = False) -> Edit:
-        """The edits of some cases, without the method's own warning of those that failed: the report says it."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* did not reach their target", UserWarning)
-            return self.editor.edit(
-                [case.request for case in cases], self.description, together, instruction=self.instruction
-            )
-
-    def reports(
-        self, cases: Sequence[EditCase], edit: Edit, moved: Sequence[Drift], start: int
-    ) -> Iterable[RequestReport]:
-        """Asks some cases of their edits, all at once."""
-        prompts = [list(self._prompts(case)) for case in cases]
-        asked = [(p, case.request.target) for case, own in zip(cases, prompts, strict=True) for _, p, _ in own]
-        rows = [i % len(edit) for i, own in enumerate(prompts) for _ in own]
-        both = [replies(self.lm, asked, each, rows, start, self.max_new_tokens) for each in (None, edit)]
-        pairs = zip(*both, strict=True)
-        for case, own, drift in zip(cases, prompts, moved, strict=True):
-            answers = [
-                Answer(role, prompt, group, old, new, self._differ(old, new))
-                for (role, prompt, group), (old, new) in zip(own, islice(pairs, len(own)), strict=True)
-            ]
-            yield RequestReport(case.request, tuple(answers), drift)
-
-    def _prompts(self, case: EditCase) -> Iterable[tuple[Role, str, str]]:
-        """Role, prompt and group of all that is asked of a case."""
-        prompt = case.request.prompt
-        yield "request", prompt, ""
-        instructor = self.editor.instructor(description=self.description, instruction=self.instruction)
-        if instructor and (instructed := instructor.front(case.request)(prompt)) != prompt:
-            yield "instructed", instructed, ""
-        yield from (("paraphrase", each, "given") for each in case.paraphrases)
-        yield from (("neighbour", each, "given") for each in case.neighbours)
-        if not case.neighbours:
-            yield from (("neighbour", *each) for each in draw_neighbours(case.request, self.neighbours))
-        yield from (("ask", each, "") for each in (*case.ask, *self.ask))
-
-    def _differ(self, before: Reply, after: Reply) -> bool:
-        """Whether the first words of two replies differ, as many tokens as the target has."""
-        first, second = (self.lm.words(reply.words)[: reply.target_tokens] for reply in (before, after))
-        return first != second
 
 
 def _finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from instructedit.reports.report import EditReport, RequestReport
-from instructedit.reports.words import change, drift_line, headline, number, role_title
+from instructedit.reports.words import change, drift_line, headline, number, one_line, role_title
 
 #: More requests than this have a line each instead of a table each.
 _SHOWN = 3
@@ -33,7 +33,7 @@ def _detailed(report: RequestReport) -> Iterator[RenderableType]:
     yield Text(f"{report.request.prompt} → {report.request.target}", "bold")
     table = _table("", "prompt", "before", "after", numbers=("p per token", "rank"))
     for answer in report.answers:
-        words = (role_title(answer), answer.prompt, answer.before.words.strip(), answer.after.words.strip())
+        words = (role_title(answer), answer.prompt, one_line(answer.before.words), one_line(answer.after.words))
         numbers = (
             change(answer.before.token_probability, answer.after.token_probability),
             change(answer.before.rank, answer.after.rank),
@@ -51,7 +51,7 @@ def _one_line_each(report: EditReport) -> Table:
     for each in report.requests:
         own = each.answers[0]
         table.add_row(
-            Text(f"{each.request.prompt} → {each.request.target}"), Text(own.after.words.strip()), _verdict(each),
+            Text(f"{each.request.prompt} → {each.request.target}"), Text(one_line(own.after.words)), _verdict(each),
             change(own.before.token_probability, own.after.token_probability), change(own.before.rank, own.after.rank),
             number(each.drift.kl),
         )  # fmt: skip

@@ -18,9 +18,13 @@ def change(before: float, after: float) -> str:
 
 def role_title(answer: Answer) -> str:
     """What a prompt is to the edit."""
-    hit = " (hit)" if answer.spread else ""
-    group = f", {answer.group}" if answer.group not in ("", "given") else ""
-    return {"ask": "asked", "instructed": "request, instructed"}.get(answer.role, answer.role) + group + hit
+    name = "asked" if answer.role == "ask" else answer.role
+    return f"hit {name}" if answer.spread else name
+
+
+def one_line(words: str) -> str:
+    """A reply without the line breaks in it."""
+    return " ".join(words.split())
 
 
 def drift_line(drift: Drift) -> str:
