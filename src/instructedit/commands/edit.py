@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from instructedit.configs import Scale
 from instructedit.console import console
@@ -43,6 +43,9 @@ def main(
     json: str | None = None,
     html: str | None = None,
     save: str | None = None,
+    keep: str | None = None,
+    store: str | None = None,
+    rank: int | Literal["auto"] | None = None,
     merge: str | None = None,
 ) -> None:
     """Edits what a model says, and reports whether it took, what follows from it, and what else changed.
@@ -81,6 +84,10 @@ def main(
         html: File to write the report to as a page.
         save: Folder to save the edit to (a LoRA adapter, for edits of low rank), with its report and requests;
             several edits are saved to numbered folders in it.
+        keep: Name to keep the edit under in a store, for `instructedit edits`; several edits get a number behind it.
+        store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
+        rank: The largest rank of what is saved or kept; auto is the smallest of 8, 16, 32, 64, … with which all
+            predicted tokens on what was asked stay. By default auto for edits of low rank; dense ones stay dense.
         merge: Folder to save a plain transformers model with the edit in its weights to.
     """
     import instructedit as ie
@@ -91,6 +98,7 @@ def main(
     cases = _cases(requests, task) if requests and not any(own) else [_case(requests, task, *own)]
     if merge and len(cases) > 1 and not joint:
         raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
+    places = _places(keep, store, 1 if joint else len(cases))
     at = Scale.load(scale) if scale else None
     model = _model(at, lm, device, dtype, chat)
     method = _method(editor, model, options, at)
@@ -104,8 +112,8 @@ def main(
     for file, write in zip(reports, (report.save_json, report.save_html), strict=True):
         if file:
             write(file)
-    if save:
-        _save(model, report, Path(save))
+    if save or keep:
+        _keep(model, report, rank, Path(save) if save else None, places)
     if merge:
         model.merge(report.edits[0]).save_pretrained(merge)
         model.tokenizer.save_pretrained(merge)
@@ -178,9 +186,32 @@ def _check_targets(save: str | None, merge: str | None) -> None:
         raise UserError(f"--save {save}: holds a model, to which loading would apply the adapter: another folder")
 
 
-def _save(lm: FrozenLM, report: EditReport, folder: Path) -> None:
-    for number, edit in enumerate(report.edits):
-        lm.save(edit, folder if len(report.edits) == 1 else folder / f"{number:03}")
+def _places(keep: str | None, store: str | None, count: int) -> list[Path]:
+    """Where each edit is kept, if any is: found out before the work."""
+    from instructedit.reports.store import free_place, store_folder
+
+    if keep is None:
+        return []
+    folder = store_folder(store)
+    check_writable(folder, "--keep")
+    return [free_place(keep if count == 1 else f"{keep}-{number:03}", folder) for number in range(count)]
+
+
+def _keep(
+    lm: FrozenLM, report: EditReport, rank: int | Literal["auto"] | None, save: Path | None, places: list[Path]
+) -> None:
+    """Saves and keeps each edit, of a rank that can be served."""
+    from instructedit.reports.ranks import served
+    from instructedit.reports.store import keep, write_edit
+
+    for number, each in enumerate(report.each()):
+        own, small = served(lm, each, rank)
+        if save:
+            write_edit(lm, own, save if len(report.edits) == 1 else save / f"{number:03}")
+        if places:
+            keep(lm, own, places[number].name, places[number].parent)
+        where = " and ".join(str(place) for place in (save, *places[number : number + 1]) if place)
+        print(f"saved to {where}" + (f", {small}" if small else ""))
 
 
 def _show(report: EditReport) -> None:
