@@ -206,7 +206,7 @@ def test_a_runs_id_is_an_editor(capsys, lm_folder, tmp_path, monkeypatch):
 
 def test_a_file_of_requests_is_an_edit_each_or_one_of_all(capsys, lm_folder, tmp_path, nudge):
     (tmp_path / "r.csv").write_text("prompt,target\nThe capital of Peru is,Lyon\nThe capital of Chile is,Rhine\n")
-    base = ["edit", f"--lm={lm_folder}", "--editor=./trained", f"--requests={tmp_path}/r.csv"]
+    base = ["edit", f"--lm={lm_folder}", "--editor=./trained", f"--requests={tmp_path}/r.csv", "--rank=512"]
     assert main([*base, f"--json={tmp_path}/r.json", f"--save={tmp_path}/each"]) == 0
     assert main([*base, "--joint", f"--save={tmp_path}/all", f"--merge={tmp_path}/model"]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
