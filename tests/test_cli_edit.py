@@ -114,6 +114,43 @@ def test_text_with_square_brackets_is_shown_as_it_is(capsys, lm_folder):
     assert "[/] x" in printed
 
 
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+def test_words_behind_an_option_are_its_list(capsys, lm_folder, tmp_path):
+    asked = ["--ask", "[link](x)", "B b", "--rephrase", "Peru's capital is", "--neighbours", "A is", "B is"]
+    assert edit(lm_folder, "--editor=unedited", *asked, f"--json={tmp_path}/r.json", f"--html={tmp_path}/r.html") == 0
+    (found,) = json.loads((tmp_path / "r.json").read_text())["requests"]
+    prompts = [(answer["role"], answer["prompt"]) for answer in found["answers"][1:]]
+    assert prompts == [
+        ("paraphrase", "Peru's capital is"), ("neighbour", "A is"), ("neighbour", "B is"), ("ask", "[link](x)"),
+        ("ask", "B b"),
+    ]  # fmt: skip
+    assert "failed; 0 of 1 paraphrases follow; spread to none of 2 neighbours" in capsys.readouterr().out
+    assert "[link](x)" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "what is to be changed? give --prompt and --target, or --requests FILE"),
+        (["--prompt=p"], "give --prompt and --target"),
+        (["--requests=none.csv"], "none.csv: no such file of requests"),
+        (["--requests=r.csv", "--prompt=p"], "--requests: the file has the prompts"),
+        (["--requests=r.csv", "--merge=x"], "there are 2 requests: add --joint"),
+        (["--prompt=p", "--target=t", "--json=."], "--json .: is a folder"),
+        (["--prompt=p", "--target=t", "--html=r.csv/x.html"], "is a file, not a folder"),
+        (["--requests=bad.csv"], "bad.csv, record 0: field 'target' is missing"),
+    ],
+)
+def test_what_is_asked_for_is_checked_first(capsys, lm_folder, tmp_path, no_work, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.csv").write_text("prompt,target\np,t\nq,t\n")
+    (tmp_path / "bad.csv").write_text("prompt,target\np,\n")
+    assert main(["edit", f"--lm={lm_folder}", "--editor=unedited", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
 # -- the base of an adapter -------------------------------------------------------------------------------------------
 
 
@@ -140,7 +177,7 @@ def nudge(monkeypatch):
         torch.manual_seed(0)
         return ie.build_editor("mend", lm, rank=4, edit_rate=30.0)
 
-    monkeypatch.setattr(ie, "load_editor", load)
+    monkeypatch.setattr("instructedit.editors.base.load_editor", load)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-llama", "folder", "by pip"])
@@ -165,3 +202,19 @@ def test_a_runs_id_is_an_editor(capsys, lm_folder, tmp_path, monkeypatch):
     unknown = "0" * 32
     assert "no run in mlruns" in refused(capsys, lm_folder, f"--editor={unknown}")
     assert "unknown editor 'nosuch'; there are: " in refused(capsys, lm_folder, "--editor=nosuch")
+
+
+def test_a_file_of_requests_is_an_edit_each_or_one_of_all(capsys, lm_folder, tmp_path, nudge):
+    (tmp_path / "r.csv").write_text("prompt,target\nThe capital of Peru is,Lyon\nThe capital of Chile is,Rhine\n")
+    base = ["edit", f"--lm={lm_folder}", "--editor=./trained", f"--requests={tmp_path}/r.csv", "--rank=512"]
+    assert main([*base, f"--json={tmp_path}/r.json", f"--save={tmp_path}/each"]) == 0
+    assert main([*base, "--joint", f"--save={tmp_path}/all", f"--merge={tmp_path}/model"]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [each["request"]["target"] for each in report["requests"]] == ["Lyon", "Rhine"]
+    printed = capsys.readouterr().out
+    assert "of 2 requests took, spread to" in printed
+    assert "of 2 requests took in one edit, spread to" in printed
+    one, other, both = (ie.load_edit(tmp_path / name) for name in ("each/000", "each/001", "all"))
+    for site in both.sites:
+        torch.testing.assert_close(both.delta(site), one.delta(site) + other.delta(site))
+    assert (tmp_path / "model" / "config.json").is_file()

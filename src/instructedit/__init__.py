@@ -13,20 +13,22 @@ if TYPE_CHECKING:
     from instructedit.instructions import InstructionBank
     from instructedit.lm import FrozenLM
     from instructedit.records import EditRecord, EditRequest, Probe
+    from instructedit.reports import EditCase, EditReport, edit, read_cases
     from instructedit.tasks import load_records, task_names
 
 _HOME = {
-    "Edit": "edits", "EditRecord": "records", "EditRequest": "records", "Editor": "editors", "Evaluation": "evaluation",
-    "FrozenLM": "lm", "InstructionBank": "instructions", "LowRankEdit": "edits", "Probe": "records",
-    "Scores": "evaluation", "UserError": "errors", "build_editor": "editors", "editor_names": "editors",
+    "Edit": "edits", "EditCase": "reports", "EditRecord": "records", "EditReport": "reports",
+    "EditRequest": "records", "Editor": "editors", "Evaluation": "evaluation", "FrozenLM": "lm",
+    "InstructionBank": "instructions", "LowRankEdit": "edits", "Probe": "records", "Scores": "evaluation",
+    "UserError": "errors", "build_editor": "editors", "edit": "reports", "editor_names": "editors",
     "evaluate": "evaluation", "load_edit": "edits", "load_editor": "editors", "load_records": "tasks",
-    "task_names": "tasks",
+    "read_cases": "reports", "task_names": "tasks",
 }  # fmt: skip
 
 __all__ = [
-    "Edit", "EditRecord", "EditRequest", "Editor", "Evaluation", "FrozenLM", "InstructionBank", "LowRankEdit", "Probe",
-    "Scores", "UserError", "build_editor", "editor_names", "evaluate", "load_edit", "load_editor", "load_records",
-    "task_names",
+    "Edit", "EditCase", "EditRecord", "EditReport", "EditRequest", "Editor", "Evaluation", "FrozenLM",
+    "InstructionBank", "LowRankEdit", "Probe", "Scores", "UserError", "build_editor", "edit", "editor_names",
+    "evaluate", "load_edit", "load_editor", "load_records", "read_cases", "task_names",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -234,6 +234,22 @@ def runs(experiment: str = "instructedit", root: str | Path = "mlruns") -> DataF
     return DataFrame(rows, columns=first + sorted(rest, key=lambda column: (column.startswith("metrics."), column)))
 
 
+def finished_runs(root: str | Path = "mlruns") -> list[tuple[str, str]]:
+    """Lists the finished runs of all experiments in a local store, the one that ended last first.
+
+    Returns:
+        (run id, name) of each; none where there is no store.
+    """
+    if not (Path(root).expanduser() / _DATABASE).is_file():
+        return []
+    client = _client(root)
+    found = client.search_runs(
+        [each.experiment_id for each in client.search_experiments()], "attributes.status = 'FINISHED'",
+        max_results=_MOST_RUNS, order_by=["attributes.end_time DESC"],
+    )  # fmt: skip
+    return [(run.info.run_id, run.info.run_name) for run in found]
+
+
 def artifact_path(run_id: str, name: str, root: str | Path = "mlruns") -> Path:
     """Finds an artifact file or folder of a run in a local store, e.g. ``figures/areas.png``.
 

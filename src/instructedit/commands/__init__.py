@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from argparse import ArgumentError
+from itertools import takewhile
 from types import ModuleType
 from typing import Any
 
@@ -35,7 +37,7 @@ def run_command(name: str, args: list[str]) -> None:
     try:
         auto_cli(
             module.main,
-            args=_switched_on(module.main, args),
+            args=_listed(module.main, _switched_on(module.main, args)),
             as_positional=positional,
             prog=f"instructedit {name}",
             exit_on_error=False,
@@ -46,10 +48,33 @@ def run_command(name: str, args: list[str]) -> None:
 
 def _switched_on(main: Any, args: list[str]) -> list[str]:
     """Arguments in which an option that is on or off may stand alone: ``--supported`` is ``--supported=true``."""
-    functions = main.values() if isinstance(main, dict) else [main]
-    options = {
-        f"--{name}" for function in functions for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.annotation in (bool, "bool")
-    }  # fmt: skip
+    options = _options(main, "bool")
     alone = [i + 1 == len(args) or args[i + 1].startswith("-") for i in range(len(args))]
     return [f"{arg}=true" if arg in options and bare else arg for arg, bare in zip(args, alone, strict=True)]
+
+
+def _listed(main: Any, args: list[str]) -> list[str]:
+    """Arguments in which the words behind a list's option are its entries: ``--ask A B``.
+
+    A list written as one, ``--ask '["A", "B"]'``, stays as it is.
+    """
+    options = _options(main, "list[str]", "list[str] | None")
+    found: list[str] = []
+    rest = list(args)
+    while rest:
+        found.append(rest.pop(0))
+        if found[-1] in options:
+            words = list(takewhile(lambda word: not word.startswith("--"), rest))
+            del rest[: len(words)]
+            whole = len(words) == 1 and words[0].startswith("[") and words[0].endswith("]")
+            found += words if whole or not words else [json.dumps(words)]
+    return found
+
+
+def _options(main: Any, *annotations: str) -> set[str]:
+    """Options of a command, or of all its subcommands, that have one of these types."""
+    functions = main.values() if isinstance(main, dict) else [main]
+    return {
+        f"--{name}" for function in functions for name, parameter in inspect.signature(function).parameters.items()
+        if getattr(parameter.annotation, "__name__", parameter.annotation) in annotations
+    }  # fmt: skip

@@ -1,8 +1,11 @@
-"""Make one edit and see what the model says before and after."""
+"""Make an edit, or several, and see what became of each: took, failed, or spread."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from instructedit.configs import Scale
 from instructedit.console import console
@@ -12,88 +15,163 @@ from instructedit.paths import check_writable
 if TYPE_CHECKING:
     from instructedit.editors import Editor
     from instructedit.lm import FrozenLM
+    from instructedit.reports import EditCase, EditReport
 
 
 def main(
-    prompt: str,
-    target: str,
     editor: str,
+    prompt: str | None = None,
+    target: str | None = None,
+    requests: str | None = None,
     options: dict[str, Any] | None = None,
     scale: str | None = None,
     lm: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
     task: str | None = None,
     subject: str | None = None,
     description: str | None = None,
     instruction: str | None = None,
     slots: dict[str, str] | None = None,
+    rephrase: list[str] | None = None,
+    neighbours: list[str] | None = None,
     ask: list[str] | None = None,
+    joint: bool = False,
+    text: str = "tiny",
     max_new_tokens: int = 12,
     chat: bool = False,
+    json: str | None = None,
+    html: str | None = None,
     save: str | None = None,
+    keep: str | None = None,
+    store: str | None = None,
+    rank: int | Literal["auto"] | None = None,
     merge: str | None = None,
 ) -> None:
-    """Edits what a model says, and shows its words before and after.
+    """Edits what a model says, and reports whether it took, what follows from it, and what else changed.
 
     Args:
+        editor: A trained editor (folder, checkpoint, a run's id or name, a hub id, or latest: that of the run that
+            ended last), or the name of a method that needs no training.
         prompt: What the model is asked.
         target: What it should say.
-        editor: A trained editor (folder, checkpoint, a run's id or a hub id), or the name of a method that needs no
-            training.
+        requests: Instead of a prompt and a target, a file of several (.json, .jsonl or .csv with a header): prompt,
+            target, and if wanted subject, task, rephrase, neighbours, ask. Each is an edit of its own.
         options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by
             default those of its config at the scale; without a scale the published ones, with step sizes and radii
             that follow the model's own scales.
         scale: A scale of configs/scale/, or a file of your own, for the LM and the method's hyper-parameters.
         lm: tiny, tiny-llama, smollm2-135m, gemma-3-270m, a local folder, a .gguf file, or a hub id; by default the
             scale's, or tiny.
+        device: Where the LM lives, e.g. cuda; by default the CPU.
+        dtype: Of the LM's weights, e.g. bfloat16; by default float32.
         task: Name of the editing task, for editors that read instructions.
         subject: The entity in the prompt that the edit is about, for ROME and MEMIT.
         description: Id of the instruction's description; by default one that training uses, always the same.
         instruction: A sentence of your own in the description's place, for editors that read instructions; its slots
             are filled.
         slots: Values of the task's instruction slots, e.g. '{"LABEL": "positive", "TOPIC": "tea"}'.
+        rephrase: Other words for the prompt, which the target should follow, too; by default two are drawn where the
+            embedded facts know the relation.
+        neighbours: Prompts whose answers should stay; by default ten are drawn from the embedded facts.
         ask: Further prompts to ask before and after.
+        joint: Make one edit of all requests.
+        text: Plain text on which it is measured how far unrelated predictions moved: a file, a hub id, or sampled
+            (what the model says itself); by default the embedded sentences.
         max_new_tokens: Length of the answers.
         chat: Ask in the LM's own chat template.
-        save: Folder to save the edit to (a LoRA adapter, for edits of low rank).
+        json: File to write the report to as plain data.
+        html: File to write the report to as a page.
+        save: Folder to save the edit to (a LoRA adapter, for edits of low rank), with its report and requests;
+            several edits are saved to numbered folders in it.
+        keep: Name to keep the edit under in a store, for `instructedit edits`; several edits get a number behind it.
+        store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
+        rank: The largest rank of what is saved or kept; auto is the smallest of 8, 16, 32, 64, … with which all
+            predicted tokens on what was asked stay. By default auto for edits of low rank; dense ones stay dense.
         merge: Folder to save a plain transformers model with the edit in its weights to.
     """
     import instructedit as ie
 
     _check_targets(save, merge)
-    request = ie.EditRequest(prompt, target, task=task, subject=subject, slots=slots or {})
+    reports = [_check_file(file, option) for file, option in ((json, "--json"), (html, "--html"))]
+    own = (prompt, target, subject, slots, rephrase, neighbours)
+    cases = _cases(requests, task) if requests and not any(own) else [_case(requests, task, *own)]
+    if merge and len(cases) > 1 and not joint:
+        raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
+    places = _places(keep, store, 1 if joint else len(cases))
     at = Scale.load(scale) if scale else None
-    known = at.lm_options() if at and not lm else {"name": lm or "tiny"}
-    model = ie.FrozenLM.from_pretrained(**known | ({"chat": True} if chat else {}))
+    model = _model(at, lm, device, dtype, chat)
     method = _method(editor, model, options, at)
     if merge and not method.changes_weights:
         raise UserError(f"--merge: edits of {method.name!r} are no change of weights, so no model can hold them")
-    change = method.edit([request], description=description, instruction=instruction)
-    prompts = [prompt, *(ask or [])]
-    before = model.generate(prompts, max_new_tokens=max_new_tokens)
-    with model.edited(change, rows=[0] * len(prompts)):
-        after = model.generate(prompts, max_new_tokens=max_new_tokens)
-    _show_words(prompts, before, after)
-    if save:
-        model.save(change, save)
+    report = ie.edit(
+        model, method, cases, joint=joint, ask=ask or (), text=text, max_new_tokens=max_new_tokens,
+        description=description, instruction=instruction, progress=_progress(method.name),
+    )  # fmt: skip
+    _show(report)
+    for file, write in zip(reports, (report.save_json, report.save_html), strict=True):
+        if file:
+            write(file)
+    if save or keep:
+        _keep(model, report, rank, Path(save) if save else None, places)
     if merge:
-        model.merge(change).save_pretrained(merge)
+        model.merge(report.edits[0]).save_pretrained(merge)
         model.tokenizer.save_pretrained(merge)
 
 
-def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None, scale: Scale | None) -> Editor:
-    """A trained editor, or one that needs no training."""
-    import instructedit as ie
-    from instructedit.editors.sources import is_place
+def _cases(requests: str, task: str | None) -> list[EditCase]:
+    from instructedit.reports import read_cases
 
-    if editor not in ie.editor_names() and is_place(editor):
-        if options:
-            raise UserError(f"editor {editor!r} is a trained one, which has its own options: leave out --options")
-        return ie.load_editor(editor, lm)
-    own = scale.editor_options(editor) if scale else {}
-    method = ie.build_editor(editor, lm, **own | (options or {}))
-    if method.trainable:
-        raise UserError(f"editor {editor!r} must be trained first: give --editor a run's folder or checkpoint")
-    return method
+    return read_cases(requests, task)
+
+
+def _case(
+    requests: str | None, task: str | None, prompt: str | None, target: str | None, subject: str | None,
+    slots: dict[str, str] | None, rephrase: list[str] | None, neighbours: list[str] | None,
+) -> EditCase:  # fmt: skip
+    """The one request of the command line."""
+    import instructedit as ie
+
+    if requests:
+        raise UserError("--requests: the file has the prompts, targets and all that goes with them: give it alone")
+    if prompt is None or target is None:
+        raise UserError("what is to be changed? give --prompt and --target, or --requests FILE")
+    request = ie.EditRequest(prompt, target, task, subject, slots or {})
+    return ie.EditCase(request, tuple(rephrase or ()), tuple(neighbours or ()))
+
+
+def _model(scale: Scale | None, lm: str | None, device: str | None, dtype: str | None, chat: bool) -> FrozenLM:
+    import instructedit as ie
+
+    known = scale.lm_options() if scale and not lm else {"name": lm or "tiny"}
+    asked = {"device": device, "dtype": dtype, "chat": chat}
+    return ie.FrozenLM.from_pretrained(**known | {name: value for name, value in asked.items() if value})
+
+
+def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None, scale: Scale | None) -> Editor:
+    """A trained editor, or one that needs no training with its hyper-parameters at the scale."""
+    from instructedit.editors import any_editor, editor_names
+
+    own = scale.editor_options(editor) if scale and editor in editor_names() else {}
+    return any_editor(editor, lm, own | (options or {}))
+
+
+def _progress(editor: str) -> Any:
+    """A bar on the terminal for what takes more than a second."""
+    from tqdm import tqdm
+
+    return partial(tqdm, desc=f"{editor} edits and asks", unit=" batch", leave=False, delay=1, file=sys.stderr)
+
+
+def _check_file(file: str | None, option: str) -> Path | None:
+    """Finds out before the work whether a report can be written."""
+    if file is None:
+        return None
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise UserError(f"{option} {file}: is a folder, not a file")
+    check_writable(path.parent, option)
+    return path
 
 
 def _check_targets(save: str | None, merge: str | None) -> None:
@@ -108,11 +186,37 @@ def _check_targets(save: str | None, merge: str | None) -> None:
         raise UserError(f"--save {save}: holds a model, to which loading would apply the adapter: another folder")
 
 
-def _show_words(prompts: list[str], before: list[str], after: list[str]) -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _places(keep: str | None, store: str | None, count: int) -> list[Path]:
+    """Where each edit is kept, if any is: found out before the work."""
+    from instructedit.reports.store import free_place, store_folder
 
-    table = Table("prompt", "before", "after")
-    for row in zip(prompts, before, after, strict=True):
-        table.add_row(*(Text(text.strip()) for text in row))  # square brackets are the user's own
-    console().print(table)
+    if keep is None:
+        return []
+    folder = store_folder(store)
+    check_writable(folder, "--keep")
+    return [free_place(keep if count == 1 else f"{keep}-{number:03}", folder) for number in range(count)]
+
+
+def _keep(
+    lm: FrozenLM, report: EditReport, rank: int | Literal["auto"] | None, save: Path | None, places: list[Path]
+) -> None:
+    """Saves and keeps each edit, of a rank that can be served."""
+    from instructedit.reports.ranks import served
+    from instructedit.reports.store import keep, write_edit
+
+    for number, each in enumerate(report.each()):
+        own, small = served(lm, each, rank)
+        if save:
+            write_edit(lm, own, save if len(report.edits) == 1 else save / f"{number:03}")
+        if places:
+            keep(lm, own, places[number].name, places[number].parent)
+        where = " and ".join(str(place) for place in (save, *places[number : number + 1]) if place)
+        print(f"saved to {where}" + (f", {small}" if small else ""))
+
+
+def _show(report: EditReport) -> None:
+    from instructedit.reports.table import tables
+
+    terminal = console()
+    for part in tables(report):
+        terminal.print(part)

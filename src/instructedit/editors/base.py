@@ -18,7 +18,7 @@ from instructedit.data.batch import EditBatch, RequestBatch, batch_rendered, bat
 from instructedit.editors.losses import LossWeights, editing_loss
 from instructedit.editors.options import options
 from instructedit.editors.report import EditReport, edit_report
-from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor
+from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor, is_place
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor, RenderedRecord
@@ -300,12 +300,34 @@ def build_editor(name: str, lm: FrozenLM, **options: Any) -> Editor:
         raise UserError(f"editor {name!r}: {error}") from error
 
 
+def any_editor(source: str | Path, lm: FrozenLM, options: Mapping[str, Any] | None = None) -> Editor:
+    """An editor that can edit as it is: a method that needs no training by its name, or a trained editor.
+
+    Args:
+        source: The method's name, or what `load_editor` takes.
+        lm: What it edits.
+        options: Hyper-parameters of a method by its name.
+
+    Raises:
+        UserError: If there is no such editor, the method must be trained first, or a trained one is given options.
+    """
+    name = str(source)
+    if name not in editor_names() and is_place(name):
+        if options:
+            raise UserError(f"editor {name!r} is a trained one, which has its own options: leave out options")
+        return load_editor(source, lm)
+    method = build_editor(name, lm, **options or {})
+    if method.trainable:
+        raise UserError(f"editor {name!r} must be trained first: give a run's folder, id or name, or latest")
+    return method
+
+
 def load_editor(source: str | Path, lm: FrozenLM) -> Editor:
     """A trained editor.
 
     Args:
         source: A folder that `Editor.save_pretrained` wrote, a checkpoint of a run (``.ckpt``), a folder that holds
-            one, the id of a run in ``mlruns/``, or a hub id ``owner/name`` (see `find_editor`).
+            one, the id or name of a run in ``mlruns/``, ``latest``, or a hub id ``owner/name`` (see `find_editor`).
         lm: The LM to bind it to.
 
     Raises:

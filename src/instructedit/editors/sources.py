@@ -8,7 +8,10 @@ from pathlib import Path
 from instructedit.errors import UserError
 
 CONFIG, WEIGHTS = "editor.json", "editor.safetensors"
+#: Means the trained editor whose run ended last.
+LATEST = "latest"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+_LISTED = 5  # runs that an error lists
 
 
 def find_editor(source: str | Path, root: str | Path = "mlruns") -> Path:
@@ -16,8 +19,9 @@ def find_editor(source: str | Path, root: str | Path = "mlruns") -> Path:
 
     Args:
         source: A folder that `Editor.save_pretrained` wrote, a checkpoint (``.ckpt``), a folder that holds some (a
-            run's: the latest counts), the id of a run, or a hub id ``owner/name``.
-        root: Folder of the store that a run's id is looked up in.
+            run's: the latest counts), the id of a run, its name where only one finished run with checkpoints has it,
+            ``latest`` (the finished run with checkpoints that ended last), or a hub id ``owner/name``.
+        root: Folder of the store that runs are looked up in.
 
     Returns:
         A folder with ``editor.json``, or a checkpoint file.
@@ -38,19 +42,42 @@ def find_editor(source: str | Path, root: str | Path = "mlruns") -> Path:
     return checkpoints[-1]
 
 
-def is_place(source: str) -> bool:
-    """Whether a word means a file, a folder, a run or a hub id, rather than a method by its name."""
-    return Path(source).exists() or "/" in source or bool(_RUN_ID.fullmatch(source))
+def is_place(source: str, root: str | Path = "mlruns") -> bool:
+    """Whether a word means a file, a folder, a run or a hub id, rather than a method by its name.
+
+    Raises:
+        UserError: If it is a run's id, or ``latest``, and there is no such run; or the name of several runs.
+    """
+    return Path(source).expanduser().exists() or "/" in source or _run(source, Path(root)) is not None
 
 
 def _run(source: str, root: Path) -> Path | None:
-    """The folder of a run's checkpoints, <root>/<experiment>/<run>, if the source is its id."""
-    if not _RUN_ID.fullmatch(source):
+    """The folder of a run's checkpoints, <root>/<experiment>/<run>, if the source is its id or name, or ``latest``."""
+    if _RUN_ID.fullmatch(source):
+        if not (found := _folders(source, root)):
+            raise UserError(f"{source}: no run in {root} with checkpoints has this id")
+        return found[0]
+    if "/" in source or not root.expanduser().is_dir():
+        if source == LATEST:
+            raise UserError(f"{LATEST}: there is no store of runs at {root}")
         return None
-    found = [folder for folder in root.expanduser().glob(f"*/{source}") if folder.is_dir()]
-    if not found:
-        raise UserError(f"{source}: no run in {root} with checkpoints has this id")
-    return found[0]
+    from instructedit.tracking import finished_runs  # after the words that need no store: it takes seconds
+
+    fits = [(name, folders[0]) for run, name in finished_runs(root) if (folders := _folders(run, root))]
+    if source == LATEST:
+        if not fits:
+            raise UserError(f"{LATEST}: no finished run in {root} has checkpoints")
+        return fits[0][1]
+    named = [folder for name, folder in fits if name == source]
+    if len(named) > 1:
+        ids = ", ".join(folder.name for folder in named[:_LISTED]) + (", …" if len(named) > _LISTED else "")
+        raise UserError(f"{source}: {len(named)} finished runs in {root} have this name: give the id of one ({ids})")
+    return named[0] if named else None
+
+
+def _folders(run: str, root: Path) -> list[Path]:
+    """Where a run's checkpoints are."""
+    return [folder for folder in root.expanduser().glob(f"*/{run}") if any(folder.rglob("*.ckpt"))]
 
 
 def _from_hub(source: str) -> Path:

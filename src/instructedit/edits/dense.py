@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from instructedit.edits.base import Edit, as_list
+from instructedit.edits.low_rank import Factors, LowRankEdit
 from instructedit.errors import UserError
 
 
@@ -62,6 +63,16 @@ class DenseEdit(Edit):
     def delta(self, site: str) -> Tensor:
         return self.changes[site][self.which]
 
+    def low_rank(self, rank: int) -> LowRankEdit:
+        """The best approximation of each edit by one of at most this rank (Eckart–Young), for a LoRA adapter.
+
+        Raises:
+            UserError: If the rank is less than 1.
+        """
+        if rank < 1:
+            raise UserError(f"an edit cannot be compressed to rank {rank}: the least is 1")
+        return LowRankEdit({site: _factors(self.delta(site), rank) for site in self.sites})
+
     def state(self) -> dict[str, Tensor]:
         used, which = self.which.unique(return_inverse=True)  # what was not chosen is not kept
         own = self.changes if len(used) == len(next(iter(self.changes.values()))) else None
@@ -77,3 +88,10 @@ class DenseEdit(Edit):
         if not fits or any(m.ndim != 3 for m in changes.values()) or not ((which >= 0) & (which < min(stored))).all():
             raise UserError(f"{', '.join(changes)}: {which.tolist()} names no edits of {sorted(stored)} matrices")
         return cls(changes, which)
+
+
+def _factors(delta: Tensor, rank: int) -> Factors:
+    """Factors of the best approximation of matrices [n, out, in]."""
+    left, size, right = torch.linalg.svd(delta.float(), full_matrices=False)
+    b = (left[..., :rank] * size[..., None, :rank]).mT
+    return Factors(right[..., :rank, :].to(delta.dtype).contiguous(), b.to(delta.dtype).contiguous())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from instructedit.errors import UserError
 from instructedit.experiments.results import Results
 from instructedit.experiments.sections.base import Panel
+from instructedit.pages import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,27 +57,22 @@ def page(
         trouble: What went wrong, in a line each.
         parent: The experiment's own run, for when and with what this was made.
     """
-    from jinja2 import Environment, StrictUndefined
-
     client = parent.experiment
     runs = [(name, child, client.get_run(child.run_id)) for name, found in results.rows.items() for child in found]
     own = client.get_run(parent.run_id)
     anchors: set[str] = set()
-    return (
-        Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        .from_string(_TEMPLATE.read_text())
-        .render(
-            title=results.grid.title,
-            question=results.grid.note,
-            name=results.name,
-            command=experiment.command,
-            trouble=trouble,
-            facts=_facts(experiment, own),
-            versions=_versions(own),
-            sections=[_section(each, anchors) for each in shown],
-            configs=[(name, _config(children[0])) for name, children in results.rows.items()],
-            runs=[_run(name, child.seed, run) for name, child, run in runs],
-        )
+    return render(
+        _TEMPLATE,
+        title=results.grid.title,
+        question=results.grid.note,
+        name=results.name,
+        command=experiment.command,
+        trouble=trouble,
+        facts=_facts(experiment, own),
+        versions=_versions(own),
+        sections=[_section(each, anchors) for each in shown],
+        configs=[(name, _config(children[0])) for name, children in results.rows.items()],
+        runs=[_run(name, child.seed, run) for name, child, run in runs],
     )
 
 

@@ -1,0 +1,212 @@
+"""List, show, ask, compare, undo, combine and export the edits that one keeps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from instructedit.console import console
+from instructedit.errors import UserError
+from instructedit.paths import check_writable
+
+if TYPE_CHECKING:
+    from instructedit.lm import FrozenLM
+    from instructedit.reports.store import KeptEdit
+
+POSITIONAL = True
+
+
+def list_edits(store: str | None = None) -> None:
+    """Lists the kept edits.
+
+    Args:
+        store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from instructedit.reports.store import kept_edits, store_folder
+
+    folder = store_folder(store)
+    kept = kept_edits(folder)
+    if not kept:
+        print(f"{folder}: no edits here; `instructedit edit … --keep NAME` puts one there")
+        return
+    table = Table("name", "model", "editor", "requests", "verdict")
+    for each in kept:
+        report = each.report
+        requests = [f"{one['request']['prompt']} → {one['request']['target']}" for one in report["requests"]]
+        verdicts = "\n".join(one["verdict"]["words"] for one in report["requests"])
+        table.add_row(*map(Text, (each.name, each.model["name"], report["editor"], "\n".join(requests), verdicts)))
+    console().print(table)
+
+
+def show(name: str, store: str | None = None) -> None:
+    """Shows the report of a kept edit.
+
+    Args:
+        name: Of the edit, or its folder.
+        store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
+    """
+    kept = _kept(name, store)
+    for request in kept.report["requests"]:
+        asked, words = request["request"], request["verdict"]["words"]
+        _answers(f"{asked['prompt']} → {asked['target']}: {words}", "before", "after", _words(request))
+
+
+def ask(
+    name: str, prompts: list[str] | None = None, lm: str | None = None, max_new_tokens: int = 12,
+    store: str | None = None,
+) -> None:  # fmt: skip
+    """Asks a model before and after a kept edit.
+
+    Args:
+        name: Of the edit, or its folder.
+        prompts: What to ask; by default what the edit was asked when it was made.
+        lm: The model; by default the one that the edit was made for.
+        max_new_tokens: Length of the answers.
+        store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
+    """
+    kept = _kept(name, store)
+    model = _model(kept, lm)
+    edit = kept.load(model)
+    prompts = prompts or list(dict.fromkeys(prompt for prompt, _ in _probes(kept)))
+    both = [
+        model.generate(prompts, max_new_tokens, each, None if each is None else [0] * len(prompts))
+        for each in (None, edit)
+    ]
+    _answers(kept.name, "before", "after", dict(zip(prompts, zip(*both, strict=True), strict=True)))
+
+
+def diff(first: str, second: str, store: str | None = None) -> None:
+    """Shows where the models with one edit and with another say different things, of what both were asked.
+
+    Args:
+        first: Name of an edit, or its folder.
+        second: The same of another.
+        store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
+    """
+    one, other = (
+        {p: w for r in _kept(n, store).report["requests"] for p, w in _words(r).items()} for n in (first, second)
+    )
+    shared = [prompt for prompt in one if prompt in other]
+    found = {prompt: (one[prompt][1], other[prompt][1]) for prompt in shared if one[prompt][1] != other[prompt][1]}
+    _answers(f"{len(found)} of the {len(shared)} prompts that both were asked", first, second, found)
+
+
+def undo(name: str, store: str | None = None) -> None:
+    """Removes a kept edit. The model itself was never changed.
+
+    Args:
+        name: Of the edit.
+        store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
+    """
+    from instructedit.reports import store as edits
+
+    kept = _kept(name, store)
+    edits.undo(kept)
+    print(f"{kept.folder} is removed; the model is what it was")
+
+
+def combine(first: str, second: str, keep: str, more: list[str] | None = None, store: str | None = None) -> None:
+    """Adds edits up to one, asks it all that its parts were asked, and keeps it.
+
+    Args:
+        first: Name of an edit, or its folder.
+        second: The same of another.
+        keep: Name of the new edit.
+        more: Further ones.
+        store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
+    """
+    from instructedit.reports import store as edits
+    from instructedit.reports.table import tables
+
+    folder = edits.store_folder(store)
+    edits.free_place(keep, folder)
+    parts = [_kept(name, store) for name in (first, second, *(more or []))]
+    model = _model(parts[0], None)
+    edit = edits.combined([part.load(model) for part in parts])
+    cases = [case for part in parts for case in part.cases]
+    report = edits.report_on(model, edit, cases, "sum", {"of": [part.name for part in parts]})
+    for table in tables(report):
+        console().print(table)
+    print(f"kept as {edits.keep(model, report, keep, folder)}")
+
+
+def export(
+    name: str, adapter: str | None = None, merge: str | None = None, rank: int | Literal["auto"] = "auto",
+    lm: str | None = None, store: str | None = None,
+) -> None:  # fmt: skip
+    """Writes a kept edit for others to load: a LoRA adapter, or a whole model.
+
+    Args:
+        name: Of the edit, or its folder.
+        adapter: Folder for a LoRA adapter in PEFT's layout, of a rank that can be served.
+        merge: Folder for a plain transformers model with the edit in its weights.
+        rank: The adapter's largest rank; auto is the smallest of 8, 16, 32, 64, … with which all predicted tokens
+            on what the edit was asked stay.
+        lm: The model; by default the one that the edit was made for.
+        store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
+    """
+    from instructedit.reports.ranks import trimmed
+
+    if not (adapter or merge):
+        raise UserError("edits export: say where to, by --adapter FOLDER or --merge FOLDER")
+    for folder, option in ((adapter, "--adapter"), (merge, "--merge")):
+        if folder and any(check_writable(folder, option).glob("*.json")):
+            raise UserError(f"{option} {folder}: holds a model or an adapter already: another folder")
+    kept = _kept(name, store)
+    model = _model(kept, lm)
+    edit = kept.load(model)
+    if adapter:
+        small = trimmed(model, edit, _probes(kept), rank)
+        model.save(small.edit, adapter)
+        print(f"{adapter}: a LoRA adapter, {small}")
+    if merge:
+        model.merge(edit).save_pretrained(merge)
+        model.tokenizer.save_pretrained(merge)
+        print(f"{merge}: {model.name} with the edit in its weights")
+
+
+def _kept(name: str, store: str | None) -> KeptEdit:
+    from instructedit.reports.store import kept_edit, store_folder
+
+    return kept_edit(name, store_folder(store))
+
+
+def _model(kept: KeptEdit, lm: str | None) -> FrozenLM:
+    """The model of an edit, by the name it was given then."""
+    import instructedit as ie
+
+    return ie.FrozenLM.from_pretrained(lm or kept.model["name"])
+
+
+def _probes(kept: KeptEdit) -> list[tuple[str, str]]:
+    """All prompts that an edit was asked, with the target."""
+    return [
+        (prompt, case.request.target)
+        for case in kept.cases
+        for prompt in (case.request.prompt, *case.paraphrases, *case.neighbours, *case.ask)
+    ]
+
+
+def _words(request: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Prompt → the words before and after, of one request's report."""
+    return {each["prompt"]: (each["before"]["words"], each["after"]["words"]) for each in request["answers"]}
+
+
+def _answers(title: str, before: str, after: str, words: dict[str, tuple[str, str]]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = console()
+    terminal.print(Text(title, "bold"))
+    table = Table("prompt", escape(before), escape(after))
+    for prompt, both in words.items():
+        table.add_row(*(Text(" ".join(text.split())) for text in (prompt, *both)))
+    terminal.print(table)
+
+
+main = {
+    "list": list_edits, "show": show, "ask": ask, "diff": diff, "undo": undo, "combine": combine, "export": export
+}  # fmt: skip

@@ -1,0 +1,7 @@
+"""What an edit, or a handful, did, told to whoever asked for it: took, failed, or spread to what it should leave."""
+
+from instructedit.reports.cases import EditCase, read_cases
+from instructedit.reports.making import edit
+from instructedit.reports.report import Answer, EditReport, RequestReport, Verdict
+
+__all__ = ["Answer", "EditCase", "EditReport", "RequestReport", "Verdict", "edit", "read_cases"]

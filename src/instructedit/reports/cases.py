@@ -1,0 +1,151 @@
+"""A user's requests with what to ask beside each, from Python or from a file (JSON, JSONL or CSV)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from instructedit.errors import UserError, unknown
+from instructedit.records import EditRecord, EditRequest
+from instructedit.tasks.raw import Raw
+from instructedit.tasks.sources import read_source
+
+#: What a file may call each field; the first name is the documented one, the others are those of public datasets.
+FIELDS = {
+    "prompt": ("prompt", "src"),
+    "target": ("target", "target_new", "alt"),
+    "subject": ("subject",),
+    "task": ("task",),
+    "rephrase": ("rephrase", "rephrases", "rephrase_prompt", "paraphrases"),
+    "neighbours": ("neighbours", "neighbors", "locality", "locality_prompt", "loc"),
+    "ask": ("ask", "portability"),
+    "slots": ("slots",),
+}
+#: Fields of datasets that a report has no use for: what the model said before is asked of the model.
+UNUSED = ("id", "case_id", "ground_truth", "answers", "cond", "locality_ground_truth", "loc_ans")
+#: Parts the prompts of one CSV cell.
+SEPARATOR = "|"
+_LISTS = tuple(name for field in ("rephrase", "neighbours", "ask") for name in FIELDS[field])
+
+
+@dataclass(frozen=True)
+class EditCase:
+    """One request with the prompts that show what its edit did.
+
+    Attributes:
+        request: The edit.
+        paraphrases: Prompts that the target should answer, too; where there are none, some are drawn if the embedded
+            facts know the request's relation.
+        neighbours: Prompts whose answers should stay; where there are none, some are drawn.
+        ask: Further prompts, shown and not judged.
+    """
+
+    request: EditRequest
+    paraphrases: tuple[str, ...] = ()
+    neighbours: tuple[str, ...] = ()
+    ask: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, given: EditRequest | EditRecord | EditCase) -> Self:
+        """The case of a request; of a dataset's record with its probes' prompts."""
+        if isinstance(given, EditRequest):
+            return cls(given)
+        if isinstance(given, EditRecord):
+            kinds = ("generalization", "locality", "portability")
+            return cls(given.request, *(tuple(probe.prompt for probe in given.of(kind)) for kind in kinds))
+        return cls(given.request, given.paraphrases, given.neighbours, given.ask)
+
+
+def read_cases(path: str | Path, task: str | None = None) -> list[EditCase]:
+    """Reads requests from a file.
+
+    A record has ``prompt`` and ``target``, and may have ``subject``, ``task``, ``rephrase``, ``neighbours``, ``ask``
+    (each of the last three one text or a list; in a CSV cell parted by ``|``) and ``slots``. The names that KnowEdit's,
+    EasyEdit's and MEND's datasets have for these are read, too.
+
+    Args:
+        path: A ``.csv`` file with a header, a ``.json`` file with a list of objects, or a ``.jsonl`` file.
+        task: The task of records that name none.
+
+    Raises:
+        UserError: If there is nothing to read, or a record lacks a field, has one of another type, or one that no
+            request has. The message names the file, the record (counted from 0) and the field.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{path}: no such file of requests (.json, .jsonl or .csv)")
+    records = _csv(file) if file.suffix.lower() == ".csv" else read_source("requests", str(file), "").objects
+    cases = [_case(Raw(record, str(path), number), task) for number, record in enumerate(records)]
+    if not cases:
+        raise UserError(f"{path}: no requests in it")
+    return cases
+
+
+def _csv(file: Path) -> list[dict[str, object]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if any(map(str.strip, row))]
+    except csv.Error as error:
+        raise UserError(f"{file}: wrong CSV: {error}") from error
+    header = [name.strip() for name in rows[0]] if rows else []
+    if twice := {name for name in header if header.count(name) > 1}:
+        raise UserError(f"{file}: column {min(twice)!r} stands twice in the header")
+    return [_cells(Raw({}, str(file), number), header, row) for number, row in enumerate(rows[1:])]
+
+
+def _cells(raw: Raw, header: list[str], row: list[str]) -> dict[str, object]:
+    """One line as a record: an empty cell is a missing field."""
+    if len(row) != len(header):
+        raise raw.error(f"has {len(row)} cells where the header has {len(header)}; quote a cell that holds a comma")
+    filled = {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
+    return {n: [t for t in cell.split(SEPARATOR) if t.strip()] if n in _LISTS else cell for n, cell in filled.items()}
+
+
+def _case(raw: Raw, task: str | None) -> EditCase:
+    known = [name for names in FIELDS.values() for name in names]
+    for name in raw.data:
+        if name not in known and name not in UNUSED:
+            raise raw.error(str(unknown("field", name, known)))
+    request = EditRequest(
+        raw.text(_name(raw, "prompt")), raw.text(_name(raw, "target")), raw.optional_text("task") or task,
+        raw.optional_text("subject"), _slots(raw),
+    )  # fmt: skip
+    return EditCase(request, *(tuple(_prompts(raw, _name(raw, field))) for field in ("rephrase", "neighbours", "ask")))
+
+
+def _name(raw: Raw, field: str) -> str:
+    """What the record calls a field."""
+    there = [name for name in FIELDS[field] if raw.has(name)]
+    if len(there) > 1:
+        raise raw.error(f"fields {there[0]!r} and {there[1]!r} mean the same: leave one out")
+    return there[0] if there else field
+
+
+def _prompts(raw: Raw, field: str) -> Iterator[str]:
+    """The prompts of a field: one text, a list of texts or of objects with a prompt, or groups of such objects."""
+    value = raw.data.get(field)
+    if value is None:
+        return
+    if isinstance(value, str):
+        yield raw.text(field)
+    elif isinstance(value, dict):
+        yield from (item.text("prompt") for items in raw.groups(field).values() for item in items)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield from (item.text("prompt") for item in raw.objects(field))
+    else:
+        for number, text in enumerate(raw.texts(field)):
+            if not text:
+                raise raw.error(f"field '{field}[{number}]' is empty")
+            yield text
+
+
+def _slots(raw: Raw) -> dict[str, str]:
+    slots = raw.child("slots") if raw.has("slots") else None
+    return {name: slots.text(name) for name in slots.data} if slots else {}

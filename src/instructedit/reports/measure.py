@@ -1,0 +1,150 @@
+"""What a model says to prompts and how it takes plain text, with edits on or without."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from instructedit.edits import Edit
+from instructedit.errors import UserError
+from instructedit.lm import FrozenLM, TokenBatch
+from instructedit.lm.own_text import documents_of
+from instructedit.paths import cache_folder
+
+#: The fixed sample of text: so many rows of so many tokens, at most.
+_ROWS, _LENGTH = 4, 64
+#: Texts that are looked at for the sample, at most.
+_TEXTS = 200
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model makes of one prompt and the target behind it.
+
+    Attributes:
+        words: What it says next, greedily.
+        token_probability: Of the target, per token: exp of the mean of log p over its tokens.
+        probability: Of the whole target: the product over its tokens.
+        rank: Of the target's first token among all tokens; 1 is the most likely.
+        predicted: Whether every token of the target is the most likely one at its place, so that greedy words begin
+            with the target.
+        target_tokens: How many the target has.
+    """
+
+    words: str
+    token_probability: float
+    probability: float
+    rank: int
+    predicted: bool
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far an edit moved the predictions on text that it is not about.
+
+    Attributes:
+        kl: Mean over the positions of KL(unedited ‖ edited) of the next token's distribution, in nats.
+        perplexity_before: Of the text, unedited.
+        perplexity_after: Of the text, edited.
+        positions: How many predictions these are means of.
+    """
+
+    kl: float
+    perplexity_before: float
+    perplexity_after: float
+    positions: int
+
+
+@torch.no_grad()
+def replies(
+    lm: FrozenLM, asked: Sequence[tuple[str, str]], edit: Edit | None, rows: Sequence[int], start: int,
+    max_new_tokens: int,
+) -> list[Reply]:  # fmt: skip
+    """Asks all prompts at once.
+
+    Args:
+        lm: The model.
+        asked: (prompt, target) pairs.
+        edit: The edits to apply; None asks the unedited model.
+        rows: Which edit each prompt has.
+        start: The lowest edited block, below which states are shared by both ways of asking.
+        max_new_tokens: Length of the words.
+    """
+    tokens = lm.encode(asked, scored=True)
+    answers = tokens.answers
+    index = None if edit is None else torch.tensor(rows, device=lm.device)
+
+    def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
+        logits = logits.float()
+        own = logits.gather(-1, answers[at].unsqueeze(-1))
+        nll = logits.logsumexp(-1) - own.squeeze(-1)
+        return nll, (logits > own).sum(-1) + 1, logits.argmax(-1) == answers[at]
+
+    columns = lm.read(lm.states(tokens, edit, index, start), read)
+    if columns[0].isnan().any():
+        raise UserError(f"{lm.name}: its logits are not numbers (NaN), which is no score; try dtype float32")
+    parts = [column.cpu().split(tokens.answer_sizes()) for column in columns]
+    words = lm.generate([prompt for prompt, _ in asked], max_new_tokens, edit, None if edit is None else list(rows))
+    return [
+        Reply(text, math.exp(-nll.mean()), math.exp(-nll.sum()), int(rank[0]), bool(right.all()), len(nll))
+        for text, nll, rank, right in zip(words, *parts, strict=True)
+    ]
+
+
+def text_sample(lm: FrozenLM, text: str) -> TokenBatch:
+    """The first tokens of a text, at most 256, each of which is predicted from those before it.
+
+    Args:
+        lm: The model, whose tokens they are.
+        text: What `instructedit.lm.own_text.documents_of` reads: ``tiny``, a file, ``sampled``, or a hub id.
+
+    Raises:
+        UserError: If there is no text.
+    """
+    texts = itertools.islice(documents_of(lm, text, cache_folder() / "sampled"), _TEXTS)
+    plain = "\n".join(document for document in texts if not document.startswith("Task:"))  # no instructions
+    length = min(_LENGTH, lm.max_length)
+    ids = lm.text.document(plain)[: _ROWS * length]
+    rows = [row for i in range(0, len(ids), length) if len(row := ids[i : i + length]) > 1]
+    if not rows:
+        raise UserError(f"{text}: no text in it to compare predictions on")
+    return TokenBatch.of([(row, len(row) - 1) for row in rows]).to(lm.device)
+
+
+@torch.no_grad()
+def drifts(lm: FrozenLM, sample: TokenBatch, edit: Edit, start: int) -> list[Drift]:
+    """How far each of n edits moved the predictions on a sample of text.
+
+    Args:
+        lm: The model.
+        sample: What `text_sample` made.
+        edit: The edits.
+        start: The lowest edited block.
+    """
+    n, count = len(edit), len(sample.answers)
+    before = lm.unedited_states(sample, start)
+    tiled = sample.select(torch.arange(len(sample)).repeat(n))
+    owners = torch.arange(n, device=lm.device).repeat_interleave(len(sample))
+    answers = tiled.answers
+
+    def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
+        same = torch.arange(at.start, at.stop, device=lm.device) % count
+        p, q = (each.float().log_softmax(-1) for each in (lm.head(before[same]), logits))
+        kl = (p.exp() * (p - q)).sum(-1)
+        own = answers[at].unsqueeze(-1)
+        return kl, -p.gather(-1, own).squeeze(-1), -q.gather(-1, own).squeeze(-1)
+
+    columns = lm.read(lm.states(tiled, edit, owners, start), read)
+    means = torch.stack([column.view(n, count).mean(-1) for column in columns], -1).tolist()
+    return [Drift(max(0.0, kl), _exp(old), _exp(new), count) for kl, old, new in means]
+
+
+def _exp(nll: float) -> float:
+    """A perplexity; infinite where it has no number."""
+    return math.exp(nll) if nll < 700 else math.inf

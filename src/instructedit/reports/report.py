@@ -1,0 +1,177 @@
+"""What edits did: did each take, what follows from it, what else moved."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from instructedit.edits import Edit
+from instructedit.records import EditRequest
+from instructedit.reports.cases import EditCase
+from instructedit.reports.measure import Drift, Reply
+
+Role = Literal["request", "instructed", "paraphrase", "neighbour", "ask"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prompt before and after the edit.
+
+    Attributes:
+        role: ``request``; ``instructed`` (the request behind the instruction, as an editor that takes one reads it);
+            ``paraphrase``, ``neighbour`` or ``ask``.
+        prompt: What the model was asked.
+        group: Where it comes from: ``given`` by the user; else, for a neighbour, how it is related to the request.
+        before: The unedited model.
+        after: The edited one.
+        changed: Whether the first words differ, as many tokens of them as the target has.
+    """
+
+    role: Role
+    prompt: str
+    group: str
+    before: Reply
+    after: Reply
+    changed: bool
+
+    @property
+    def spread(self) -> bool:
+        """Whether a neighbour was hit: it answers with the new target now, or otherwise than before."""
+        return self.role == "neighbour" and (self.changed or (self.after.predicted and not self.before.predicted))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one request.
+
+    Attributes:
+        took: Whether the edited model predicts the target, asked plainly.
+        known: Whether the unedited model did, too.
+        follow: Paraphrases that it answers with the target, of how many.
+        spread: Neighbours that were hit, of how many.
+    """
+
+    took: bool
+    known: bool
+    follow: tuple[int, int]
+    spread: tuple[int, int]
+
+    @property
+    def kind(self) -> Literal["took", "spread", "failed"]:
+        """The worst of it, in a word."""
+        return "failed" if not self.took else "spread" if self.spread[0] else "took"
+
+    def __str__(self) -> str:
+        parts = ["took, as before the edit" if self.took and self.known else "took" if self.took else "failed"]
+        if self.follow[1]:
+            parts.append(f"{self.follow[0]} of {self.follow[1]} paraphrases follow")
+        if self.spread[1]:
+            parts.append(f"spread to {self.spread[0] or 'none'} of {self.spread[1]} neighbours")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class RequestReport:
+    """What one request's edit did.
+
+    Attributes:
+        request: The request.
+        answers: What was asked, the request first.
+        drift: How far text that it is not about moved.
+    """
+
+    request: EditRequest
+    answers: tuple[Answer, ...]
+    drift: Drift
+
+    def of(self, role: Role) -> list[Answer]:
+        """The answers of one role."""
+        return [answer for answer in self.answers if answer.role == role]
+
+    @property
+    def case(self) -> EditCase:
+        """The request with the prompts that were asked, to ask them again."""
+        roles: tuple[Role, ...] = ("paraphrase", "neighbour", "ask")
+        return EditCase(self.request, *(tuple(answer.prompt for answer in self.of(role)) for role in roles))
+
+    @property
+    def verdict(self) -> Verdict:
+        """What became of it."""
+        own, paraphrases, neighbours = self.answers[0], self.of("paraphrase"), self.of("neighbour")
+        return Verdict(
+            own.after.predicted, own.before.predicted,
+            (sum(answer.after.predicted for answer in paraphrases), len(paraphrases)),
+            (sum(answer.spread for answer in neighbours), len(neighbours)),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What edits did.
+
+    Attributes:
+        lm: Name of the model.
+        fingerprint: Of the model, which tells it from others.
+        editor: Name of the method.
+        options: Its hyper-parameters.
+        joint: Whether one edit was made of all requests.
+        text: What the drift was measured on.
+        advice: What to change if a request failed, where the method knows it.
+        requests: One report for each request.
+        edits: The edits: one for each request, or the one that serves them all.
+    """
+
+    lm: str
+    fingerprint: str
+    editor: str
+    options: Mapping[str, Any]
+    joint: bool
+    text: str
+    advice: str
+    requests: tuple[RequestReport, ...]
+    edits: tuple[Edit, ...] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data of everything but the edits themselves; numbers that are not finite are None."""
+        plain = asdict(replace(self, edits=()))
+        del plain["edits"]
+        for row, report in zip(plain["requests"], self.requests, strict=True):
+            row["verdict"] = {"words": str(report.verdict), **asdict(report.verdict)}
+            for answer, own in zip(row["answers"], report.answers, strict=True):
+                answer["spread"] = own.spread
+        finite: dict[str, Any] = _finite(plain)
+        return finite
+
+    def save_json(self, file: str | Path) -> None:
+        """Writes `to_dict`."""
+        Path(file).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def save_html(self, file: str | Path) -> None:
+        """Writes one page that needs nothing else, neither network nor folder."""
+        from instructedit.reports.page import page
+
+        Path(file).write_text(page(self), encoding="utf-8")
+
+    def each(self) -> Iterator[EditReport]:
+        """Takes the report apart: one for each edit."""
+        if len(self.edits) == 1:
+            yield self
+            return
+        for report, edit in zip(self.requests, self.edits, strict=True):
+            yield replace(self, requests=(report,), edits=(edit,))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{r.request.prompt!r} → {r.request.target!r}: {r.verdict}" for r in self.requests)
+
+
+def _finite(value: Any) -> Any:
+    """Plain data in which numbers that JSON does not know are None."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

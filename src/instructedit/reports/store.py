@@ -1,0 +1,195 @@
+"""Edits that one keeps: a folder each, with the adapter, its report, its requests, and what tells the model it fits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instructedit.edits import DenseEdit, Edit, LowRankEdit, load_edit, stack
+from instructedit.errors import UserError, unknown
+from instructedit.lm import FrozenLM
+from instructedit.reports.cases import EditCase, read_cases
+from instructedit.reports.making import Judge
+from instructedit.reports.report import EditReport
+
+STORE = "INSTRUCTEDIT_EDITS"
+REPORT, REQUESTS, MODEL = "report.json", "requests.json", "model.json"
+
+
+def store_folder(given: str | None = None) -> Path:
+    """Where edits are kept: the folder given, else $INSTRUCTEDIT_EDITS, else ``edits/`` in the working folder."""
+    return Path(given or os.environ.get(STORE) or "edits").expanduser()
+
+
+def fingerprint(lm: FrozenLM) -> str:
+    """Tells models apart by their weights (sha256, hex): names, shapes and a sample in bfloat16.
+
+    Unlike `FrozenLM.fingerprint` it is the same in float32 and bfloat16, and under another version of transformers.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(lm.model.state_dict().items()):
+        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)]
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class KeptEdit:
+    """One edit in a folder.
+
+    Attributes:
+        folder: Where it is.
+    """
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.name
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What `EditReport.to_dict` said when it was made.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        return self._read(REPORT)
+
+    @property
+    def model(self) -> dict[str, str]:
+        """The model that it fits: its ``name``, what transformers loads it from, ``source``, and the ``fingerprint``.
+
+        Raises:
+            UserError: If it is damaged.
+        """
+        return self._read(MODEL)
+
+    @property
+    def cases(self) -> list[EditCase]:
+        """Its requests, with all that was asked."""
+        return read_cases(self.folder / REQUESTS)
+
+    def load(self, lm: FrozenLM) -> Edit:
+        """The edit.
+
+        Raises:
+            UserError: If it was made for another model, or is damaged.
+        """
+        if self.model.get("fingerprint") != fingerprint(lm):
+            raise UserError(f"{self.folder}: this edit fits {self.model.get('name')!r}; {lm.name!r} has other weights")
+        return load_edit(self.folder).to(lm.device)
+
+    def _read(self, file: str) -> Any:
+        try:
+            found = json.loads((self.folder / file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder / file}: damaged: {error}") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{self.folder / file}: damaged: expected an object, got {type(found).__name__}")
+        return found
+
+
+def write_edit(lm: FrozenLM, report: EditReport, folder: Path) -> None:
+    """Writes a report's only edit with all that belongs to it, into a folder that is there or not."""
+    (edit,) = report.edits
+    lm.save(edit, folder)
+    report.save_json(folder / REPORT)
+    model = {"name": lm.name, "source": lm.source, "fingerprint": fingerprint(lm)}
+    for file, content in ((REQUESTS, [_record(each.case) for each in report.requests]), (MODEL, model)):
+        (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def keep(lm: FrozenLM, report: EditReport, name: str, store: Path) -> Path:
+    """Keeps a report's only edit in a store, whole or not at all.
+
+    Raises:
+        UserError: If the name is none for a folder, or taken.
+    """
+    place = free_place(name, store)
+    store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=store, prefix=".") as folder:
+        write_edit(lm, report, Path(folder, name))
+        Path(folder, name).rename(place)
+    return place
+
+
+def free_place(name: str, store: Path) -> Path:
+    """Where an edit of this name will be.
+
+    Raises:
+        UserError: If the name is none for a folder, or taken.
+    """
+    if not name or Path(name).name != name or name.startswith("."):
+        raise UserError(f"{name!r} is no name for an edit: letters, digits and dashes, say")
+    if (store / name).exists():
+        raise UserError(f"{store}: there is an edit {name!r} already; undo it first, or take another name")
+    return store / name
+
+
+def kept_edits(store: Path) -> list[KeptEdit]:
+    """The edits of a store by name."""
+    return [KeptEdit(file.parent) for file in sorted(store.glob(f"[!.]*/{MODEL}"))]
+
+
+def kept_edit(name: str, store: Path) -> KeptEdit:
+    """An edit by its name, or one in a folder anywhere.
+
+    Raises:
+        UserError: If there is none.
+    """
+    for folder in (store / name, Path(name).expanduser()):
+        if (folder / MODEL).is_file():
+            return KeptEdit(folder)
+    raise unknown("edit", name, [each.name for each in kept_edits(store)])
+
+
+def undo(edit: KeptEdit) -> None:
+    """Removes a kept edit; nothing else has to be undone, since no model was changed."""
+    shutil.rmtree(edit.folder)
+
+
+def combined(edits: Sequence[Edit]) -> Edit:
+    """One edit whose change of weights is the sum of several.
+
+    Raises:
+        UserError: If one is no change of weights.
+    """
+    for edit in edits:
+        if not edit.is_weights or len(edit) != 1 or not edit.sites:
+            raise UserError(f"an edit of the sort {edit.name!r} cannot be added to others")
+    sites = list(dict.fromkeys(site for edit in edits for site in edit.sites))
+    if all(isinstance(edit, LowRankEdit) for edit in edits):
+        joined = {
+            site: stack([LowRankEdit({site: e.factors[site]}) for e in edits if site in e.sites]).joined()  # type: ignore[attr-defined]
+            for site in sites
+        }
+        return LowRankEdit({site: edit.factors[site] for site, edit in joined.items()})
+    return DenseEdit.of({s: torch.stack([e.delta(s)[0] for e in edits if s in e.sites]).sum(0)[None] for s in sites})
+
+
+def report_on(lm: FrozenLM, edit: Edit, cases: Sequence[EditCase], name: str, options: Mapping[str, Any]) -> EditReport:
+    """Asks all cases of one edit that is there already."""
+    reports = Judge(lm)(cases, edit)
+    return EditReport(lm.name, lm.fingerprint, name, options, True, "tiny", "", tuple(reports), (edit,))
+
+
+def _record(case: EditCase) -> dict[str, Any]:
+    """A case as `read_cases` reads it."""
+    request = case.request
+    record = {
+        "prompt": request.prompt, "target": request.target, "subject": request.subject, "task": request.task,
+        "slots": dict(request.slots), "rephrase": case.paraphrases, "neighbours": case.neighbours, "ask": case.ask,
+    }  # fmt: skip
+    return {name: value for name, value in record.items() if value}
