@@ -206,7 +206,7 @@ def test_checkpoint_of_another_architecture(fails, place, command):
 
 EDIT = ["edit", "--prompt=Peru lies in", "--target=Asia", "--lm=gpt2"]
 COMMANDS = {
-    "unknown command": (["fitt"], "no command 'fitt'; one of fit, "),
+    "unknown command": (["fitt"], "unknown command 'fitt' (did you mean 'fit'?); there are: fit, "),
     "edit, unknown editor": ([*EDIT, "--editor=nosuch"], "nosuch"),
     "edit, untrained editor": ([*EDIT, "--editor=mend"], "editor 'mend' must be trained first"),
     "edit, unknown hyper-parameter": ([*EDIT, "--editor=ft_l", '--options={"rate": 1}'], "rate"),

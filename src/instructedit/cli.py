@@ -7,17 +7,25 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from instructedit import __version__
 from instructedit.commands import commands, run_command
-from instructedit.errors import UserError
+from instructedit.errors import UserError, unknown
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 DEBUG = "INSTRUCTEDIT_DEBUG"
+#: What to do after Ctrl-C.
+_RESUMING = {
+    "fit": "; to go on, give the same command with --ckpt_path and the run's last.ckpt",
+    "experiment": "; the same command goes on with the rows that are left",
+    "cache": "; the same command goes on where it stopped",
+    "pretrain": "; the same command goes on from its last checkpoint",
+}
 
 
 def usage() -> str:
     """The top of ``instructedit --help``."""
     lines = [
-        "usage: instructedit COMMAND [options]      (instructedit COMMAND --help explains every option)",
+        "usage: instructedit COMMAND [options]      (instructedit COMMAND --help explains every option; --version)",
         "",
         "Train, apply, measure and compare knowledge editors of language models.",
         "",
@@ -40,6 +48,9 @@ def main(args: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0 if args else 2
+    if args[0] == "--version":
+        print(f"instructedit {__version__}")
+        return 0
     try:
         if args[0] in LIGHTNING:
             from instructedit.lightning_cli import run
@@ -49,11 +60,11 @@ def main(args: Sequence[str] | None = None) -> int:
         if args[0] in commands():
             run_command(args[0], args[1:])
             return 0
-        raise UserError(f"no command {args[0]!r}; one of {', '.join([*LIGHTNING, *commands()])}")
+        raise unknown("command", args[0], [*LIGHTNING, *commands()])
     except UserError as error:
         return _say(error)
     except KeyboardInterrupt:
-        print("instructedit: interrupted", file=sys.stderr)
+        print(f"instructedit: interrupted{_RESUMING.get(args[0], '')}", file=sys.stderr)
         return 130
 
 

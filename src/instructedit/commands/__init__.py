@@ -54,20 +54,22 @@ def _switched_on(main: Any, args: list[str]) -> list[str]:
 
 
 def _listed(main: Any, args: list[str]) -> list[str]:
-    """Arguments in which the words behind a list's option are its entries: ``--ask A B``.
+    """Arguments in which the words behind a list's option are its entries: ``--ask A B``, ``--seeds 0 1``.
 
     A list written as one, ``--ask '["A", "B"]'``, stays as it is.
     """
-    options = _options(main, "list[str]", "list[str] | None")
+    texts = _options(main, "list[str]", "list[str] | None")
+    numbers = _options(main, "list[int]", "list[int] | None")
     found: list[str] = []
     rest = list(args)
     while rest:
         found.append(rest.pop(0))
-        if found[-1] in options:
+        if found[-1] in texts | numbers:
             words = list(takewhile(lambda word: not word.startswith("--"), rest))
             del rest[: len(words)]
             whole = len(words) == 1 and words[0].startswith("[") and words[0].endswith("]")
-            found += words if whole or not words else [json.dumps(words)]
+            one = json.dumps(words) if found[-1] in texts else f"[{', '.join(words)}]"
+            found += words if whole or not words else [one]
     return found
 
 
