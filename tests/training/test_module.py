@@ -226,6 +226,7 @@ def test_an_editor_without_parameters_has_nothing_to_fit(options):
 def alone(options, tmp_path):
     """What the command line builds, as a script of one's own would hold it; and a Trainer."""
     built = run(["fit", *options], Built)
+    assert built.model._data is built.datamodule  # the command line does it by itself
     built.model._data = None
     trainer = L.Trainer(
         max_steps=2, max_epochs=-1, logger=False, accelerator="cpu", enable_checkpointing=False, limit_val_batches=0,
