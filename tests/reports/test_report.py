@@ -10,7 +10,7 @@ from tests.reference import answer_logits, assert_untouched, dense_copy, footpri
 import instructedit as ie
 from instructedit.errors import UserError
 from instructedit.reports import EditCase
-from instructedit.reports.measure import Reply, text_sample
+from instructedit.reports.measure import Reply, text_sample, weights_fingerprint
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, RequestReport
 from instructedit.reports.words import headline
@@ -221,4 +221,4 @@ def test_the_plain_form_is_json_of_all_but_the_edits(lm, tmp_path):
     first = plain["requests"][0]["answers"][0]
     assert first["after"]["rank"] == report.requests[0].answers[0].after.rank
     assert "edits" not in plain
-    assert plain["fingerprint"] == lm.fingerprint
+    assert plain["fingerprint"] == weights_fingerprint(lm)
