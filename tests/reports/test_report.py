@@ -154,6 +154,19 @@ def test_an_instructed_editor_is_asked_both_ways(lm):
     assert "Do it." in found.answers[1].prompt
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("name", ["grace", "calinet", "t_patcher", "ike"])
+def test_edits_that_no_weights_hold_are_reported_too(lm, name, joint):
+    before = footprint(lm)
+    report = ie.edit(lm, name, REQUESTS, joint=joint, neighbours=1, max_new_tokens=4)
+    assert_untouched(lm, before)
+    for number, each in enumerate(report.requests):
+        with lm.edited(report.edits[0 if joint else number]):
+            assert each.answers[0].after.words == lm.generate(each.request.prompt, max_new_tokens=4)
+        assert each.answers[0].before.words == lm.generate(each.request.prompt, max_new_tokens=4)
+        assert math.isfinite(each.drift.kl)
+
+
 # -- neighbours --------------------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,14 @@ def test_a_dense_edit_becomes_an_adapter_that_peft_reads(lm, tmp_path):
     assert full.error < 1e-5
 
 
+def test_more_rows_than_the_matrix_has_are_kept_exactly(lm, tmp_path):
+    edit = low_rank(lm, 60)  # of matrices that are 32 wide
+    found = trimmed(lm, edit, PROBES, 512)
+    lm.save(found.edit, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (found.rank, config["r"], found.error) == (32, 32, 0)
+
+
 def test_what_has_no_rank_is_an_error(lm):
     with pytest.raises(UserError, match="no change of weights, so it has no rank"):
         trimmed(lm, ie.build_editor("calinet", lm).edit([REQUEST]), PROBES, 8)
