@@ -311,7 +311,7 @@ def any_editor(source: str | Path, lm: FrozenLM, options: Mapping[str, Any] | No
     name = str(source)
     if name not in editor_names() and is_place(name):
         if options:
-            raise UserError(f"editor {name!r} is a trained one, which has its own options: leave out options")
+            raise UserError(f"editor {name!r} is a trained one, which has its own options: leave out --options")
         return load_editor(source, lm)
     method = build_editor(name, lm, **options or {})
     if method.trainable:
