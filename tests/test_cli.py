@@ -244,9 +244,9 @@ def test_edit_takes_the_methods_own_options(place):
     ask = ["edit", "--prompt=The capital of Peru is", "--target=Lyon", "--editor=ft_l", f"--lm={place}/lm"]
     for bound in (0.05, 0.1):
         options = {"lr": 0.1, "bound": bound, "steps": 3, "blocks": [1]}
-        with pytest.warns(UserWarning, match="1 of 1 requests did not reach their target"):  # in three steps
-            printed = said(*ask, f"--options={json.dumps(options)}", f"--save={place}/ft_l_{bound}")
-        assert "after" in printed
+        printed = said(*ask, f"--options={json.dumps(options)}", f"--save={place}/ft_l_{bound}")
+        assert "failed; " in printed  # in three steps
+        assert "for what failed, try a larger lr or bound, or more steps" in printed
         edit = ie.load_edit(place / f"ft_l_{bound}")
         assert edit.sites == (site,)
         assert edit.delta(site).abs().max().item() == pytest.approx(bound)

@@ -140,12 +140,15 @@ def test_words_behind_an_option_are_its_list(capsys, lm_folder, tmp_path):
         (["--requests=r.csv", "--merge=x"], "there are 2 requests: add --joint"),
         (["--prompt=p", "--target=t", "--json=."], "--json .: is a folder"),
         (["--prompt=p", "--target=t", "--html=r.csv/x.html"], "is a file, not a folder"),
+        (["--prompt=p", "--target=t", "--keep=x", "--store=."], "there is an edit 'x' already"),
+        (["--requests=r.csv", "--keep=a/b"], "'a/b-000' is no name for an edit"),
         (["--requests=bad.csv"], "bad.csv, record 0: field 'target' is missing"),
     ],
 )
 def test_what_is_asked_for_is_checked_first(capsys, lm_folder, tmp_path, no_work, monkeypatch, options, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.csv").write_text("prompt,target\np,t\nq,t\n")
+    (tmp_path / "x").mkdir()
     (tmp_path / "bad.csv").write_text("prompt,target\np,\n")
     assert main(["edit", f"--lm={lm_folder}", "--editor=unedited", *options]) == 2
     assert said in capsys.readouterr().err

@@ -40,13 +40,20 @@ def test_what_is_left_out_and_what_datasets_call_it(tmp_path):
     groups = {"Near": [{"prompt": "a", "ground_truth": [["b"]]}], "Far": [{"prompt": "c"}]}
     records = [
         {"prompt": "p", "target_new": "t", "locality": groups, "rephrase_prompt": "q", "ground_truth": "x"},
-        {"src": "p", "alt": "t", "loc": "nq question: who", "loc_ans": "y", "slots": {"TOPIC": "tea"}},
+        {
+            "src": "p",
+            "alt": "t",
+            "loc": "nq question: who",
+            "loc_ans": "y",
+            "slots": {"TOPIC": "tea"},
+            "portability": {"New Question": "n", "New Answer": "a"},
+            "pred": "z",
+        },
     ]
     first, second = read_cases(written(tmp_path, "a.json", json.dumps(records)), "zsre")
     assert (first.neighbours, first.paraphrases, first.request.target) == (("a", "c"), ("q",), "t")
-    assert (second.neighbours, second.request.task, second.request.slots) == (
-        ("nq question: who",), "zsre", {"TOPIC": "tea"},
-    )  # fmt: skip
+    assert (second.neighbours, second.ask) == (("nq question: who",), ("n",))
+    assert (second.request.task, second.request.slots) == ("zsre", {"TOPIC": "tea"})
     (only,) = read_cases(written(tmp_path, "b.csv", "prompt,target,subject,ask\np,t,,\n"))
     assert (only.request.subject, only.request.task, only.ask) == (None, None, ())
 

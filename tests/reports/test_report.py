@@ -10,7 +10,7 @@ from tests.reference import answer_logits, assert_untouched, dense_copy, footpri
 import instructedit as ie
 from instructedit.errors import UserError
 from instructedit.reports import EditCase
-from instructedit.reports.measure import Reply, text_sample
+from instructedit.reports.measure import Reply, text_sample, weights_fingerprint
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, RequestReport
 from instructedit.reports.words import headline
@@ -154,6 +154,19 @@ def test_an_instructed_editor_is_asked_both_ways(lm):
     assert "Do it." in found.answers[1].prompt
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("name", ["grace", "calinet", "t_patcher", "ike"])
+def test_edits_that_no_weights_hold_are_reported_too(lm, name, joint):
+    before = footprint(lm)
+    report = ie.edit(lm, name, REQUESTS, joint=joint, neighbours=1, max_new_tokens=4)
+    assert_untouched(lm, before)
+    for number, each in enumerate(report.requests):
+        with lm.edited(report.edits[0 if joint else number]):
+            assert each.answers[0].after.words == lm.generate(each.request.prompt, max_new_tokens=4)
+        assert each.answers[0].before.words == lm.generate(each.request.prompt, max_new_tokens=4)
+        assert math.isfinite(each.drift.kl)
+
+
 # -- neighbours --------------------------------------------------------------------------------------------------------
 
 
@@ -182,7 +195,8 @@ def test_a_known_relation_has_paraphrases_and_is_no_neighbour_of_itself():
     found = draw_paraphrases(request)
     assert len(set(found)) == 2
     assert set(found) < phrasings - {request.prompt}
-    assert not phrasings & {each.prompt for each in drawn(request, 400)}
+    for number in range(20):  # another target, other draws
+        assert not phrasings & {each.prompt for each in drawn(ie.EditRequest(request.prompt, f"town {number}"))}
     assert draw_paraphrases(ie.EditRequest("The seat of government of France is", "Rome")) == []
     assert draw_paraphrases(ie.EditRequest("The capital of Zork is", "Rome")) == []
 
@@ -221,4 +235,4 @@ def test_the_plain_form_is_json_of_all_but_the_edits(lm, tmp_path):
     first = plain["requests"][0]["answers"][0]
     assert first["after"]["rank"] == report.requests[0].answers[0].after.rank
     assert "edits" not in plain
-    assert plain["fingerprint"] == lm.fingerprint
+    assert plain["fingerprint"] == weights_fingerprint(lm)

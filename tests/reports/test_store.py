@@ -13,6 +13,7 @@ from instructedit.cli import main
 from instructedit.edits import DenseEdit, Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.reports import store
+from instructedit.reports.measure import weights_fingerprint
 from instructedit.reports.ranks import RANKS, trimmed
 
 FT_L = {"lr": 0.2, "bound": 0.2, "steps": 8}
@@ -40,7 +41,7 @@ def test_what_is_kept_comes_back_and_can_be_asked_again(lm, tmp_path):
     (site,) = edit.sites
     assert torch.equal(edit.delta(site), report.edits[0].delta(site))
     assert kept.report == report.to_dict()
-    assert kept.model == {"name": lm.name, "source": lm.source, "fingerprint": store.fingerprint(lm)}
+    assert kept.model == {"name": lm.name, "source": lm.source, "fingerprint": weights_fingerprint(lm)}
     (case,) = kept.cases
     assert case == report.requests[0].case
     again = store.report_on(lm, edit, kept.cases, "again", {})
@@ -49,7 +50,9 @@ def test_what_is_kept_comes_back_and_can_be_asked_again(lm, tmp_path):
     ]
     with pytest.raises(UserError, match="there is an edit 'lyon' already"):
         store.keep(lm, report, "lyon", tmp_path)
-    store.undo(kept)
+    with pytest.raises(UserError, match="unknown edit"):
+        store.undo(str(tmp_path / "lyon"), tmp_path / "other")  # not in that store
+    assert store.undo("lyon", tmp_path) == tmp_path / "lyon"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -145,6 +148,14 @@ def test_a_dense_edit_becomes_an_adapter_that_peft_reads(lm, tmp_path):
         torch.testing.assert_close(adapted(ids).logits, expected, atol=2e-3, rtol=1e-3)
     full = trimmed(lm, dense, PROBES, 32)  # the width of the models: no rank is lost
     assert full.error < 1e-5
+
+
+def test_more_rows_than_the_matrix_has_are_kept_exactly(lm, tmp_path):
+    edit = low_rank(lm, 60)  # of matrices that are 32 wide
+    found = trimmed(lm, edit, PROBES, 512)
+    lm.save(found.edit, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (found.rank, config["r"], found.error) == (32, 32, 0)
 
 
 def test_what_has_no_rank_is_an_error(lm):

@@ -85,7 +85,7 @@ def test_the_command_takes_one(lm, tmp_path, capsys):
     lm.tokenizer.save_pretrained(tmp_path / "lm")
     ie.build_editor("mend", lm, rank=4, instructions=True).save_pretrained(tmp_path / "editor")
     args = ["edit", "--prompt=How is tea?", "--target=Bad", f"--editor={tmp_path}/editor", f"--lm={tmp_path}/lm"]
-    args += ["--max_new_tokens=2", f"--save={tmp_path}/edit"]
+    args += ["--max_new_tokens=2", f"--save={tmp_path}/edit", "--rank=512"]  # exactly as it is
     assert main([*args, "--instruction=Speak ill of [TOPIC].", '--slots={"TOPIC": "tea"}']) == 0
     edit = ie.load_edit(tmp_path / "edit")
     editor = ie.load_editor(tmp_path / "editor", lm)

@@ -102,9 +102,7 @@ def undo(name: str, store: str | None = None) -> None:
     """
     from instructedit.reports import store as edits
 
-    kept = _kept(name, store)
-    edits.undo(kept)
-    print(f"{kept.folder} is removed; the model is what it was")
+    print(f"{edits.undo(name, edits.store_folder(store))} is removed; the model is what it was")
 
 
 def combine(first: str, second: str, keep: str, more: list[str] | None = None, store: str | None = None) -> None:

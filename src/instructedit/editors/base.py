@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from instructedit.data.batch import EditBatch, RequestBatch, batch_rendered, batch_requests
 from instructedit.editors.losses import LossWeights, editing_loss
 from instructedit.editors.options import options
-from instructedit.editors.report import EditReport, edit_report
+from instructedit.editors.report import TargetReport, target_report
 from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor, is_place
 from instructedit.edits import Edit
 from instructedit.errors import UserError
@@ -66,7 +66,7 @@ class Editor(nn.Module, ABC):
         super().__init__()
         self.sites: tuple[Site, ...] = ()
         #: Of the last call of `edit`, where the method optimises.
-        self.report: EditReport | None = None
+        self.report: TargetReport | None = None
         self._lm: list[FrozenLM] = []  # in a list, so that the LM is no submodule: never saved, trained or moved
 
     @property
@@ -180,7 +180,7 @@ class Editor(nn.Module, ABC):
 
     def _report(self, edit: Edit, batch: RequestBatch) -> None:
         """Says which requests miss their targets, and keeps what was found in ``self.report``."""
-        self.report = edit_report(self.lm, edit, batch)
+        self.report = target_report(self.lm, edit, batch)
         if failures := self.report.failures(batch):
             warnings.warn(f"editor {self.name!r}: {failures}; try {self.REMEDY}", stacklevel=3)
 
@@ -314,7 +314,7 @@ def any_editor(source: str | Path, lm: FrozenLM, options: Mapping[str, Any] | No
     name = str(source)
     if name not in editor_names() and is_place(name):
         if options:
-            raise UserError(f"editor {name!r} is a trained one, which has its own options: leave out options")
+            raise UserError(f"editor {name!r} is a trained one, which has its own options: leave out --options")
         return load_editor(source, lm)
     method = build_editor(name, lm, **options or {})
     if method.trainable:

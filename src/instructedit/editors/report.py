@@ -13,7 +13,7 @@ from instructedit.lm import FrozenLM
 _NAMED = 3  # requests that a message names
 
 
-class EditReport(NamedTuple):
+class TargetReport(NamedTuple):
     """Whether the edited model predicts each request's target, asked the request itself.
 
     Attributes:
@@ -38,7 +38,7 @@ class EditReport(NamedTuple):
 
 
 @torch.no_grad()
-def edit_report(lm: FrozenLM, edit: Edit, batch: RequestBatch) -> EditReport:
+def target_report(lm: FrozenLM, edit: Edit, batch: RequestBatch) -> TargetReport:
     """Asks each request of its edit (one edit for all of them is asked every request).
 
     Args:
@@ -51,4 +51,4 @@ def edit_report(lm: FrozenLM, edit: Edit, batch: RequestBatch) -> EditReport:
     sizes = tokens.answer_sizes()
     right = (judged.said == tokens.answers).split(sizes)
     losses = [part.mean().item() for part in judged.nll.split(sizes)]
-    return EditReport(tuple(losses), tuple(bool(part.all()) for part in right))
+    return TargetReport(tuple(losses), tuple(bool(part.all()) for part in right))

@@ -26,9 +26,10 @@ FIELDS = {
     "slots": ("slots",),
 }
 #: Fields of datasets that a report has no use for: what the model said before is asked of the model.
-UNUSED = ("id", "case_id", "ground_truth", "answers", "cond", "locality_ground_truth", "loc_ans")
+UNUSED = ("id", "case_id", "ground_truth", "answers", "pred", "cond", "locality_ground_truth", "loc_ans")
 #: Parts the prompts of one CSV cell.
 SEPARATOR = "|"
+_MENDS = "New Question"  # what MEND's portability asks
 _LISTS = tuple(name for field in ("rephrase", "neighbours", "ask") for name in FIELDS[field])
 
 
@@ -135,6 +136,8 @@ def _prompts(raw: Raw, field: str) -> Iterator[str]:
         return
     if isinstance(value, str):
         yield raw.text(field)
+    elif isinstance(value, dict) and _MENDS in value:
+        yield raw.child(field).text(_MENDS)
     elif isinstance(value, dict):
         yield from (item.text("prompt") for items in raw.groups(field).values() for item in items)
     elif isinstance(value, list) and value and isinstance(value[0], dict):

@@ -15,7 +15,7 @@ from instructedit.instructions import Instructor
 from instructedit.lm import FrozenLM
 from instructedit.records import EditRecord, EditRequest
 from instructedit.reports.cases import EditCase
-from instructedit.reports.measure import Reply, drifts, replies, text_sample
+from instructedit.reports.measure import Reply, drifts, replies, text_sample, weights_fingerprint
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, EditReport, RequestReport, Role
 
@@ -137,6 +137,6 @@ def edit(
         edits += [change[i] for i in range(len(part))] if whole is None else []
     failed = any(not report.verdict.took for report in reports)
     return EditReport(
-        lm.name, lm.fingerprint, method.name, method.options(), joint, text, method.REMEDY if failed else "",
+        lm.name, weights_fingerprint(lm), method.name, method.options(), joint, text, method.REMEDY if failed else "",
         tuple(reports), tuple(edits),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -148,3 +149,16 @@ def drifts(lm: FrozenLM, sample: TokenBatch, edit: Edit, start: int) -> list[Dri
 def _exp(nll: float) -> float:
     """A perplexity; infinite where it has no number."""
     return math.exp(nll) if nll < 700 else math.inf
+
+
+def weights_fingerprint(lm: FrozenLM) -> str:
+    """Tells models apart by their weights (sha256, hex): names, shapes and a sample in bfloat16.
+
+    Unlike `FrozenLM.fingerprint` it is the same in float32 and bfloat16, and under another version of transformers.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(lm.model.state_dict().items()):
+        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)]
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -115,7 +115,7 @@ class EditReport:
 
     Attributes:
         lm: Name of the model.
-        fingerprint: Of the model, which tells it from others.
+        fingerprint: Of the model's weights, which tells it from others.
         editor: Name of the method.
         options: Its hyper-parameters.
         joint: Whether one edit was made of all requests.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 
 from instructedit.edits import DenseEdit, Edit, LowRankEdit, load_edit, stack
+from instructedit.edits.base import META
 from instructedit.errors import UserError, unknown
 from instructedit.lm import FrozenLM
 from instructedit.reports.cases import EditCase, read_cases
 from instructedit.reports.making import Judge
+from instructedit.reports.measure import weights_fingerprint
 from instructedit.reports.report import EditReport
 
 STORE = "INSTRUCTEDIT_EDITS"
@@ -28,19 +29,6 @@ REPORT, REQUESTS, MODEL = "report.json", "requests.json", "model.json"
 def store_folder(given: str | None = None) -> Path:
     """Where edits are kept: the folder given, else $INSTRUCTEDIT_EDITS, else ``edits/`` in the working folder."""
     return Path(given or os.environ.get(STORE) or "edits").expanduser()
-
-
-def fingerprint(lm: FrozenLM) -> str:
-    """Tells models apart by their weights (sha256, hex): names, shapes and a sample in bfloat16.
-
-    Unlike `FrozenLM.fingerprint` it is the same in float32 and bfloat16, and under another version of transformers.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(lm.model.state_dict().items()):
-        sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)]
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,7 @@ class KeptEdit:
         Raises:
             UserError: If it was made for another model, or is damaged.
         """
-        if self.model.get("fingerprint") != fingerprint(lm):
+        if self.model.get("fingerprint") != weights_fingerprint(lm):
             raise UserError(f"{self.folder}: this edit fits {self.model.get('name')!r}; {lm.name!r} has other weights")
         return load_edit(self.folder).to(lm.device)
 
@@ -106,7 +94,7 @@ def write_edit(lm: FrozenLM, report: EditReport, folder: Path) -> None:
     (edit,) = report.edits
     lm.save(edit, folder)
     report.save_json(folder / REPORT)
-    model = {"name": lm.name, "source": lm.source, "fingerprint": fingerprint(lm)}
+    model = {"name": lm.name, "source": lm.source, "fingerprint": report.fingerprint}
     for file, content in ((REQUESTS, [_record(each.case) for each in report.requests]), (MODEL, model)):
         (folder / file).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -140,24 +128,37 @@ def free_place(name: str, store: Path) -> Path:
 
 def kept_edits(store: Path) -> list[KeptEdit]:
     """The edits of a store by name."""
-    return [KeptEdit(file.parent) for file in sorted(store.glob(f"[!.]*/{MODEL}"))]
+    return [KeptEdit(file.parent) for file in sorted(store.glob(f"[!.]*/{MODEL}")) if _is_kept(file.parent)]
 
 
-def kept_edit(name: str, store: Path) -> KeptEdit:
-    """An edit by its name, or one in a folder anywhere.
+def kept_edit(name: str, store: Path, anywhere: bool = True) -> KeptEdit:
+    """An edit by its name in a store, or one in a folder anywhere.
 
     Raises:
         UserError: If there is none.
     """
-    for folder in (store / name, Path(name).expanduser()):
-        if (folder / MODEL).is_file():
-            return KeptEdit(folder)
-    raise unknown("edit", name, [each.name for each in kept_edits(store)])
+    there = kept_edits(store)
+    for each in there:
+        if each.name == name:
+            return each
+    if anywhere and _is_kept(folder := Path(name).expanduser()):
+        return KeptEdit(folder)
+    raise unknown("edit", name, [each.name for each in there])
 
 
-def undo(edit: KeptEdit) -> None:
-    """Removes a kept edit; nothing else has to be undone, since no model was changed."""
-    shutil.rmtree(edit.folder)
+def undo(name: str, store: Path) -> Path:
+    """Removes an edit from a store; nothing else has to be undone, since no model was changed.
+
+    Raises:
+        UserError: If there is none of this name; a folder elsewhere is left alone.
+    """
+    folder = kept_edit(name, store, anywhere=False).folder
+    shutil.rmtree(folder)
+    return folder
+
+
+def _is_kept(folder: Path) -> bool:
+    return all((folder / file).is_file() for file in (MODEL, REPORT, REQUESTS, META))
 
 
 def combined(edits: Sequence[Edit]) -> Edit:
@@ -182,7 +183,7 @@ def combined(edits: Sequence[Edit]) -> Edit:
 def report_on(lm: FrozenLM, edit: Edit, cases: Sequence[EditCase], name: str, options: Mapping[str, Any]) -> EditReport:
     """Asks all cases of one edit that is there already."""
     reports = Judge(lm)(cases, edit)
-    return EditReport(lm.name, lm.fingerprint, name, options, True, "tiny", "", tuple(reports), (edit,))
+    return EditReport(lm.name, weights_fingerprint(lm), name, options, True, "tiny", "", tuple(reports), (edit,))
 
 
 def _record(case: EditCase) -> dict[str, Any]:
