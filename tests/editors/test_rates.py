@@ -114,7 +114,7 @@ def test_the_model_is_read_once_and_then_from_the_prefix_up(lm, monkeypatch):
     monkeypatch.setattr(lm, "capture", lambda *args: captured.append(1) or capture(*args))
     tried = sweep_rates(editor, training_batch(lm, CASES), WEIGHTS)
     assert (len(captured), len(tried) > 8) == (1, True)
-    monkeypatch.setattr(type(lm), "_unknown_prefix", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(lm.prefixes, "_unknown", lambda *args, **options: 1 / 0)
     assert sweep_rates(editor, training_batch(lm, CASES), WEIGHTS) == tried  # its prompts are known by now
 
 
