@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from instructedit import __version__
+import instructedit
 from instructedit.commands import commands, run_command
 from instructedit.errors import UserError, unknown
 
@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(usage())
         return 0 if args else 2
     if args[0] == "--version":
-        print(f"instructedit {__version__}")
+        print(f"instructedit {instructedit.__version__}")
         return 0
     try:
         if args[0] in LIGHTNING:

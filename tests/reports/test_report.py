@@ -13,7 +13,6 @@ from instructedit.reports import EditCase
 from instructedit.reports.measure import Reply, text_sample, weights_fingerprint
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, RequestReport
-from instructedit.reports.words import headline
 from instructedit.tasks.tiny.world import world
 
 REQUESTS = [
@@ -135,7 +134,7 @@ def test_a_model_that_knows_facts_takes_an_edit():
     assert own.before.rank > 1
     assert own.after.token_probability > 0.9 > 0.1 > own.before.token_probability
     assert 0 < found.drift.kl < 0.5
-    assert headline(report).startswith("1 of 1 requests took, spread to ")
+    assert report.headline().startswith("1 of 1 requests took, spread to ")
     assert report.advice == ""
 
 

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from instructedit.edits import Edit
+from instructedit.pages import render
 from instructedit.records import EditRequest
 from instructedit.reports.cases import EditCase
 from instructedit.reports.measure import Drift, Reply
+from instructedit.reports.words import change, drift_line
+
+_PAGE = Path(__file__).with_name("page.html")
 
 Role = Literal["request", "instructed", "paraphrase", "neighbour", "ask"]
 
@@ -42,6 +46,12 @@ class Answer:
     def spread(self) -> bool:
         """Whether a neighbour was hit: it answers with the new target now, or otherwise than before."""
         return self.role == "neighbour" and (self.changed or (self.after.predicted and not self.before.predicted))
+
+    @property
+    def title(self) -> str:
+        """What the prompt is to the edit, in words."""
+        name = "asked" if self.role == "ask" else self.role
+        return f"hit {name}" if self.spread else name
 
 
 @dataclass(frozen=True)
@@ -146,15 +156,28 @@ class EditReport:
         finite: dict[str, Any] = _finite(plain)
         return finite
 
+    def headline(self) -> str:
+        """Says in a line what became of all requests."""
+        verdicts = [each.verdict for each in self.requests]
+        took = sum(verdict.took for verdict in verdicts)
+        hit, asked = (sum(verdict.spread[i] for verdict in verdicts) for i in (0, 1))
+        together = " in one edit" if self.joint else ""
+        spread = f", spread to {hit or 'none'} of {asked} neighbours" if asked else ""
+        return f"{took} of {len(verdicts)} requests took{together}{spread}"
+
     def save_json(self, file: str | Path) -> None:
         """Writes `to_dict`."""
         Path(file).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def save_html(self, file: str | Path) -> None:
         """Writes one page that needs nothing else, neither network nor folder."""
-        from instructedit.reports.page import page
-
-        Path(file).write_text(page(self), encoding="utf-8")
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items() if value is not None)
+        facts = [("model", self.lm), ("editor", self.editor), ("options", options or "none"), ("text", self.text)]
+        page = render(
+            _PAGE, title=self.headline(), facts=facts, advice=self.advice, joint=self.joint,
+            requests=[(each, drift_line(each.drift)) for each in self.requests], change=change,
+        )  # fmt: skip
+        Path(file).write_text(page, encoding="utf-8")
 
     def each(self) -> Iterator[EditReport]:
         """Takes the report apart: one for each edit."""

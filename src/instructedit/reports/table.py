@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from instructedit.reports.report import EditReport, RequestReport
-from instructedit.reports.words import change, drift_line, headline, number, one_line, role_title
+from instructedit.reports.words import change, drift_line, number, one_line
 
 #: More requests than this have a line each instead of a table each.
 _SHOWN = 3
@@ -24,7 +24,7 @@ def tables(report: EditReport) -> Iterator[RenderableType]:
     else:
         yield _one_line_each(report)
     if len(report.requests) > 1:
-        yield Text(headline(report), "bold")
+        yield Text(report.headline(), "bold")
     if report.advice:
         yield Text(f"for what failed, try {report.advice}")
 
@@ -33,7 +33,7 @@ def _detailed(report: RequestReport) -> Iterator[RenderableType]:
     yield Text(f"{report.request.prompt} → {report.request.target}", "bold")
     table = _table("", "prompt", "before", "after", numbers=("p per token", "rank"))
     for answer in report.answers:
-        words = (role_title(answer), answer.prompt, one_line(answer.before.words), one_line(answer.after.words))
+        words = (answer.title, answer.prompt, one_line(answer.before.words), one_line(answer.after.words))
         numbers = (
             change(answer.before.token_probability, answer.after.token_probability),
             change(answer.before.rank, answer.after.rank),

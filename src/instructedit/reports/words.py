@@ -1,9 +1,8 @@
-"""How numbers and roles of a report are put into words, in the terminal and on the page alike."""
+"""How the numbers of a report are put into words, in the terminal and on the page alike."""
 
 from __future__ import annotations
 
 from instructedit.reports.measure import Drift
-from instructedit.reports.report import Answer, EditReport
 
 
 def number(value: float) -> str:
@@ -16,12 +15,6 @@ def change(before: float, after: float) -> str:
     return " → ".join(str(each) if isinstance(each, int) else number(each) for each in (before, after))
 
 
-def role_title(answer: Answer) -> str:
-    """What a prompt is to the edit."""
-    name = "asked" if answer.role == "ask" else answer.role
-    return f"hit {name}" if answer.spread else name
-
-
 def one_line(words: str) -> str:
     """A reply without the line breaks in it."""
     return " ".join(words.split())
@@ -31,13 +24,3 @@ def drift_line(drift: Drift) -> str:
     """How far unrelated text moved, in a line."""
     before, after = (f"{each:.2f}" for each in (drift.perplexity_before, drift.perplexity_after))
     return f"unrelated text ({drift.positions} tokens): KL {number(drift.kl)}, perplexity {before} → {after}"
-
-
-def headline(report: EditReport) -> str:
-    """What became of all requests, in a line."""
-    verdicts = [each.verdict for each in report.requests]
-    took = sum(verdict.took for verdict in verdicts)
-    hit, asked = (sum(verdict.spread[i] for verdict in verdicts) for i in (0, 1))
-    together = " in one edit" if report.joint else ""
-    spread = f", spread to {hit or 'none'} of {asked} neighbours" if asked else ""
-    return f"{took} of {len(verdicts)} requests took{together}{spread}"
