@@ -474,7 +474,7 @@ def test_what_is_recalled_is_what_was_found_out(asked, room, as_tensors):
             found.append([keys[i] for i in rows])
             return [value(keys[i]) for i in rows]
 
-        values = cache.recalled("kind", keys, compute)
+        values = cache.memoized("kind", keys, compute)
         assert [str(v) for v in values] == [str(value(key)) for key in keys]
         assert cache.bytes <= room
     assert all(len(set(keys)) == len(keys) > 0 for keys in found)
@@ -485,11 +485,11 @@ def test_what_is_recalled_is_what_was_found_out(asked, room, as_tensors):
 def test_kinds_are_kept_apart_and_forgotten_with_the_states():
     cache = PrefixCache()
     for _ in range(2):
-        assert cache.recalled("a", [1], lambda rows: ["one"]) == ["one"]
-        assert cache.recalled("b", [1], lambda rows: ["other"]) == ["other"]
-        assert cache.recalled("a", [1], lambda rows: ["new"]) == ["one"]
+        assert cache.memoized("a", [1], lambda rows: ["one"]) == ["one"]
+        assert cache.memoized("b", [1], lambda rows: ["other"]) == ["other"]
+        assert cache.memoized("a", [1], lambda rows: ["new"]) == ["one"]
         cache.clear()
-        assert cache.recalled("a", [1], lambda rows: ["new"]) == ["new"]
+        assert cache.memoized("a", [1], lambda rows: ["new"]) == ["new"]
         cache.clear()
 
 

@@ -140,12 +140,13 @@ def _values(table: pd.DataFrame) -> pd.Series:
 
     from instructedit.analysis.summary import metric_values
 
-    found = {(task, metric): values for task, metric, values in metric_values(table) if metric in headline_metrics()}
+    shown = headline_metrics()
+    found = {(task, metric): values for task, metric, values in metric_values(table) if metric in shown}
     return pd.concat(found, names=["task", "metric"])
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """Metrics of a task in the order of the result table."""
-    order = {task: i for i, task in enumerate(frame["task"].unique())}
-    places = frame["task"].map(order) * len(headline_metrics()) + frame["metric"].map(headline_metrics().index)
+    order, shown = {task: i for i, task in enumerate(frame["task"].unique())}, headline_metrics()
+    places = frame["task"].map(order) * len(shown) + frame["metric"].map(shown.index)
     return frame.iloc[places.argsort(kind="stable")].reset_index(drop=True)

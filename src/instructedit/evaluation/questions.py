@@ -39,7 +39,7 @@ class Question:
     answer: str
 
 
-def questions(rendered: Sequence[RenderedRecord], instructed: bool, replies: int) -> Iterator[Question]:
+def questions(rendered: Sequence[RenderedRecord], replies: int) -> Iterator[Question]:
     """Every question of a batch of records, one for each accepted answer.
 
     In-scope probes are asked behind their instruction and plainly (without instructions: plainly alone), ConvSent's
@@ -47,7 +47,6 @@ def questions(rendered: Sequence[RenderedRecord], instructed: bool, replies: int
 
     Args:
         rendered: The records with their instructions.
-        instructed: Whether the editor reads instructions.
         replies: Replies of each sentiment to ask for, the first ones of a record.
     """
     for owner, one in enumerate(rendered):
@@ -59,7 +58,7 @@ def questions(rendered: Sequence[RenderedRecord], instructed: bool, replies: int
             if probe.kind == "locality":
                 yield Question(owner, record, probe, number, "plain", True, probe.prompt, probe.answers[0])
                 continue
-            views = [("instructed", one.ask(probe))] if instructed else []
+            views = [("instructed", one.ask(probe))] if one.prefix else []
             views += [("plain", probe.prompt)] if not views or probe.kind not in REPLIES else []
             for place, (view, prompt) in enumerate(views):
                 for answer in probe.answers:

@@ -56,7 +56,7 @@ def evaluate_batch(
         outcome = Outcome([])
         for numbers in _alike(lm, rendered, settings):
             chosen = [rendered[i] for i in numbers]
-            rows = _evaluated(lm, editor, chosen, instructor is not None, settings, watchers)
+            rows = _evaluated(lm, editor, chosen, settings, watchers)
             outcome.rows += [row | {"owner": numbers[row["owner"]]} for row in rows]
         asked = [row for row in outcome.rows if row["kind"] == "reliability" and "after" in row]
         write_words(lm, None, asked, "before", settings.tokens)
@@ -83,13 +83,13 @@ def _alike(lm: FrozenLM, rendered: Sequence[RenderedRecord], settings: Evaluatio
 
 
 def _evaluated(
-    lm: FrozenLM, editor: Editor, rendered: list[RenderedRecord], instructed: bool, settings: Evaluation,
+    lm: FrozenLM, editor: Editor, rendered: list[RenderedRecord], settings: Evaluation,
     watchers: Sequence[Watcher],
 ) -> list[Row]:  # fmt: skip
     edit = _edit(editor, rendered)
     for watcher in watchers:
         watcher([one.record for one in rendered], edit)
-    rows = scored(lm, edit, list(questions(rendered, instructed, settings.replies)), settings.tokens)
+    rows = scored(lm, edit, list(questions(rendered, settings.replies)), settings.tokens)
     if settings.generate:
         answer_freely(lm, edit, rows, rendered, settings.tokens)
     if settings.fluency_tokens:

@@ -41,7 +41,7 @@ def write_words(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, s
         return _continued(lm, edit, these, owners, prompts, rooms, size, say)
 
     if edit is None or edit.changes_nothing:
-        texts = lm.cache.recalled("words", list(zip(prompts, rooms, strict=True)), said)
+        texts = lm.cache.memoized("words", list(zip(prompts, rooms, strict=True)), said)
     else:
         texts = said(range(len(rows)))
     for row, text in zip(rows, texts, strict=True):

@@ -57,7 +57,7 @@ class Applied:
         """Applies edits to the layers alone inside a ``with`` block."""
         if edit is not None:
             self.sites.first_block(edit.sites)
-        _ = self.forward.outputs_of_a_block  # found out while the model wears nothing
+        _ = self.forward.outputs_of_a_block  # found out while nothing is applied
         with hooks.worn(self.forward.model, edit, rows):
             self.layers += 1
             try:
@@ -66,7 +66,7 @@ class Applied:
                 self.layers -= 1
 
     def index(self, edit: Edit, rows: Tensor | None, count: int) -> Tensor:
-        """Which edit each row wears, [rows]."""
+        """Which edit is applied to each row, [rows]."""
         hooks.check_rows(edit, rows, count)
         return torch.arange(len(edit), device=self.device).expand(count) if rows is None else rows
 

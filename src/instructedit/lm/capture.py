@@ -48,16 +48,7 @@ def observe(
     scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None,
     cached: bool = True,
 ) -> dict[str, Seen]:  # fmt: skip
-    """What layers see and give, with edits on; nothing above the last of them runs.
-
-    Args:
-        scores: The model's scores of answers.
-        batch: Rows of tokens.
-        sites: Names of the layers, feed-forward modules or blocks.
-        edit: The edits that the rows wear.
-        rows: Which edit each row wears.
-        cached: Take the blocks below from the prefix cache; of no use for text that is read once.
-    """
+    """Records what layers see and give (see `FrozenLM.observe`)."""
     forward = scores.forward
     seen: dict[str, Seen] = {}
 
@@ -84,15 +75,7 @@ def observe(
 
 
 def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str]) -> Captured:
-    """What the edit loss of each row shows at the sites.
-
-    Only the blocks from the first site upward run forward and backward, and no weight gets a gradient.
-
-    Args:
-        scores: The model's scores of answers.
-        batch: One edit request a row.
-        sites: Names of the layers.
-    """
+    """Takes the gradient of each row's edit loss at the sites (see `FrozenLM.capture`)."""
     forward = scores.forward
     u: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}

@@ -22,15 +22,7 @@ class ContextStates:
         self.prefix, self.applied, self.forward = rows.prefix, rows.applied, rows.forward
 
     def in_front(self, prompts: Sequence[list[int]]) -> tuple[list[list[int] | None], LowRankEdit | None]:
-        """What the edits that the model has on put in front of prompts.
-
-        Args:
-            prompts: Token ids, one for each row.
-
-        Returns:
-            The context of each prompt, None where there is none; and the change of weights with which prompts that
-            have one are read.
-        """
+        """Finds what applied edits prepend to prompts (see `FrozenLM.in_front`)."""
         if self.applied.prompt_prefix is None:
             return [None] * len(prompts), None
         edit, rows = self.applied.prompt_prefix
@@ -64,11 +56,7 @@ class ContextStates:
         return in_groups(batch, [group for group in groups if len(group)], run)
 
     def query(self, batch: TokenBatch, block: int) -> Tensor:
-        """What a gate reads of each row's prompt: hidden states that enter a block, at its last token and on average.
-
-        Returns:
-            [rows, 2 · hidden]; the answers take no part.
-        """
+        """Computes what a gate reads of each row's prompt, [rows, 2 · hidden] (see `FrozenLM.query`)."""
         prompts = batch.prompts()
         hidden = self.prefix.of(prompts, block).float()
         mask = prompts.attention_mask.to(hidden.device)

@@ -34,9 +34,7 @@ from instructedit.lm.prompt_prefixes import PromptPrefixes
 from instructedit.lm.reading import Loading
 from instructedit.lm.row_states import RowStates
 from instructedit.lm.scores import Judged, Scores
-from instructedit.lm.sites import (
-    Site,
-)
+from instructedit.lm.sites import Site
 from instructedit.lm.text import Text
 from instructedit.lm.thin import thin_products
 from instructedit.lm.tokens import TokenBatch
@@ -254,7 +252,7 @@ class FrozenLM:
             start: Blocks below this one come from the prefix cache the first time too.
 
         Raises:
-            UserError: While the model wears an edit.
+            UserError: While an edit is applied.
         """
         return self.scores.unedited_states(batch, start)
 
@@ -304,8 +302,8 @@ class FrozenLM:
 
         Args:
             batch: Rows of tokens.
-            edit: The edits that the rows wear; None is the unedited model.
-            rows: Which edit each row wears, [rows]; by default row i wears edit i, or all the only one.
+            edit: The edits to apply; None is the unedited model.
+            rows: Which edit each row has, [rows]; by default row i has edit i, or all the only one.
             start: Blocks below this one come from the prefix cache; at most the first edited block.
 
         Returns:
@@ -341,8 +339,8 @@ class FrozenLM:
         Args:
             batch: Rows of tokens.
             sites: Names of the layers, feed-forward modules or blocks.
-            edit: The edits that the rows wear.
-            rows: Which edit each row wears.
+            edit: The edits to apply.
+            rows: Which edit each row has.
             cached: Take the blocks below from the prefix cache; of no use for text that is read once.
         """
         return capture.observe(self.scores, batch, sites, edit, rows, cached)
@@ -362,11 +360,11 @@ class FrozenLM:
 
     @contextmanager
     def edited(self, edit: Edit | None, rows: Sequence[int] | Tensor | None = None) -> Iterator[Self]:
-        """Inside, the model wears the edits; outside it does not, whatever happens inside.
+        """Applies edits inside a ``with`` block; outside nothing is left of them, whatever happens inside.
 
         Args:
             edit: The edits.
-            rows: Which edit each row of a batch wears. By default row i wears edit i, or all rows the only one;
+            rows: Which edit each row of a batch has. By default row i has edit i, or all rows the only one;
                 ``edit.joined()`` is one edit made of all.
 
         Raises:

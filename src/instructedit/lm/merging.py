@@ -14,25 +14,14 @@ from transformers import PreTrainedModel
 from instructedit.edits import ADAPTER, Edit
 from instructedit.errors import UserError
 from instructedit.lm import adapters, tryout
-from instructedit.lm.sites import (
-    add_to_weight,
-    dense_weight,
-)
+from instructedit.lm.sites import add_to_weight, dense_weight
 
 if TYPE_CHECKING:
     from instructedit.lm.frozen import FrozenLM
 
 
 def merge(lm: FrozenLM, edit: Edit) -> PreTrainedModel:
-    """A copy of the plain transformers model with the edit in its weights.
-
-    Args:
-        lm: The model.
-        edit: One edit; several must be joined first.
-
-    Raises:
-        UserError: If there is more than one, the edit is no change of weights, or the weights are packed.
-    """
+    """Puts an edit into the weights of a copy of the plain model (see `FrozenLM.merge`)."""
     if len(edit) != 1:
         raise UserError(f"merge takes one edit, got {len(edit)}: choose edit[i], or all of them by edit.joined()")
     if not edit.is_weights:
@@ -50,11 +39,7 @@ def merge(lm: FrozenLM, edit: Edit) -> PreTrainedModel:
 
 
 def save(lm: FrozenLM, edit: Edit, folder: str | Path) -> None:
-    """Writes an edit of this model to a folder, for `load_edit`; a single low-rank one also as a LoRA adapter.
-
-    The adapter is read back by PEFT, where that is installed. It is left out, and a warning says so, where PEFT
-    would make something else of it (it maps the names of some layers to those of fused experts).
-    """
+    """Writes an edit, and where PEFT reads it back its adapter, to a folder (see `FrozenLM.save`)."""
     edit.save_pretrained(folder, base_model=lm.source, lm=lm.name)
     written = [file for name in ADAPTER if (file := Path(folder) / name).is_file()]
     if not written:

@@ -107,7 +107,7 @@ class PrefixStates:
         """
         if not attends_to_all(self.forward.model.config):
             return False
-        long = [1 + i % 7 for i in range(min(WIDTH, self.forward.max_length))]  # windows are told by no config
+        long = [1 + i % 7 for i in range(min(WIDTH, self.forward.max_length))]  # no config names every window
         batch = rows_of([long, [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2]]).to(self.forward.device)
         kept, top = batch.attention_mask.bool(), len(self.forward.blocks) - 1
         try:

@@ -37,17 +37,7 @@ class Scores:
 
     @torch.no_grad()
     def unedited_states(self, batch: TokenBatch, start: int = 0) -> Tensor:
-        """What leaves the last block at the answer positions without any edit, [positions, hidden].
-
-        It is kept in the prefix cache: a prompt asked again costs no block. `head` makes logits of it.
-
-        Args:
-            batch: Rows of tokens.
-            start: Blocks below this one come from the prefix cache the first time too.
-
-        Raises:
-            UserError: While the model wears an edit.
-        """
+        """Computes or looks up the unedited model's states at answer positions (see `FrozenLM.unedited_states`)."""
         if self.applied.layers:
             raise UserError("the model wears an edit: ask for its unedited states outside of `edited`")
         top = len(self.forward.blocks)
@@ -66,24 +56,14 @@ class Scores:
             columns = [column.split(part.answer_sizes()) for column in self.predictions(part, start=start)]
             return list(zip(*columns, strict=True))
 
-        return Judged(*map(torch.cat, zip(*self.prefix.cache.recalled("judged", keys, judge), strict=True)))
+        return Judged(*map(torch.cat, zip(*self.prefix.cache.memoized("judged", keys, judge), strict=True)))
 
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
         start = self.forward.resumed_from(start)
         return self.forward.from_block(batch.inputs, start, self.prefix.of(batch, start) if start else None)
 
     def read(self, states: Tensor, what: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What `what` makes of the logits, which are never there all at once.
-
-        Args:
-            states: That left the last block, [positions, hidden].
-            what: Takes logits [n, vocab] and the places of these positions among all; gives one number for each
-                position, [n], differentiable with respect to the logits of that position, and, if wanted, more
-                tensors [n, …], which are not.
-
-        Returns:
-            The same for all positions.
-        """
+        """Reads logits a piece at a time (see `FrozenLM.read`)."""
         return positionwise(states, lambda part, at: what(self.forward.head(part), at), self._head_positions)
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""What an edit, or a handful, did, told to whoever asked for it: took, failed, or spread to what it should leave."""
+"""Reports of edits: whether each took, failed, or spread to what it should leave."""
 
 from instructedit.reports.cases import EditCase, read_cases
 from instructedit.reports.making import edit

@@ -228,9 +228,10 @@ class EditingModule(L.LightningModule):
         self, stage: str, batch: list[EditRecord], settings: Evaluation, watchers: Sequence[Watcher] = ()
     ) -> Outcome:
         outcome = evaluate_batch(self.lm, self.editor, batch, settings, watchers)
+        every = editing_metrics()
         for key, metric in self._metrics(stage).items():
             _, task, name = key.split("/")
-            declared = editing_metrics()[name]
+            declared = every[name]
             rows = [r for r in outcome.rows if r["task"] == task and r["kind"] in declared.probes and r["main"]]
             metric.update(
                 [_number(r["record"]) for r in rows], [_number(r["cluster"]) for r in rows],
@@ -240,8 +241,9 @@ class EditingModule(L.LightningModule):
 
     def _metrics(self, stage: str) -> dict[str, PerRecordMean]:
         """The same metrics on every process, whatever records it gets."""
+        every = editing_metrics()
         for task in self.data.records["validate" if stage == "val" else "test"]:
-            for name, metric in editing_metrics().items():
+            for name, metric in every.items():
                 if metric.column and f"{stage}/{task}/{name}" not in self._own(stage):
                     self.scores[f"{stage}/{task}/{name}"] = PerRecordMean(metric.scale).to(self.device)
         return self._own(stage)

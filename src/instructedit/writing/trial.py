@@ -102,10 +102,11 @@ class EditorTrial:
 
         settings = Evaluation(generate=False, fluency_tokens=0, instruction=text)
         table = evaluate(self._lm, self._editor, self._records, settings, self._batch_size).table
+        shown = headline_metrics()
         found = {
             metric: values.droplevel("cluster").to_dict()
             for _, metric, values in metric_values(table)
-            if metric in headline_metrics()
+            if metric in shown
         }
         return Measured(found, tuple(self._failures(table)))
 
