@@ -9,8 +9,8 @@ import yaml
 
 from instructedit.cli import main
 from instructedit.lightning_cli import run
-from instructedit.lm import disk_cache
-from instructedit.lm.disk_cache import META, SEGMENT, shelves
+from instructedit.lm.cache import partition
+from instructedit.lm.cache.folder import META, SHARD, partitions
 from instructedit.lm.pretrain import Recipe, new_model
 
 DATA = "[{name: counterfact, size: 3}, {name: convsent, size: 2, options: {cases: 2}}]"
@@ -80,11 +80,11 @@ def test_fit_finds_all_that_it_asks_for(place, said, store):
     rows, tokens, there = warmed(text)
     assert there == 0
     assert f"--model.lm.cache_dir={store}" in text
-    found = {shelf.meta["block"]: shelf for shelf in shelves(store)}
+    found = {one.meta["block"]: one for one in partitions(store)}
     assert sorted(found) == [2, 4]  # the first edited block, and what leaves the last
     assert 0 < found[4].rows < found[2].rows == rows - found[4].rows
-    assert tokens * WIDTH * 4 < sum(shelf.bytes for shelf in found.values()) < 2 * tokens * WIDTH * 4
-    assert {shelf.meta["hidden"] for shelf in found.values()} == {WIDTH}
+    assert tokens * WIDTH * 4 < sum(one.bytes for one in found.values()) < 2 * tokens * WIDTH * 4
+    assert {one.meta["hidden"] for one in found.values()} == {WIDTH}
     cli = run(["fit", f"--config={place}/config.yaml", f"--model.lm.cache_dir={store}"])
     cache = cli.model.lm.cache
     assert cli.trainer.global_step == 12
@@ -98,9 +98,9 @@ def test_fit_finds_all_that_it_asks_for(place, said, store):
 
 def test_the_second_warming_computes_nothing_and_a_cut_one_goes_on(place, said, store):
     rows, _, _ = warmed(said(*warm(place)))
-    before = sorted(store.rglob(f"*{SEGMENT}"))
+    before = sorted(store.rglob(f"*{SHARD}"))
     assert warmed(said(*warm(place))) == (0, 0, rows)
-    assert sorted(store.rglob(f"*{SEGMENT}")) == before
+    assert sorted(store.rglob(f"*{SHARD}")) == before
     fewer, _, _ = warmed(said(*warm(place, "--data.train=[{name: counterfact, size: 3}]"), f"--cache_dir={store}/../b"))
     assert 0 < fewer < rows
     more, _, there = warmed(said(*warm(place, f"--model.lm.cache_dir={store}/../b")))
@@ -121,20 +121,20 @@ def test_editors_without_instructions_need_fewer_rows(place, said):
 
 def test_an_editor_of_the_first_block_has_only_what_leaves_the_last(place, said, store):
     rows, _, _ = warmed(said(*warm(place, "--model.editor.blocks=[0]")))
-    assert [(shelf.meta["block"], shelf.rows) for shelf in shelves(store)] == [(4, rows)]
+    assert [(one.meta["block"], one.rows) for one in partitions(store)] == [(4, rows)]
 
 
 def test_warming_says_what_the_bound_throws_out(place, said, store):
     text = said(*warm(place, "--model.lm.cache_disk_bytes=100000"))
     assert re.search(r"[\d.]+ MB were thrown out to keep to cache_disk_bytes = 0\.1 MB", text)
-    assert sum(shelf.bytes for shelf in shelves(store)) <= 100_000
+    assert sum(one.bytes for one in partitions(store)) <= 100_000
 
 
 def test_warming_in_half_the_size(place, said, store):
     rows, _, _ = warmed(said(*warm(place, "--model.lm.cache_dtype=bfloat16")))
-    found = shelves(store)
-    assert {(shelf.meta["dtype"], shelf.meta["bytes_per_token"]) for shelf in found} == {("bfloat16", 2 * WIDTH)}
-    assert sum(shelf.rows for shelf in found) == rows
+    found = partitions(store)
+    assert {(one.meta["dtype"], one.meta["bytes_per_token"]) for one in found} == {("bfloat16", 2 * WIDTH)}
+    assert sum(one.rows for one in found) == rows
 
 
 def test_list_shows_models_blocks_rows_and_sizes(place, said, store):
@@ -145,30 +145,30 @@ def test_list_shows_models_blocks_rows_and_sizes(place, said, store):
     text = said("list")
     assert len(re.findall(rf"│ +{rows} +│", text)) == 2
     assert all(f"│ {block} " in text for block in (2, 3))
-    size = sum(file.stat().st_size for file in store.rglob(f"*{SEGMENT}"))
+    size = sum(file.stat().st_size for file in store.rglob(f"*{SHARD}"))
     assert f"{store}: {size / 1e6:.1f} MB in all" in text
-    assert "damaged" not in text
-    next(store.rglob(f"*{SEGMENT}")).write_bytes(b"no")
-    assert "1 damaged segments" in said("list")
+    assert "corrupt" not in text
+    next(store.rglob(f"*{SHARD}")).write_bytes(b"no")
+    assert "1 corrupt shards" in said("list")
 
 
 def test_clear_removes_one_model_or_all(place, said, store):
     rows, _, _ = warmed(said(*warm(place)))
     said(*warm(place, f"--model.lm.name={place}/other"))
     assert f"{rows} rows removed" in said("clear", f"--lm={place}/lm")
-    assert [shelf.meta["lm"] for shelf in shelves(store)] == [f"{place}/other"] * 2
+    assert [one.meta["lm"] for one in partitions(store)] == [f"{place}/other"] * 2
     error = said("clear", f"--lm={place}/lm", status=2)
     assert f"{place}/other" in error
-    size = sum(shelf.bytes for shelf in shelves(store))
+    size = sum(one.bytes for one in partitions(store))
     assert f"{rows} rows removed, {size / 1e6:.1f} MB freed" in said("clear")
     assert list(store.iterdir()) == []
     assert "0 rows removed" in said("clear")
 
 
-@pytest.mark.parametrize("where", [".", "shelf"])
+@pytest.mark.parametrize("where", [".", "partition"])
 def test_clear_refuses_a_folder_with_anything_else_in_it(place, said, store, where):
     said(*warm(place))
-    folder = next(store.iterdir()) if where == "shelf" else store
+    folder = next(store.iterdir()) if where == "partition" else store
     (folder / "thesis.tex").write_text("mine")
     before = sorted(store.rglob("*"))
     error = said("clear", status=2)
@@ -192,6 +192,6 @@ def test_what_cannot_be_warmed_is_one_line(place, said, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(disk_cache.Path, "write_bytes", full)
+    monkeypatch.setattr(partition.Path, "write_bytes", full)
     with pytest.warns(UserWarning, match="No space left"):
         assert "took no more" in said(*warm(place), status=2)

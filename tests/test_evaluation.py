@@ -267,7 +267,7 @@ def test_half_the_keys_and_values_let_twice_the_rows_speak(lm, factors, records,
         lm, "sample", lambda p, *a, **k: (spoken.append((len(p), k["kv_dtype"])), sample(p, *a, **k))[1]
     )
     settings = Evaluation(generate=False, fluency_tokens=30, kv_dtype=kv_dtype)
-    one = max(len(lm.tokenizer(r.request.prompt)["input_ids"]) for r in records) + 30 + lm.row_tokens
+    one = max(len(lm.tokenizer(r.request.prompt)["input_ids"]) for r in records) + 30 + lm.generation.row_tokens
     evaluate(lm, Given(factors, records).bind(lm), records, replace(settings, tokens=one + one % 2))
     assert spoken == [(count, kv_dtype) for count in rows]
 

@@ -121,9 +121,9 @@ def test_slots_add_what_they_say_beside_any_feed_forward_layer(lm, activation):
     slots = some_slots(lm, mlps(lm, [1, 3]))
     edit, batch = SlotEdit(slots, activation), lm.encode(PAIRS)
     for rows in (None, [2, 0, 0]):
-        worn = [with_slots(lm, one_of(slots, i), activation) for i in (rows or range(3))]
+        applied = [with_slots(lm, one_of(slots, i), activation) for i in (rows or range(3))]
         found = lm.logits(batch, edit, rows and torch.tensor(rows))
-        torch.testing.assert_close(found, one_by_one(lm, worn), **FLOAT32)
+        torch.testing.assert_close(found, one_by_one(lm, applied), **FLOAT32)
 
 
 def test_an_edit_is_the_plain_layer_and_its_slots(lm):
@@ -131,8 +131,8 @@ def test_an_edit_is_the_plain_layer_and_its_slots(lm):
     edit = editor.edit(REQUESTS)
     assert edit.sites == mlps(lm, [1, 2])
     slots = {module: tuple(parts) for module, parts in edit.slots.items()}
-    worn = [with_slots(lm, one_of(slots, i), "silu") for i in range(3)]
-    expected = one_by_one(lm, worn)
+    applied = [with_slots(lm, one_of(slots, i), "silu") for i in range(3)]
+    expected = one_by_one(lm, applied)
     torch.testing.assert_close(lm.logits(lm.encode(PAIRS), edit), expected, **FLOAT32)
     assert (expected - lm.logits(lm.encode(PAIRS))).abs().max() > 0.5
 

@@ -66,7 +66,7 @@ def test_each_edit_is_the_dense_loop_of_its_request(lm, block, bound, loss, refe
     editor = build_editor("ft_l", lm, steps=6, lr=2e-3, bound=bound, loss=loss, blocks=[block])
     name, edit = site_of(editor), editor.edit(REQUESTS)
     batch = lm.encode(PAIRS)
-    worn = lm.logits(batch, edit).split(batch.rows.bincount().tolist())
+    applied = lm.logits(batch, edit).split(batch.rows.bincount().tolist())
     for i, pair in enumerate(PAIRS):
         delta, model = fine_tuned(lm, name, [pair], 6, 2e-3, bound, reference)
         assert relative(edit.delta(name)[i], delta) < 1e-3
@@ -74,7 +74,7 @@ def test_each_edit_is_the_dense_loop_of_its_request(lm, block, bound, loss, refe
             assert (delta.abs() > bound - 1e-6).float().mean() > 0.2  # the bound matters
             assert edit.delta(name)[i].abs().max() <= torch.tensor(bound)
         assert edited_loss(lm, edit[i], pair, reference) < reference(plain_model(lm), lm.tokenizer, *pair) - 0.01
-        torch.testing.assert_close(worn[i], answer_logits(model, lm.tokenizer, *pair), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(applied[i], answer_logits(model, lm.tokenizer, *pair), atol=1e-4, rtol=1e-3)
 
 
 def test_a_request_is_done_when_its_loss_is_low_enough(lm):
@@ -112,7 +112,7 @@ def test_the_common_loss_reads_every_token_off_the_last_prompt_position(lm):
     (site,) = editor.sites
     deltas = torch.randn(3, site.out_features, site.in_features, generator=torch.Generator().manual_seed(0)) * 0.05
     edit, batch = DenseEdit.of({site.name: deltas}), lm.encode(PAIRS)
-    found = editor._at_last_prompt_token(batch, edit, None, 1)
+    found = editor._at_last_prompt_token(batch, edit)
     expected = [last_prompt_loss(lm.merge(edit[i]), lm.tokenizer, *pair) for i, pair in enumerate(PAIRS)]
     torch.testing.assert_close(found, torch.stack(expected), atol=1e-4, rtol=1e-4)
     plain = [last_prompt_loss(lm.model, lm.tokenizer, *pair) for pair in PAIRS]

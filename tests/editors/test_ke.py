@@ -206,15 +206,15 @@ def test_multiplier_and_margin_travel_with_the_checkpoint(lm, tmp_path):
     for _ in range(3):
         editor.objective(batch, LossWeights(1.0, 1.0))
         editor.validated({"reliability": 100.0})
-    worn = {"multiplier": editor.multiplier.clone(), "allowed": editor.allowed.clone()}
-    assert worn["multiplier"] > 1
-    assert worn["allowed"].item() == pytest.approx(1e-3 * 0.8**3)
+    applied = {"multiplier": editor.multiplier.clone(), "allowed": editor.allowed.clone()}
+    assert applied["multiplier"] > 1
+    assert applied["allowed"].item() == pytest.approx(1e-3 * 0.8**3)
     fresh = built(lm, margin=1e-3)
     fresh.load_state_dict(editor.state_dict())
     editor.save_pretrained(tmp_path)
     others = [fresh, load_editor(tmp_path, lm)]
     for other in others:
-        assert {name: getattr(other, name) for name in worn} == worn
+        assert {name: getattr(other, name) for name in applied} == applied
     expected = editor.objective(batch, LossWeights(1.0, 1.0))
     for other in others:
         found = other.objective(batch, LossWeights(1.0, 1.0))

@@ -41,7 +41,7 @@ def requests_of(cases):
 
 def scope_of(lm, editor, cases):
     """Balanced cross-entropy and accuracy, each probe against each request, one by one."""
-    block = len(lm.blocks) // 2
+    block = len(lm.forward.blocks) // 2
     keys = [editor.projection @ query_of(lm, case.prompt, block) for case in cases]
     losses, right = {True: [], False: []}, {True: [], False: []}
     for owner, case in enumerate(cases):
@@ -143,9 +143,11 @@ def test_training_separates_what_is_in_scope_from_what_is_not(lm):
     edit = editor.eval().edit(requests_of(cases)).joined()
     asked = [(*case.wanted, *case.locality) for case in cases]
     tokens = lm.encode([pair for pairs in asked for pair in pairs])
-    chosen = edit.choose(torch.zeros(len(tokens), dtype=torch.long), lambda block: lm.query(tokens, block))
+    chosen = edit.choose(
+        torch.zeros(len(tokens), dtype=torch.long), lambda block: lm.context.scope_embedding(tokens, block)
+    )
     assert chosen.tolist() == [0, -1, 1, -1, 2, -1]
-    said, bare = (lm.losses(tokens, worn) for worn in (edit, None))
+    said, bare = (lm.losses(tokens, applied) for applied in (edit, None))
     assert (said[::2] < bare[::2] - 0.5).all()
     torch.testing.assert_close(said[1::2], bare[1::2])
 
@@ -194,7 +196,9 @@ def test_the_memory_finds_the_edit_that_is_nearest(lm):
     assert len(memory) == 1
     prompts = [*(case.prompt for case in CASES), others[near], others[far]]
     batch = lm.encode([(prompt, "a city") for prompt in prompts])
-    chosen = memory.choose(torch.zeros(5, dtype=torch.long), lambda block: lm.query(batch, block)).tolist()
+    chosen = memory.choose(
+        torch.zeros(5, dtype=torch.long), lambda block: lm.context.scope_embedding(batch, block)
+    ).tolist()
     assert chosen == [0, 1, 2, int(gaps[near].argmin()), -1]
     found = lm.logits(batch, memory).split(batch.rows.bincount().tolist())
     for i, (own, number) in enumerate(zip(found, chosen, strict=True)):
@@ -225,6 +229,6 @@ def test_the_embedding_may_be_narrower_than_the_hidden_states(tokenizer):
     lm = FrozenLM(AutoModelForCausalLM.from_config(config), tokenizer, "narrow", max_length=64)
     editor = build_editor("serac", lm, rank=2, embedding=4)
     edit = editor.edit([EditRequest("The capital of France is", "Lyon")])
-    assert lm.width == 32
+    assert lm.applied.sites.width == 32
     assert edit.gate.projection.shape == (4, 2 * 32)
     assert lm.losses(lm.encode([("The capital of France is", "Lyon")]), edit).isfinite().all()

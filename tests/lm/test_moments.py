@@ -117,7 +117,7 @@ def test_what_was_computed_is_not_computed_again(lm, file, folder, monkeypatch):
     names = names_of(lm)
     first = second_moments(lm, names[:2], str(file))
     assert {path.name for path in folder.iterdir()} == {moments_file(lm, n, str(file), 100_000).name for n in names[:2]}
-    reading, wanted = lm.observe, []
+    reading, wanted = lm.record_activations, []
     monkeypatch.setattr(lm, "observe", lambda batch, sites, **o: wanted.append(sites) or reading(batch, sites, **o))
     both = second_moments(lm, names[1:3], str(file))  # one is there, the other is not
     assert wanted == [names[2:3]]

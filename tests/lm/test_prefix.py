@@ -1,4 +1,4 @@
-"""The prefix cache: the states of a plain forward pass, whatever is in memory, on disk, damaged, or thrown out."""
+"""The prefix cache: the states of a plain forward pass, whatever is in memory, on disk, corrupt, or thrown out."""
 
 import json
 import multiprocessing
@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 from tests.conftest import random_lm
 
 from instructedit.errors import UserError
-from instructedit.lm import FrozenLM, disk_cache
-from instructedit.lm.disk_cache import META, SEGMENT, checksum, clear, evict, row_key, shelf_name, shelves
-from instructedit.lm.prefix import PrefixCache, forward_pass
+from instructedit.lm import FrozenLM
+from instructedit.lm.cache import disk, partition
+from instructedit.lm.cache.folder import META, SHARD, clear, evict, partition_name, partitions
+from instructedit.lm.cache.memory import PrefixCache, forward_pass
+from instructedit.lm.cache.shard import STORAGE_DTYPES, row_key
+from instructedit.lm.fingerprint import checksum
 from instructedit.lm.tokens import rows_of
 
 ROWS = [[5, 6, 7], [5, 6, 7, 8, 9, 10], [11], [300, 2]]
@@ -31,8 +34,8 @@ def opened(lm, folder, **options):
     return FrozenLM(lm.model, lm.tokenizer, lm.name, cache_dir=folder, **options)
 
 
-def segments(folder):
-    return sorted(folder.rglob(f"*{SEGMENT}"))
+def shards(folder):
+    return sorted(folder.rglob(f"*{SHARD}"))
 
 
 def plain(lm, rows, block):
@@ -42,7 +45,7 @@ def plain(lm, rows, block):
 
 
 def asked(lm, rows=ROWS, block=2):
-    states = lm.prefix(rows_of(rows), block)
+    states = lm.prefixes.of(rows_of(rows), block)
     return [states[i, : len(ids)] for i, ids in enumerate(rows)]
 
 
@@ -88,7 +91,7 @@ def test_rounded_states_do_not_depend_on_what_was_there(lm, tmp_path, name):
             assert equal(found, first)
             assert {row.dtype for row in found} == {torch.float32}
         assert again.cache.misses == 0
-    (file,) = segments(tmp_path)
+    (file,) = shards(tmp_path)
     assert load_file(file)["states"].dtype is dtype
     assert load_file(file)["states"].shape == (TOKENS, HIDDEN)
 
@@ -104,7 +107,7 @@ def test_a_model_in_bfloat16_keeps_its_own_dtype_exactly(tokenizer, tmp_path):
     lm = random_lm("gpt2", tokenizer, torch.bfloat16)
     first = filled(lm, tmp_path)
     assert equal(first, asked(lm))
-    assert load_file(segments(tmp_path)[0])["states"].dtype is torch.bfloat16
+    assert load_file(shards(tmp_path)[0])["states"].dtype is torch.bfloat16
     assert equal(asked(opened(lm, tmp_path)), first)
 
 
@@ -125,7 +128,7 @@ def test_rows_that_wait_for_their_segment_are_known(lm, tmp_path):
     assert equal(asked(waiting), first)
     assert waiting.cache.misses == 4
     assert waiting.cache.on_disk(rows_of([*ROWS, [1, 2]]), 2) == [True, True, True, True, False]
-    assert segments(tmp_path) == []
+    assert shards(tmp_path) == []
 
 
 def test_what_waits_is_written_when_the_model_goes(lm, tmp_path):
@@ -135,18 +138,18 @@ def test_what_waits_is_written_when_the_model_goes(lm, tmp_path):
     import gc
 
     gc.collect()
-    assert len(segments(tmp_path)) == 1
+    assert len(shards(tmp_path)) == 1
 
 
 def test_many_rows_are_written_as_one_file_when_enough_wait(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr(disk_cache, "SEGMENT_BYTES", 10 * HIDDEN * 4)
+    monkeypatch.setattr(partition, "SHARD_BYTES", 10 * HIDDEN * 4)
     writer = opened(lm, tmp_path)
     for i in range(20):
         asked(writer, [[i, i]])
-    assert [len(load_file(file)["ends"]) for file in segments(tmp_path)] == [5, 5, 5, 5]
-    monkeypatch.setattr(disk_cache, "SEGMENT_SECONDS", 0.0)  # or when they have waited long enough
+    assert [len(load_file(file)["ends"]) for file in shards(tmp_path)] == [5, 5, 5, 5]
+    monkeypatch.setattr(partition, "SHARD_SECONDS", 0.0)  # or when they have waited long enough
     asked(writer, [[7, 7, 7]])
-    assert len(segments(tmp_path)) == 5
+    assert len(shards(tmp_path)) == 5
 
 
 def test_block_zero_and_edited_passes_are_not_written(lm, tmp_path):
@@ -155,14 +158,14 @@ def test_block_zero_and_edited_passes_are_not_written(lm, tmp_path):
     cached.applied.layers = 1
     asked(cached)
     cached.cache.flush()
-    assert segments(tmp_path) == []
+    assert shards(tmp_path) == []
 
 
 # -- whose states --------------------------------------------------------------------------------------------------
 
 PARTS = {
     "model": st.text(max_size=8), "block": st.integers(0, 99), "forward": st.text(max_size=8),
-    "at_rest": st.sampled_from(sorted(disk_cache.AT_REST)),
+    "at_rest": st.sampled_from(sorted(STORAGE_DTYPES)),
 }  # fmt: skip
 TOKEN_ROWS = st.lists(st.integers(0, 2**31), min_size=1, max_size=6).map(
     lambda ids: torch.tensor(ids).numpy().tobytes()
@@ -171,11 +174,11 @@ TOKEN_ROWS = st.lists(st.integers(0, 2**31), min_size=1, max_size=6).map(
 
 @given(st.fixed_dictionaries(PARTS), st.fixed_dictionaries(PARTS), TOKEN_ROWS, TOKEN_ROWS)
 def test_keys_never_collide(one, other, tokens, more):
-    assert (shelf_name(one) == shelf_name(other)) == (one == other)
+    assert (partition_name(one) == partition_name(other)) == (one == other)
     assert (row_key(tokens) == row_key(more)) == (tokens == more)
     for name in PARTS:  # and each part alone matters
-        assert shelf_name(one | {name: other[name]}) == shelf_name(one) or one[name] != other[name]
-        assert (shelf_name(one | {name: other[name]}) != shelf_name(one)) == (one[name] != other[name])
+        assert partition_name(one | {name: other[name]}) == partition_name(one) or one[name] != other[name]
+        assert (partition_name(one | {name: other[name]}) != partition_name(one)) == (one[name] != other[name])
 
 
 @given(st.data())
@@ -216,7 +219,7 @@ def test_nothing_of_another_model_or_pass_is_used(tokenizer, tmp_path, monkeypat
     if part != "rounding":
         assert equal(found, expected)
     other.cache.flush()
-    assert len(list(tmp_path.iterdir())) == 2  # a shelf of its own
+    assert len(list(tmp_path.iterdir())) == 2  # a partition of its own
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -230,14 +233,16 @@ def test_a_trainers_autocast_changes_no_states(lm, tmp_path, first):
     assert cached.cache.misses == 0
 
 
-def test_a_segment_in_another_models_shelf_is_dropped(lm, tokenizer, tmp_path):
+def test_a_shard_in_another_models_partition_is_dropped(lm, tokenizer, tmp_path):
     filled(lm, tmp_path)
     other = random_lm("gpt2", tokenizer, seed=5)
     filled(other, tmp_path)
-    mine, theirs = (shelf for shelf in sorted(tmp_path.iterdir()))
-    for file in segments(mine):
+    mine, theirs = (one for one in sorted(tmp_path.iterdir()))
+    for file in shards(mine):
         file.rename(theirs / file.name)
-    homes = {shelf_name(opened(model, tmp_path).cache.disk.shelf(FORWARD, 2)._about): model for model in (lm, other)}
+    homes = {
+        partition_name(opened(model, tmp_path).cache.disk.partition(FORWARD, 2)._about): model for model in (lm, other)
+    }
     with pytest.warns(UserWarning, match="checksum"):
         found = asked(opened(homes[theirs.name], tmp_path))
     assert equal(found, asked(homes[theirs.name]))
@@ -249,11 +254,11 @@ def test_a_segment_in_another_models_shelf_is_dropped(lm, tokenizer, tmp_path):
 @pytest.mark.parametrize("keep", [0, 7, 0.3, 0.99])
 def test_a_truncated_segment_is_dropped_and_said(lm, tmp_path, keep):
     first = filled(lm, tmp_path)
-    (file,) = segments(tmp_path)
+    (file,) = shards(tmp_path)
     raw = file.read_bytes()
     file.write_bytes(raw[: int(keep * len(raw)) if isinstance(keep, float) else keep])
     again = opened(lm, tmp_path)
-    with pytest.warns(UserWarning, match=f"{file.name}: damaged .*computed anew") as said:
+    with pytest.warns(UserWarning, match=f"{file.name}: corrupt .*computed anew") as said:
         assert equal(asked(again), first)
     assert len(said) == 1
     assert "\n" not in str(said[0].message)
@@ -264,12 +269,12 @@ def test_a_truncated_segment_is_dropped_and_said(lm, tmp_path, keep):
 
 def test_a_flipped_bit_is_never_read(lm, tmp_path, monkeypatch):
     """Anywhere in the file: the header, the index, the states."""
-    monkeypatch.setattr(disk_cache, "_flush", lambda shelves: None)  # no other segment gives the rows
+    monkeypatch.setattr(disk, "_flush", lambda partitions: None)  # no other segment gives the rows
     writer = opened(lm, tmp_path)
     first = asked(writer)
-    writer.cache.disk.shelf(FORWARD, 2).flush()
-    (file,) = segments(tmp_path)
-    raw, about = file.read_bytes(), writer._cached_as()
+    writer.cache.disk.partition(FORWARD, 2).flush()
+    (file,) = shards(tmp_path)
+    raw, about = file.read_bytes(), writer._cache_identity()
     size = 8 + int.from_bytes(raw[:8], "little")
     for place in (*range(size), *range(size, len(raw), 37)):
         file.write_bytes(raw[:place] + bytes([raw[place] ^ (1 << place % 8)]) + raw[place + 1 :])
@@ -296,7 +301,7 @@ def test_a_lost_description_loses_no_states(lm, tmp_path):
     again = opened(lm, tmp_path)
     assert equal(asked(again), first)
     assert again.cache.misses == 0
-    assert shelves(tmp_path)[0].meta == {}
+    assert partitions(tmp_path)[0].meta == {}
     asked(again, [[1, 2, 3]])
     again.cache.flush()
     assert json.loads(meta.read_text()) == about  # the next segment brings it back
@@ -307,7 +312,7 @@ def test_a_full_disk_ends_the_writing_and_not_the_run(lm, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     expected, cached = asked(lm), opened(lm, tmp_path)
-    monkeypatch.setattr(disk_cache.Path, "write_bytes", full)
+    monkeypatch.setattr(partition.Path, "write_bytes", full)
     assert equal(asked(cached), expected)
     with pytest.warns(UserWarning, match="No space left"):
         cached.cache.flush()
@@ -366,7 +371,7 @@ def test_a_process_killed_while_it_writes_leaves_a_usable_store(lm, tmp_path):
     for wait in (0.3, 0.37, 0.45):
         process = multiprocessing.get_context("fork").Process(target=_writes_forever, args=(tmp_path, lm))
         process.start()
-        while not segments(tmp_path):
+        while not shards(tmp_path):
             assert process.is_alive()
             time.sleep(0.01)
         time.sleep(wait)
@@ -383,7 +388,7 @@ def test_a_process_killed_while_it_writes_leaves_a_usable_store(lm, tmp_path):
 
 def test_a_kill_between_writing_and_publishing_leaves_a_part_that_nobody_reads(lm, tmp_path, monkeypatch):
     first = filled(lm, tmp_path)
-    (file,) = segments(tmp_path)
+    (file,) = shards(tmp_path)
     part = file.with_suffix(".part")
     file.rename(part)
     part.write_bytes(part.read_bytes()[:1000])
@@ -407,7 +412,7 @@ def test_the_bound_holds_and_the_least_lately_used_go_first(lm, tmp_path):
     for i in range(60):
         states = asked(writer, [[i, i, i, i, i, i, i, i]])[0]
         assert torch.equal(states, asked(lm, [[i, i, i, i, i, i, i, i]])[0])
-        sizes.append(sum(file.stat().st_size for file in segments(tmp_path)))
+        sizes.append(sum(file.stat().st_size for file in shards(tmp_path)))
     assert max(sizes) <= bound
     assert sizes[-1] > bound / 2  # nor is it emptied
     assert writer.cache.disk.evicted > 0
@@ -418,10 +423,10 @@ def test_the_bound_holds_and_the_least_lately_used_go_first(lm, tmp_path):
 def test_use_keeps_a_segment(lm, tmp_path):
     for number, row in enumerate(ROWS):
         filled(lm, tmp_path, [row])
-        newest = max(segments(tmp_path), key=lambda file: file.stat().st_mtime_ns)
+        newest = max(shards(tmp_path), key=lambda file: file.stat().st_mtime_ns)
         os.utime(newest, (1000 + number, 1000 + number))
     asked(opened(lm, tmp_path), ROWS[:1])
-    evict(tmp_path, sum(file.stat().st_size for file in segments(tmp_path)) - 1)
+    evict(tmp_path, sum(file.stat().st_size for file in shards(tmp_path)) - 1)
     assert opened(lm, tmp_path).cache.on_disk(rows_of(ROWS), 2) == [True, False, True, True]
 
 
@@ -430,7 +435,7 @@ def test_a_reader_goes_on_with_what_was_thrown_out(lm, tmp_path):
     reader = opened(lm, tmp_path, cache_bytes=0)
     assert reader.cache.on_disk(rows_of(ROWS), 2) == [True] * 4
     evict(tmp_path, 0)
-    assert segments(tmp_path) == []
+    assert shards(tmp_path) == []
     assert equal(asked(reader), first)  # mapped still
     assert reader.cache.misses == 0
     asked(reader, [[9, 9]])  # a miss: now it sees that the file is gone
@@ -442,10 +447,10 @@ def test_another_process_may_clear_the_folder_meanwhile(lm, tmp_path):
     writer = opened(lm, tmp_path)
     asked(writer, ROWS[:2])
     writer.cache.flush()
-    assert sum(shelf.rows for shelf in clear(tmp_path)) == 2
+    assert sum(one.rows for one in clear(tmp_path)) == 2
     asked(writer, ROWS[2:])
     writer.cache.flush()
-    assert [shelf.rows for shelf in shelves(tmp_path)] == [2]
+    assert [one.rows for one in partitions(tmp_path)] == [2]
 
 
 @pytest.mark.parametrize(
@@ -501,5 +506,5 @@ def test_what_is_known_survives_that_computing_the_rest_throws_it_out(tokenizer,
     both = [*first, ("Who is", "the man of the sea"), ("Some other prompt", "and answer")]
     for pairs in (first, both, first, both):
         batch = lm.encode(pairs)
-        found, expected = lm.unedited_judged(batch, 2), whole.unedited_judged(batch, 2)
+        found, expected = lm.scores.unedited_predictions(batch, 2), whole.scores.unedited_predictions(batch, 2)
         torch.testing.assert_close(found.nll, expected.nll, rtol=1e-4, atol=1e-5)

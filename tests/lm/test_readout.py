@@ -91,4 +91,4 @@ def test_a_capture_is_the_same(few, widths):
         one = few.encode([(prompt, answer)])
         logits = model(one.input_ids).logits[one.answer_at]
         torch.testing.assert_close(found.loss[row], F.cross_entropy(logits, one.answers), **FLOAT32)
-        assert torch.equal(found.said[batch.rows == row], logits.argmax(-1))
+        assert torch.equal(found.predicted[batch.rows == row], logits.argmax(-1))

@@ -281,7 +281,7 @@ def test_contexts_stand_within_the_users_turn(tokenizers):
     one = chatting(tokenizers)
     text = Text(one, 128, chat=True)
     batch = text.encode([("Who?", "Rome")])
-    behind = batch.behind([torch.tensor(text.words("New fact: a b\n"))], 128, text.opening)
+    behind = batch.behind([torch.tensor(text.token_ids("New fact: a b\n"))], 128, text.opening)
     assert one.decode(behind.unpadded()[0]) == "<s><|user|>\nNew fact: a b\nWho?<|end|>\n<|assistant|>\nRome"
     assert labelled(behind) == labelled(batch)
 

@@ -57,8 +57,8 @@ def warm(
     cli.datamodule.setup("fit")
     pairs, locality = _training_pairs(made, cli.datamodule)
     text = lm.text.within(cli.datamodule.hparams["max_length"])
-    work = [(len(lm.blocks), locality, lambda batch: lm.unedited_states(batch, block))]
-    work += [(block, pairs, lambda batch: lm.prefix(batch, block))] if block else []  # else nothing lies below it
+    work = [(len(lm.forward.blocks), locality, lambda batch: lm.scores.unedited_states(batch, block))]
+    work += [(block, pairs, lambda batch: lm.prefixes.of(batch, block))] if block else []  # else nothing lies below it
     rows = tokens = there = 0
     for entered, wanted, compute in reversed(work):  # what leaves the last block is computed from the prefix
         wanted = sorted(wanted, key=lambda pair: sum(map(len, pair)))
@@ -91,20 +91,20 @@ def listing(cache_dir: str | None = None) -> None:
 
     from rich.table import Table
 
-    from instructedit.lm.disk_cache import shelves
+    from instructedit.lm.cache.folder import partitions
 
     root = _folder(cache_dir)
-    found = shelves(root)
+    found = partitions(root)
     table = Table("LM", "model", "block", "forward pass", "dtype", "rows", "size", "last use")
-    for shelf in found:
-        about = [str(shelf.meta.get(name, "?")) for name in ("lm", "model", "block", "forward", "dtype")]
-        used = datetime.fromtimestamp(shelf.used).isoformat(" ", "minutes") if shelf.used else "never"
-        table.add_row(about[0], about[1][:8], *about[2:], str(shelf.rows), _size(shelf.bytes), used)
+    for partition in found:
+        about = [str(partition.meta.get(name, "?")) for name in ("lm", "model", "block", "forward", "dtype")]
+        used = datetime.fromtimestamp(partition.used).isoformat(" ", "minutes") if partition.used else "never"
+        table.add_row(about[0], about[1][:8], *about[2:], str(partition.rows), _size(partition.bytes), used)
     console().print(table)
-    print(f"{root}: {_size(sum(shelf.bytes for shelf in found))} in all")
-    for shelf in found:
-        if shelf.damaged:
-            print(f"{shelf.folder}: {shelf.damaged} damaged segments, which the next run removes")
+    print(f"{root}: {_size(sum(partition.bytes for partition in found))} in all")
+    for partition in found:
+        if partition.corrupt:
+            print(f"{partition.folder}: {partition.corrupt} corrupt shards, which the next run removes")
 
 
 def clear(cache_dir: str | None = None, lm: str | None = None) -> None:
@@ -114,15 +114,17 @@ def clear(cache_dir: str | None = None, lm: str | None = None) -> None:
         cache_dir: Folder of the cache; by default "prefix" in $INSTRUCTEDIT_CACHE (~/.cache/instructedit).
         lm: Remove the states of this LM alone, named as it is listed.
     """
-    from instructedit.lm.disk_cache import clear as remove
-    from instructedit.lm.disk_cache import shelves
+    from instructedit.lm.cache.folder import clear as remove
+    from instructedit.lm.cache.folder import partitions
 
     root = _folder(cache_dir)
-    names = {str(shelf.meta.get("lm")) for shelf in shelves(root)}
+    names = {str(partition.meta.get("lm")) for partition in partitions(root)}
     if lm is not None and lm not in names:
         raise UserError(f"{root}: holds nothing of an LM {lm!r}; there are: {', '.join(sorted(names)) or 'none'}")
     gone = remove(root, lm)
-    print(f"{root}: {sum(shelf.rows for shelf in gone)} rows removed, {_size(sum(s.bytes for s in gone))} freed")
+    print(
+        f"{root}: {sum(partition.rows for partition in gone)} rows removed, {_size(sum(s.bytes for s in gone))} freed"
+    )
 
 
 main = {"warm": warm, "list": listing, "clear": clear}

@@ -99,7 +99,7 @@ class Editor(nn.Module, ABC):
         if self.blocks is not None or self.PAPER_BLOCKS is None:
             return self.blocks
         blocks, depth = self.PAPER_BLOCKS
-        return sorted({block * len(lm.blocks) // depth for block in blocks})
+        return sorted({block * len(lm.forward.blocks) // depth for block in blocks})
 
     def build(self) -> None:
         """Makes the parts whose shapes depend on ``self.sites``. Called once, by `bind`."""

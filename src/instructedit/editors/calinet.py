@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Sequence
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -58,7 +57,7 @@ class SlotEditor(Editor, ABC):
 
     def start(self) -> Values:
         """Keys of unit length on average, values that say nothing yet; name → [slots, hidden]."""
-        size = self.lm.width  # feed-forward layers read and write the residual stream
+        size = self.lm.applied.sites.width  # feed-forward layers read and write the residual stream
         generator = torch.Generator().manual_seed(self.seed)
         keys = {f"{m}:keys": torch.randn(self.slots, size, generator=generator) * size**-0.5 for m in self.layers}
         return keys | {f"{module}:values": torch.zeros(self.slots, size) for module in self.layers}
@@ -108,10 +107,10 @@ class CaliNet(SlotEditor):
         return self._tuned(batch, together=True)
 
     def _tuned(self, batch: RequestBatch, together: bool) -> SlotEdit:
-        count, loss = 1 if together else len(batch), partial(self.lm.losses, start=self.sites[0].block)
+        count = 1 if together else len(batch)
         one, lr = self._scaled(self.start()) if self.lr == AUTO else (self.start(), self.lr)
         start = {name: tensor.to(self.lm.device).expand(count, *tensor.shape) for name, tensor in one.items()}
-        losses = row_losses(loss, batch.tokens, self.slot_edit, together)
+        losses = row_losses(self.lm.losses, batch.tokens, self.slot_edit, together)
         return self.slot_edit(descend(start, losses, self.steps, lr, self.optimizer, stop_below=self.stop_below))
 
     def _scaled(self, start: Values) -> tuple[Values, dict[str, float]]:

@@ -63,8 +63,7 @@ class FtL(Editor):
         return self._tuned(batch, together=True)
 
     def _tuned(self, batch: RequestBatch, together: bool) -> DenseEdit:
-        of_rows = self._at_last_prompt_token if self.loss == "last_prompt" else self.lm.losses
-        loss = partial(of_rows, rows=None, start=self.sites[0].block)
+        loss = self._at_last_prompt_token if self.loss == "last_prompt" else self.lm.losses
         count = 1 if together else len(batch)
         start = {s.name: torch.zeros(count, s.out_features, s.in_features, device=self.lm.device) for s in self.sites}
         sizes = {site.name: weight_size(self.lm, site) for site in self.sites}
@@ -83,7 +82,7 @@ class FtL(Editor):
             bound = self.AUTO_BOUND * sizes[name] if self.bound == AUTO else self.bound
             change.clamp_(-bound, bound)
 
-    def _at_last_prompt_token(self, tokens: TokenBatch, edit: Edit, rows: None, start: int) -> Tensor:
+    def _at_last_prompt_token(self, tokens: TokenBatch, edit: Edit) -> Tensor:
         """−1/|y| Σ_j log p(y_j | x) of each row, every token read off the one position after the prompt, [rows]."""
-        log_p = self.lm.logits(tokens.after_prompts(), edit, rows, start).float().log_softmax(-1)  # [rows, vocab]
+        log_p = self.lm.logits(tokens.after_prompts(), edit).float().log_softmax(-1)  # [rows, vocab]
         return row_mean(-log_p[tokens.rows, tokens.answers], tokens.rows, len(tokens))

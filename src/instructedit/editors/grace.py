@@ -68,7 +68,7 @@ class Grace(Editor):
     def make(self, batch: RequestBatch) -> CodebookEdit:
         """One codebook of one entry for each request."""
         site, count = self.sites[0], len(batch)
-        seen = self.lm.observe(batch.tokens.prompts(), [site.name])[site.name]
+        seen = self.lm.record_activations(batch.tokens.prompts(), [site.name])[site.name]
         last = (batch.tokens.labels != IGNORE).long().argmax(-1)
         where = torch.arange(count), last
         keys, starts = seen.inputs[where].float(), seen.outputs[where].float()
@@ -87,7 +87,7 @@ class Grace(Editor):
             )
 
         def losses(values: Values, active: Tensor) -> Tensor:
-            return self.lm.losses(batch.tokens.select(active), book(values["value"], active), None, site.block)
+            return self.lm.losses(batch.tokens.select(active), book(values["value"], active))
 
         found = descend({"value": starts}, losses, self.steps, lr, stop_below=self.stop_below)
         return book(found["value"], torch.arange(count, device=keys.device))

@@ -84,7 +84,7 @@ class Ike(Editor):
         self._store: dict[str, _Store] = {}
 
     def make(self, batch: RequestBatch) -> ContextEdit:
-        encode = self.lm.words
+        encode = self.lm.token_ids
         budget = int(self.room * self.lm.max_length)
         contexts = []
         for request in batch.requests:

@@ -97,7 +97,7 @@ class Ke(Editor):
     def make(self, batch: RequestBatch) -> LowRankEdit:
         names = [site.name for site in self.sites]
         seen = self.lm.capture(batch.tokens, names)
-        said = self.lm.tokenizer.batch_decode(seen.said.split(batch.tokens.answer_sizes()))
+        said = self.lm.tokenizer.batch_decode(seen.predicted.split(batch.tokens.answer_sizes()))
         condition = self._read(batch, said)
         factors: dict[str, Factors] = {}
         for name, gates in zip(names, self.gates, strict=True):

@@ -18,7 +18,7 @@ from instructedit.editors.descent import Values, descend
 from instructedit.editors.options import options
 from instructedit.edits import Edit
 from instructedit.errors import UserError
-from instructedit.lm import Seen, Site, TokenBatch
+from instructedit.lm import LayerIO, Site, TokenBatch
 from instructedit.lm.moments import second_moments
 from instructedit.lm.own_text import text_for
 from instructedit.metrics import row_mean
@@ -172,18 +172,18 @@ class KeyValueEditor(Editor, ABC):
 
     # -- keys, values, second moments -------------------------------------------------------------------------------
 
-    def at_facts(self, facts: Facts, layers: Sequence[str], edit: Edit | None = None) -> dict[str, Seen]:
+    def at_facts(self, facts: Facts, layers: Sequence[str], edit: Edit | None = None) -> dict[str, LayerIO]:
         """What layers see and give at the fact's position of each row, layer → [rows, in] and [rows, out].
 
         Args:
             facts: The prompts.
             layers: Names of sites or blocks.
-            edit: What the model wears meanwhile: one edit for each request, or one for all.
+            edit: Applied to the model meanwhile: one edit for each request, or one for all.
         """
         rows = facts.owner if edit is not None and len(edit) > 1 else None
         where = (torch.arange(len(facts.at), device=facts.at.device), facts.at)
-        seen = self.lm.observe(facts.tokens, layers, edit, rows)
-        return {name: Seen(*(t[where].float() for t in found)) for name, found in seen.items()}
+        seen = self.lm.record_activations(facts.tokens, layers, edit, rows)
+        return {name: LayerIO(*(t[where].float() for t in found)) for name, found in seen.items()}
 
     @staticmethod
     def over_contexts(facts: Facts, rows: Tensor) -> Tensor:
@@ -207,11 +207,11 @@ class KeyValueEditor(Editor, ABC):
             delta = values["delta"]
             rows = (facts.owner.unsqueeze(-1) == active).any(-1).nonzero().squeeze(-1)
             order = torch.searchsorted(active, facts.owner[rows])
-            worn = VectorEdit(site.name, delta[order], facts.at[rows])
-            nll = self.lm.losses(facts.tokens.select(rows), worn, None, site.block)
+            applied = VectorEdit(site.name, delta[order], facts.at[rows])
+            nll = self.lm.losses(facts.tokens.select(rows), applied)
             edit = row_mean(nll, order, len(active))
             essence = VectorEdit(site.name, delta, facts.essence_at[active])
-            after = self.lm.logits(facts.essence.select(active), essence, None, site.block).float().log_softmax(-1)
+            after = self.lm.logits(facts.essence.select(active), essence).float().log_softmax(-1)
             drift = F.kl_div(before[active], after, log_target=True, reduction="none").sum(-1)  # KL(edited ‖ unedited)
             decay = self.weight_decay * delta.norm(dim=-1) / norms[active].square()
             return edit + self.kl * drift + decay

@@ -48,14 +48,13 @@ def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch, unlikelihood: float
         batch: Requests and probes.
         unlikelihood: Weight of the unwanted replies beside the wanted ones (SERAC: 1).
     """
-    start = lm.first_block(edit.sites)
-    edit_loss = scope_loss(lm, edit, batch.in_scope, len(batch), start, unlikelihood)
+    edit_loss = scope_loss(lm, edit, batch.in_scope, len(batch), weight=unlikelihood)
     if batch.locality is None:
         return EditingLoss(edit_loss, edit_loss.new_zeros(()))
-    return EditingLoss(edit_loss, locality_loss(lm, edit, batch.locality, len(batch), start))
+    return EditingLoss(edit_loss, locality_loss(lm, edit, batch.locality, len(batch)))
 
 
-def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int, weight: float = 1.0) -> Tensor:
+def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, *, weight: float = 1.0) -> Tensor:
     """Mean over requests of: mean NLL of the wanted answers + mean unlikelihood −log(1 − p) of the unwanted ones."""
     tokens = probes.tokens
     unwanted_at = probes.unwanted[tokens.places[0]]
@@ -66,7 +65,7 @@ def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, star
         unwanted = unwanted_at[at].nonzero().squeeze(-1).to(logits.device)
         return (nll.index_copy(0, unwanted, _unlikelihood(logits[unwanted], answers[unwanted])),)
 
-    (terms,) = lm.read(lm.states(tokens, edit, probes.owner, start), read)
+    (terms,) = lm.scores.read(lm.scores.states(tokens, edit, probes.owner), read)
     per_row = row_mean(terms, tokens.rows, len(tokens))
     unwanted = probes.unwanted.to(per_row.device)
     wanted_part, unwanted_part = (_per_request(per_row, probes.owner, s, requests)[0] for s in (~unwanted, unwanted))
@@ -79,16 +78,16 @@ def _unlikelihood(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.logsumexp(-1) - others.logsumexp(-1)
 
 
-def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int) -> Tensor:
+def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int) -> Tensor:
     """Mean over the requests that have such probes of KL(unedited ‖ edited) per answer position, in nats."""
     tokens = probes.tokens
-    before = lm.unedited_states(tokens, start)
+    before = lm.scores.unedited_states(tokens, lm.first_block(edit.sites))
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor]:
-        expected = lm.head(before[at]).float().log_softmax(-1)
+        expected = lm.forward.head(before[at]).float().log_softmax(-1)
         return (F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="none").sum(-1),)
 
-    (divergence,) = lm.read(lm.states(tokens, edit, probes.owner, start), read)
+    (divergence,) = lm.scores.read(lm.scores.states(tokens, edit, probes.owner), read)
     per_row = row_mean(divergence, tokens.rows, len(tokens))
     means, counts = _per_request(per_row, probes.owner, torch.ones_like(probes.owner), requests)
     return means.sum() / (counts > 0).sum()

@@ -62,7 +62,7 @@ class Memit(KeyValueEditor):
             outputs: From what is missing of each fact, [n, out], the factors b, [edits, rank, out].
         """
         facts, last = self.facts(batch), self.sites[-1]
-        top = self.lm.block_name(last.block)
+        top = self.lm.forward.block_name(last.block)
         hidden = self.at_facts(facts, [top])[top].outputs[facts.plain]
         wanted = self.values(facts, last, hidden)
         done: dict[str, Factors] = {}

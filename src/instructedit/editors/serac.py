@@ -50,7 +50,7 @@ class Serac(Editor):
 
     def build(self) -> None:
         """The adapter's factors (which start as no change), and the classifier's projection, scale and bias."""
-        size = 2 * self.lm.width
+        size = 2 * self.lm.applied.sites.width
         self.inputs = nn.ParameterList(torch.randn(self.rank, s.in_features) * s.in_features**-0.5 for s in self.sites)
         self.outputs = nn.ParameterList(torch.zeros(self.rank, s.out_features) for s in self.sites)
         self.projection = nn.Parameter(torch.randn(self.embedding, size) * size**-0.5)
@@ -60,11 +60,11 @@ class Serac(Editor):
     @property
     def block(self) -> int:
         """Whose input the classifier reads."""
-        return int(self.scope_block * len(self.lm.blocks))
+        return int(self.scope_block * len(self.lm.forward.blocks))
 
     def make(self, batch: RequestBatch) -> ContextEdit:
         """A memory of one edit for each request."""
-        rows = [self.lm.words(told(self.lm.text, request)) for request in batch.requests]
+        rows = [self.lm.token_ids(told(self.lm.text, request)) for request in batch.requests]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         lengths = torch.tensor([[len(row)] for row in rows])
         factors = zip(self.sites, self.inputs, self.outputs, strict=True)
@@ -73,16 +73,14 @@ class Serac(Editor):
         return ContextEdit(ids.unsqueeze(1).to(device), lengths.to(device), adapter, self._gate(batch))
 
     def _gate(self, batch: RequestBatch) -> Gate:
-        keys = self.lm.query(batch.tokens, self.block) @ self.projection.T
+        keys = self.lm.context.scope_embedding(batch.tokens, self.block) @ self.projection.T
         block = torch.tensor(self.block, device=self.lm.device)
         return Gate(keys.unsqueeze(1), self.projection, self.bias, self.log_scale.exp(), block)
 
     def objective(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
         """c_edit · edit loss of the counterfactual model + c_loc · cross-entropy of the classifier."""
         edit = self.make(batch.requests)
-        counterfactual = scope_loss(
-            self.lm, edit.ungated(), batch.in_scope, len(batch), self.sites[0].block, weights.unlikelihood
-        )
+        counterfactual = scope_loss(self.lm, edit.ungated(), batch.in_scope, len(batch), weight=weights.unlikelihood)
         scope, right = self._scope(batch, edit)
         loss = weights.edit * counterfactual + weights.locality * scope
         return {"loss": loss, "edit_loss": counterfactual, "scope_loss": scope, "scope_accuracy": right}
@@ -95,7 +93,7 @@ class Serac(Editor):
         gate = edit.joined().gate  # every probe against every request
         assert gate is not None  # of make
         probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
-        queries = torch.cat([self.lm.query(part.tokens, self.block) for part in probes])
+        queries = torch.cat([self.lm.context.scope_embedding(part.tokens, self.block) for part in probes])
         owner = torch.cat([part.owner for part in probes])
         count = len(queries)
         inside = torch.arange(count, device=owner.device) < len(batch.in_scope.owner)

@@ -86,7 +86,7 @@ class TPatcher(Editor):
         if self._memory is None:
             self._memory = sample_inputs(self.lm, self.module, self.text, self.memory)
         tokens = batch.tokens
-        queries = self.lm.observe(tokens, [self.module])[self.module].inputs[tokens.answer_at].float()
+        queries = self.lm.record_activations(tokens, [self.module])[self.module].inputs[tokens.answer_at].float()
         parts = list(queries.split(tokens.answer_sizes()))
         q = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [n, patches, hidden]
         real = (q != 0).any(-1)
@@ -105,7 +105,7 @@ class TPatcher(Editor):
             )
 
         def losses(values: Values, active: Tensor) -> Tensor:
-            wrong = self.lm.losses(tokens.select(active), edit(values, active), None, self.sites[0].block)
+            wrong = self.lm.losses(tokens.select(active), edit(values, active))
             aside = self._scope_losses(values["keys"], values["biases"], q[active], real[active])
             # A request that says its target has nothing left to learn, however its patches fire.
             return torch.where(wrong < self.stop_below, wrong, wrong + aside)

@@ -20,7 +20,7 @@ META, TENSORS = "edit.json", "edit.safetensors"
 class Edit(ABC):
     """n edits side by side, not yet applied to anything.
 
-    A *site* is an edited linear layer, called by its module name. Within a batch each row wears one of the n edits.
+    A *site* is an edited linear layer, called by its module name. Each row of a batch has one of the n edits.
 
     Attributes:
         name: Registry name of this sort of edit; written into saved edits.
@@ -34,7 +34,7 @@ class Edit(ABC):
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether a model that wears the edits says what it says anyway."""
+        """True if applying the edits leaves all outputs unchanged."""
         return False
 
     @property
@@ -62,7 +62,7 @@ class Edit(ABC):
             site: Name of the layer.
             inputs: What the layer saw, [rows, seq, in].
             outputs: What the unedited layer gives, [rows, seq, out].
-            rows: Which edit each row wears, [rows]; None: row i wears edit i, or all rows the only one.
+            rows: Which edit each row has, [rows]; None: row i has edit i, or all rows the only one.
 
         Returns:
             The edited output, [rows, seq, out].
@@ -74,7 +74,7 @@ class Edit(ABC):
         Raises:
             UserError: If this sort of edit is no change of weights.
         """
-        raise UserError(f"an edit of the sort {self.name!r} is no change of weights; it can only be worn")
+        raise UserError(f"an edit of the kind {self.name!r} is no change of weights; it can only be applied")
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class Gate(NamedTuple):
         projection: P, [size, query].
         bias: Scalar.
         scale: Scalar, positive.
-        block: The queries q are made of the hidden states that enter this block (see `FrozenLM.query`), scalar.
+        block: Queries q are made of hidden states that enter this block (`ContextStates.scope_embedding`), scalar.
     """
 
     keys: Tensor
@@ -32,7 +32,7 @@ class Gate(NamedTuple):
     block: Tensor
 
     def logits(self, query: Tensor, rows: Tensor) -> Tensor:
-        """For each row its prompt against the contexts of the edit that it wears, [rows, contexts]."""
+        """For each row its prompt against the contexts of its edit, [rows, contexts]."""
         gaps = (query @ self.projection.T).unsqueeze(1) - self.keys[rows]
         return self.bias - self.scale * gaps.square().sum(-1)
 
@@ -41,7 +41,7 @@ class Gate(NamedTuple):
 class ContextEdit(Edit):
     """n edits that stand in front of the prompts, as tokens.
 
-    No layer is changed: the model that wears one is shown each prompt behind its context, wherever prompts are known
+    No layer is changed: under one of them the model is shown each prompt behind its context, wherever prompts are known
     as such (`FrozenLM.logits` and `FrozenLM.generate`).
 
     Attributes:
@@ -88,7 +88,7 @@ class ContextEdit(Edit):
         """For each row the number of its context among all [n · contexts], or −1 for none.
 
         Args:
-            rows: Which edit each row wears, [rows].
+            rows: Which edit each row has, [rows].
             query: Block → what the gate reads of each row's prompt, [rows, query].
         """
         first = rows * self.ids.shape[1]

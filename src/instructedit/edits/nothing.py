@@ -1,4 +1,4 @@
-"""Edits that change nothing: what the unedited model wears."""
+"""Edits that change nothing: what the unedited model has."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from instructedit.edits import Edit
 from instructedit.evaluation.passes import passes
 from instructedit.evaluation.questions import Question
-from instructedit.lm import FrozenLM, Judged, TokenBatch
+from instructedit.lm import FrozenLM, TokenBatch, TokenScores
 from instructedit.metrics import agreement, exact_match, row_mean, token_accuracy
 
 Row = dict[str, Any]
@@ -50,27 +50,29 @@ def row_of(question: Question, scores: dict[str, float]) -> Row:
     }  # fmt: skip
 
 
-def _predicted(lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, owners: list[int], start: int, size: int) -> Judged:
+def _predicted(
+    lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, owners: list[int], start: int, size: int
+) -> TokenScores:
     """How the model takes all answers, each row under its owner's edit, in passes of at most so many tokens."""
-    parts = passes(tokens.unpadded(), owners, size, trees=lm.takes_trees)
+    parts = passes(tokens.unpadded(), owners, size, trees=lm.prefixes.takes_trees)
     groups = [torch.tensor(sorted(part)) for part in parts]
     found = []
     for group in groups:
         part = tokens.select(group)
         if edit is None:
-            found.append(lm.unedited_judged(part, start))
+            found.append(lm.scores.unedited_predictions(part, start))
         else:
             rows = torch.tensor([owners[i] for i in group.tolist()], device=lm.device)
-            found.append(lm.predictions(part, edit, rows, start))
+            found.append(lm.scores.predictions(part, edit, rows))
     order = tokens.in_order(groups)
-    return Judged(*(torch.cat(column)[order] for column in zip(*found, strict=True)))
+    return TokenScores(*(torch.cat(column)[order] for column in zip(*found, strict=True)))
 
 
-def _of_rows(judged: Judged, tokens: TokenBatch, rows: list[int]) -> Judged:
+def _of_rows(judged: TokenScores, tokens: TokenBatch, rows: list[int]) -> TokenScores:
     """The part of some rows, in their order."""
     sizes = tokens.answer_sizes()
     columns = [column.split(sizes) for column in judged]
-    return Judged(*(torch.cat([column[i] for i in rows]) for column in columns))
+    return TokenScores(*(torch.cat([column[i] for i in rows]) for column in columns))
 
 
 def _best_aliases(asked: Sequence[Question], scores: list[tuple[float, ...]]) -> list[int]:
@@ -83,20 +85,20 @@ def _best_aliases(asked: Sequence[Question], scores: list[tuple[float, ...]]) ->
     return list(best.values())
 
 
-def _fit(tokens: TokenBatch, judged: Judged) -> list[tuple[float, ...]]:
+def _fit(tokens: TokenBatch, judged: TokenScores) -> list[tuple[float, ...]]:
     """How well each row's answer fits: whether all of its tokens are predicted, and the share that is."""
     scores = (exact_match, token_accuracy)
-    columns = [score(judged.said, tokens.answers, tokens.rows, len(tokens)) for score in scores]
+    columns = [score(judged.predicted, tokens.answers, tokens.rows, len(tokens)) for score in scores]
     return [tuple(row) for row in torch.stack(columns, -1).tolist()]
 
 
-def _compare(tokens: TokenBatch, before: Judged, after: Judged) -> Iterator[dict[str, float]]:
+def _compare(tokens: TokenBatch, before: TokenScores, after: TokenScores) -> Iterator[dict[str, float]]:
     rows, count, labels = tokens.rows, len(tokens), tokens.answers
     columns = {
-        "accuracy": token_accuracy(after.said, labels, rows, count),
-        "exact": exact_match(after.said, labels, rows, count),
-        "agreement": agreement(after.said, before.said, rows, count),
-        "accuracy_before": token_accuracy(before.said, labels, rows, count),
+        "accuracy": token_accuracy(after.predicted, labels, rows, count),
+        "exact": exact_match(after.predicted, labels, rows, count),
+        "agreement": agreement(after.predicted, before.predicted, rows, count),
+        "accuracy_before": token_accuracy(before.predicted, labels, rows, count),
         "log_likelihood": -row_mean(after.nll, rows, count),
         "log_likelihood_before": -row_mean(before.nll, rows, count),
     }

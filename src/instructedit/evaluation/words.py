@@ -29,7 +29,7 @@ def answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], rendered: Sequence[
 def write_words(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: int) -> None:
     """Puts what the model says after the prompts of rows, each under its owner's edit, into a column."""
     # Room for the longest answer and for the model to stop or to run on.
-    lengths = [len(lm.words(" " + max(r["aliases"], key=len))) for r in rows]
+    lengths = [len(lm.token_ids(" " + max(r["aliases"], key=len))) for r in rows]
     rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
     prompts, owners = [r["prompt"] for r in rows], [r["owner"] for r in rows]
 
@@ -69,9 +69,9 @@ def _continued(
     texts: dict[int, str] = {}
     applied = None if edit is None or edit.changes_nothing else edit
     ids = lm.text.prompts([prompts[i] for i in these])
-    beside = [rooms[i] + lm.row_tokens for i in these]
+    beside = [rooms[i] + lm.generation.row_tokens for i in these]
     groups = [0 if applied is None else owners[i] for i in these]
-    for places in passes(ids, groups, size, beside, trees and lm.decodes_trees(applied)):
+    for places in passes(ids, groups, size, beside, trees and lm.generation.shares_prompts(applied)):
         chunk = [these[place] for place in places]
         found = say(chunk, applied, None if applied is None else [owners[i] for i in chunk])
         texts |= zip(chunk, found, strict=True)

@@ -45,7 +45,7 @@ class Applied:
                 yield
             return
         if self.prompt_prefix is not None:
-            raise UserError("the model already wears an edit that stands in front of its prompts; join the two")
+            raise UserError("an edit that prepends a context is applied already; join the two")
         self.prompt_prefix = (edit, index)
         try:
             yield
@@ -58,7 +58,7 @@ class Applied:
         if edit is not None:
             self.sites.first_block(edit.sites)
         _ = self.forward.outputs_of_a_block  # found out while nothing is applied
-        with hooks.worn(self.forward.model, edit, rows):
+        with hooks.applied(self.forward.model, edit, rows):
             self.layers += 1
             try:
                 yield

@@ -1,4 +1,4 @@
-"""What layers see and give in a forward pass, and the gradients that an edit loss has there."""
+"""What layers are given and give in a forward pass, and the gradients that an edit loss has there."""
 
 from __future__ import annotations
 
@@ -19,38 +19,47 @@ from instructedit.metrics import row_mean
 
 
 @dataclass(frozen=True)
-class Captured:
-    """What an edit loss shows at each site; together ∇W = Σ_t δ_t u_tᵀ.
+class LayerGradients:
+    """Inputs and output gradients of an edit loss at each site; together ∇W = Σ_t δ_t u_tᵀ.
 
     Attributes:
         u: Site → what the layer sees, [rows, seq, in].
         delta: Site → gradient of the row's edit loss with respect to the layer's output, [rows, seq, out]; zero at
             positions that the loss does not depend on, padding among them.
         loss: Edit loss of each row (mean over its target tokens of −log p), [rows].
-        said: The model's own most likely token at each answer position, [positions].
+        predicted: The unedited model's most likely token at each answer position, [positions].
     """
 
     u: dict[str, Tensor]
     delta: dict[str, Tensor]
     loss: Tensor
-    said: Tensor
+    predicted: Tensor
 
 
-class Seen(NamedTuple):
-    """What a layer saw and gave: `inputs` [rows, seq, in] and `outputs` [rows, seq, out]."""
+class LayerIO(NamedTuple):
+    """What a layer was given and gave: `inputs` [rows, seq, in] and `outputs` [rows, seq, out]."""
 
     inputs: Tensor
     outputs: Tensor
 
 
 @torch.no_grad()
-def observe(
+def record_activations(
     scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None,
     cached: bool = True,
-) -> dict[str, Seen]:  # fmt: skip
-    """Records what layers see and give (see `FrozenLM.observe`)."""
+) -> dict[str, LayerIO]:  # fmt: skip
+    """Records what layers are given and give, with edits applied; nothing above the last of them runs.
+
+    Args:
+        scores: The model's rooms.
+        batch: Rows of tokens.
+        sites: Names of the layers, feed-forward modules or blocks.
+        edit: The edits to apply.
+        rows: Which edit each row has.
+        cached: Take the blocks below from the prefix cache; of no use for text that is read once.
+    """
     forward = scores.forward
-    seen: dict[str, Seen] = {}
+    recorded: dict[str, LayerIO] = {}
 
     def keep(site: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         whole = (
@@ -58,24 +67,34 @@ def observe(
             output[0] if isinstance(output, tuple | list) else output,
         )
         inputs, outputs = (t.reshape(len(batch), -1, t.shape[-1]) for t in whole)
-        last = len(seen) + 1 == len(sites)
-        seen[site] = Seen(inputs, outputs if last else outputs.clone())  # some models go on to add to it in place
+        last = len(recorded) + 1 == len(sites)
+        recorded[site] = LayerIO(
+            inputs, outputs if last else outputs.clone()
+        )  # some models go on to add to it in place
         if last:
-            raise hooks.Enough
+            raise hooks.StopForward
 
     start = forward.resumed_from(scores.applied.sites.first_block([*sites, *(edit.sites if edit else ())]))
     hidden = scores.prefix.of(batch, start) if cached and start else None
-    with scores.applied.at_layers(edit, rows), ExitStack() as stack, suppress(hooks.Enough):
+    with scores.applied.at_layers(edit, rows), ExitStack() as stack, suppress(hooks.StopForward):
         for site in sites:  # after the edit's own hooks, whose outputs they see
             hook = functools.partial(keep, site)
             stack.callback(forward.model.get_submodule(site).register_forward_hook(hook, with_kwargs=True).remove)
-        with hooks.replayed(forward.blocks, start, hidden, forward.outputs_of_a_block):
+        with hooks.resumed(forward.blocks, start, hidden, forward.outputs_of_a_block):
             forward.run(batch.inputs)
-    return seen
+    return recorded
 
 
-def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str]) -> Captured:
-    """Takes the gradient of each row's edit loss at the sites (see `FrozenLM.capture`)."""
+def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str]) -> LayerGradients:
+    """Takes the gradient of each row's edit loss at the sites.
+
+    Only the blocks from the first site upward run forward and backward, and no weight gets a gradient.
+
+    Args:
+        scores: The model's rooms.
+        batch: One edit request a row.
+        sites: Names of the layers.
+    """
     forward = scores.forward
     u: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -93,8 +112,10 @@ def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str]) -> Captured
         for site in sites:
             handle = forward.model.get_submodule(site).register_forward_hook(functools.partial(keep, site))
             stack.callback(handle.remove)
-        nll, said = scores.judged(forward.from_block(batch.inputs, start, hidden)[batch.answer_at], batch.answers)
+        nll, predicted = scores.token_scores(
+            forward.from_block(batch.inputs, start, hidden)[batch.answer_at], batch.answers
+        )
         loss = row_mean(nll, batch.rows, len(batch))
         grads = torch.autograd.grad(loss.sum(), [outputs[s] for s in sites])
     delta = {site: apart(grad) for site, grad in zip(sites, grads, strict=True)}
-    return Captured({site: apart(u[site]) for site in sites}, delta, loss.detach(), said)
+    return LayerGradients({site: apart(u[site]) for site in sites}, delta, loss.detach(), predicted)

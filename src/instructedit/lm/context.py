@@ -21,20 +21,34 @@ class ContextStates:
         self.rows, self.text = rows, text
         self.prefix, self.applied, self.forward = rows.prefix, rows.applied, rows.forward
 
-    def in_front(self, prompts: Sequence[list[int]]) -> tuple[list[list[int] | None], LowRankEdit | None]:
-        """Finds what applied edits prepend to prompts (see `FrozenLM.in_front`)."""
+    def contexts_of(self, prompts: Sequence[list[int]]) -> tuple[list[list[int] | None], LowRankEdit | None]:
+        """Finds what applied edits prepend to prompts.
+
+        Args:
+            prompts: Token ids, one for each row.
+
+        Returns:
+            The context of each prompt, None where there is none; and the change of weights with which prompts that
+            have one are read.
+        """
         if self.applied.prompt_prefix is None:
             return [None] * len(prompts), None
         edit, rows = self.applied.prompt_prefix
         batch = rows_of(prompts).to(self.forward.device)
-        chosen = edit.choose(self.applied.index(edit, rows, len(batch)), lambda block: self.query(batch, block)).cpu()
+        chosen = edit.choose(
+            self.applied.index(edit, rows, len(batch)), lambda block: self.scope_embedding(batch, block)
+        ).cpu()
         contexts = iter(edit.contexts(chosen[chosen >= 0]))
         return [next(contexts).tolist() if inside else None for inside in chosen >= 0], edit.adapter
 
-    def shared(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
+    def shared(
+        self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int | None
+    ) -> tuple[Tensor, Tensor]:
         """The states at answer positions, [nodes, hidden], and which of them each position has, [positions]."""
         if edit is None and self.applied.prompt_prefix is not None:
             edit, rows = self.applied.prompt_prefix
+        if start is None:
+            start = self.applied.sites.first_block(edit.sites) if edit is not None else 0
         if not isinstance(edit, ContextEdit):
             return self.rows.shared(batch, edit, rows, start)
         states = self._prepended(batch, edit, rows, start)
@@ -42,7 +56,9 @@ class ContextStates:
 
     def _prepended(self, batch: TokenBatch, edit: ContextEdit, rows: Tensor | None, start: int) -> Tensor:
         """States of rows that read a context first, or, out of its scope, do not."""
-        chosen = edit.choose(self.applied.index(edit, rows, len(batch)), lambda block: self.query(batch, block)).cpu()
+        chosen = edit.choose(
+            self.applied.index(edit, rows, len(batch)), lambda block: self.scope_embedding(batch, block)
+        ).cpu()
 
         def run(group: Tensor) -> Tensor:
             part = batch.select(group)
@@ -55,8 +71,12 @@ class ContextStates:
         groups = [(chosen < 0).nonzero().squeeze(-1), (chosen >= 0).nonzero().squeeze(-1)]
         return in_groups(batch, [group for group in groups if len(group)], run)
 
-    def query(self, batch: TokenBatch, block: int) -> Tensor:
-        """Computes what a gate reads of each row's prompt, [rows, 2 · hidden] (see `FrozenLM.query`)."""
+    def scope_embedding(self, batch: TokenBatch, block: int) -> Tensor:
+        """Embeds each row's prompt for a gate: states that enter a block, at the prompt's last token and on average.
+
+        Returns:
+            [rows, 2 · hidden]; the answers take no part.
+        """
         prompts = batch.prompts()
         hidden = self.prefix.of(prompts, block).float()
         mask = prompts.attention_mask.to(hidden.device)

@@ -51,7 +51,16 @@ class EditSites:
     def select(
         self, names: Sequence[str] | None = None, blocks: Sequence[int] | None = None, every: bool = False
     ) -> tuple[Site, ...]:
-        """Chooses edit sites by name, pattern or block (see `FrozenLM.select`)."""
+        """Chooses the edit sites that match module names or patterns, and block numbers (see `select_sites`).
+
+        Args:
+            names: Names or patterns.
+            blocks: Block numbers.
+            every: Choose among all linear layers of the blocks, not only those of MLPs.
+
+        Raises:
+            UserError: If a name or a block matches nothing, or a chosen block's experts are routed.
+        """
         if every:
             return select_sites(
                 find_linear_layers(self.forward.model, self.width), names, blocks, len(self.forward.blocks)
@@ -59,7 +68,11 @@ class EditSites:
         return select_feed_forward(self.layout, names, blocks, len(self.forward.blocks))
 
     def first_block(self, sites: Sequence[str]) -> int:
-        """Finds the lowest block that holds one of the sites (see `FrozenLM.first_block`)."""
+        """Finds the lowest block that holds one of the sites (0 without any): everything below it is the prefix.
+
+        Raises:
+            UserError: If one is no block, nor a module within one.
+        """
         if unknown := [s for s in sites if s not in self._block_of]:
             raise UserError(f"{self.name} has no edit site {unknown[0]!r}; its last one is {self.sites[-1].name!r}")
         return min((self._block_of[s] for s in sites), default=0)

@@ -1,29 +1,37 @@
-"""What a frozen LM says after prompts, under the edits that it has on: greedily, or drawn token by token."""
+"""Text generation with a frozen model, under the edits that are applied to it: greedy, or drawn token by token."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from instructedit.edits import Edit
+from instructedit.edits import ContextEdit, Edit, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.lm.decoding import Choice, Draw, draws, likeliest
-from instructedit.lm.disk_cache import AT_REST
+from instructedit.lm.cache.shard import STORAGE_DTYPES
+from instructedit.lm.context import ContextStates
+from instructedit.lm.decoding import Choice, Decoder, Draw, draws, likeliest
 from instructedit.lm.forest import WIDTH
+from instructedit.lm.text import Text
 from instructedit.lm.tokens import behind
+from instructedit.lm.tree_decoding import continue_trees
 from instructedit.records import stripped
-
-if TYPE_CHECKING:
-    from instructedit.lm.frozen import FrozenLM
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How tokens are drawn (see `FrozenLM.sample`).
+    """How tokens are drawn.
+
+    Attributes:
+        top_k: Likeliest tokens to draw from; None or 0 draws from all.
+        top_p: Draw from the fewest likeliest tokens that have this share of the probability.
+        temperature: Divides the logits.
+        kv_dtype: Stores keys and values in ``float32`` (as they are computed), ``bfloat16`` or ``float16``.
+        ends: Whether a text may end before it has its length.
 
     Raises:
         UserError: If a number lies out of its range, or there is no such dtype.
@@ -36,8 +44,8 @@ class Drawing:
     ends: bool = False
 
     def __post_init__(self) -> None:
-        if self.kv_dtype not in AT_REST:
-            raise UserError(f"kv_dtype: {self.kv_dtype!r} is none of {', '.join(AT_REST)}")
+        if self.kv_dtype not in STORAGE_DTYPES:
+            raise UserError(f"kv_dtype: {self.kv_dtype!r} is none of {', '.join(STORAGE_DTYPES)}")
         if self.top_k is not None and self.top_k < 0:
             raise UserError(f"top_k must be a number of tokens, or none for all, got {self.top_k}")
         if not 0 < self.top_p <= 1 or not self.temperature > 0:
@@ -46,76 +54,126 @@ class Drawing:
             )
 
 
-@torch.inference_mode()
-def generate(
-    lm: FrozenLM, prompts: Sequence[str], rooms: Sequence[int], edit: Edit | None = None,
-    rows: Sequence[int] | None = None,
-) -> list[str]:  # fmt: skip
-    """The most likely token at each step, at most `rooms` of them (see `FrozenLM.generate`)."""
-    if len(rooms) != len(prompts):
-        raise UserError(f"max_new_tokens has {len(rooms)} numbers for {len(prompts)} prompts")
-    ends, trees = _ends(lm), lm.decodes_trees(edit)
-
-    def go_on(which: list[int], ids: list[list[int]], own: list[int]) -> list[list[int]]:
-        mine = None if rows is None else [rows[i] for i in which]
-        if trees and max(map(len, ids)) + max(own) <= WIDTH:
-            return lm.continue_trees(ids, own, ends, edit, mine)
-        with lm.edited(edit, mine) if trees else nullcontext():
-            return lm.decoder(ids, own, likeliest, ends)
-
-    with nullcontext() if trees else lm.edited(edit, rows):
-        return _said(lm, prompts, rooms, go_on)
-
-
-@torch.inference_mode()
-def sample(lm: FrozenLM, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], how: Drawing) -> list[str]:
-    """Tokens drawn by each prompt's own seed (see `FrozenLM.sample`)."""
-    if len(seeds) != len(prompts):
-        raise UserError(f"there are {len(seeds)} seeds for {len(prompts)} prompts")
-    drawn = draws(seeds, tokens).to(lm.device)
-    ends = _ends(lm)
-    stops, never = (ends, []) if how.ends else ([], ends)
-
-    def go_on(rows: list[int], ids: list[list[int]], rooms: list[int]) -> list[list[int]]:
-        choose: Choice = Draw(drawn[rows], how.top_k, never, how.top_p, how.temperature)
-        return lm.decoder(ids, rooms, choose, stops, AT_REST[how.kv_dtype])
-
-    return _said(lm, prompts, [tokens] * len(prompts), go_on)
-
-
 #: Given the numbers of some rows, their prompts' token ids, and how long each text may be: the token ids that follow.
-_GoOn = Callable[[list[int], list[list[int]], list[int]], list[list[int]]]
+_Continue = Callable[[list[int], list[list[int]], list[int]], list[list[int]]]
 
 
-def _said(lm: FrozenLM, prompts: Sequence[str], rooms: Sequence[int], go_on: _GoOn) -> list[str]:
-    """The text that follows the prompts."""
-    if not prompts:
-        return []
-    if min(rooms) < 1:
-        raise UserError(f"max_new_tokens must be 1 or more, got {min(rooms)}")
-    width = lm.max_length - max(rooms)
-    if width < 1:
-        raise UserError(f"max_new_tokens={max(rooms)} leaves no room for a prompt in {lm.max_length} tokens")
-    ids = lm.text.prompts(prompts)
-    if not all(stripped(prompt) for prompt in prompts):
-        raise UserError("an empty prompt has nothing to continue")
-    contexts, adapter = lm.in_front([row[-lm.max_length :] for row in ids])
-    opening = lm.text.opening
-    ids = [row if c is None else behind(row, c, width, opening) for row, c in zip(ids, contexts, strict=True)]
-    ids = lm.text.shortened(ids, width)
-    new: list[list[int]] = [[]] * len(ids)
-    adapted = [adapter is not None and context is not None for context in contexts]
-    for inside in (False, True):
-        if group := [i for i, own in enumerate(adapted) if own == inside]:
-            with lm.edited(adapter) if inside else nullcontext():
-                found = go_on(group, [ids[i] for i in group], [rooms[i] for i in group])
-            for i, own in zip(group, found, strict=True):
-                new[i] = own
-    return list(lm.tokenizer.batch_decode(new, skip_special_tokens=True))
+class Generation:
+    """Continues prompts with a frozen model, under the edits that are applied to it.
 
+    Args:
+        context: The model's states, and what applied edits prepend to prompts.
+        text: How prompts become tokens.
+    """
 
-def _ends(lm: FrozenLM) -> list[int]:
-    """Tokens that end a text: all that is read of a model's own generation settings."""
-    ends = lm.model.generation_config.eos_token_id
-    every = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return [end for end in every if end < lm.model.config.get_text_config().vocab_size]
+    def __init__(self, context: ContextStates, text: Text) -> None:
+        self.context, self.text = context, text
+        self.applied, self.forward = context.applied, context.forward
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """Continues token ids row by row."""
+        return Decoder(self.forward.model)
+
+    @functools.cached_property
+    def row_tokens(self) -> int:
+        """How many tokens' keys and values take about as much memory as a row's next logits and a copy of them."""
+        config = self.forward.model.config.get_text_config()
+        return math.ceil(config.vocab_size / (config.num_hidden_layers * config.hidden_size))
+
+    def shares_prompts(self, edit: Edit | None) -> bool:
+        """True if prompts of one edit share the work of what they begin with, with no edit applied by the caller."""
+        positionwise = edit is None or (edit.positionwise and not isinstance(edit, ContextEdit))
+        return positionwise and not self.applied and self.context.prefix.takes_prompt_prefixes
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[str], lengths: Sequence[int], edit: Edit | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> list[str]:  # fmt: skip
+        """Generates the most likely token at each step (see `FrozenLM.generate`).
+
+        Args:
+            prompts: The prompts.
+            lengths: New tokens of each, at most.
+            edit: The edits to apply.
+            rows: Which edit each prompt has.
+        """
+        if len(lengths) != len(prompts):
+            raise UserError(f"max_new_tokens has {len(lengths)} numbers for {len(prompts)} prompts")
+        ends, shared = self._ends(), self.shares_prompts(edit)
+
+        def go_on(which: list[int], ids: list[list[int]], own: list[int]) -> list[list[int]]:
+            mine = None if rows is None else [rows[i] for i in which]
+            if shared and max(map(len, ids)) + max(own) <= WIDTH:
+                return continue_trees(self.applied, ids, own, ends, edit, mine)
+            with self.applied.edited(edit, mine) if shared else nullcontext():
+                return self.decoder(ids, own, likeliest, ends)
+
+        with nullcontext() if shared else self.applied.edited(edit, rows):
+            return self._texts(prompts, lengths, go_on)
+
+    @torch.inference_mode()
+    def sample(self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], how: Drawing) -> list[str]:
+        """Draws the tokens of each prompt's text one by one.
+
+        Args:
+            prompts: What the text follows.
+            tokens: Its length.
+            seeds: One for each prompt: what it draws depends on that alone, not on the prompts beside it.
+            how: How tokens are drawn.
+
+        Raises:
+            UserError: As for `FrozenLM.generate`.
+        """
+        if len(seeds) != len(prompts):
+            raise UserError(f"there are {len(seeds)} seeds for {len(prompts)} prompts")
+        drawn = draws(seeds, tokens).to(self.forward.device)
+        ends = self._ends()
+        stops, never = (ends, []) if how.ends else ([], ends)
+
+        def go_on(rows: list[int], ids: list[list[int]], lengths: list[int]) -> list[list[int]]:
+            choose: Choice = Draw(drawn[rows], how.top_k, never, how.top_p, how.temperature)
+            return self.decoder(ids, lengths, choose, stops, STORAGE_DTYPES[how.kv_dtype])
+
+        return self._texts(prompts, [tokens] * len(prompts), go_on)
+
+    def _texts(self, prompts: Sequence[str], lengths: Sequence[int], go_on: _Continue) -> list[str]:
+        """The text that follows the prompts; those that an adapter reads a context for are continued with it on."""
+        if not prompts:
+            return []
+        ids, adapted, adapter = self._prompts(prompts, lengths)
+        new: list[list[int]] = [[]] * len(ids)
+        for inside in (False, True):
+            if group := [i for i, own in enumerate(adapted) if own == inside]:
+                with self.applied.edited(adapter) if inside else nullcontext():
+                    found = go_on(group, [ids[i] for i in group], [lengths[i] for i in group])
+                for i, own in zip(group, found, strict=True):
+                    new[i] = own
+        return list(self.text.tokenizer.batch_decode(new, skip_special_tokens=True))
+
+    def _prompts(
+        self, prompts: Sequence[str], lengths: Sequence[int]
+    ) -> tuple[list[list[int]], list[bool], LowRankEdit | None]:
+        """Token ids of prompts behind their contexts, which of them an adapter reads, and that adapter."""
+        limit = self.forward.max_length
+        if min(lengths) < 1:
+            raise UserError(f"max_new_tokens must be 1 or more, got {min(lengths)}")
+        width = limit - max(lengths)
+        if width < 1:
+            raise UserError(f"max_new_tokens={max(lengths)} leaves no room for a prompt in {limit} tokens")
+        ids = self.text.prompts(prompts)
+        if not all(stripped(prompt) for prompt in prompts):
+            raise UserError("an empty prompt has nothing to continue")
+        contexts, adapter = self.context.contexts_of([row[-limit:] for row in ids])
+        opening = self.text.opening
+        ids = [row if c is None else behind(row, c, width, opening) for row, c in zip(ids, contexts, strict=True)]
+        adapted = [adapter is not None and context is not None for context in contexts]
+        return self.text.shortened(ids, width), adapted, adapter
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a text: all that is read of a model's own generation settings."""
+        model = self.forward.model
+        ends = model.generation_config.eos_token_id
+        every = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        return [end for end in every if end < model.config.get_text_config().vocab_size]

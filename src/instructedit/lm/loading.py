@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,6 +79,28 @@ def _check_folder(folder: Path, options: Loading) -> None:
         raise UserError(f"{folder}: no model here ({wanted} is missing)")
     if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: holds a model and an adapter, and transformers would apply the one to the other")
+
+
+def reading_options(options: dict[str, Any], others: Set[str]) -> Loading:
+    """Takes what says how files are read out of the options of `FrozenLM.from_pretrained`.
+
+    Args:
+        options: All that was given; the fields of `Loading` are removed from it.
+        others: The names that the rest may have.
+
+    Raises:
+        UserError: If there is an option of another name.
+    """
+    fields = {field.name for field in dataclasses.fields(Loading)}
+    if unknown := options.keys() - fields - others:
+        raise unknown_option(min(unknown), fields | others)
+    return Loading(**{name: options.pop(name) for name in fields & options.keys()})
+
+
+def source_of(model: PreTrainedModel) -> str:
+    """What transformers (and PEFT) load the same model from: a hub id, or a folder's absolute path."""
+    source = str(model.name_or_path)
+    return str(Path(source).absolute()) if Path(source).is_dir() else source
 
 
 def unknown_option(name: str, known: Iterable[str]) -> UserError:

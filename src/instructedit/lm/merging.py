@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,43 +13,57 @@ from transformers import PreTrainedModel
 from instructedit.edits import ADAPTER, Edit
 from instructedit.errors import UserError
 from instructedit.lm import adapters, tryout
+from instructedit.lm.applied import Applied
+from instructedit.lm.edit_sites import EditSites
+from instructedit.lm.loading import source_of
 from instructedit.lm.sites import add_to_weight, dense_weight
 
-if TYPE_CHECKING:
-    from instructedit.lm.frozen import FrozenLM
 
+def merge(own: EditSites, edit: Edit) -> PreTrainedModel:
+    """Puts an edit into the weights of a copy of the plain model.
 
-def merge(lm: FrozenLM, edit: Edit) -> PreTrainedModel:
-    """Puts an edit into the weights of a copy of the plain model (see `FrozenLM.merge`)."""
+    Args:
+        own: The model's edit sites.
+        edit: One edit; several must be merged into one first.
+
+    Raises:
+        UserError: If there is more than one, the edit is no change of weights, or the weights are packed.
+    """
     if len(edit) != 1:
         raise UserError(f"merge takes one edit, got {len(edit)}: choose edit[i], or all of them by edit.joined()")
     if not edit.is_weights:
-        raise UserError(f"merge: an edit of the sort {edit.name!r} is no change of weights; it can only be worn")
-    lm.first_block(edit.sites)
-    sites = [site for site in lm.select(every=True) if site.name in edit.sites]
+        raise UserError(f"merge: an edit of the kind {edit.name!r} is no change of weights; it can only be applied")
+    own.first_block(edit.sites)
+    plain = own.forward.model
+    sites = [site for site in own.select(every=True) if site.name in edit.sites]
     for site in sites:  # before a copy is made
-        dense_weight(lm.model.get_submodule(site.name), site)
+        dense_weight(plain.get_submodule(site.name), site)
     # Some models keep states of the last text in their modules, with the graph that made them.
-    kept = [t for module in lm.model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
-    model = copy.deepcopy(lm.model, {id(tensor): tensor.detach().clone() for tensor in kept})
+    kept = [t for module in plain.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    model = copy.deepcopy(plain, {id(tensor): tensor.detach().clone() for tensor in kept})
     for site in sites:
         add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
     return model
 
 
-def save(lm: FrozenLM, edit: Edit, folder: str | Path) -> None:
-    """Writes an edit, and where PEFT reads it back its adapter, to a folder (see `FrozenLM.save`)."""
-    edit.save_pretrained(folder, base_model=lm.source, lm=lm.name)
+def save(applied: Applied, edit: Edit, folder: str | Path) -> None:
+    """Writes an edit of a model to a folder, for `load_edit`; a single low-rank one also as a LoRA adapter.
+
+    The adapter is read back by PEFT, where that is installed. It is left out, and a warning says so, where PEFT would
+    make something else of it (it maps the names of some layers to those of fused experts).
+    """
+    model = applied.forward.model
+    edit.save_pretrained(folder, base_model=source_of(model), lm=applied.sites.name)
     written = [file for name in ADAPTER if (file := Path(folder) / name).is_file()]
     if not written:
         return
-    with torch.no_grad(), lm.applied.at_layers(edit, None):
-        expected = lm.model(**tryout.inputs(lm.model)).logits
-    if not adapters.reads_back(lm.model, Path(folder), expected):
+    with torch.no_grad(), applied.at_layers(edit, None):
+        expected = model(**tryout.inputs(model)).logits
+    if not adapters.reads_back(model, Path(folder), expected):
         for file in written:
             file.unlink()
         warnings.warn(
             f"{folder}: saved for instructedit alone, without a LoRA adapter: PEFT would put it on other layers of "
-            f"{type(lm.model).__name__}",
+            f"{type(model).__name__}",
             stacklevel=3,
         )

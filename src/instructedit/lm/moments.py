@@ -79,7 +79,7 @@ def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[
     left = tokens
     with tqdm(total=tokens, desc=f"{lm.name} reads {_called(lm, text)}", unit=" tokens", leave=False, delay=5) as bar:
         for batch in _batches(lm, text, tokens):
-            seen = lm.observe(batch, sites, cached=False)
+            seen = lm.record_activations(batch, sites, cached=False)
             real = batch.attention_mask.bool()
             yield {site: seen[site].inputs[real.to(lm.device)][:left].float() for site in sites}
             count = min(left, sum(batch.lengths))

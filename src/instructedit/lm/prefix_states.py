@@ -10,10 +10,10 @@ from torch import Tensor
 
 from instructedit.lm import hooks, tryout
 from instructedit.lm.applied import Applied
+from instructedit.lm.cache import PrefixCache
+from instructedit.lm.cache.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes, filled_cache, laid_down
 from instructedit.lm.decoding import attends_to_all
 from instructedit.lm.forest import WIDTH, Forest
-from instructedit.lm.prefix import PrefixCache
-from instructedit.lm.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes, filled_cache, laid_down
 from instructedit.lm.tokens import TokenBatch, rows_of
 
 

@@ -21,11 +21,11 @@ from instructedit.metrics import row_mean
 HEAD = {"cpu": (128, 8 << 20), "gpu": (512, 256 << 20)}
 
 
-class Judged(NamedTuple):
-    """At each answer position: −log p of the answer's token, `nll` [positions], and the most likely one, `said`."""
+class TokenScores(NamedTuple):
+    """At each answer position: −log p of the answer's token, and the predicted (most likely) one, both [positions]."""
 
     nll: Tensor
-    said: Tensor
+    predicted: Tensor
 
 
 class Scores:
@@ -37,33 +37,53 @@ class Scores:
 
     @torch.no_grad()
     def unedited_states(self, batch: TokenBatch, start: int = 0) -> Tensor:
-        """Computes or looks up the unedited model's states at answer positions (see `FrozenLM.unedited_states`)."""
+        """Computes what leaves the last block at the answer positions without any edit, [positions, hidden].
+
+        It is kept in the prefix cache: a prompt asked again costs no block.
+
+        Args:
+            batch: Rows of tokens.
+            start: Blocks below this one come from the prefix cache the first time too.
+
+        Raises:
+            UserError: While an edit is applied.
+        """
         if self.applied.layers:
-            raise UserError("the model wears an edit: ask for its unedited states outside of `edited`")
+            raise UserError("an edit is applied to the model: ask for its unedited states outside of `edited`")
         top = len(self.forward.blocks)
         return self.prefix.cache.states(batch, top, functools.partial(self._leaving, start=start))[batch.answer_at]
 
-    def unedited_judged(self, batch: TokenBatch, start: int = 0) -> Judged:
-        """How the unedited model takes the answers, [positions] each; rows asked again cost nothing.
+    def unedited_predictions(self, batch: TokenBatch, start: int = 0) -> TokenScores:
+        """Like `predictions` without an edit; rows asked again cost nothing.
 
         Arguments and errors as for `unedited_states`.
         """
         pairs = zip(batch.input_ids.numpy(), batch.labels.numpy(), batch.lengths, strict=True)
         keys = [(ids[:size].tobytes(), labels[:size].tobytes()) for ids, labels, size in pairs]
 
-        def judge(rows: list[int]) -> list[tuple[Tensor, ...]]:
+        def compute(rows: list[int]) -> list[tuple[Tensor, ...]]:
             part = batch.select(torch.tensor(rows))
             columns = [column.split(part.answer_sizes()) for column in self.predictions(part, start=start)]
             return list(zip(*columns, strict=True))
 
-        return Judged(*map(torch.cat, zip(*self.prefix.cache.memoized("judged", keys, judge), strict=True)))
+        return TokenScores(*map(torch.cat, zip(*self.prefix.cache.memoized("predictions", keys, compute), strict=True)))
 
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
         start = self.forward.resumed_from(start)
         return self.forward.from_block(batch.inputs, start, self.prefix.of(batch, start) if start else None)
 
     def read(self, states: Tensor, what: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Reads logits a piece at a time (see `FrozenLM.read`)."""
+        """Computes something of the logits, which are never in memory all at once.
+
+        Args:
+            states: That left the last block, [positions, hidden].
+            what: Takes logits [n, vocab] and where these positions are among all; gives one number for each position,
+                [n], differentiable with respect to the logits of that position, and, if wanted, more tensors [n, …],
+                which are not.
+
+        Returns:
+            The same for all positions.
+        """
         return positionwise(states, lambda part, at: what(self.forward.head(part), at), self._head_positions)
 
     @functools.cached_property
@@ -76,29 +96,19 @@ class Scores:
         few, room = HEAD["cpu" if self.forward.device.type == "cpu" else "gpu"]
         return max(few, room // (4 * self.forward.model.config.get_text_config().vocab_size))
 
-    def judged(self, states: Tensor, answers: Tensor) -> Judged:
-        """How states that left the last block, [positions, hidden], take the answer tokens, [positions]."""
+    def token_scores(self, states: Tensor, answers: Tensor) -> TokenScores:
+        """Scores answer tokens, [positions], by states that left the last block, [positions, hidden]."""
 
         def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
             return F.cross_entropy(logits.float(), answers[at], reduction="none"), logits.detach().argmax(-1)
 
-        return self._numbers(Judged(*self.read(states, read)))
-
-    def _numbers(self, judged: Judged) -> Judged:
-        """The same, if they are numbers.
-
-        Raises:
-            UserError: If one is NaN.
-        """
-        if judged.nll.isnan().any():
-            raise UserError(f"{self.name}: its logits are not numbers (NaN), which is no score; try dtype float32")
-        return judged
+        return _checked(self.name, TokenScores(*self.read(states, read)))
 
     @torch.no_grad()
     def predictions(
-        self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0
-    ) -> Judged:
-        """How the model takes the answers, each [positions], without gradients (arguments as for `logits`).
+        self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int | None = None
+    ) -> TokenScores:
+        """Predicts the answers' tokens and scores them, without gradients (arguments as for `states`).
 
         Logits of a position that several rows share are made once.
         """
@@ -106,24 +116,47 @@ class Scores:
         states, node = self.context.shared(batch, edit, rows, start)
         answers, order = batch.answers, node.argsort()
         ends = node[order]
-        nll, said = torch.empty(len(node), device=node.device), torch.empty_like(node)
+        nll, predicted = torch.empty(len(node), device=node.device), torch.empty_like(node)
         for at in parts(len(states), self._head_positions):
             logits = self.forward.head(states[at]).float()
             mine = order[torch.searchsorted(ends, at.start) : torch.searchsorted(ends, at.stop)]
             here = node[mine] - at.start
             nll[mine] = logits.logsumexp(-1)[here] - logits[here, answers[mine]]
-            said[mine] = logits.argmax(-1)[here]
-        return self._numbers(Judged(nll, said))
+            predicted[mine] = logits.argmax(-1)[here]
+        return _checked(self.name, TokenScores(nll, predicted))
 
-    def states(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
-        """What leaves the last block at the answer positions, [positions, hidden] (arguments as for `logits`).
+    def states(
+        self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int | None = None
+    ) -> Tensor:
+        """Computes what leaves the last block at the answer positions; `read` and `Forward.head` make logits of it.
 
-        `read` and `head` make logits of it.
+        Args:
+            batch: Rows of tokens.
+            edit: The edits to apply; None is the unedited model.
+            rows: Which edit each row has, [rows]; by default row i has edit i, or all the only one.
+            start: Blocks below this one come from the prefix cache; by default those below the edit, without an edit
+                none.
+
+        Returns:
+            [positions, hidden], in the order of ``batch.answers``.
         """
         states, node = self.context.shared(batch, edit, rows, start)
         return states if len(states) == len(node) and bool((node.diff() > 0).all()) else states[node]
 
-    def losses(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
-        """Edit loss of each row: mean over its answer's tokens of −log p, [rows] (arguments as for `logits`)."""
-        nll = self.judged(self.states(batch, edit, rows, start), batch.answers).nll
+    def losses(
+        self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int | None = None
+    ) -> Tensor:
+        """Edit loss of each row: mean over its answer's tokens of −log p, [rows] (arguments as for `states`)."""
+        nll = self.token_scores(self.states(batch, edit, rows, start), batch.answers).nll
         return row_mean(nll, batch.rows, len(batch))
+
+
+def _checked(name: str, scores: TokenScores) -> TokenScores:
+    """Returns the scores, if they are numbers.
+
+    Raises:
+        UserError: If one is NaN.
+    """
+    if scores.nll.isnan().any():
+        raise UserError(f"{name}: its logits are not numbers (NaN), which is no score; try dtype float32")
+    return scores

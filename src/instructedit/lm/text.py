@@ -67,7 +67,7 @@ class Text:
     def opening(self) -> list[int]:
         """Tokens that open every row."""
         if self._turn is not None:
-            return self.words(self._turn.before)
+            return self.token_ids(self._turn.before)
         first = self.tokenizer.bos_token_id
         return [first] if first is not None and self._tokenised(["a"])[0].ids[:1] == [first] else []
 
@@ -81,7 +81,7 @@ class Text:
     def _breaks(self) -> dict[int, bool]:
         return {}
 
-    def words(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
         """Token ids of text that stands within a row: no special tokens around it."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
@@ -200,7 +200,7 @@ class Text:
             count = sum(stop <= 0 for _, stop in offsets)
             if all(start >= 0 for start, _ in offsets[count:]):
                 return _Tokens(encoded["input_ids"][count:], offsets[count:])
-        ids = self.words(text)
+        ids = self.token_ids(text)
         return _Tokens(ids, [(0, len(text))] * len(ids))
 
     def _tokenised(self, texts: Sequence[str]) -> list[_Tokens]:

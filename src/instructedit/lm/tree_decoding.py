@@ -8,8 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from instructedit.edits import Edit
 from instructedit.errors import UserError
+from instructedit.lm.applied import Applied
+from instructedit.lm.decoding import preallocated_cache
 from instructedit.lm.forest import Forest
+from instructedit.lm.thin import small_batch_matmul
+
+
+@torch.no_grad()
+def continue_trees(
+    applied: Applied, prompts: list[list[int]], lengths: Sequence[int], ends: Sequence[int], edit: Edit | None = None,
+    rows: Sequence[int] | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """Finds the most likely tokens after prompts that stand in trees, one edit's prompts together.
+
+    Args:
+        applied: Applies the edits to the model.
+        prompts: Token ids.
+        lengths: New tokens of each, at most.
+        ends: Tokens that end a text.
+        edit: The edits.
+        rows: Which edit each prompt has; by default prompt i edit i, or all the only one.
+    """
+    forward = applied.forward
+    one = edit is None or len(edit) == 1
+    index = None if edit is None or one else applied.index(edit, applied.named(edit, rows), len(prompts))
+    forest = Forest.fitting(prompts, None if index is None else index.tolist())
+    cache = preallocated_cache(forward.model.config, forest.room(max(lengths)))
+    of_trees = None if one else forest.groups.to(forward.device)
+    with applied.at_layers(edit, of_trees), small_batch_matmul(forward.model.modules()):
+        decoder = TreeDecoder(
+            forest, lambda inputs: forward.from_block(inputs, 0, None), forward.head, cache, forward.model.dtype,
+            forward.device,
+        )  # fmt: skip
+        return decoder(lengths, ends)
 
 
 class TreeDecoder:

@@ -45,11 +45,11 @@ class Judge:
 
     def __call__(self, cases: Sequence[EditCase], edit: Edit) -> list[RequestReport]:
         """Asks all cases of their edits at once: of one for each, or of the one that serves them all."""
-        start = self.lm.first_block(edit.sites)
-        moved = drifts(self.lm, self.sample, edit, start)
+        moved = drifts(self.lm, self.sample, edit)
         prompts = [list(self._prompts(case)) for case in cases]
         asked = [(p, case.request.target) for case, own in zip(cases, prompts, strict=True) for _, p, _ in own]
         rows = [i % len(edit) for i, own in enumerate(prompts) for _ in own]
+        start = self.lm.first_block(edit.sites)  # below which states are shared by both ways of asking
         both = [replies(self.lm, asked, each, rows, start, self.max_new_tokens) for each in (None, edit)]
         pairs = zip(*both, strict=True)
         reports = []
@@ -77,7 +77,7 @@ class Judge:
 
     def _differ(self, before: Reply, after: Reply) -> bool:
         """Whether the first words of two replies differ, as many tokens as the target has."""
-        first, second = (self.lm.words(reply.words)[: reply.target_tokens] for reply in (before, after))
+        first, second = (self.lm.token_ids(reply.words)[: reply.target_tokens] for reply in (before, after))
         return first != second
 
 

@@ -169,7 +169,7 @@ def combined(edits: Sequence[Edit]) -> Edit:
     """
     for edit in edits:
         if not edit.is_weights or len(edit) != 1 or not edit.sites:
-            raise UserError(f"an edit of the sort {edit.name!r} cannot be added to others")
+            raise UserError(f"an edit of the kind {edit.name!r} cannot be added to others")
     sites = list(dict.fromkeys(site for edit in edits for site in edit.sites))
     if all(isinstance(edit, LowRankEdit) for edit in edits):
         joined = {

@@ -23,6 +23,7 @@ from instructedit.evaluation import Evaluation, Outcome, Watcher, evaluate_batch
 from instructedit.lm import FrozenLM, Loading
 from instructedit.metrics import PerRecordMean, editing_metrics
 from instructedit.records import EditRecord
+from instructedit.renamed import warn_renamed
 from instructedit.training.optimizer import ProductAdamW
 
 
@@ -40,12 +41,13 @@ class LMConfig(Loading):
         cache_dtype: Of the states on disk: ``float32`` (exactly as they are computed), or rounded to ``bfloat16`` or
             ``float16``, half the size for an LM that computes in float32.
         cache_disk_bytes: Room for all that is in that folder, in bytes; the least lately used is thrown out.
-        checkpoint: Train with less memory and more time: blocks run again in the backward pass, of which else every
-            activation is kept.
+        activation_checkpointing: Train with less memory and more time: blocks run again in the backward pass, of which
+            else every activation is kept.
         joiner: What stands between a prompt and its answer; ``auto`` is a space, or nothing after white space, an
             opening quote or bracket, and in scripts without spaces.
         chat: Put prompts, their instruction in front, into the user's turn of the LM's own chat template, answers into
             the model's turn.
+        checkpoint: The old name of `activation_checkpointing`.
     """
 
     name: str = "tiny"
@@ -54,9 +56,19 @@ class LMConfig(Loading):
     cache_dir: str | None = None
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_disk_bytes: int = 64 << 30
-    checkpoint: bool = False
+    activation_checkpointing: bool = False
     joiner: str = "auto"
     chat: bool = False
+    checkpoint: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None:
+            warn_renamed("lm.forward.activation_checkpointing", "lm.activation_checkpointing")
+            object.__setattr__(self, "activation_checkpointing", self.checkpoint)
+
+    def options(self) -> dict[str, Any]:
+        """Gives the arguments of `FrozenLM.from_pretrained`."""
+        return {name: value for name, value in asdict(self).items() if name != "checkpoint"}
 
 
 class EditingModule(L.LightningModule):
@@ -98,7 +110,7 @@ class EditingModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self._lm = [FrozenLM.from_pretrained(**asdict(lm))]
+        self._lm = [FrozenLM.from_pretrained(**lm.options())]
         self.editor = editor.bind(self.lm)
         self.evaluation = evaluation
         self._data: EditData | None = None

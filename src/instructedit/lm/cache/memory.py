@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from instructedit.lm.disk_cache import DiskCache, Shelf, row_key
+from instructedit.lm.cache.disk import DiskCache
+from instructedit.lm.cache.partition import Partition
+from instructedit.lm.cache.shard import row_key
 from instructedit.lm.tokens import TokenBatch
 
 T = TypeVar("T")
@@ -56,15 +58,15 @@ class PrefixCache:
         self.bytes = 0
 
     def flush(self) -> None:
-        """Writes what waits for its place on disk. That happens by itself too: now and then, and when Python ends."""
+        """Writes what is buffered for the disk. That happens by itself too: now and then, and when Python ends."""
         if self.disk:
             self.disk.flush()
 
     def on_disk(self, batch: TokenBatch, block: int) -> list[bool]:
         """Which rows of a batch need not be computed since the disk has their states, [rows]; none is read."""
         keys = _keys(batch, block)
-        shelf = self._shelf(batch, block)
-        return [shelf is not None and row_key(key.tokens) in shelf for key in keys]
+        partition = self._partition(batch, block)
+        return [partition is not None and row_key(key.tokens) in partition for key in keys]
 
     def states(self, batch: TokenBatch, block: int, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
         """The hidden states that enter a block.
@@ -80,10 +82,10 @@ class PrefixCache:
         if not self.max_bytes and not self.disk:
             return compute(batch)
         keys = _keys(batch, block)
-        shelf = self._shelf(batch, block)
+        partition = self._partition(batch, block)
 
         def find(rows: list[int]) -> list[Tensor]:
-            found = self._read(shelf, [keys[i] for i in rows], batch.device)
+            found = self._read(partition, [keys[i] for i in rows], batch.device)
             self.from_disk += len(found)
             missing = [i for i in rows if keys[i] not in found]
             self.hits -= len(missing)
@@ -91,11 +93,11 @@ class PrefixCache:
             if missing:
                 part = batch.select(torch.tensor(missing))
                 states = zip(missing, compute(part), part.lengths, strict=True)
-                found |= self._written(shelf, {keys[i]: row[:length].clone() for i, row, length in states})
+                found |= self._written(partition, {keys[i]: row[:length].clone() for i, row, length in states})
             return [found[keys[i]] for i in rows]
 
         self.hits += len(keys)
-        rows = self._remembered(keys, find)
+        rows = self._memoized(keys, find)
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         return torch.nn.functional.pad(padded, (0, 0, 0, batch.input_ids.shape[1] - padded.shape[1]))
 
@@ -107,36 +109,36 @@ class PrefixCache:
             keys: What tells the rows apart.
             compute: Gives it for the rows of these numbers, which are not known: tensors, strings, or tuples of them.
         """
-        return self._remembered([(kind, key) for key in keys], compute)
+        return self._memoized([(kind, key) for key in keys], compute)
 
-    def _remembered(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
+    def _memoized(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
         known = {key: self._rows[key] for key in keys if key in self._rows}  # computing may throw some of it out
         missing = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if key not in known]
         found = zip(missing, compute(missing), strict=True) if missing else ()
-        fresh = {keys[i]: value for i, value in found}
-        values = [fresh[key] if key in fresh else known[key] for key in keys]
-        self._keep(keys, fresh)
+        computed = {keys[i]: value for i, value in found}
+        values = [computed[key] if key in computed else known[key] for key in keys]
+        self._keep(keys, computed)
         return values
 
-    def _shelf(self, batch: TokenBatch, block: int) -> Shelf | None:
+    def _partition(self, batch: TokenBatch, block: int) -> Partition | None:
         """Where rows of this kind are on disk; what enters block 0 is looked up in the model faster."""
-        return self.disk.shelf(forward_pass(batch.device), block) if self.disk and block else None
+        return self.disk.partition(forward_pass(batch.device), block) if self.disk and block else None
 
-    def _read(self, shelf: Shelf | None, keys: list[_Key], device: torch.device) -> dict[_Key, Tensor]:
-        if not shelf or not keys:
+    def _read(self, partition: Partition | None, keys: list[_Key], device: torch.device) -> dict[_Key, Tensor]:
+        if not partition or not keys:
             return {}
         names = {row_key(key.tokens): key for key in keys}
-        return {names[name]: row for name, row in shelf.find(list(names), device).items()}
+        return {names[name]: row for name, row in partition.find(list(names), device).items()}
 
-    def _written(self, shelf: Shelf | None, rows: dict[_Key, Tensor]) -> dict[_Key, Tensor]:
+    def _written(self, partition: Partition | None, rows: dict[_Key, Tensor]) -> dict[_Key, Tensor]:
         """The rows as the disk will give them back."""
-        if not shelf:
+        if not partition:
             return rows
-        kept = shelf.add({row_key(key.tokens): row for key, row in rows.items()})
+        kept = partition.add({row_key(key.tokens): row for key, row in rows.items()})
         return dict(zip(rows, kept.values(), strict=True))
 
-    def _keep(self, used: Sequence[Hashable], fresh: Mapping[Any, Any]) -> None:
-        for key, value in fresh.items():
+    def _keep(self, used: Sequence[Hashable], computed: Mapping[Any, Any]) -> None:
+        for key, value in computed.items():
             self._rows[key] = value
             self.bytes += _size(value)
         for key in used:
