@@ -10,7 +10,7 @@ import instructedit as ie
 from instructedit.cli import main
 from instructedit.lm import own_text
 from instructedit.lm.moments import moments_file, second_moments
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 
 LINE = re.compile(r"(\S+): (\d+) × (\d+), ([\d.]+) MB, (computed|was there), trace (\S+)")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from instructedit.lightning_cli import run
-from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.paths import SHARED
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.training.module import EditingModule
 
 DEBUG = sorted(file.stem for file in (SHARED / "configs" / "debug").glob("*.yaml"))

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from instructedit.cli import main
-from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.paths import SHARED
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.tracking import load_table, runs
 
 NOTEBOOKS = SHARED / "experiments" / "notebooks"

@@ -10,9 +10,9 @@ from tests.reference import dense_copy, edit_loss, plain_model, relative
 from instructedit.editors import build_editor
 from instructedit.errors import UserError
 from instructedit.lm.moments import second_moments
-from instructedit.lm.pretrain import train_tokenizer
 from instructedit.records import EditRequest
-from instructedit.tasks.tiny.corpus import documents
+from instructedit.testbed.corpus import documents
+from instructedit.testbed.pretrain import train_tokenizer
 
 REQUESTS = [
     EditRequest("The capital of France is", "Lyon", subject="France"),

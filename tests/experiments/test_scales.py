@@ -21,9 +21,9 @@ from instructedit.cli import main
 from instructedit.data.module import EditData, Place, TaskSource
 from instructedit.errors import UserError
 from instructedit.experiments.experiment import Experiment
-from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.paths import SHARED
-from instructedit.tasks.tiny.datasets import raw_records
+from instructedit.testbed.datasets import raw_records
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.tracking import load_table, runs
 from instructedit.training.module import EditingModule
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import instructedit as ie
 from instructedit.errors import UserError
 from instructedit.lm import IGNORE, FrozenLM, Text
-from instructedit.tasks.tiny.corpus import documents
+from instructedit.testbed.corpus import documents
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"

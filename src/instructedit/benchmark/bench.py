@@ -18,9 +18,9 @@ from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.instructions import Instructor, render_records
 from instructedit.lm import FrozenLM
 from instructedit.lm.loading import load_model
-from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.records import EditRecord
 from instructedit.tasks import load_records
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.training.optimizer import ProductAdamW
 
 T = TypeVar("T")

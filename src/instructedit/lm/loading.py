@@ -15,9 +15,7 @@ from transformers.utils import logging
 from instructedit.errors import UserError
 from instructedit.lm import pretrained
 from instructedit.lm.reading import PLAIN, Loading, read_model, read_tokenizer
-
-#: Embedded models: name → folder beside this file.
-EMBEDDED = {"tiny": "tiny-gpt2", "tiny-llama": "tiny-llama"}
+from instructedit.testbed import EMBEDDED
 
 
 def load_model(
@@ -56,7 +54,7 @@ def find_source(name: str, options: Loading = PLAIN) -> tuple[str, Loading]:
         UserError: If it can be neither.
     """
     if name in EMBEDDED:
-        return str(Path(__file__).parent / EMBEDDED[name]), options
+        return str(EMBEDDED[name]), options
     if name in pretrained.known():
         return str(pretrained.fetch(name)), options
     local = Path(name).expanduser()

@@ -1,16 +1,15 @@
 """The recipe of the embedded LMs, and the LMs that ship."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import instructedit.lm.pretrain as recipe_of
+import instructedit.testbed.pretrain as recipe_of
 from instructedit.lm import FrozenLM
-from instructedit.lm.loading import EMBEDDED
-from instructedit.lm.pretrain import Recipe, batches, pretrain, recall
+from instructedit.testbed import EMBEDDED
+from instructedit.testbed.pretrain import Recipe, batches, pretrain, recall
 
 SMALL = {"passes": 1, "width": 32, "layers": 2, "heads": 2, "vocab": 600, "batch_tokens": 2048, "bf16": False}
 
@@ -68,7 +67,7 @@ def test_the_lm_that_ships_knows_its_facts(name):
     assert figures["train"] >= 0.95
     assert figures["heldout"] >= 0.80
     assert figures["recent"] <= 0.30
-    folder = Path(recipe_of.__file__).parent / EMBEDDED[name]
+    folder = EMBEDDED[name]
     said = json.loads((folder / "recipe.json").read_text())["recall"]
     assert figures == pytest.approx(said, abs=0.005)
     assert (folder / "model.safetensors").stat().st_size <= 16 * 2**20
