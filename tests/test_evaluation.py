@@ -42,7 +42,7 @@ class Given(Editor):
         super().__init__(instructions)
         self.factors, self.known, self.asked = factors, [record.request for record in records], {}
 
-    def make(self, batch):
+    def compute_edit(self, batch):
         chosen = [next(i for i, known in enumerate(self.known) if known is request) for request in batch.requests]
         assert not self.asked.keys() & set(chosen)
         self.asked |= dict(zip(chosen, batch.prompts, strict=True))
@@ -286,7 +286,12 @@ def test_evaluation_works_in_any_mode_and_leaves_no_trace(lm, records, mode, tra
     assert all(torch.equal(t, own[name]) for name, t in editor.state_dict().items())
     assert editor.training is training
     # what was cached in inference mode can still be trained on
-    assert editor.train().make(editor.requests([records[0].request], None)).delta(editor.sites[0].name).requires_grad
+    assert (
+        editor.train()
+        .compute_edit(editor.requests([records[0].request], None))
+        .delta(editor.sites[0].name)
+        .requires_grad
+    )
 
 
 def test_an_error_restores_training_mode(lm):
@@ -310,7 +315,7 @@ def test_no_pass_has_more_tokens_than_it_may(lengths, tokens):
 @pytest.mark.parametrize("tokens", [80, 200])
 def test_requests_take_half_of_the_tokens_of_a_pass(lm, factors, records, tokens, monkeypatch):
     made, make = [], Given.make
-    monkeypatch.setattr(Given, "make", lambda self, batch: made.append(batch.tokens) or make(self, batch))
+    monkeypatch.setattr(Given, "compute_edit", lambda self, batch: made.append(batch.tokens) or make(self, batch))
     settings = Evaluation(generate=False, fluency_tokens=0, tokens=tokens)
     evaluate_batch(lm, Given(factors, records).bind(lm), records, settings)
     assert sum(map(len, made)) == 4

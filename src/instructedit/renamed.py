@@ -28,6 +28,13 @@ class Renamed:
         for name, path in paths.items():
             setattr(owner, name, cls(f"{owner.__name__}.{name}", path))
 
+    @classmethod
+    def adopt(cls, owner: type, **new: str) -> None:
+        """Takes methods that a subclass defines under their old names for the new ones: old name → new name."""
+        for old in new.keys() & vars(owner).keys():
+            warn_renamed(f"{owner.__name__}.{old}", new[old])
+            setattr(owner, new[old], vars(owner)[old])
+
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None:
             return self

@@ -267,7 +267,7 @@ def test_trained_slots_get_the_gradients_of_the_outer_loss(lm):
     editor = moved(build_editor("calinet_trained", lm, slots=5, blocks=[2], activation="relu"), 0.2)
     cases = [Case(*PAIRS[0], wanted=(("France's capital is", "Lyon"),)), Case(*PAIRS[1], locality=(("It was", "so"),))]
     batch, weights = training_batch(lm, cases), LossWeights(0.3, 1.7)
-    parts = editor.objective(batch, weights)
+    parts = editor.training_loss(batch, weights)
     (module,) = mlps(lm, [2])
     keys, values = (editor.weights[f"{module}:{part}".replace(".", "/")] for part in ("keys", "values"))
     model = with_slots(lm, {module: (keys, torch.zeros(5), values)}, "relu")
@@ -295,7 +295,7 @@ def test_trained_slots_move_under_adam_from_where_they_start(lm):
     losses = []
     for _ in range(10):
         adam.zero_grad()
-        losses.append(editor.objective(batch, LossWeights(1.0, 1.0))["loss"])
+        losses.append(editor.training_loss(batch, LossWeights(1.0, 1.0))["loss"])
         losses[-1].backward()
         assert all(p.grad is not None for p in editor.parameters())
         adam.step()

@@ -15,7 +15,7 @@ from tests.editors.test_rome import (
 from tests.reference import dense_copy, plain_model, relative
 
 from instructedit.editors import build_editor
-from instructedit.lm.moments import second_moments
+from instructedit.lm.covariance import covariances
 from instructedit.records import EditRequest
 
 OPTIONS = {"text": "tiny", "tokens": TOKENS, "contexts": 0, "blocks": [0, 1, 2], "steps": 8, "weight_decay": 0.0}
@@ -50,7 +50,7 @@ def at_fact(lm, model, layer, request, front=""):
 
 def normal_equations(lm, editor, requests, wanted):
     """ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ of each block in turn, dense, for these requests at once, {site: [out, in]}."""
-    moments = second_moments(lm, [site.name for site in editor.sites], "tiny", TOKENS)
+    moments = covariances(lm, [site.name for site in editor.sites], "tiny", TOKENS)
     top, done = lm.forward.block_name(editor.sites[-1].block), {}
     for number, site in enumerate(editor.sites):
         model = dense_copy(lm, done)
@@ -144,7 +144,7 @@ def test_a_request_without_a_subject_is_edited_at_its_end(lm):
         edit = editor.edit([REQUESTS[1], bare])
     site = editor.sites[0].name
     inputs, _ = watched(plain_model(lm), lm.tokenizer, site, bare.prompt)
-    moment = second_moments(lm, [site], "tiny", TOKENS)[site].double()
+    moment = covariances(lm, [site], "tiny", TOKENS)[site].double()
     direction = torch.linalg.solve(moment, inputs[-1].double())
     found = edit.factors[site].a[1, 0].double()
     assert torch.nn.functional.cosine_similarity(found, direction, 0) > 1 - 1e-6

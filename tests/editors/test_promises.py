@@ -164,7 +164,7 @@ def test_the_edit_teaches(name, lm, editor):
     losses = []
     for _ in range(4):
         adam.zero_grad()
-        losses.append(editor.objective(batch, LossWeights(1.0, 1.0))["loss"])
+        losses.append(editor.training_loss(batch, LossWeights(1.0, 1.0))["loss"])
         losses[-1].backward()
         adam.step()
     assert losses[-1] < losses[0]

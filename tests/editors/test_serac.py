@@ -44,16 +44,16 @@ def scope_of(lm, editor, cases):
     block = len(lm.forward.blocks) // 2
     keys = [editor.projection @ query_of(lm, case.prompt, block) for case in cases]
     losses, right = {True: [], False: []}, {True: [], False: []}
-    for owner, case in enumerate(cases):
+    for request_index, case in enumerate(cases):
         inside = [case.prompt, *(prompt for prompt, _ in (*case.wanted, *case.unwanted))]
         probes = [(prompt, True) for prompt in inside] + [(prompt, False) for prompt, _ in case.locality]
         for prompt, in_scope in probes:
             point = editor.projection @ query_of(lm, prompt, block)
             for number, key in enumerate(keys):
-                if number != owner and prompt == cases[number].prompt:
+                if number != request_index and prompt == cases[number].prompt:
                     continue  # another request of the same wording: neither in its scope nor out of it
                 p = (editor.bias - editor.log_scale.exp() * (point - key).square().sum()).sigmoid()
-                wanted = in_scope and number == owner
+                wanted = in_scope and number == request_index
                 losses[wanted].append(-(p if wanted else 1 - p).log())
                 right[wanted].append(float((p > 0.5) == wanted))
     halves = [torch.stack(part).mean() / 2 for part in losses.values() if part]
@@ -82,7 +82,7 @@ NO_LOCALITY = [CASES[1], CASES[2]._replace(locality=())]
 @pytest.mark.parametrize("cases", [CASES, NO_LOCALITY, CASES[:1]], ids=["ragged", "no locality", "one"])
 def test_the_objective_is_the_two_losses_probe_by_probe(lm, cases):
     editor = built(lm)
-    parts = editor.objective(training_batch(lm, cases), WEIGHTS)
+    parts = editor.training_loss(training_batch(lm, cases), WEIGHTS)
     scope, right = scope_of(lm, editor, cases)
     edit = counterfactual_of(lm, editor, cases)
     loss = WEIGHTS.edit * edit + WEIGHTS.locality * scope
@@ -101,7 +101,7 @@ def test_both_sorts_of_pairs_count_half_however_many_there_are(lm):
     editor, losses = built(lm), []
     for times in (1, 5):  # the same probe out of scope once, and again and again
         case = CASES[0]._replace(locality=CASES[0].locality * times)
-        losses.append(editor.objective(training_batch(lm, [case]), WEIGHTS)["scope_loss"])
+        losses.append(editor.training_loss(training_batch(lm, [case]), WEIGHTS)["scope_loss"])
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-5)
 
 
@@ -115,7 +115,7 @@ ALIKE = [
 @pytest.mark.parametrize("embedding", [7, 64])
 def test_requests_of_one_wording_are_not_told_apart(lm, embedding):
     editor = built(lm, embedding=embedding)
-    parts = editor.objective(training_batch(lm, ALIKE), WEIGHTS)
+    parts = editor.training_loss(training_batch(lm, ALIKE), WEIGHTS)
     scope, right = scope_of(lm, editor, ALIKE)
     torch.testing.assert_close(parts["scope_loss"], scope, atol=1e-5, rtol=1e-4)
     assert parts["scope_accuracy"].item() == pytest.approx(right, rel=1e-4)
@@ -132,7 +132,7 @@ def test_training_separates_what_is_in_scope_from_what_is_not(lm):
     adam, seen = torch.optim.Adam(editor.parameters(), 1e-2), []
     for _ in range(25):
         adam.zero_grad()
-        parts = editor.objective(batch, LossWeights(1.0, 1.0))
+        parts = editor.training_loss(batch, LossWeights(1.0, 1.0))
         parts["loss"].backward()
         adam.step()
         seen.append({name: value.item() for name, value in parts.items()})

@@ -18,7 +18,7 @@ import yaml
 from instructedit import lightning_cli
 from instructedit.callbacks import EditingAreaDump
 from instructedit.cli import main
-from instructedit.data.module import EditData, Place, TaskSource
+from instructedit.data.module import DataLocation, EditData, TaskSource
 from instructedit.errors import UserError
 from instructedit.experiments.experiment import Experiment
 from instructedit.paths import SHARED
@@ -174,9 +174,9 @@ def test_figure_3_only_tests() -> None:
 
 
 def test_a_task_lies_where_its_place_says_unless_its_source_does(place: Path) -> None:
-    places: dict[str, Place] = {
-        "recent": Place("./data/recent", train="test[:5]", val="test[5:7]"),
-        "zsre": Place("./data/nowhere"),
+    places: dict[str, DataLocation] = {
+        "recent": DataLocation("./data/recent", train="test[:5]", val="test[5:7]"),
+        "zsre": DataLocation("./data/nowhere"),
     }
     train = [TaskSource("recent"), TaskSource("counterfact", size=3), TaskSource("zsre", source="tiny", size=2)]
     data = EditData(train=train, places=places)

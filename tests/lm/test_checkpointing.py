@@ -22,7 +22,7 @@ PAIRS = [(case.prompt, case.target) for case in CASES]
 def gradients(lm, editor):
     """Of the outer loss, taken as Lightning takes it: when the edits are off again."""
     editor.zero_grad()
-    loss = editor.objective(training_batch(lm, CASES), LossWeights())["loss"]
+    loss = editor.training_loss(training_batch(lm, CASES), LossWeights())["loss"]
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in editor.named_parameters()}
 

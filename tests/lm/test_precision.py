@@ -67,7 +67,7 @@ def trained(lm, name, steps=3, autocast=False):
     losses = []
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = editor.objective(training_batch(lm, CASES), LossWeights())["loss"]
+            loss = editor.training_loss(training_batch(lm, CASES), LossWeights())["loss"]
         loss.backward()
         assert all(p.grad is None or p.grad.dtype == torch.float32 for p in editor.parameters())
         adam.step()
@@ -125,31 +125,31 @@ def test_losses_are_taken_in_float32(half):
     batch, names = training_batch(half, CASES), [site.name for site in half.sites[-2:]]
     edit = LowRankEdit({n: Factors(*f) for n, f in random_factors(half.sites[-2:], 2, 2).items()})
 
-    def exact(tokens, applied, owner, start=0):
+    def exact(tokens, applied, request_index, start=0):
         with torch.no_grad():
-            return half.logits(tokens, applied, owner, start).double().log_softmax(-1)
+            return half.logits(tokens, applied, request_index, start).double().log_softmax(-1)
 
     def row_means(tokens, values):
         return torch.stack([values[tokens.rows == row].mean() for row in range(len(tokens))])
 
-    def of_requests(values, owner):
-        return torch.stack([values[owner == request].mean() for request in range(len(CASES))]).mean()
+    def of_requests(values, request_index):
+        return torch.stack([values[request_index == request].mean() for request in range(len(CASES))]).mean()
 
     def nll(tokens, log_p):
         return row_means(tokens, -log_p[torch.arange(len(log_p)), tokens.answers])
 
-    tokens, owner = batch.in_scope.tokens, batch.in_scope.owner
+    tokens, request_index = batch.in_scope.tokens, batch.in_scope.request_index
     plain = nll(tokens, exact(tokens, None, None))
     close(half.losses(tokens).double(), plain)
     started = nll(tokens, exact(tokens, None, None, half.first_block(names)))  # where states are rounded already
     close(half.capture(tokens, names).loss.double(), started)
-    applied = nll(tokens, exact(tokens, edit, owner))
-    close(scope_loss(half, edit, batch.in_scope, len(CASES)).double(), of_requests(applied, owner))
-    tokens, owner = batch.locality.tokens, batch.locality.owner
+    applied = nll(tokens, exact(tokens, edit, request_index))
+    close(scope_loss(half, edit, batch.in_scope, len(CASES)).double(), of_requests(applied, request_index))
+    tokens, request_index = batch.locality.tokens, batch.locality.request_index
     # Rows and trees of bfloat16 are rounded otherwise: both sides take the states that the loss takes.
-    p, q = half.head(half.unedited_states(tokens)).double().log_softmax(-1), exact(tokens, edit, owner)
+    p, q = half.head(half.unedited_states(tokens)).double().log_softmax(-1), exact(tokens, edit, request_index)
     kl = row_means(tokens, (p.exp() * (p - q)).sum(-1))
-    close(locality_loss(half, edit, batch.locality, len(CASES)).double(), of_requests(kl, owner))
+    close(locality_loss(half, edit, batch.locality, len(CASES)).double(), of_requests(kl, request_index))
 
 
 # -- autocast -------------------------------------------------------------------------------------------------------

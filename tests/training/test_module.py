@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from instructedit.editors import base
+from instructedit.editors.factored_gradients import held as products_of
 from instructedit.editors.losses import EditingLoss
-from instructedit.editors.products import held as products_of
 from instructedit.errors import UserError
 from instructedit.lightning_cli import Built, run
 from instructedit.testbed.pretrain import Recipe, new_model

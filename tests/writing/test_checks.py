@@ -10,9 +10,9 @@ from instructedit.instructions import InstructionBank, bank_names
 from instructedit.records import EditRecord, EditRequest
 from instructedit.writing.card import TaskCard
 from instructedit.writing.checks import Rules, Terms, overlap
-from instructedit.writing.desk import Subject
 from instructedit.writing.files import write_whole
 from instructedit.writing.ranking import clarity, concision, quality
+from instructedit.writing.setup import Subject
 
 
 def record(prompt="The capital of New Peru is", target="Old Lyon", subject="New Peru", **slots):

@@ -11,9 +11,9 @@ import torch
 from instructedit.benchmark.plain import PlainMend
 from instructedit.data.batch import Collator, EditBatch
 from instructedit.editors import build_editor
+from instructedit.editors.factored_gradients import factor_gradients
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.mend import Mend
-from instructedit.editors.products import hold
 from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.instructions import Instructor, render_records
 from instructedit.lm import FrozenLM
@@ -174,16 +174,16 @@ class Bench:
 
     def train_lean(self) -> None:
         """The same pass in small batches, and the hypernetwork's gradients as products."""
-        hold(self.editor.parameters())
+        factor_gradients(self.editor.parameters())
         try:
             self._train(self.small)
         finally:
-            hold(self.editor.parameters(), False)
+            factor_gradients(self.editor.parameters(), False)
 
     def _train(self, batches: Sequence[EditBatch]) -> None:
         self.editor.train()
         for batch in batches:
-            loss = self.editor.objective(batch, WEIGHTS)["loss"]
+            loss = self.editor.training_loss(batch, WEIGHTS)["loss"]
             (loss * len(batch) / len(self.records)).backward()
         self._step()
 

@@ -1,8 +1,9 @@
 """The project's own commands, one module each.
 
 A module's docstring is its line in ``instructedit --help``. Its ``main`` is a function, whose signature and docstring
-are the command's own ``--help``, or several by name: subcommands. With ``POSITIONAL``
-required arguments need no option.
+are the command's own ``--help``, or, for many options, a dataclass of them whose objects are called; or several of
+these by name: subcommands. With ``POSITIONAL`` required arguments need no option. ``RENAMED`` says which options have
+another name now, old → new.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from instructedit.errors import UserError
+from instructedit.renamed import warn_renamed
 
 
 def commands() -> dict[str, ModuleType]:
@@ -34,16 +36,32 @@ def run_command(name: str, args: list[str]) -> None:
 
     module = commands()[name]
     positional = getattr(module, "POSITIONAL", False)
+    args = _renamed(getattr(module, "RENAMED", {}), args)
     try:
-        auto_cli(
+        command = auto_cli(
             module.main,
             args=_listed(module.main, _switched_on(module.main, args)),
             as_positional=positional,
             prog=f"instructedit {name}",
             exit_on_error=False,
+            return_instance=True,
         )
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from error
+    if callable(command):  # a dataclass of options; a function has run already
+        command()
+
+
+def _renamed(names: dict[str, str], args: list[str]) -> list[str]:
+    """Arguments with the new names of options."""
+    found = []
+    for arg in args:
+        option, sign, value = arg.partition("=")
+        if (new := names.get(option.removeprefix("--"))) and option.startswith("--"):
+            warn_renamed(option, f"--{new}")
+            option = f"--{new}"
+        found.append(option + sign + value)
+    return found
 
 
 def _switched_on(main: Any, args: list[str]) -> list[str]:

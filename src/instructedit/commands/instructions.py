@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -59,14 +60,14 @@ def generate(
         max_tokens: Hard cap on tokens of questions and replies.
         cache: Folder of replies; instructions/ in the project's cache folder by default.
     """
-    from instructedit.writing import desk
+    from instructedit.writing import setup
     from instructedit.writing.generate import Plan, chosen, write, write_bank
     from instructedit.writing.ledger import Ledger
 
     plan = Plan(n, keep, unseen, seed, judge)
-    file = desk.bank_file(task, out, overwrite)
-    subject = desk.Subject.load(task, source, about, seed)
-    writer = desk.writer(
+    file = setup.bank_file(task, out, overwrite)
+    subject = setup.Subject.load(task, source, about, seed)
+    writer = setup.writer(
         model, Ledger(max_calls, max_tokens), cache, base_url, key_env, temperature, timeout,
         reply_tokens=reply_tokens, tries=tries, concurrency=concurrency, per_minute=per_minute,
     )  # fmt: skip
@@ -80,37 +81,8 @@ def generate(
     print(f"{written}\n{plan.keep - 1} for training, 1 held out, {plan.unseen} unseen: {file}")
 
 
-def optimize(
-    task: str,
-    editor: str,
-    model: str,
-    lm: str = "tiny",
-    bank: str | None = None,
-    split: Literal["train", "heldout", "unseen"] = "train",
-    rounds: int = 10,
-    patience: int = 2,
-    revisions: int = 5,
-    records: int | None = None,
-    source: str = "tiny",
-    about: str | None = None,
-    out: str | None = None,
-    overwrite: bool = False,
-    work: str | None = None,
-    fresh: bool = False,
-    root: str = "mlruns",
-    seed: int = 0,
-    base_url: str | None = None,
-    key_env: str = "OPENAI_API_KEY",
-    temperature: float | None = None,
-    reply_tokens: int = 2000,
-    timeout: float = 60.0,
-    tries: int = 5,
-    concurrency: int = 2,
-    per_minute: float | None = None,
-    max_calls: int = 50,
-    max_tokens: int = 500_000,
-    cache: str | None = None,
-) -> None:
+@dataclass
+class OptimizeCommand:
     """Improves a task's descriptions by the metrics of a trial editor on validation records, until none improves.
 
     Each round the model sees every description's figures and failures, and proposes revisions. One is kept only if the
@@ -135,7 +107,7 @@ def optimize(
             was better.
         overwrite: Let the new bank take the place of one that is there.
         work: Folder of the search's state, ledger and figure; outputs/instructions/TASK.optimize by default.
-        fresh: Begin anew where the folder holds a search.
+        force: Begin anew where the folder holds a search.
         root: Folder of the MLflow store.
         seed: Of the questions, the records chosen and the bootstrap.
         base_url: Address of a server that speaks OpenAI's protocol (vLLM, Ollama, …); OpenAI's own by default.
@@ -150,43 +122,77 @@ def optimize(
         max_tokens: Hard cap on tokens of questions and replies, likewise.
         cache: Folder of replies; instructions/ in the project's cache folder by default.
     """
-    from pathlib import Path
 
-    import instructedit as ie
-    from instructedit.writing import desk
-    from instructedit.writing.generate import write_bank
-    from instructedit.writing.ledger import Ledger
-    from instructedit.writing.optimize import Optimizer, Search
-    from instructedit.writing.trial import EditorTrial
+    task: str
+    editor: str
+    model: str
+    lm: str = "tiny"
+    bank: str | None = None
+    split: Literal["train", "heldout", "unseen"] = "train"
+    rounds: int = 10
+    patience: int = 2
+    revisions: int = 5
+    records: int | None = None
+    source: str = "tiny"
+    about: str | None = None
+    out: str | None = None
+    overwrite: bool = False
+    work: str | None = None
+    force: bool = False
+    root: str = "mlruns"
+    seed: int = 0
+    base_url: str | None = None
+    key_env: str = "OPENAI_API_KEY"
+    temperature: float | None = None
+    reply_tokens: int = 2000
+    timeout: float = 60.0
+    tries: int = 5
+    concurrency: int = 2
+    per_minute: float | None = None
+    max_calls: int = 50
+    max_tokens: int = 500_000
+    cache: str | None = None
 
-    search = Search(rounds, patience, revisions, split, seed)
-    file = desk.bank_file(task, out, overwrite, ".optimized")
-    folder = Path(work or f"outputs/instructions/{task}.optimize")
-    subject = desk.Subject.load(task, source, about, seed)
-    known = ie.InstructionBank.load(bank) if bank else ie.InstructionBank.for_task(task)
-    if fresh:
-        for name in ("state.json", "ledger.json"):
-            (folder / name).unlink(missing_ok=True)
-    frozen = ie.FrozenLM.from_pretrained(lm)
-    validation = ie.load_records(task, source, "val")[0]
-    trial = EditorTrial(frozen, ie.load_editor(editor, frozen), validation, records, seed)
-    ledger = Ledger.open(max_calls, max_tokens, folder / "ledger.json")
-    writer = desk.writer(
-        model, ledger, cache, base_url, key_env, temperature, timeout,
-        reply_tokens=reply_tokens, tries=tries, concurrency=concurrency, per_minute=per_minute,
-    )  # fmt: skip
-    print(subject)
-    optimizer = Optimizer(subject.card, known, writer, subject.rules, trial, search, folder, Path(root))
-    try:
-        found = optimizer.run()
-    finally:
-        print(f"cost: {writer.ledger}")
-    desk.show_rounds(optimizer)
-    if not optimizer.improved:
-        print("no revision was better; the bank stands as it is")
-        return
-    write_bank(found, file)
-    print(f"improved bank: {file}")
+    def __call__(self) -> None:
+        """Runs the command."""
+        from pathlib import Path
+
+        import instructedit as ie
+        from instructedit.writing import setup
+        from instructedit.writing.generate import write_bank
+        from instructedit.writing.ledger import Ledger
+        from instructedit.writing.optimize import Optimizer, Search
+        from instructedit.writing.trial import EditorTrial
+
+        search = Search(self.rounds, self.patience, self.revisions, self.split, self.seed)
+        file = setup.bank_file(self.task, self.out, self.overwrite, ".optimized")
+        folder = Path(self.work or f"outputs/instructions/{self.task}.optimize")
+        subject = setup.Subject.load(self.task, self.source, self.about, self.seed)
+        known = ie.InstructionBank.load(self.bank) if self.bank else ie.InstructionBank.for_task(self.task)
+        if self.force:
+            for name in ("state.json", "ledger.json"):
+                (folder / name).unlink(missing_ok=True)
+        frozen = ie.FrozenLM.from_pretrained(self.lm)
+        validation = ie.load_records(self.task, self.source, "val")[0]
+        trial = EditorTrial(frozen, ie.load_editor(self.editor, frozen), validation, self.records, self.seed)
+        ledger = Ledger.open(self.max_calls, self.max_tokens, folder / "ledger.json")
+        writer = setup.writer(
+            self.model, ledger, self.cache, self.base_url, self.key_env, self.temperature, self.timeout,
+            reply_tokens=self.reply_tokens, tries=self.tries, concurrency=self.concurrency, per_minute=self.per_minute,
+        )  # fmt: skip
+        print(subject)
+        optimizer = Optimizer(subject.card, known, writer, subject.rules, trial, search, folder, Path(self.root))
+        try:
+            found = optimizer.run()
+        finally:
+            print(f"cost: {writer.ledger}")
+        setup.show_rounds(optimizer)
+        if not optimizer.improved:
+            print("no revision was better; the bank stands as it is")
+            return
+        write_bank(found, file)
+        print(f"improved bank: {file}")
 
 
-main = {"generate": generate, "optimize": optimize}
+RENAMED = {"fresh": "force"}
+main = {"generate": generate, "optimize": OptimizeCommand}

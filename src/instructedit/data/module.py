@@ -18,6 +18,7 @@ from instructedit.errors import UserError
 from instructedit.instructions import Instructor
 from instructedit.lm import Text
 from instructedit.records import EditRecord
+from instructedit.renamed import renamed_names
 from instructedit.tasks import LoadReport, load_records, task_title
 
 
@@ -45,7 +46,7 @@ class TaskSource:
 
 
 @dataclass(frozen=True)
-class Place:
+class DataLocation:
     """Where a task's records lie, whatever a run uses them for.
 
     Attributes:
@@ -59,6 +60,9 @@ class Place:
     train: str = "train"
     val: str = "val"
     test: str = "test"
+
+
+__getattr__ = renamed_names(__name__, Place=DataLocation)
 
 
 class EditData(L.LightningDataModule):
@@ -87,7 +91,7 @@ class EditData(L.LightningDataModule):
         train: list[TaskSource] | None = None,
         val: list[TaskSource] | None = None,
         test: list[TaskSource] | None = None,
-        places: dict[str, Place] | None = None,
+        places: dict[str, DataLocation] | None = None,
         batch_size: int = 24,
         eval_batch_size: int = 32,
         mixing: Literal["balanced", "natural"] = "balanced",
@@ -133,7 +137,9 @@ class EditData(L.LightningDataModule):
         for source in self.sources[part]:
             if source.name in found:
                 raise UserError(f"data: task {source.name!r} is listed twice for {part}")
-            place = self.places.get(source.name, Place()) if source.source is None else Place(source.source)
+            place = (
+                self.places.get(source.name, DataLocation()) if source.source is None else DataLocation(source.source)
+            )
             whole, bounds = _split(source.split or getattr(place, split))
             records, report = load_records(source.name, place.source, whole, **dict(source.options))
             self.reports.append(report)

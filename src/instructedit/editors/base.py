@@ -25,8 +25,13 @@ from instructedit.instructions import Instructor, RenderedRecord
 from instructedit.lm import FrozenLM, Site
 from instructedit.records import EditRequest
 from instructedit.registry import plugin, plugins
+from instructedit.renamed import Renamed
 
 PACKAGE = "instructedit.editors"
+_OLD_METHODS = {
+    "make": "compute_edit", "make_together": "compute_joint_edit", "objective": "training_loss",
+    "validated": "on_validation_end", "watched": "monitored",
+}  # fmt: skip
 
 
 @options
@@ -35,7 +40,7 @@ class Editor(nn.Module, ABC):
 
     A method is one file that defines a subclass with a ``name``, its hyper-parameters as plain fields (or constructor
     arguments kept under their names; they are the config schema), `build` for what depends on the LM's shapes, and
-    `make`.
+    `compute_edit`.
 
     Args:
         instructions: Put the task's instruction in front of every request.
@@ -101,27 +106,31 @@ class Editor(nn.Module, ABC):
         blocks, depth = self.PAPER_BLOCKS
         return sorted({block * len(lm.forward.blocks) // depth for block in blocks})
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        Renamed.adopt(cls, **_OLD_METHODS)
+
     def build(self) -> None:
         """Makes the parts whose shapes depend on ``self.sites``. Called once, by `bind`."""
 
     @abstractmethod
-    def make(self, batch: RequestBatch) -> Edit:
+    def compute_edit(self, batch: RequestBatch) -> Edit:
         """N requests → n edits, with gradients to the editor's parameters where it has any."""
 
-    def make_together(self, batch: RequestBatch) -> Edit:
+    def compute_joint_edit(self, batch: RequestBatch) -> Edit:
         """N requests → one edit that serves them all. A method that solves for many at once says how."""
-        return self.make(batch).joined()
+        return self.compute_edit(batch).joined()
 
-    def objective(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
+    def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
         """The outer loss of a training step, ``loss``, and the parts of it to be logged; scalars.
 
         By default MEND's (its section 3.2): c_edit · L_e + c_loc · KL.
         """
-        edit, locality = editing_loss(self.lm, self.make(batch.requests), batch, weights.unlikelihood)
+        edit, locality = editing_loss(self.lm, self.compute_edit(batch.requests), batch, weights.unlikelihood)
         loss = weights.edit * edit + weights.locality * locality
         return {"loss": loss, "edit_loss": edit, "locality_loss": locality}
 
-    def validated(self, scores: Mapping[str, float]) -> None:
+    def on_validation_end(self, scores: Mapping[str, float]) -> None:
         """Told after each validation in training: metric → mean over the tasks, 0..100."""
 
     def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
@@ -137,7 +146,7 @@ class Editor(nn.Module, ABC):
         """Trained parameters by the learning rate that they take: ``network`` and ``edit_rates``."""
         return {"network": list(self.parameters())}
 
-    def watched(self) -> dict[str, Tensor]:
+    def monitored(self) -> dict[str, Tensor]:
         """Small tensors that training must move; a guard stops a run in which they stand still."""
         return {}
 
@@ -170,7 +179,7 @@ class Editor(nn.Module, ABC):
         try:
             with torch.inference_mode(False), torch.no_grad():
                 batch = self.requests(requests, self.instructor(description=description, instruction=instruction))
-                edit = (self.make_together(batch) if together else self.make(batch)).detach()
+                edit = (self.compute_joint_edit(batch) if together else self.compute_edit(batch)).detach()
                 _numbers(edit, self.name)
                 if self.REMEDY:
                     self._report(edit, batch)
@@ -247,6 +256,9 @@ class Editor(nn.Module, ABC):
     def shapes(self) -> dict[str, list[int]]:
         """Site → [in, out]: what an editor's weights fit."""
         return {site.name: list(site.shape) for site in self.sites}
+
+
+Renamed.keep(Editor, **_OLD_METHODS)
 
 
 def _numbers(edit: Edit, editor: str) -> Edit:

@@ -35,14 +35,14 @@ class Memit(KeyValueEditor):
     moment_weight: float = 20_000.0
     clamp: float = 0.75
 
-    def make(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         def column(keys: Tensor, solved: Tensor) -> Tensor:
             # Kᵀ (λC + K Kᵀ)⁻¹ for one key: kᵀ (λC)⁻¹ / (1 + kᵀ (λC)⁻¹ k)
             return (solved / (1 + (solved * keys).sum(-1, keepdim=True))).unsqueeze(1)
 
         return self._spread(batch, column, lambda missing: missing.unsqueeze(1))
 
-    def make_together(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_joint_edit(self, batch: RequestBatch) -> LowRankEdit:
         """One edit of rank n in each block that holds all facts."""
 
         def columns(keys: Tensor, solved: Tensor) -> Tensor:

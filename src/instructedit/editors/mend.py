@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
+from instructedit.editors.factored_gradients import linear
 from instructedit.editors.normalizer import RunningNorm
 from instructedit.editors.options import options
-from instructedit.editors.products import linear
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 
@@ -119,7 +119,7 @@ class Mend(Editor):
         weights[f"{prefix}log_alpha"] = alpha.abs().clamp(min=torch.finfo(alpha.dtype).tiny).log()
         return True
 
-    def make(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         """Equation 3 of InstructEdit for every request and site at once.
 
         The networks see all tokens of all requests and of all sites that share a shape in one call. Tokens whose δ is
@@ -142,7 +142,7 @@ class Mend(Editor):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"network": list(self.networks.parameters()), "edit_rates": [self.log_alpha]}
 
-    def watched(self) -> dict[str, Tensor]:
+    def monitored(self) -> dict[str, Tensor]:
         return {"edit_rates": self.log_alpha}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from instructedit.lm.forest import in_parts
+from instructedit.lm.prefix_trees import in_parts
 
 
 def passes(

@@ -57,12 +57,12 @@ def evaluate_batch(
         for numbers in _alike(lm, rendered, settings):
             chosen = [rendered[i] for i in numbers]
             rows = _evaluated(lm, editor, chosen, settings, watchers)
-            outcome.rows += [row | {"owner": numbers[row["owner"]]} for row in rows]
+            outcome.rows += [row | {"request_index": numbers[row["request_index"]]} for row in rows]
         asked = [row for row in outcome.rows if row["kind"] == "reliability" and "after" in row]
         write_words(lm, None, asked, "before", settings.tokens)
-    outcome.rows.sort(key=lambda row: row["owner"])
+    outcome.rows.sort(key=lambda row: row["request_index"])
     for row in outcome.rows:
-        del row["owner"]
+        del row["request_index"]
     return outcome
 
 
@@ -101,7 +101,7 @@ def _edit(editor: Editor, rendered: Sequence[RenderedRecord]) -> Edit:
     training = editor.training
     editor.eval()
     try:
-        return editor.make(editor.rendered_requests(rendered)).detach()
+        return editor.compute_edit(editor.rendered_requests(rendered)).detach()
     finally:
         editor.train(training)
 

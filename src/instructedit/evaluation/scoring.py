@@ -30,13 +30,13 @@ def scored(lm: FrozenLM, edit: Edit, asked: list[Question], size: int) -> list[R
     start = lm.first_block(edit.sites)
     names = [f"record {question.record.id}, {question.probe.kind} probe" for question in asked]
     tokens = lm.encode([(question.prompt, question.answer) for question in asked], names, scored=True)
-    owners = [question.owner for question in asked]
-    after = None if edit.changes_nothing else _predicted(lm, tokens, edit, owners, start, size)
-    every = after or _predicted(lm, tokens, None, owners, start, size)
+    request_indices = [question.request_index for question in asked]
+    after = None if edit.changes_nothing else _predicted(lm, tokens, edit, request_indices, start, size)
+    every = after or _predicted(lm, tokens, None, request_indices, start, size)
     best = _best_aliases(asked, _fit(tokens, every))
     kept = tokens.select(torch.tensor(best))
     own = _of_rows(every, tokens, best)
-    before = own if after is None else _predicted(lm, kept, None, [owners[i] for i in best], start, size)
+    before = own if after is None else _predicted(lm, kept, None, [request_indices[i] for i in best], start, size)
     return [row_of(asked[i], scores) for i, scores in zip(best, _compare(kept, before, own), strict=True)]
 
 
@@ -44,17 +44,17 @@ def row_of(question: Question, scores: dict[str, float]) -> Row:
     """A row of the table of probes."""
     record, probe = question.record, question.probe
     return {
-        "owner": question.owner, "task": record.task, "record": record.id, "cluster": record.cluster,
+        "request_index": question.request_index, "task": record.task, "record": record.id, "cluster": record.cluster,
         "probe": question.number, "kind": probe.kind, "group": probe.group, "view": question.view,
         "main": question.main, "prompt": question.prompt, "answer": question.answer, "aliases": probe.answers, **scores,
     }  # fmt: skip
 
 
 def _predicted(
-    lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, owners: list[int], start: int, size: int
+    lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, request_indices: list[int], start: int, size: int
 ) -> TokenScores:
     """How the model takes all answers, each row under its owner's edit, in passes of at most so many tokens."""
-    parts = passes(tokens.unpadded(), owners, size, trees=lm.prefixes.takes_trees)
+    parts = passes(tokens.unpadded(), request_indices, size, trees=lm.prefixes.takes_trees)
     groups = [torch.tensor(sorted(part)) for part in parts]
     found = []
     for group in groups:
@@ -62,7 +62,7 @@ def _predicted(
         if edit is None:
             found.append(lm.scores.unedited_predictions(part, start))
         else:
-            rows = torch.tensor([owners[i] for i in group.tolist()], device=lm.device)
+            rows = torch.tensor([request_indices[i] for i in group.tolist()], device=lm.device)
             found.append(lm.scores.predictions(part, edit, rows))
     order = tokens.in_order(groups)
     return TokenScores(*(torch.cat(column)[order] for column in zip(*found, strict=True)))
@@ -79,7 +79,7 @@ def _best_aliases(asked: Sequence[Question], scores: list[tuple[float, ...]]) ->
     """For each probe and view the number of the answer that fits best; of equal ones the first."""
     best: dict[tuple[int, int, str], int] = {}
     for i, question in enumerate(asked):
-        key = (question.owner, question.number, question.view)
+        key = (question.request_index, question.number, question.view)
         if key not in best or scores[i] > scores[best[key]]:
             best[key] = i
     return list(best.values())

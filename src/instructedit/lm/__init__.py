@@ -15,7 +15,7 @@ Renamed.keep(
     FrozenLM,
     words="token_ids", observe="record_activations", query="context.scope_embedding", in_front="context.contexts_of",
     prefix="prefixes.of", takes_trees="prefixes.takes_trees", beginnings="prefixes.prompt_prefixes",
-    judged="scores.token_scores", unedited_judged="scores.unedited_predictions", read="scores.read",
+    judged="scores.token_scores", unedited_judged="scores.unedited_predictions", read="scores.chunked_logits",
     unedited_states="scores.unedited_states", states="scores.states", predictions="scores.predictions",
     head="forward.head", blocks="forward.blocks", block_name="forward.block_name", width="applied.sites.width",
     checkpoint="forward.activation_checkpointing", decoder="generation.decoder", row_tokens="generation.row_tokens",
@@ -24,4 +24,4 @@ Renamed.keep(
 Renamed.keep(Text, words="token_ids")
 Renamed.keep(TokenScores, said="predicted")
 Renamed.keep(LayerGradients, said="predicted")
-__getattr__ = renamed_names(__name__, LayerGradients=LayerGradients, Seen=LayerIO, TokenScores=TokenScores)
+__getattr__ = renamed_names(__name__, Captured=LayerGradients, Seen=LayerIO, Judged=TokenScores)

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from instructedit.errors import UserError
 from instructedit.lm import hooks
-from instructedit.lm.thin import small_batch_matmul
+from instructedit.lm.small_batch import small_batch_matmul
 
 #: Names under which architectures give what they keep of the tokens read, and take it back.
 CACHES = ("past_key_values", "cache_params", "state")

@@ -13,7 +13,7 @@ from instructedit.lm import hooks, tryout
 from instructedit.lm.sites import (
     find_blocks,
 )
-from instructedit.lm.thin import small_batch_matmul
+from instructedit.lm.small_batch import small_batch_matmul
 from instructedit.lm.tokens import TokenBatch
 
 

@@ -15,7 +15,7 @@ from instructedit.errors import UserError
 from instructedit.lm.cache.shard import STORAGE_DTYPES
 from instructedit.lm.context import ContextStates
 from instructedit.lm.decoding import Choice, Decoder, Draw, draws, likeliest
-from instructedit.lm.forest import WIDTH
+from instructedit.lm.prefix_trees import WIDTH
 from instructedit.lm.text import Text
 from instructedit.lm.tokens import behind
 from instructedit.lm.tree_decoding import continue_trees

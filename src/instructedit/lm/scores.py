@@ -12,8 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from instructedit.edits import Edit
 from instructedit.errors import UserError
+from instructedit.lm.chunked_logits import parts, positionwise
 from instructedit.lm.context import ContextStates
-from instructedit.lm.readout import parts, positionwise
 from instructedit.lm.tokens import TokenBatch
 from instructedit.metrics import row_mean
 
@@ -72,7 +72,7 @@ class Scores:
         start = self.forward.resumed_from(start)
         return self.forward.from_block(batch.inputs, start, self.prefix.of(batch, start) if start else None)
 
-    def read(self, states: Tensor, what: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def chunked_logits(self, states: Tensor, what: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Computes something of the logits, which are never in memory all at once.
 
         Args:
@@ -102,7 +102,7 @@ class Scores:
         def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
             return F.cross_entropy(logits.float(), answers[at], reduction="none"), logits.detach().argmax(-1)
 
-        return _checked(self.name, TokenScores(*self.read(states, read)))
+        return _checked(self.name, TokenScores(*self.chunked_logits(states, read)))
 
     @torch.no_grad()
     def predictions(
@@ -128,7 +128,7 @@ class Scores:
     def states(
         self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int | None = None
     ) -> Tensor:
-        """Computes what leaves the last block at the answer positions; `read` and `Forward.head` make logits of it.
+        """Computes what leaves the last block at the answer positions; `Forward.head` makes logits of it.
 
         Args:
             batch: Rows of tokens.

@@ -87,7 +87,7 @@ def replies(
         nll = logits.logsumexp(-1) - own.squeeze(-1)
         return nll, (logits > own).sum(-1) + 1, logits.argmax(-1) == answers[at]
 
-    columns = lm.scores.read(lm.scores.states(tokens, edit, index, start), read)
+    columns = lm.scores.chunked_logits(lm.scores.states(tokens, edit, index, start), read)
     if columns[0].isnan().any():
         raise UserError(f"{lm.name}: its logits are not numbers (NaN), which is no score; try dtype float32")
     parts = [column.cpu().split(tokens.answer_sizes()) for column in columns]
@@ -140,7 +140,7 @@ def drifts(lm: FrozenLM, sample: TokenBatch, edit: Edit) -> list[Drift]:
         own = answers[at].unsqueeze(-1)
         return kl, -p.gather(-1, own).squeeze(-1), -q.gather(-1, own).squeeze(-1)
 
-    columns = lm.scores.read(lm.scores.states(tiled, edit, owners), read)
+    columns = lm.scores.chunked_logits(lm.scores.states(tiled, edit, owners), read)
     means = torch.stack([column.view(n, count).mean(-1) for column in columns], -1).tolist()
     return [Drift(max(0.0, kl), _exp(old), _exp(new), count) for kl, old, new in means]
 

@@ -89,12 +89,12 @@ class Model(ABC):
     Attributes:
         name: As provenance shows it.
         structured: Whether it follows instructions and can give JSON; else it continues text, a description a line.
-        portion: Descriptions to ask of it at once.
+        batch_size: Descriptions to ask of it at once.
     """
 
     name: str
     structured: bool
-    portion: int
+    batch_size: int
 
     @abstractmethod
     def ask(self, question: Question, room: int, tries: int) -> Reply:
@@ -129,7 +129,7 @@ class Served(Model):
         UserError: If the library or the key is missing, or a key stands in the address.
     """
 
-    structured, portion = True, 10
+    structured, batch_size = True, 10
 
     def __init__(
         self,
@@ -263,7 +263,7 @@ class Local(Model):
         temperature: Of sampling; 1 if None.
     """
 
-    structured, portion = False, 4
+    structured, batch_size = False, 4
 
     def __init__(self, lm: FrozenLM, temperature: float | None = None) -> None:
         self.lm, self.name, self._temperature = lm, f"{LOCAL}{lm.name}", temperature or 1.0
@@ -350,11 +350,11 @@ class Writer:
             self.ledger.count_cached()
             return Reply(**kept)
         size = self.model.size(question)
-        permit = self.ledger.admit(size, self.reply_tokens, self.tries)
+        reservation = self.ledger.reserve(size, self.reply_tokens, self.tries)
         tries, prompt, reply, estimated = 0, 0, 0, False
         try:
             self._wait()
-            found = self.model.ask(question, permit.reply, permit.tries)
+            found = self.model.ask(question, reservation.reply, reservation.tries)
             tries = 1 + found.retries
             estimated = found.prompt_tokens is None or found.reply_tokens is None
             prompt = size if found.prompt_tokens is None else found.prompt_tokens
@@ -363,7 +363,7 @@ class Writer:
             tries = error.tries
             raise
         finally:
-            self.ledger.settle(permit, tries, prompt, reply, estimated)
+            self.ledger.commit(reservation, tries, prompt, reply, estimated)
         if file:
             write_json(file, asdict(found) | {"retries": 0})
         return found

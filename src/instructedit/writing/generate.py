@@ -91,12 +91,12 @@ def write(card: TaskCard, writer: Writer, rules: Rules, plan: Plan) -> Written:
         missing = plan.n - len(usable)
         if missing <= 0:
             break
-        size = writer.model.portion
-        portions = [min(size, missing - start) for start in range(0, missing, size)]
+        size = writer.model.batch_size
+        batches = [min(size, missing - start) for start in range(0, missing, size)]
         first = plan.seed * 10_000 + turn * 100
         questions = [
             prompts.generation(card, count, first + i, tuple(usable), faults[-_FAULTS:])
-            for i, count in enumerate(portions)
+            for i, count in enumerate(batches)
         ]
         for texts in writer.each(lambda question: _descriptions(writer, question), questions):
             for text in texts:

@@ -17,7 +17,7 @@ class BudgetSpentError(UserError):
     """The next question could pass the cap."""
 
 
-class Permit(NamedTuple):
+class Reservation(NamedTuple):
     """What one question may take: tokens in all, of which for its reply, and tries."""
 
     tokens: int
@@ -50,7 +50,7 @@ class Ledger:
     prompt_tokens: int = 0
     reply_tokens: int = 0
     estimated: int = 0
-    _held: list[Permit] = field(default_factory=list, repr=False)
+    _held: list[Reservation] = field(default_factory=list, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @classmethod
@@ -63,8 +63,8 @@ class Ledger:
         """Of questions and replies."""
         return self.prompt_tokens + self.reply_tokens
 
-    def admit(self, prompt: int, reply: int, tries: int) -> Permit:
-        """Leave for a question that other questions cannot take away; `settle` gives back what is not used.
+    def reserve(self, prompt: int, reply: int, tries: int) -> Reservation:
+        """Leave for a question that other questions cannot take away; `commit` gives back what is not used.
 
         Args:
             prompt: Tokens of the question, at most.
@@ -75,21 +75,23 @@ class Ledger:
             BudgetSpentError: If too little is left.
         """
         with self._lock:
-            calls = self.max_calls - self.calls - sum(permit.tries for permit in self._held)
-            tokens = self.max_tokens - self.tokens - sum(permit.tokens for permit in self._held) - prompt
+            calls = self.max_calls - self.calls - sum(reservation.tries for reservation in self._held)
+            tokens = self.max_tokens - self.tokens - sum(reservation.tokens for reservation in self._held) - prompt
             if calls < 1 or tokens < min(reply, _LEAST_REPLY):
                 raise BudgetSpentError(
                     f"the budget is spent: {self}; caps: {self.max_calls} calls, {self.max_tokens} tokens"
                 )
             room = min(reply, tokens)
-            permit = Permit(prompt + room, room, min(tries, calls))
-            self._held.append(permit)
-            return permit
+            reservation = Reservation(prompt + room, room, min(tries, calls))
+            self._held.append(reservation)
+            return reservation
 
-    def settle(self, permit: Permit, tries: int, prompt: int = 0, reply: int = 0, estimated: bool = False) -> None:
+    def commit(
+        self, reservation: Reservation, tries: int, prompt: int = 0, reply: int = 0, estimated: bool = False
+    ) -> None:
         """Counts what a question took in fact."""
         with self._lock:
-            self._held.remove(permit)
+            self._held.remove(reservation)
             self.calls += tries
             self.retries += max(0, tries - 1)
             self.prompt_tokens += prompt

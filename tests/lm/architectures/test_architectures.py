@@ -17,7 +17,7 @@ from instructedit.editors import build_editor, editor_names
 from instructedit.edits import Factors, LowRankEdit, load_edit
 from instructedit.errors import UserError
 from instructedit.lm.architectures import STATUS, architectures, markdown
-from instructedit.lm.forest import Forest
+from instructedit.lm.prefix_trees import PrefixTrees
 from instructedit.records import EditRequest
 
 KNOWN = architectures()
@@ -195,7 +195,7 @@ def test_prompts_of_one_beginning_see_what_they_see_alone(name):
     lm, top = tiny_lm(name), len(tiny_lm(name).blocks) - 1
     batch = lm.encode([(f"{' it was so' * 8} {prompt}", answer) for prompt, answer in PAIRS])
     kept = batch.attention_mask.bool()
-    assert len(Forest.of(batch.unpadded()).ids) == 1
+    assert len(PrefixTrees.of(batch.unpadded()).ids) == 1
     lm.cache.clear()
     torch.testing.assert_close(lm.prefixes.of(batch, top)[kept], lm.forward.up_to_block(batch, top)[kept], **CLOSE)
 

@@ -9,7 +9,7 @@ from tests.reference import relative
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from instructedit.lm.thin import FEW, _conv1d, _linear, small_batch_matmul
+from instructedit.lm.small_batch import FEW, _conv1d, _linear, small_batch_matmul
 
 
 def exact(layer, inputs):

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from instructedit.lm import FrozenLM
-from instructedit.lm.forest import Forest
+from instructedit.lm.prefix_trees import PrefixTrees
 from instructedit.lm.tokens import rows_of
 
 FRONT = "Task: CounterFact\nDescription: a sentence about the world that is to be changed.\nInput: "
@@ -27,41 +27,41 @@ ROWS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1,
 
 @given(rows=ROWS, width=st.integers(1, 20))
 def test_each_row_finds_itself_in_a_tree(rows, width):
-    forest = Forest.of(rows, width)
-    for row, places in zip(rows, forest.places, strict=True):
-        tree = int(places[0]) // forest.ids.shape[1]
-        assert forest.ids.flatten()[places].tolist() == row
-        assert forest.positions.flatten()[places].tolist() == list(range(len(row)))
-        within = places - tree * forest.ids.shape[1]
+    prefix_trees = PrefixTrees.of(rows, width)
+    for row, places in zip(rows, prefix_trees.places, strict=True):
+        tree = int(places[0]) // prefix_trees.ids.shape[1]
+        assert prefix_trees.ids.flatten()[places].tolist() == row
+        assert prefix_trees.positions.flatten()[places].tolist() == list(range(len(row)))
+        within = places - tree * prefix_trees.ids.shape[1]
         for number, place in enumerate(within.tolist()):
-            assert forest.sees[tree, place].nonzero().flatten().tolist() == within[: number + 1].tolist()
+            assert prefix_trees.sees[tree, place].nonzero().flatten().tolist() == within[: number + 1].tolist()
 
 
 @given(rows=ROWS, width=st.integers(1, 20))
 def test_trees_are_full_and_hold_nothing_twice(rows, width):
-    forest = Forest.of(rows, width)
+    prefix_trees = PrefixTrees.of(rows, width)
     members = {}
-    for row, places in zip(rows, forest.places, strict=True):
-        members.setdefault(int(places[0]) // forest.ids.shape[1], []).append((row, places.tolist()))
+    for row, places in zip(rows, prefix_trees.places, strict=True):
+        members.setdefault(int(places[0]) // prefix_trees.ids.shape[1], []).append((row, places.tolist()))
     sizes = []
     for inside in members.values():
         beginnings = {tuple(row[: end + 1]) for row, _ in inside for end in range(len(row))}
         sizes.append(len({place for _, places in inside for place in places}))
         assert sizes[-1] == len(beginnings)
         assert sizes[-1] <= width or all(row == inside[0][0] for row, _ in inside)
-    assert forest.ids.shape == (len(members), max(sizes))
+    assert prefix_trees.ids.shape == (len(members), max(sizes))
 
 
 def test_padding_sees_itself():
-    forest = Forest.of([[1] * 4, [2]], 4)
-    assert forest.ids.shape == (2, 4)
-    assert forest.sees.any(-1).all()  # a softmax over nothing would be nan
+    prefix_trees = PrefixTrees.of([[1] * 4, [2]], 4)
+    assert prefix_trees.ids.shape == (2, 4)
+    assert prefix_trees.sees.any(-1).all()  # a softmax over nothing would be nan
 
 
 @given(rows=ROWS, width=st.integers(1, 20))
 def test_states_come_back_row_by_row(rows, width):
-    forest = Forest.of(rows, width)
-    found = forest.states(forest.ids.unsqueeze(-1).double())
+    prefix_trees = PrefixTrees.of(rows, width)
+    found = prefix_trees.states(prefix_trees.ids.unsqueeze(-1).double())
     assert found.shape == (len(rows), max(map(len, rows)), 1)
     for row, states in zip(rows, found, strict=True):
         assert states.flatten()[: len(row)].tolist() == row
