@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,36 +19,8 @@ if TYPE_CHECKING:
     from instructedit.reports import EditCase, EditReport
 
 
-def main(
-    editor: str,
-    prompt: str | None = None,
-    target: str | None = None,
-    requests: str | None = None,
-    options: dict[str, Any] | None = None,
-    scale: str | None = None,
-    lm: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    task: str | None = None,
-    subject: str | None = None,
-    description: str | None = None,
-    instruction: str | None = None,
-    slots: dict[str, str] | None = None,
-    rephrase: list[str] | None = None,
-    neighbours: list[str] | None = None,
-    ask: list[str] | None = None,
-    joint: bool = False,
-    text: str = "tiny",
-    max_new_tokens: int = 12,
-    chat: bool = False,
-    json: str | None = None,
-    html: str | None = None,
-    save: str | None = None,
-    keep: str | None = None,
-    store: str | None = None,
-    rank: int | Literal["auto"] | None = None,
-    merge: str | None = None,
-) -> None:
+@dataclass
+class EditCommand:
     """Edits what a model says, and reports whether it took, what follows from it, and what else changed.
 
     Args:
@@ -90,33 +63,70 @@ def main(
             predicted tokens on what was asked stay. By default auto for edits of low rank; dense ones stay dense.
         merge: Folder to save a plain transformers model with the edit in its weights to.
     """
-    import instructedit as ie
 
-    _check_targets(save, merge)
-    reports = [_check_file(file, option) for file, option in ((json, "--json"), (html, "--html"))]
-    own = (prompt, target, subject, slots, rephrase, neighbours)
-    cases = _cases(requests, task) if requests and not any(own) else [_case(requests, task, *own)]
-    if merge and len(cases) > 1 and not joint:
-        raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
-    places = _places(keep, store, 1 if joint else len(cases))
-    at = Scale.load(scale) if scale else None
-    model = _model(at, lm, device, dtype, chat)
-    method = _method(editor, model, options, at)
-    if merge and not method.changes_weights:
-        raise UserError(f"--merge: edits of {method.name!r} are no change of weights, so no model can hold them")
-    report = ie.edit(
-        model, method, cases, joint=joint, ask=ask or (), text=text, max_new_tokens=max_new_tokens,
-        description=description, instruction=instruction, progress=_progress(method.name),
-    )  # fmt: skip
-    _show(report)
-    for file, write in zip(reports, (report.save_json, report.save_html), strict=True):
-        if file:
-            write(file)
-    if save or keep:
-        _keep(model, report, rank, Path(save) if save else None, places)
-    if merge:
-        model.merge(report.edits[0]).save_pretrained(merge)
-        model.tokenizer.save_pretrained(merge)
+    editor: str
+    prompt: str | None = None
+    target: str | None = None
+    requests: str | None = None
+    options: dict[str, Any] | None = None
+    scale: str | None = None
+    lm: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    task: str | None = None
+    subject: str | None = None
+    description: str | None = None
+    instruction: str | None = None
+    slots: dict[str, str] | None = None
+    rephrase: list[str] | None = None
+    neighbours: list[str] | None = None
+    ask: list[str] | None = None
+    joint: bool = False
+    text: str = "tiny"
+    max_new_tokens: int = 12
+    chat: bool = False
+    json: str | None = None
+    html: str | None = None
+    save: str | None = None
+    keep: str | None = None
+    store: str | None = None
+    rank: int | Literal["auto"] | None = None
+    merge: str | None = None
+
+    def __call__(self) -> None:
+        """Runs the command."""
+        import instructedit as ie
+
+        _check_targets(self.save, self.merge)
+        reports = [_check_file(file, option) for file, option in ((self.json, "--json"), (self.html, "--html"))]
+        own = (self.prompt, self.target, self.subject, self.slots, self.rephrase, self.neighbours)
+        cases = (
+            _cases(self.requests, self.task)
+            if self.requests and not any(own)
+            else [_case(self.requests, self.task, *own)]
+        )
+        if self.merge and len(cases) > 1 and not self.joint:
+            raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
+        places = _places(self.keep, self.store, 1 if self.joint else len(cases))
+        at = Scale.load(self.scale) if self.scale else None
+        model = _model(at, self.lm, self.device, self.dtype, self.chat)
+        method = _method(self.editor, model, self.options, at)
+        if self.merge and not method.changes_weights:
+            raise UserError(f"--merge: edits of {method.name!r} are no change of weights, so no model can hold them")
+        report = ie.edit(
+            model, method, cases, joint=self.joint, ask=self.ask or (), text=self.text,
+            max_new_tokens=self.max_new_tokens, description=self.description, instruction=self.instruction,
+            progress=_progress(method.name),
+        )  # fmt: skip
+        _show(report)
+        for file, write in zip(reports, (report.save_json, report.save_html), strict=True):
+            if file:
+                write(file)
+        if self.save or self.keep:
+            _keep(model, report, self.rank, Path(self.save) if self.save else None, places)
+        if self.merge:
+            model.merge(report.edits[0]).save_pretrained(self.merge)
+            model.tokenizer.save_pretrained(self.merge)
 
 
 def _cases(requests: str, task: str | None) -> list[EditCase]:
@@ -220,3 +230,6 @@ def _show(report: EditReport) -> None:
     terminal = console()
     for part in tables(report):
         terminal.print(part)
+
+
+main = EditCommand
