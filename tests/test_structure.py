@@ -50,19 +50,12 @@ def imported(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
                     yield node.lineno, [*alias.name.split("."), "__init__"][1]
 
 
-#: The LM's facade: the rooms behind it name it in annotations, which import nothing.
-FACADE = "instructedit.lm.frozen"
-
-
-def modules(name: str, tree: ast.AST, known: set[str]) -> Iterator[str]:
+def modules(tree: ast.AST, known: set[str]) -> Iterator[str]:
     """The package's modules that a module imports anywhere: ``from a import b`` means ``a.b`` if that is a module."""
-    annotated = (n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
-    inside_lm = name.startswith("instructedit.lm.")
-    left_out = {each for n in annotated if inside_lm for each in n.body if getattr(each, "module", "") == FACADE}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom) and node not in left_out:
+        elif isinstance(node, ast.ImportFrom):
             full = [f"{node.module}.{each.name}" for each in node.names]
             yield from (found for each in full if (found := each if each in known else str(node.module)) in known)
 
@@ -71,7 +64,7 @@ def circles(trees: dict[str, ast.Module]) -> list[list[str]]:
     """Groups of modules in which each one reaches each other one by its imports: strongly connected components."""
     named = {f"instructedit.{path.removesuffix('.py')}".replace("/", "."): tree for path, tree in trees.items()}
     named = {name.removesuffix(".__init__"): tree for name, tree in named.items()}
-    graph = {name: set(modules(name, tree, set(named))) for name, tree in named.items()}
+    graph = {name: set(modules(tree, set(named))) for name, tree in named.items()}
 
     def reached(name: str) -> set[str]:
         found: set[str] = set()
@@ -129,8 +122,7 @@ def test_a_circle_is_noticed():
         "b.py": "from instructedit.a.one import One\nfrom instructedit.c import C",
         "c.py": "import instructedit.c as myself",
         "d.py": "import torch\nfrom instructedit.a.one import One",
-        "lm/frozen.py": "from instructedit.lm import annotated, used",
-        "lm/annotated.py": "if TYPE_CHECKING:\n    from instructedit.lm.frozen import FrozenLM",
+        "lm/frozen.py": "from instructedit.lm import used",
         "lm/used.py": "def f():\n    from instructedit.lm.frozen import FrozenLM",
     }
     trees = {path: ast.parse(text) for path, text in code.items()}
@@ -254,3 +246,80 @@ def test_everything_public_says_what_it_is():
     for path, tree in TREES.items():
         silent += [f"{path}: {name}" for name, node, of in public(tree) if not of and not ast.get_docstring(node)]
     assert silent == []
+
+
+# -- the rooms of lm/ ---------------------------------------------------------------------------------------------
+
+#: From the ground up: a room imports from those of earlier lines alone.
+ROOMS = (
+    ("tokens", "joining", "gguf", "hooks", "feed_forward", "chunked_logits", "fingerprint"),
+    ("architectures", "prefix_trees"),
+    ("text", "sites", "tryout", "reading", "small_batch", "cache"),
+    ("forward", "pretrained", "decoding", "adapters"),
+    ("edit_sites", "loading"),
+    ("applied",),
+    ("prefix_states", "tree_decoding", "merging"),
+    ("row_states",),
+    ("context",),
+    ("scores", "generation"),
+    ("capture",),
+    ("frozen",),
+    ("own_text",),
+    ("covariance",),
+)  # fmt: skip
+
+
+def rooms_upwards(trees: dict[str, ast.Module]) -> list[str]:
+    """Imports of a room of lm/ from its own line or a later one."""
+    known = {f"instructedit.lm.{name}": line for line, names in enumerate(ROOMS) for name in names}
+    found = []
+    for path, tree in trees.items():
+        if path.startswith("lm/") and path != "lm/__init__.py":
+            own = path.removeprefix("lm/").removesuffix(".py").split("/")[0]
+            used = {
+                other.split(".")[2]
+                for other in modules(tree, {*known, *DEEPER})
+                if other.startswith("instructedit.lm.")
+            }
+            level = known[f"instructedit.lm.{own}"]
+            found += [f"{own} imports {other}" for other in used - {own} if known[f"instructedit.lm.{other}"] >= level]
+    return sorted(found)
+
+
+DEEPER = {f"instructedit.lm.cache.{Path(path).stem}" for path in TREES if path.startswith("lm/cache/")}
+
+
+def test_rooms_of_the_lm_use_only_what_lies_below_them():
+    assert rooms_upwards(TREES) == []
+
+
+def test_a_room_that_reaches_up_is_noticed():
+    code = {
+        "lm/forward.py": "from instructedit.lm.scores import Scores",
+        "lm/cache/disk.py": "from instructedit.lm.cache.shard import Shard\nfrom instructedit.lm import hooks, text",
+    }
+    trees = {path: ast.parse(lines) for path, lines in code.items()}
+    assert rooms_upwards(trees) == ["cache imports text", "forward imports scores"]
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------------
+
+FILE, CLASS, FUNCTION, MOST_FUNCTIONS = 400, 250, 80, 25
+
+
+def sizes(kinds: type | tuple[type, ...]) -> dict[str, int]:
+    """Lines of each function or class, from its ``def`` to its end."""
+    return {
+        f"{path}:{node.name}:{node.lineno}": node.end_lineno - node.lineno + 1
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, kinds)
+    }
+
+
+def test_files_classes_and_functions_are_small():
+    files = {path: (SOURCE / path).read_text().count("\n") for path in TREES}
+    functions = sizes((ast.FunctionDef, ast.AsyncFunctionDef))
+    for lines, limit in ((files, FILE), (sizes(ast.ClassDef), CLASS), (functions, FUNCTION)):
+        assert {name: count for name, count in lines.items() if count > limit} == {}
+    assert sorted(functions.values())[int(0.9 * len(functions))] <= MOST_FUNCTIONS
