@@ -22,7 +22,7 @@ from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor, is_place
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor, RenderedRecord
-from instructedit.lm import FrozenLM, Site
+from instructedit.lm import FrozenLM, Site, Text
 from instructedit.records import EditRequest
 from instructedit.registry import plugin, plugins
 
@@ -58,6 +58,9 @@ class Editor(nn.Module, ABC):
     #: Whether the method's own kind of layer is the MLP's output projection alone, rather than all its layers.
     OUTPUT_SITES: ClassVar[bool] = False
 
+    #: Whether instructions are read beside a request, rather than in front of its prompt.
+    INSTRUCTIONS_APART: ClassVar[bool] = False
+
     instructions: bool = False
     blocks: Sequence[int] | None = (-3, -2, -1)
     site_names: Sequence[str] | None = None
@@ -79,6 +82,11 @@ class Editor(nn.Module, ABC):
         if not self._lm:
             raise UserError(f"editor {self.name!r} is not bound to an LM yet: use build_editor or load_editor")
         return self._lm[0]
+
+    @property
+    def text(self) -> Text:
+        """How requests, and the probes of a training step, become tokens."""
+        return self.lm.text
 
     def bind(self, lm: FrozenLM) -> Self:
         """Chooses the sites in the LM and builds what depends on their shapes.
@@ -197,7 +205,7 @@ class Editor(nn.Module, ABC):
             UserError: If it takes none, and a free sentence is given.
         """
         if self.instructions:
-            return Instructor(split, description, seed, instruction)  # type: ignore[arg-type]
+            return Instructor(split, description, seed, instruction, self.INSTRUCTIONS_APART)  # type: ignore[arg-type]
         if instruction is not None:
             raise UserError(f"editor {self.name!r} reads no instructions (instructions: false), but one is given")
         return None
@@ -211,11 +219,11 @@ class Editor(nn.Module, ABC):
         keys = keys or [""] * len(requests)
         prefixes = [instructor.prefix(r, key=k) if instructor else "" for r, k in zip(requests, keys, strict=True)]
         names = [f"record {k}" for k in keys] if any(keys) else ()
-        return batch_requests(self.lm.text, requests, prefixes, names).to(self.lm.device)
+        return batch_requests(self.text, requests, prefixes, names, self.INSTRUCTIONS_APART).to(self.lm.device)
 
     def rendered_requests(self, rendered: Sequence[RenderedRecord]) -> RequestBatch:
         """Tokenises the requests of rendered records for this editor's LM, on its device."""
-        return batch_rendered(self.lm.text, rendered).to(self.lm.device)
+        return batch_rendered(self.text, rendered).to(self.lm.device)
 
     # -- disk -----------------------------------------------------------------------------------------------------
 

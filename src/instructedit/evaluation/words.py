@@ -81,7 +81,7 @@ def _continued(
 def fluency_rows(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], settings: Evaluation) -> list[Row]:
     """Fluency of sampled text (top 5 tokens, as in ROME's measure) after the prompts of records with replies."""
     chosen = [i for i, one in enumerate(rendered) if one.record.of(*REPLIES)]
-    prompts = [rendered[i].prompt for i in chosen]
+    prompts = [rendered[i].ask(rendered[i].record.reliability) for i in chosen]
     tokens = min(settings.fluency_tokens, lm.max_length - max(map(len, lm.text.prompts(prompts)), default=0))
     seeds = [f"{settings.seed} {rendered[i].record.id}" for i in chosen]
 

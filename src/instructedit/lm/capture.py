@@ -74,7 +74,7 @@ def observe(
     return seen
 
 
-def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str]) -> Captured:
+def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None) -> Captured:
     """Takes the gradient of each row's edit loss at the sites (see `FrozenLM.capture`)."""
     forward = scores.forward
     u: dict[str, Tensor] = {}
@@ -86,10 +86,10 @@ def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str]) -> Captured
     def apart(flat: Tensor) -> Tensor:
         return flat.reshape(len(batch), -1, flat.shape[-1])  # some MLPs see all rows as one
 
-    start = forward.resumed_from(scores.applied.sites.first_block(sites))
-    with torch.enable_grad(), forward.own_dtype(), ExitStack() as stack:
-        # A clone, since states that a cache gives may have been made in inference mode.
-        hidden = scores.prefix.of(batch, start).clone().requires_grad_()
+    start = forward.resumed_from(scores.applied.sites.first_block([*sites, *(edit.sites if edit else ())]))
+    # A clone, since states that a cache gives may have been made in inference mode.
+    hidden = scores.prefix.of(batch, start).clone().requires_grad_()
+    with torch.enable_grad(), forward.own_dtype(), scores.applied.at_layers(edit, None), ExitStack() as stack:
         for site in sites:
             handle = forward.model.get_submodule(site).register_forward_hook(functools.partial(keep, site))
             stack.callback(handle.remove)
