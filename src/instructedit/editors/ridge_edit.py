@@ -15,7 +15,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.mend import Mend, ResidualLayers, SiteTokens
@@ -99,9 +98,9 @@ class Condition(nn.Module):
 class RidgeEdit(Mend):
     """Makes ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ of a request's keys K, and values V that a hypernetwork reads off δ.
 
-    With C = λ₀ E[u uᵀ] + λ₁ I and v_t = −α (norm(u_t)ᵀ ũ_t / in) δ̃_t. A second step edits the edited model once more, by
-    what is left of the gradient and a smaller network. The request is read without its instruction, which scales and
-    shifts the hypernetwork's layers instead.
+    With C = λ₀ E[u uᵀ] + λ₁ I and v_t = −α (norm(u_t)ᵀ ũ_t / in) δ̃_t. A second step edits the edited model once more,
+    by what is left of the gradient and a smaller network. The request is read without its instruction, which scales
+    and shifts the hypernetwork's layers instead.
 
     Args:
         steps: 1, or 2 with the second step.
@@ -139,7 +138,8 @@ class RidgeEdit(Mend):
             if self.steps > 1
         )
         self.conditions = nn.ModuleList(
-            Condition(2 * self.lm.width, self.film_rank, sizes, layers) for _ in range(self.steps if self.film_rank else 0)
+            Condition(2 * self.lm.width, self.film_rank, sizes, layers)
+            for _ in range(self.steps if self.film_rank else 0)
         )
         self.log_alpha_second = nn.Parameter(self.log_alpha.detach().clone())
         start = torch.tensor([PRIOR, IDENTITY]) * torch.tensor([[site.shape[0]] for site in self.sites])
@@ -176,7 +176,8 @@ class RidgeEdit(Mend):
         norms = (network.norm_u, network.norm_delta)
         # What is left after the first step is measured by the first step's statistics: less is left, less is changed.
         u, delta = (
-            norm(x) if step == 0 else norm.standardised(x) for norm, x in zip(norms, (tokens.u, tokens.delta), strict=True)
+            norm(x) if step == 0 else norm.standardised(x)
+            for norm, x in zip(norms, (tokens.u, tokens.delta), strict=True)
         )
         layers = network if step == 0 else self.further[group]
         new = layers.layers(torch.cat([u, delta], -1), tokens.site, films[group], tokens.row)

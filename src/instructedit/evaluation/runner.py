@@ -74,7 +74,10 @@ def _alike(lm: FrozenLM, rendered: Sequence[RenderedRecord], settings: Evaluatio
     if settings.fluency_tokens:
         share = settings.text_tokens // settings.tokens
         beside = settings.fluency_tokens + lm.row_tokens
-        texts = [math.ceil((len(ids) + beside) / share) for ids in lm.text.prompts([one.ask(one.record.reliability) for one in rendered])]
+        texts = [
+            math.ceil((len(ids) + beside) / share)
+            for ids in lm.text.prompts([one.ask(one.record.reliability) for one in rendered])
+        ]
         room = [max(r, text) if s else r for r, text, s in zip(room, texts, spoken, strict=True)]
     for kind in (True, False):
         numbers = [i for i, s in enumerate(spoken) if s == kind]
