@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from instructedit.edits import Factors, LowRankEdit
 from instructedit.lm import Text
 from instructedit.lm.moments import second_moments
 from instructedit.lm.own_text import text_for
-from instructedit.lm.tokens import rows_of
+from instructedit.lm.tokens import TokenBatch, rows_of
 
 #: Where the weights λ₀ of the prior and λ₁ of the identity start, as shares of a key's squared size.
 PRIOR, IDENTITY = 1.0, 0.1
@@ -99,12 +99,14 @@ class RidgeEdit(Mend):
     """Makes ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ of a request's keys K, and values V that a hypernetwork reads off δ.
 
     With C = λ₀ E[u uᵀ] + λ₁ I and v_t = −α (norm(u_t)ᵀ ũ_t / in) δ̃_t. A second step edits the edited model once more,
-    by what is left of the gradient and a smaller network. The request is read without its instruction, which scales
-    and shifts the hypernetwork's layers instead.
+    by what is left of the gradient and a smaller network. The first step reads the request without its instruction,
+    which scales and shifts the hypernetwork's layers instead.
 
     Args:
         steps: 1, or 2 with the second step.
         second_rank: Of the second step's layers.
+        second_reads: What the second step's gradient is of: the ``plain`` request, or ``both``, the request behind
+            its instruction too.
         ridge: Solve for the update; else it is MEND's Σ_t −α δ̃_t ũ_tᵀ.
         film_rank: Width through which an instruction conditions the layers; 0 leaves instructions unread.
         ends: Teach the model to end its text behind a target.
@@ -118,6 +120,7 @@ class RidgeEdit(Mend):
     instructions: bool = True
     steps: int = 2
     second_rank: int = 64
+    second_reads: Literal["plain", "both"] = "both"
     ridge: bool = True
     film_rank: int = 64
     ends: bool = True
@@ -159,14 +162,25 @@ class RidgeEdit(Mend):
         states = self._instruction_states(batch)
         made: LowRankEdit | None = None
         for step in range(self.steps):
-            captured = self.lm.capture(batch.tokens, self.names, made.detach() if made else None)
-            films = self.conditions[step](states) if self.film_rank else [None] * len(self.groups)
+            tokens = self._readings(batch) if step else batch.tokens
+            rows = torch.arange(len(tokens), device=tokens.device) % len(batch)
+            films = self.conditions[step](states[rows]) if self.film_rank else [None] * len(self.groups)
+            captured = self.lm.capture(tokens, self.names, made.detach() if made else None, rows if made else None)
             found = self.factors(captured, partial(self._values, step, films))
+            found = {name: _joined(factors, len(batch)) for name, factors in found.items()}
             if self.ridge:
                 found = {name: self._solved(name, *factors) for name, factors in found.items()}
             made = LowRankEdit(found) if made is None else _behind(made, found)
         assert made is not None
         return made
+
+    def _readings(self, batch: RequestBatch) -> TokenBatch:
+        """What the second step's gradient is of: request i is row i, and where it is read twice also row n + i."""
+        if self.second_reads == "plain" or not any(batch.instructions):
+            return batch.tokens
+        pairs = zip(batch.instructions, batch.requests, strict=True)
+        instructed = self.text.encode([(text + r.prompt, r.target) for text, r in pairs]).to(batch.tokens.device)
+        return TokenBatch.cat([batch.tokens, instructed])
 
     def _values(
         self, step: int, films: Sequence[Tensor | None], group: int, tokens: SiteTokens
@@ -214,6 +228,12 @@ class RidgeEdit(Mend):
         rates = [self.log_alpha, self.log_alpha_second, self.log_ridge]
         known = {id(rate) for rate in rates}
         return {"network": [p for p in self.parameters() if id(p) not in known], "edit_rates": rates}
+
+
+def _joined(factors: Factors, requests: int) -> Factors:
+    """Factors of all readings of a request, one behind the other: [readings · n, rank, …] → [n, readings · rank, …]."""
+    a, b = (f.unflatten(0, (-1, requests)).transpose(0, 1).flatten(1, 2) for f in factors)
+    return Factors(a, b)
 
 
 def _behind(first: LowRankEdit, second: dict[str, Factors]) -> LowRankEdit:

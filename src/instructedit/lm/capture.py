@@ -74,7 +74,9 @@ def observe(
     return seen
 
 
-def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None) -> Captured:
+def capture(
+    scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None
+) -> Captured:
     """Takes the gradient of each row's edit loss at the sites (see `FrozenLM.capture`)."""
     forward = scores.forward
     u: dict[str, Tensor] = {}
@@ -89,7 +91,7 @@ def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit 
     start = forward.resumed_from(scores.applied.sites.first_block([*sites, *(edit.sites if edit else ())]))
     # A clone, since states that a cache gives may have been made in inference mode.
     hidden = scores.prefix.of(batch, start).clone().requires_grad_()
-    with torch.enable_grad(), forward.own_dtype(), scores.applied.at_layers(edit, None), ExitStack() as stack:
+    with torch.enable_grad(), forward.own_dtype(), scores.applied.at_layers(edit, rows), ExitStack() as stack:
         for site in sites:
             handle = forward.model.get_submodule(site).register_forward_hook(functools.partial(keep, site))
             stack.callback(handle.remove)

@@ -345,7 +345,9 @@ class FrozenLM:
         """
         return capture.observe(self.scores, batch, sites, edit, rows, cached)
 
-    def capture(self, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None) -> Captured:
+    def capture(
+        self, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None
+    ) -> Captured:
         """What the edit loss of each row shows at the sites.
 
         Only the blocks from the first site upward run forward and backward, and no weight gets a gradient.
@@ -353,9 +355,10 @@ class FrozenLM:
         Args:
             batch: One edit request a row.
             sites: Names of the layers.
-            edit: The edits to apply, one for each row, or one for all.
+            edit: The edits to apply.
+            rows: Which edit each row has.
         """
-        return capture.capture(self.scores, batch, sites, edit)
+        return capture.capture(self.scores, batch, sites, edit, rows)
 
     # -- edits ----------------------------------------------------------------------------------------------------
 
