@@ -19,6 +19,7 @@ OPTIONS = {
     "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05},
     "ridge_edit": {"rank": 6, "edit_rate": 0.5, "text_source": "tiny", "tokens": 2000},
     "rome": {"text": "tiny", "tokens": 5000}, "memit": {"text": "tiny", "tokens": 5000},
+    "alpha_edit": {"text": "tiny", "tokens": 5000, "contexts": 0},
     "grace": {"steps": 30}, "calinet": {"steps": 30}, "t_patcher": {"text": "tiny", "memory": 1000, "steps": 30},
 }  # fmt: skip
 #: Methods whose untrained edits change nothing: they are tested as if training had moved them.

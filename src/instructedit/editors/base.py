@@ -84,7 +84,7 @@ class Editor(nn.Module, ABC):
         return self._lm[0]
 
     @property
-    def text(self) -> Text:
+    def tokenization(self) -> Text:
         """How requests, and the probes of a training step, become tokens."""
         return self.lm.text
 
@@ -219,11 +219,11 @@ class Editor(nn.Module, ABC):
         keys = keys or [""] * len(requests)
         prefixes = [instructor.prefix(r, key=k) if instructor else "" for r, k in zip(requests, keys, strict=True)]
         names = [f"record {k}" for k in keys] if any(keys) else ()
-        return batch_requests(self.text, requests, prefixes, names, self.INSTRUCTIONS_APART).to(self.lm.device)
+        return batch_requests(self.tokenization, requests, prefixes, names, self.INSTRUCTIONS_APART).to(self.lm.device)
 
     def rendered_requests(self, rendered: Sequence[RenderedRecord]) -> RequestBatch:
         """Tokenises the requests of rendered records for this editor's LM, on its device."""
-        return batch_rendered(self.text, rendered).to(self.lm.device)
+        return batch_rendered(self.tokenization, rendered).to(self.lm.device)
 
     # -- disk -----------------------------------------------------------------------------------------------------
 

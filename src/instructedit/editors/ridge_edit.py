@@ -149,7 +149,7 @@ class RidgeEdit(Mend):
         self.log_ridge = nn.Parameter(start.log())
 
     @property
-    def text(self) -> Text:
+    def tokenization(self) -> Text:
         return self._text
 
     @torch.no_grad()

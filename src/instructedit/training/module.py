@@ -115,7 +115,7 @@ class EditingModule(L.LightningModule):
 
         Call this before the Trainer is given the two; the command line does it by itself.
         """
-        data.connect(self.editor.text, self.editor.instructor)
+        data.connect(self.editor.tokenization, self.editor.instructor)
         self._data = data
 
     @property
