@@ -89,6 +89,11 @@ def _evaluated(
     edit = _edit(editor, rendered)
     for watcher in watchers:
         watcher([one.record for one in rendered], edit)
+    return ask(lm, edit, rendered, settings)
+
+
+def ask(lm: FrozenLM, edit: Edit, rendered: list[RenderedRecord], settings: Evaluation) -> list[Row]:
+    """Scores every probe of records under their edits: an edit for each record, or one that serves them all."""
     rows = scored(lm, edit, list(questions(rendered, settings.replies)), settings.tokens)
     if settings.generate:
         answer_freely(lm, edit, rows, rendered, settings.tokens)
