@@ -102,6 +102,15 @@ def ask(lm: FrozenLM, edit: Edit, rendered: list[RenderedRecord], settings: Eval
     return rows
 
 
+def ask_all(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], settings: Evaluation) -> list[Row]:
+    """Scores every probe of any number of records under one edit; rows are in the order of the records."""
+    rows: list[Row] = []
+    for numbers in _alike(lm, rendered, settings):
+        found = ask(lm, edit, [rendered[i] for i in numbers], settings)
+        rows += [row | {"owner": numbers[row["owner"]]} for row in found]
+    return sorted(rows, key=lambda row: row["owner"])
+
+
 def _edit(editor: Editor, rendered: Sequence[RenderedRecord]) -> Edit:
     training = editor.training
     editor.eval()
