@@ -178,12 +178,13 @@ def test_scores_are_those_of_the_model_with_the_edits_in_its_weights(lm):
     editor = built("mend", lm)
     found = ie.edit_sequence(lm, editor, records(), score_every=3)
     assert (found.stopped, len(found.table)) == ("", (4 + 3 + 4) * 3)
-    by_count = {n: ie.edit_sequence(lm, editor, records(n)).edit for n in (1, 2, 3, 4)}
+    edit_of = {2: ie.edit_sequence(lm, editor, records(2)).edit, 4: found.edit}
     settings = Evaluation(generate=False, fluency_tokens=0)
-    for edits, rows in found.table.groupby("edits"):
-        merged = ie.FrozenLM(lm.merge(by_count[edits]), lm.tokenizer, "merged")
+    before = ie.evaluate(lm, ie.build_editor("unedited", lm), records(), settings).table
+    for edits, edit in edit_of.items():
+        rows = found.table[found.table["edits"] == edits]
+        merged = ie.FrozenLM(lm.merge(edit), lm.tokenizer, "merged")
         plain = ie.evaluate(merged, ie.build_editor("unedited", merged), records(), settings).table
-        before = ie.evaluate(lm, ie.build_editor("unedited", lm), records(), settings).table
         keys = ["record", "kind"]
         both = rows.merge(plain, on=keys, suffixes=("", "_plain")).merge(before, on=keys, suffixes=("", "_unedited"))
         assert len(both) == len(rows)

@@ -78,7 +78,7 @@ def curves_figure(curves: pd.DataFrame, title: str = "") -> Figure:
 
     Args:
         curves: As of `sequence_curves`.
-        title: Above the panels.
+        title: At the foot, before what the points are.
     """
     from matplotlib.figure import Figure
 
@@ -89,7 +89,7 @@ def curves_figure(curves: pd.DataFrame, title: str = "") -> Figure:
     columns = max(map(len, panels.values()))
     handles: dict[str, Any] = {}
     with styled():
-        figure = Figure(figsize=(max(2.4 * columns, 4.8) + 0.4, 2.2 * len(tasks) + 1), layout="constrained")
+        figure = Figure(figsize=(max(2.4 * columns, 4.8) + 0.4, 2.2 * len(tasks) + 1.4), layout="constrained")
         grid = figure.subplots(len(tasks), columns, squeeze=False)
         for axes_row, (task, own) in zip(grid, rows.items(), strict=True):
             for axes, metric in zip(axes_row, panels[task], strict=False):
@@ -101,9 +101,10 @@ def curves_figure(curves: pd.DataFrame, title: str = "") -> Figure:
                 axes.set_axis_off()
             axes_row[0].set_ylabel(task)
         legend(figure, handles)
-        figure.suptitle(title, fontsize=10, fontweight="bold")
-        note = "; ".join(f"{name}: {meaning}" for name, meaning in GROUPS.items())
-        figure.supxlabel(f"Points: means over records (× 100). Bands: bootstrap intervals.\n{note}.", **CAPTION)
+        heading = f"{title}. " if title else ""
+        lines = [f"{heading}Points: means over records (× 100). Band: bootstrap interval of all."]
+        lines += [f"{name}: {meaning}" for name, meaning in GROUPS.items()]
+        figure.supxlabel("\n".join(lines), **CAPTION)
     return figure
 
 
