@@ -14,6 +14,7 @@ from instructedit.paths import check_writable
 
 if TYPE_CHECKING:
     from instructedit.editors import Editor
+    from instructedit.evaluation import EditSequence
     from instructedit.lm import FrozenLM
     from instructedit.reports import EditCase, EditReport
 
@@ -37,6 +38,11 @@ def main(
     neighbours: list[str] | None = None,
     ask: list[str] | None = None,
     joint: bool = False,
+    sequential: bool = False,
+    score_every: int = 100,
+    batch_size: int = 1,
+    sample: int | None = None,
+    out: str | None = None,
     text: str = "tiny",
     max_new_tokens: int = 12,
     chat: bool = False,
@@ -76,6 +82,12 @@ def main(
         neighbours: Prompts whose answers should stay; by default ten are drawn from the embedded facts.
         ask: Further prompts to ask before and after.
         joint: Make one edit of all requests.
+        sequential: Make one edit after another on a model that carries those before, and show how the metrics go over
+            the number of edits: right after each edit, and again at checkpoints.
+        score_every: Edits between two checkpoints of a sequence.
+        batch_size: Requests that one edit of a sequence serves.
+        sample: How many requests of a sequence are scored again at the checkpoints, at most; by default all.
+        out: Folder for the tables and the figure of a sequence.
         text: Plain text on which it is measured how far unrelated predictions moved: a file, a hub id, or sampled
             (what the model says itself); by default the embedded sentences.
         max_new_tokens: Length of the answers.
@@ -91,22 +103,34 @@ def main(
         merge: Folder to save a plain transformers model with the edit in its weights to.
     """
     import instructedit as ie
+    from instructedit.reports.sequences import case_records
 
     _check_targets(save, merge)
     reports = [_check_file(file, option) for file, option in ((json, "--json"), (html, "--html"))]
     own = (prompt, target, subject, slots, rephrase, neighbours)
     cases = _cases(requests, task) if requests and not any(own) else [_case(requests, task, *own)]
-    if merge and len(cases) > 1 and not joint:
+    if merge and len(cases) > 1 and not (joint or sequential):
         raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
+    _check_sequence(
+        sequential, out, {"joint": joint, "json": json, "html": html, "keep": keep, "rank": rank, "ask": ask}
+    )
     places = _places(keep, store, 1 if joint else len(cases))
     at = Scale.load(scale) if scale else None
     model = _model(at, lm, device, dtype, chat)
     method = _method(editor, model, options, at)
     if merge and not method.changes_weights:
         raise UserError(f"--merge: edits of {method.name!r} are no change of weights, so no model can hold them")
+    if sequential:
+        settings = ie.Evaluation(generate=False, fluency_tokens=0, description=description, instruction=instruction)
+        found = ie.edit_sequence(
+            model, method, case_records(model, cases), score_every=score_every, batch_size=batch_size, sample=sample,
+            settings=settings, progress=_progress(f"{method.name} makes edit after edit", "edit"),
+        )  # fmt: skip
+        _finish_sequence(model, found, out, save, merge)
+        return
     report = ie.edit(
         model, method, cases, joint=joint, ask=ask or (), text=text, max_new_tokens=max_new_tokens,
-        description=description, instruction=instruction, progress=_progress(method.name),
+        description=description, instruction=instruction, progress=_progress(f"{method.name} edits and asks"),
     )  # fmt: skip
     _show(report)
     for file, write in zip(reports, (report.save_json, report.save_html), strict=True):
@@ -156,11 +180,49 @@ def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None, scale: Sc
     return any_editor(editor, lm, own | (options or {}))
 
 
-def _progress(editor: str) -> Any:
+def _progress(what: str, unit: str = "batch") -> Any:
     """A bar on the terminal for what takes more than a second."""
     from tqdm import tqdm
 
-    return partial(tqdm, desc=f"{editor} edits and asks", unit=" batch", leave=False, delay=1, file=sys.stderr)
+    return partial(tqdm, desc=what, unit=f" {unit}", leave=False, delay=1, file=sys.stderr)
+
+
+def _check_sequence(sequential: bool, out: str | None, others: dict[str, Any]) -> None:
+    """Finds out before the work whether what is asked for suits a sequence, and where its tables go."""
+    if out and not sequential:
+        raise UserError("--out is the folder of a sequence: add --sequential, or take --json or --html")
+    if out:
+        check_writable(out, "--out")
+    if sequential and (given := [f"--{name}" for name, value in others.items() if value]):
+        raise UserError(
+            f"--sequential does not go with {given[0]}; what a sequence leaves is --out, --save and --merge"
+        )
+
+
+def _finish_sequence(lm: FrozenLM, found: EditSequence, out: str | None, save: str | None, merge: str | None) -> None:
+    """Prints a sequence's table and writes what is wanted.
+
+    Raises:
+        UserError: After that, if the sequence ended early.
+    """
+    from instructedit.analysis.curves import curves_table
+
+    console().print(curves_table(found.curves))
+    costs = found.costs
+    print(
+        f"{costs['edits'].iloc[-1]} edits; {costs['seconds'].median():.2f} s each (median), "
+        f"{costs['bytes'].iloc[-1] / 1e6:.1f} MB carried"
+    )
+    if out:
+        print(f"tables and figure: {found.save(out)}")
+    if save and found.edit is not None:
+        lm.save(found.edit, save)
+        print(f"saved to {save}: one edit that does what all did")
+    if merge and found.edit is not None:
+        lm.merge(found.edit).save_pretrained(merge)
+        lm.tokenizer.save_pretrained(merge)
+    if found.stopped:
+        raise UserError(f"the sequence ended early: {found.stopped}")
 
 
 def _check_file(file: str | None, option: str) -> Path | None:

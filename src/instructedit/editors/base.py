@@ -120,6 +120,26 @@ class Editor(nn.Module, ABC):
         """N requests → one edit that serves them all. A method that solves for many at once says how."""
         return self.make(batch).joined()
 
+    def begin_sequence(self) -> Any:
+        """What the editor keeps over a sequence of edits, passed on from one to the next by `make_next`.
+
+        By default None: an edit depends on those before it only through the model, which carries them.
+        """
+        return None
+
+    def make_next(self, batch: RequestBatch, state: Any) -> tuple[Edit, Any]:
+        """The next edit of a sequence, made while the model has those before it on.
+
+        Args:
+            batch: N requests.
+            state: What `begin_sequence` or the last call gave.
+
+        Returns:
+            One edit that serves all of them, to be put on top of those before (`instructedit.edits.add`), and the
+            state for the next call.
+        """
+        return self.make_together(batch), state
+
     def objective(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
         """The outer loss of a training step, ``loss``, and the parts of it to be logged; scalars.
 
@@ -179,7 +199,7 @@ class Editor(nn.Module, ABC):
             with torch.inference_mode(False), torch.no_grad():
                 batch = self.requests(requests, self.instructor(description=description, instruction=instruction))
                 edit = (self.make_together(batch) if together else self.make(batch)).detach()
-                _numbers(edit, self.name)
+                check_finite(edit, self.name)
                 if self.REMEDY:
                     self._report(edit, batch)
                 return edit
@@ -257,8 +277,8 @@ class Editor(nn.Module, ABC):
         return {site.name: list(site.shape) for site in self.sites}
 
 
-def _numbers(edit: Edit, editor: str) -> Edit:
-    """The edit.
+def check_finite(edit: Edit, editor: str) -> None:
+    """Makes sure that an edit holds numbers.
 
     Raises:
         UserError: If it holds NaN or infinities.
@@ -267,7 +287,6 @@ def _numbers(edit: Edit, editor: str) -> Edit:
         raise UserError(
             f"editor {editor!r}: the edit is not finite at {broken[0]}; try dtype float32, or a smaller rate"
         )
-    return edit
 
 
 def _plain(value: Any) -> Any:

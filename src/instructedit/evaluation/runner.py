@@ -92,12 +92,26 @@ def _evaluated(
     edit = _edit(editor, rendered)
     for watcher in watchers:
         watcher([one.record for one in rendered], edit)
+    return ask(lm, edit, rendered, settings)
+
+
+def ask(lm: FrozenLM, edit: Edit, rendered: list[RenderedRecord], settings: Evaluation) -> list[Row]:
+    """Scores every probe of records under their edits: an edit for each record, or one that serves them all."""
     rows = scored(lm, edit, list(questions(rendered, settings.replies)), settings.tokens)
     if settings.generate:
         answer_freely(lm, edit, rows, rendered, settings.tokens)
     if settings.fluency_tokens:
         rows += fluency_rows(lm, edit, rendered, settings)
     return rows
+
+
+def ask_all(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], settings: Evaluation) -> list[Row]:
+    """Scores every probe of any number of records under one edit; rows are in the order of the records."""
+    rows: list[Row] = []
+    for numbers in _alike(lm, rendered, settings):
+        found = ask(lm, edit, [rendered[i] for i in numbers], settings)
+        rows += [row | {"owner": numbers[row["owner"]]} for row in found]
+    return sorted(rows, key=lambda row: row["owner"])
 
 
 def _edit(editor: Editor, rendered: Sequence[RenderedRecord]) -> Edit:

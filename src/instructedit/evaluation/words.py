@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from instructedit.edits import Edit
-from instructedit.evaluation.passes import passes
+from instructedit.evaluation.passes import edit_numbers, passes
 from instructedit.evaluation.questions import IN_SCOPE, REPLIES, Question
 from instructedit.evaluation.scoring import Row, row_of
 from instructedit.evaluation.settings import Evaluation
@@ -57,7 +57,7 @@ def _continued(
 
     Args:
         lm: The model.
-        edit: An edit for each owner.
+        edit: An edit for each owner, or one for all.
         these: Numbers of the prompts.
         owners: Of all prompts.
         prompts: All of them.
@@ -70,6 +70,7 @@ def _continued(
     applied = None if edit is None or edit.changes_nothing else edit
     ids = lm.text.prompts([prompts[i] for i in these])
     beside = [rooms[i] + lm.row_tokens for i in these]
+    owners = edit_numbers(applied, owners)
     groups = [0 if applied is None else owners[i] for i in these]
     for places in passes(ids, groups, size, beside, trees and lm.decodes_trees(applied)):
         chunk = [these[place] for place in places]
