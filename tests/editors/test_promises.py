@@ -17,7 +17,7 @@ from instructedit.registry import plugin
 #: What a random LM samples of itself takes long to make, and is no better than the embedded text.
 OPTIONS = {
     "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05},
-    "ridge_edit": {"rank": 6, "edit_rate": 0.5, "text_source": "tiny", "tokens": 2000},
+    "ridge_edit": {"rank": 6, "edit_rate": 0.5, "text": "tiny", "tokens": 2000},
     "rome": {"text": "tiny", "tokens": 5000}, "memit": {"text": "tiny", "tokens": 5000},
     "alpha_edit": {"text": "tiny", "tokens": 5000, "contexts": 0},
     "grace": {"steps": 30}, "calinet": {"steps": 30}, "t_patcher": {"text": "tiny", "memory": 1000, "steps": 30},

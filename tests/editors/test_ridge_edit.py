@@ -8,8 +8,8 @@ from tests.reference import Case, gradients, relative, training_batch
 
 from instructedit.data.batch import Collator
 from instructedit.editors import build_editor
-from instructedit.editors.ridge_edit import PriorKeys, ridge
-from instructedit.edits import LowRankEdit
+from instructedit.editors.ridge_edit import PastKeys, PriorKeys, ridge
+from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor
 from instructedit.lm import FrozenLM
@@ -23,7 +23,7 @@ CASES = [
 REQUESTS = [
     EditRequest(c.prompt, c.target, task=task) for c, task in zip(CASES, ("counterfact", "recent"), strict=True)
 ]
-TEXT = {"text_source": "tiny", "tokens": 2000}
+TEXT = {"text": "tiny", "tokens": 2000}
 
 
 def new_editor(lm, **options):
@@ -47,8 +47,9 @@ def test_the_solution_is_that_of_the_normal_equations(prior, identity):
     moment = text.T @ text / 40
     keys[1, 3:], values[1, 3:] = 0, 0  # padding
     prior_keys = PriorKeys(moment)
-    scaled, solved = prior_keys.solve(keys, torch.tensor([prior, identity]).log())
-    found = LowRankEdit({"site": (solved / prior_keys.unit, ridge(scaled, solved, values))}).delta("site")
+    scaled = keys / prior_keys.unit
+    solved = prior_keys.solve(scaled, torch.tensor([prior, identity]).log())
+    found = LowRankEdit({"site": Factors(solved / prior_keys.unit, ridge(scaled, solved, values))}).delta("site")
     for k, v, delta in zip(keys.double(), values.double(), found, strict=True):
         k, unit = k / moment.diagonal().mean().sqrt(), moment.diagonal().mean()
         c = prior * moment.double() / unit + identity * torch.eye(9, dtype=torch.float64)
@@ -57,26 +58,60 @@ def test_the_solution_is_that_of_the_normal_equations(prior, identity):
     assert (ridge(scaled, solved, values)[1, 3:] == 0).all()
 
 
+def test_past_keys_are_the_inverse_of_the_sum():
+    rng = torch.Generator().manual_seed(0)
+    first, more = torch.randn(12, 9, generator=rng).double(), torch.randn(2, 4, 9, generator=rng).double()
+    c = first.T @ first
+    past = PastKeys(torch.linalg.inv(c))
+    for keys in more:
+        past, c = past.and_these(keys), c + keys.T @ keys
+    assert relative(past.inverse, torch.linalg.inv(c)) < 1e-9
+
+
+def tokens_of(lm, name, cases):
+    """u and −½ norm(u)² δ of the tokens that each case's loss depends on, [(keys, values)]."""
+    found = []
+    for case in cases:
+        own = gradients(lm, [name], case.prompt, case.target)
+        read = (own.delta[name] != 0).any(-1)  # other tokens take no part
+        u, delta = own.u[name][read].double(), own.delta[name][read].double()
+        found.append((u, -0.5 * u.square().mean(-1, keepdim=True) * delta))
+    return found
+
+
+def normal_equations(moment, keys, values, past=None):
+    """V Kᵀ (C + K Kᵀ)⁻¹ with the C that an editor starts with, and `past` keys in it."""
+    unit, size = moment.diagonal().mean().double().sqrt(), len(moment)
+    c = size * (moment.double() / unit**2 + 0.1 * torch.eye(size, dtype=torch.float64))
+    k = keys / unit
+    if past is not None:
+        c = c + past.T @ past / unit**2
+    return values.T @ k @ torch.linalg.inv(c + k.T @ k) / unit
+
+
 def test_a_first_step_is_the_ridge_solution_for_the_normalised_gradient(lm):
     """Untrained, values are −α norm(u)² δ: statistics know no token yet, so that norm is the identity."""
     editor = new_editor(lm, steps=1, ends=False)
-    edit, names = editor.edit(REQUESTS), editor.names
-    moments = second_moments(lm, names, "tiny", 2000)
-    for i, case in enumerate(CASES):
-        found = gradients(lm, names, case.prompt, case.target)
-        for name in names:
-            read = (found.delta[name] != 0).any(-1)  # other tokens take no part
-            u, delta = found.u[name][read].double(), found.delta[name][read].double()
-            unit = moments[name].diagonal().mean().double()
-            size = u.shape[-1]
-            c = size * (moments[name].double() / unit + 0.1 * torch.eye(size, dtype=torch.float64))
-            k, v = u / unit.sqrt(), -0.5 * u.square().mean(-1, keepdim=True) * delta
-            expected = v.T @ k @ torch.linalg.inv(c + k.T @ k) / unit.sqrt()
-            assert relative(edit.delta(name)[i].double(), expected) < 1e-3
+    moments = second_moments(lm, editor.names, "tiny", 2000)
+    batch = editor.requests(REQUESTS, editor.instructor())
+    apart, together = editor.make(batch), editor.make_together(batch)
+    state = editor.begin_sequence()
+    for i in range(2):
+        last, state = editor.make_next(editor.requests(REQUESTS[i : i + 1], editor.instructor()), state)
+    assert len(together) == 1
+    for name in editor.names:
+        both = tokens_of(lm, name, CASES)
+        keys, values = (torch.cat(parts) for parts in zip(*both, strict=True))
+        for i in range(2):
+            assert relative(apart.delta(name)[i].double(), normal_equations(moments[name], *both[i])) < 1e-3
+        assert relative(together.delta(name)[0].double(), normal_equations(moments[name], keys, values)) < 1e-3
+        # In a sequence the second edit knows of the first one's keys.
+        expected = normal_equations(moments[name], *both[1], past=both[0][0])
+        assert relative(last.delta(name)[0].double(), expected) < 1e-3
 
 
 def test_the_second_step_edits_the_edited_model(lm):
-    one, two = (shaken(new_editor(lm, steps=steps)) for steps in (1, 2))
+    one, two = (shaken(new_editor(lm, steps=steps, second_reads="plain")) for steps in (1, 2))
     two.load_state_dict(one.state_dict(), strict=False)
     first, both = one.edit(REQUESTS), two.edit(REQUESTS)
     batch = two.requests(REQUESTS, two.instructor())
@@ -93,7 +128,7 @@ def test_the_second_step_edits_the_edited_model(lm):
 
 
 def test_the_instruction_conditions_the_editor_and_stands_nowhere(lm):
-    editor = new_editor(lm)
+    editor = new_editor(lm, second_reads="plain")
     descriptions = [editor.edit(REQUESTS, description=None), editor.edit(REQUESTS, instruction="Do as you like.")]
     same = [torch.equal(a, b) for a, b in zip(*(e.state().values() for e in descriptions), strict=True)]
     assert all(same)  # nothing yet

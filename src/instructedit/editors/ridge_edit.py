@@ -8,8 +8,8 @@ MALMEN's (Tan et al. 2024) with a prior over keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -44,16 +44,27 @@ class PriorKeys:
         values, basis = torch.linalg.eigh(moment / self.unit**2)
         self.values, self.basis = values.clamp(min=0).float(), basis.float()
 
-    def solve(self, keys: Tensor, log_weights: Tensor) -> Factors:
-        """The keys K of each request and C⁻¹ K, both in the keys' unit, [n, tokens, in].
+    def solve(self, keys: Tensor, log_weights: Tensor) -> Tensor:
+        """C⁻¹ K of each request's keys K.
 
         Args:
-            keys: What the site saw, [n, tokens, in].
+            keys: What the site saw, in its unit, [n, tokens, in].
             log_weights: Logarithms of λ₀ and λ₁, [2].
         """
         prior, identity = log_weights.exp()
-        keys = keys / self.unit
-        return Factors(keys, (keys @ self.basis / (prior * self.values + identity)) @ self.basis.T)
+        return (keys @ self.basis / (prior * self.values + identity)) @ self.basis.T
+
+
+@dataclass(frozen=True)
+class PastKeys:
+    """C⁻¹ of one site over a sequence of edits, where C grows by Σ u uᵀ of the keys that were edited, [in, in]."""
+
+    inverse: Tensor
+
+    def and_these(self, keys: Tensor) -> PastKeys:
+        """With further keys [tokens, in], in the site's unit: C⁻¹ − C⁻¹ K (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ (Woodbury)."""
+        solved = keys @ self.inverse
+        return PastKeys(self.inverse - solved.T @ ridge(keys, solved, solved))
 
 
 def ridge(keys: Tensor, solved: Tensor, values: Tensor) -> Tensor:
@@ -124,15 +135,15 @@ class RidgeEdit(Mend):
     ridge: bool = True
     film_rank: int = 64
     ends: bool = True
-    text_source: str = "auto"
+    text: str = "auto"
     tokens: int = 20_000
 
     def build(self) -> None:
         """Builds the networks of both steps, their conditions, and the weights of the ridge."""
         super().build()
-        self._text = replace(self.lm.text, ends=True) if self.ends else self.lm.text
-        self._keys: dict[str, PriorKeys] = {}
-        self.text_source = text_for(self.lm, self.text_source)
+        self._tokenization = replace(self.lm.text, ends=True) if self.ends else self.lm.text
+        self._priors: dict[str, PriorKeys] = {}
+        self.text = text_for(self.lm, self.text)
         sizes = [sum(self.sites[group[0]].shape) for group in self.groups]
         layers = self.hidden_layers + 1
         self.further = nn.ModuleList(
@@ -150,7 +161,7 @@ class RidgeEdit(Mend):
 
     @property
     def tokenization(self) -> Text:
-        return self._text
+        return self._tokenization
 
     @torch.no_grad()
     def start_at(self, rate: float) -> None:
@@ -159,27 +170,56 @@ class RidgeEdit(Mend):
 
     def make(self, batch: RequestBatch) -> LowRankEdit:
         """N requests → n edits; with two steps their factors stand one behind the other."""
+        return self._made(batch, len(batch))[0]
+
+    def make_together(self, batch: RequestBatch) -> LowRankEdit:
+        """N requests → the one ridge solution for the keys of all of them."""
+        return self._made(batch, 1)[0]
+
+    def begin_sequence(self) -> dict[str, PastKeys]:
+        """C⁻¹ of each site, before any edit."""
+        weights = self.log_ridge.detach().float()
+        found = {}
+        for name, log_weights in zip(self.names, weights, strict=True):
+            size = self.prior(name).values.numel()
+            found[name] = PastKeys(self.prior(name).solve(torch.eye(size, device=weights.device), log_weights))
+        return found
+
+    def make_next(self, batch: RequestBatch, state: dict[str, PastKeys]) -> tuple[LowRankEdit, dict[str, PastKeys]]:
+        """Solves with the keys of all edits before in C: what is edited leaves them as they are."""
+        edit, keys = self._made(batch, 1, state)
+        return edit, {name: past.and_these(keys[name][0].detach()) for name, past in state.items()}
+
+    def _made(
+        self, batch: RequestBatch, edits: int, past: Mapping[str, PastKeys] | None = None
+    ) -> tuple[LowRankEdit, dict[str, Tensor]]:
+        """Makes edits of a batch, one for each request or one for all; beside them the keys of the last step."""
         states = self._instruction_states(batch)
         made: LowRankEdit | None = None
         for step in range(self.steps):
             tokens = self._readings(batch) if step else batch.tokens
             rows = torch.arange(len(tokens), device=tokens.device) % len(batch)
             films = self.conditions[step](states[rows]) if self.film_rank else [None] * len(self.groups)
-            captured = self.lm.capture(tokens, self.names, made.detach() if made else None, rows if made else None)
-            found = self.factors(captured, partial(self._values, step, films))
-            found = {name: _joined(factors, len(batch)) for name, factors in found.items()}
+            captured = self.lm.capture(tokens, self.names, made and made.detach(), rows % edits if made else None)
+            found = {
+                name: _gathered(factors, edits)
+                for name, factors in self.factors(captured, partial(self._values, step, films)).items()
+            }
+            keys = {name: factors.a / self.prior(name).unit for name, factors in found.items()} if self.ridge else {}
             if self.ridge:
-                found = {name: self._solved(name, *factors) for name, factors in found.items()}
+                found = {name: self._solved(name, keys[name], factors.b, past) for name, factors in found.items()}
             made = LowRankEdit(found) if made is None else _behind(made, found)
         assert made is not None
-        return made
+        return made, keys
 
     def _readings(self, batch: RequestBatch) -> TokenBatch:
         """What the second step's gradient is of: request i is row i, and where it is read twice also row n + i."""
         if self.second_reads == "plain" or not any(batch.instructions):
             return batch.tokens
         pairs = zip(batch.instructions, batch.requests, strict=True)
-        instructed = self.text.encode([(text + r.prompt, r.target) for text, r in pairs]).to(batch.tokens.device)
+        instructed = self.tokenization.encode([(text + r.prompt, r.target) for text, r in pairs]).to(
+            batch.tokens.device
+        )
         return TokenBatch.cat([batch.tokens, instructed])
 
     def _values(
@@ -202,14 +242,20 @@ class RidgeEdit(Mend):
             return new_u, -alpha * new_delta
         return tokens.u, -alpha * (u * new_u).mean(-1, keepdim=True) * new_delta
 
-    def _solved(self, site: str, keys: Tensor, values: Tensor) -> Factors:
-        """The ridge solution of each request at a site, as factors."""
-        if not self._keys:
-            moments = second_moments(self.lm, self.names, self.text_source, self.tokens)
-            self._keys = {name: PriorKeys(moment.to(keys.device)) for name, moment in moments.items()}
-        prior = self._keys[site]
-        scaled, solved = prior.solve(keys, self.log_ridge[self.names.index(site)])
-        return Factors(solved / prior.unit, ridge(scaled, solved, values))
+    def prior(self, site: str) -> PriorKeys:
+        """The prior over the keys of a site."""
+        if not self._priors:
+            moments = second_moments(self.lm, self.names, self.text, self.tokens)
+            self._priors = {name: PriorKeys(moment.to(self.lm.device)) for name, moment in moments.items()}
+        return self._priors[site]
+
+    def _solved(self, site: str, keys: Tensor, values: Tensor, past: Mapping[str, PastKeys] | None) -> Factors:
+        """The ridge solutions at a site, as factors."""
+        if past is None:
+            solved = self.prior(site).solve(keys, self.log_ridge[self.names.index(site)])
+        else:
+            solved = keys @ past[site].inverse
+        return Factors(solved / self.prior(site).unit, ridge(keys, solved, values))
 
     @torch.no_grad()
     def _instruction_states(self, batch: RequestBatch) -> Tensor:
@@ -230,9 +276,9 @@ class RidgeEdit(Mend):
         return {"network": [p for p in self.parameters() if id(p) not in known], "edit_rates": rates}
 
 
-def _joined(factors: Factors, requests: int) -> Factors:
-    """Factors of all readings of a request, one behind the other: [readings · n, rank, …] → [n, readings · rank, …]."""
-    a, b = (f.unflatten(0, (-1, requests)).transpose(0, 1).flatten(1, 2) for f in factors)
+def _gathered(factors: Factors, edits: int) -> Factors:
+    """Puts factors of all rows that an edit serves one behind the other, [rows, …] → [edits, rows / edits · rank, …]."""
+    a, b = (f.unflatten(0, (-1, edits)).transpose(0, 1).flatten(1, 2) for f in factors)
     return Factors(a, b)
 
 
