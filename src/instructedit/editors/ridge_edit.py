@@ -277,7 +277,7 @@ class RidgeEdit(Mend):
 
 
 def _gathered(factors: Factors, edits: int) -> Factors:
-    """Puts factors of all rows that an edit serves one behind the other, [rows, …] → [edits, rows / edits · rank, …]."""
+    """Puts factors of the rows that an edit serves one behind the other, [rows, rank, …] → [edits, more, …]."""
     a, b = (f.unflatten(0, (-1, edits)).transpose(0, 1).flatten(1, 2) for f in factors)
     return Factors(a, b)
 
