@@ -11,8 +11,8 @@ import torch
 
 from instructedit import tracking
 from instructedit.lm import FrozenLM
-from instructedit.lm.pretrain import Recipe, new_model, train_tokenizer
-from instructedit.tasks.tiny.corpus import documents
+from instructedit.testbed.pretrain import Recipe, new_model, train_tokenizer
+from instructedit.testbed.corpus import documents
 
 ARCHITECTURES = ("gpt2", "llama")
 

@@ -8,7 +8,7 @@ import gguf
 import torch
 from gguf.quants import dequantize, quantize
 
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 
 #: transformers' names of a llama block's matrices → llama.cpp's.
 _NAMES = {

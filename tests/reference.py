@@ -262,8 +262,8 @@ def assert_changes_nothing(lm, batch, edit):
     are products of other shapes, which are rounded otherwise.
     """
     said = []
-    for worn in (edit, None):
-        with torch.no_grad(), lm.edited(worn):
+    for applied in (edit, None):
+        with torch.no_grad(), lm.edited(applied):
             said.append(lm.logits(batch))
     assert torch.equal(*said)
     torch.testing.assert_close(lm.logits(batch, edit), lm.logits(batch), atol=1e-5, rtol=1e-5)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from instructedit.artifacts import FolderArtifacts, artifacts
 from instructedit.lightning_cli import run
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.tracking import MLflowTracker, artifact_path
 
 

@@ -13,7 +13,7 @@ import instructedit as ie
 from instructedit.cli import DEBUG, main
 from instructedit.errors import UserError
 from instructedit.lightning_cli import run
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.tracking import runs
 
 RECORD = {

@@ -12,7 +12,7 @@ import instructedit as ie
 from instructedit.cli import main
 from instructedit.errors import UserError
 from instructedit.lightning_cli import Built, run
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.tracking import runs
 
 RECORD = {

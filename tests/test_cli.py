@@ -23,7 +23,7 @@ from instructedit.data.module import EditData
 from instructedit.editors import Editor
 from instructedit.evaluation import Evaluation
 from instructedit.lightning_cli import Checkpoint
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.paths import SHARED
 from instructedit.registry import plugins
 from instructedit.tracking import artifact_path, load_table, runs

@@ -11,7 +11,7 @@ from instructedit.cli import main
 from instructedit.lightning_cli import run
 from instructedit.lm import disk_cache
 from instructedit.lm.disk_cache import META, SEGMENT, shelves
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 
 DATA = "[{name: counterfact, size: 3}, {name: convsent, size: 2, options: {cases: 2}}]"
 WARMED = re.compile(r"(\d+) rows of (\d+) tokens computed, ([\d.]+) MB written; (\d+) rows were there")

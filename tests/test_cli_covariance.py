@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 import instructedit as ie
 from instructedit.cli import main
 from instructedit.lm import own_text
-from instructedit.lm.moments import moments_file, second_moments
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.lm.covariance import covariance_file, covariances
+from instructedit.testbed.pretrain import Recipe, new_model
 
 LINE = re.compile(r"(\S+): (\d+) × (\d+), ([\d.]+) MB, (computed|was there), trace (\S+)")
 
@@ -51,7 +51,7 @@ def test_moments_are_computed_once_and_found_by_the_editor(said, lm_folder, cach
         lines = [LINE.fullmatch(line).groups() for line in out.splitlines()]
         assert [line[0] for line in lines] == ["transformer.h.1.mlp.c_proj", "transformer.h.3.mlp.c_proj"]
         for name, rows, columns, size, found, trace in lines:
-            file = moments_file(lm, name, "sampled", 600)
+            file = covariance_file(lm, name, "sampled", 600)
             matrix = load_file(file)["second_moment"]
             assert (int(rows), int(columns), found) == (*matrix.shape, state) == (64, 64, state)
             assert float(size) == pytest.approx(file.stat().st_size / 1e6, abs=0.05)
@@ -75,9 +75,9 @@ def test_a_file_of_text_and_named_layers(said, lm_folder, tmp_path):
     ((name, rows, *_),) = (LINE.fullmatch(line).groups() for line in out.splitlines())
     assert (name, rows) == ("transformer.h.2.mlp.c_fc", "16")
     lm = ie.FrozenLM.from_pretrained(str(lm_folder))
-    kept = load_file(moments_file(lm, name, str(text), 9))["second_moment"]
-    moments_file(lm, name, str(text), 9).unlink()
-    assert torch.equal(kept, second_moments(lm, [name], str(text), 9)[name])
+    kept = load_file(covariance_file(lm, name, str(text), 9))["second_moment"]
+    covariance_file(lm, name, str(text), 9).unlink()
+    assert torch.equal(kept, covariances(lm, [name], str(text), 9)[name])
 
 
 def test_the_layers_of_rome_are_the_default(said):
@@ -100,7 +100,7 @@ def test_a_scale_says_the_model_and_the_editors_layers(capsys, lm_folder, tmp_pa
         assert main(["covariance", f"--scale={tmp_path}/scale.yaml", *more]) == 0
         assert LINE.fullmatch(capsys.readouterr().out.strip())[1] == layer
         lm = ie.FrozenLM.from_pretrained(str(lm_folder), "bfloat16")
-        assert moments_file(lm, layer, "auto", 30).is_file()
+        assert covariance_file(lm, layer, "auto", 30).is_file()
 
 
 @pytest.mark.parametrize(

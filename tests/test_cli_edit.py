@@ -9,7 +9,7 @@ from peft import AutoPeftModelForCausalLM
 import instructedit as ie
 from instructedit.cli import main
 from instructedit.lm import pretrained
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 
 FT_L = ["--editor=ft_l", '--options={"lr": 0.1, "bound": 0.1, "steps": 1}']
 PROMPT = "The capital of Peru is"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from instructedit.lightning_cli import run
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.paths import SHARED
 from instructedit.training.module import EditingModule
 

@@ -96,7 +96,7 @@ class FirstElsewhere(Mend):
         return True
 
     def make_next(self, batch, state):
-        return (self.first if state else self.make(batch)), False
+        return (self.first if state else self.compute_edit(batch)), False
 
 
 @pytest.mark.parametrize("independent", [True, False])

@@ -42,7 +42,7 @@ class Given(Editor):
         super().__init__(instructions)
         self.factors, self.known, self.asked = factors, [record.request for record in records], {}
 
-    def make(self, batch):
+    def compute_edit(self, batch):
         chosen = [next(i for i, known in enumerate(self.known) if known is request) for request in batch.requests]
         assert not self.asked.keys() & set(chosen)
         self.asked |= dict(zip(chosen, batch.prompts, strict=True))
@@ -267,7 +267,7 @@ def test_half_the_keys_and_values_let_twice_the_rows_speak(lm, factors, records,
         lm, "sample", lambda p, *a, **k: (spoken.append((len(p), k["kv_dtype"])), sample(p, *a, **k))[1]
     )
     settings = Evaluation(generate=False, fluency_tokens=30, kv_dtype=kv_dtype)
-    one = max(len(lm.tokenizer(r.request.prompt)["input_ids"]) for r in records) + 30 + lm.row_tokens
+    one = max(len(lm.tokenizer(r.request.prompt)["input_ids"]) for r in records) + 30 + lm.generation.row_tokens
     evaluate(lm, Given(factors, records).bind(lm), records, replace(settings, tokens=one + one % 2))
     assert spoken == [(count, kv_dtype) for count in rows]
 
@@ -286,7 +286,7 @@ def test_evaluation_works_in_any_mode_and_leaves_no_trace(lm, records, mode, tra
     assert all(torch.equal(t, own[name]) for name, t in editor.state_dict().items())
     assert editor.training is training
     # what was cached in inference mode can still be trained on
-    assert editor.train().make(editor.requests([records[0].request], None)).delta(editor.sites[0].name).requires_grad
+    assert editor.train().compute_edit(editor.requests([records[0].request], None)).delta(editor.sites[0].name).requires_grad
 
 
 def test_an_error_restores_training_mode(lm):

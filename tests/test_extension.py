@@ -19,7 +19,7 @@ import yaml
 import instructedit as ie
 from instructedit import paths
 from instructedit.cli import main
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.tracking import load_table, runs
 
 SOURCE = Path(ie.__file__).parent

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from instructedit.cli import main
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.paths import SHARED
 from instructedit.tracking import load_table, runs
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import instructedit as ie
 from instructedit.cli import main
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_instructions_stand_in_front_of_all_that_is_in_scope(bench):
 
 def test_both_train_on_the_same_loss(bench):
     bench.editor.eval()  # the statistics stand still, which the two gather in different order
-    fast = bench.editor.objective(bench.batches[0], WEIGHTS)["loss"]
+    fast = bench.editor.training_loss(bench.batches[0], WEIGHTS)["loss"]
     fast.backward()
     expected = gradients(bench)
     losses = [bench.plain.loss(record, WEIGHTS) for record in bench.records]

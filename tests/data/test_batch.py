@@ -47,7 +47,7 @@ def texts(tokenizer, tokens):
 def same(one, two):
     def parts(batch: EditBatch):
         for p in (batch.in_scope, batch.locality):
-            yield from () if p is None else (p.tokens.input_ids, p.tokens.labels, p.owner, p.unwanted)
+            yield from () if p is None else (p.tokens.input_ids, p.tokens.labels, p.request_index, p.unwanted)
 
     ours, theirs = list(parts(one)), list(parts(two))
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -57,7 +57,7 @@ def test_requests_come_first_and_are_what_the_editor_is_given(collate, tokenizer
     batch = collate()(drawn(record("a"), record("b"), record("c")))
     n = len(batch)
     assert n == 3
-    assert batch.in_scope.owner[:n].tolist() == [0, 1, 2]
+    assert batch.in_scope.request_index[:n].tolist() == [0, 1, 2]
     assert texts(tokenizer, batch.in_scope.tokens)[:n] == texts(tokenizer, batch.requests.tokens)
     assert [r.prompt for r in batch.requests.requests] == ["a lies in", "b lies in", "c lies in"]
     assert all(p.endswith(r.prompt) for p, r in zip(batch.requests.prompts, batch.requests.requests, strict=True))
@@ -67,16 +67,16 @@ def test_every_row_belongs_to_the_record_it_speaks_of(collate, tokenizer):
     batch = collate()(drawn(record("Xa"), record("Yb", locality=1), record("Zc", rephrases=0)))
     names = ["Xa", "Yb", "Zc"]
     for probes in (batch.in_scope, batch.locality):
-        for text, owner in zip(texts(tokenizer, probes.tokens), probes.owner.tolist(), strict=True):
+        for text, owner in zip(texts(tokenizer, probes.tokens), probes.request_index.tolist(), strict=True):
             assert names[owner] in text
-    assert batch.locality.owner.tolist() == [0, 0, 1, 2, 2]
-    assert batch.in_scope.owner.tolist() == [0, 1, 2, 0, 1]
+    assert batch.locality.request_index.tolist() == [0, 0, 1, 2, 2]
+    assert batch.in_scope.request_index.tolist() == [0, 1, 2, 0, 1]
 
 
 def test_one_instruction_for_all_in_scope_prompts_of_a_record_and_none_on_locality(collate, tokenizer):
     batch = collate(rephrases=3)(drawn(record("a"), record("b")))
     heads: dict[int, set[str]] = {}
-    for text, owner in zip(texts(tokenizer, batch.in_scope.tokens), batch.in_scope.owner.tolist(), strict=True):
+    for text, owner in zip(texts(tokenizer, batch.in_scope.tokens), batch.in_scope.request_index.tolist(), strict=True):
         assert text.startswith("Task: CounterFact\nDescription: ")
         heads.setdefault(owner, set()).add(text.partition("Input: ")[0])
     assert all(len(head) == 1 for head in heads.values())
@@ -141,7 +141,7 @@ def test_a_batch_depends_on_the_seed_and_the_draw_alone(collate, seed):
 def test_records_without_locality(collate):
     assert collate()(drawn(record(locality=0), record("b", locality=0))).locality is None
     some = collate()(drawn(record(locality=0), record("b", locality=1))).locality
-    assert some.owner.tolist() == [1]
+    assert some.request_index.tolist() == [1]
 
 
 def test_portability_probes_are_never_trained_on(collate, tokenizer):

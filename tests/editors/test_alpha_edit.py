@@ -9,7 +9,7 @@ from tests.reference import dense_copy, relative
 from instructedit.editors import build_editor
 from instructedit.editors.alpha_edit import NullSpace
 from instructedit.errors import UserError
-from instructedit.lm.moments import second_moments
+from instructedit.lm.covariance import covariances
 
 OPTIONS = {"text": "tiny", "tokens": TOKENS, "contexts": 0, "blocks": [0, 1], "steps": 4, "weight_decay": 0.0}
 
@@ -41,8 +41,8 @@ def projection(moment, energy):
 
 def dense_formula(lm, editor, requests, wanted, earlier=(), before=None):
     """ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + L2·I)⁻¹ of each block, {site: [out, in]}, and the keys, {site: [in, n]}."""
-    moments = second_moments(lm, [site.name for site in editor.sites], "tiny", TOKENS)
-    top, done, all_keys = lm.block_name(editor.sites[-1].block), {}, {}
+    moments = covariances(lm, [site.name for site in editor.sites], "tiny", TOKENS)
+    top, done, all_keys = lm.forward.block_name(editor.sites[-1].block), {}, {}
     for number, site in enumerate(editor.sites):
         total = {name: delta.clone() for name, delta in (before or {}).items()}
         for name, delta in done.items():
@@ -78,13 +78,13 @@ def test_the_next_edit_of_a_sequence_keeps_the_keys_of_those_before(lm):
     state = editor.begin_sequence()
     with torch.no_grad():
         first, state = editor.make_next(batch_of(editor, REQUESTS[:2]), state)
-        alone = editor.make_together(batch_of(editor, REQUESTS[:2]))
+        alone = editor.compute_joint_edit(batch_of(editor, REQUESTS[:2]))
         before = {site: first.delta(site)[0] for site in first.sites}
         wanted, _ = wanted_of(lm, editor, REQUESTS[:2])
         _, keys = dense_formula(lm, editor, REQUESTS[:2], wanted)
         with lm.edited(first):
             batch = batch_of(editor, REQUESTS[2:])
-            facts, top = editor.facts(batch), lm.block_name(editor.sites[-1].block)
+            facts, top = editor.facts(batch), lm.forward.block_name(editor.sites[-1].block)
             now = editor.at_facts(facts, [top])[top].outputs
             wanted = editor.values(facts, editor.sites[-1], now)
             second, _ = editor.make_next(batch, state)

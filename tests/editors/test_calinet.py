@@ -121,9 +121,9 @@ def test_slots_add_what_they_say_beside_any_feed_forward_layer(lm, activation):
     slots = some_slots(lm, mlps(lm, [1, 3]))
     edit, batch = SlotEdit(slots, activation), lm.encode(PAIRS)
     for rows in (None, [2, 0, 0]):
-        worn = [with_slots(lm, one_of(slots, i), activation) for i in (rows or range(3))]
+        applied = [with_slots(lm, one_of(slots, i), activation) for i in (rows or range(3))]
         found = lm.logits(batch, edit, rows and torch.tensor(rows))
-        torch.testing.assert_close(found, one_by_one(lm, worn), **FLOAT32)
+        torch.testing.assert_close(found, one_by_one(lm, applied), **FLOAT32)
 
 
 def test_an_edit_is_the_plain_layer_and_its_slots(lm):
@@ -131,8 +131,8 @@ def test_an_edit_is_the_plain_layer_and_its_slots(lm):
     edit = editor.edit(REQUESTS)
     assert edit.sites == mlps(lm, [1, 2])
     slots = {module: tuple(parts) for module, parts in edit.slots.items()}
-    worn = [with_slots(lm, one_of(slots, i), "silu") for i in range(3)]
-    expected = one_by_one(lm, worn)
+    applied = [with_slots(lm, one_of(slots, i), "silu") for i in range(3)]
+    expected = one_by_one(lm, applied)
     torch.testing.assert_close(lm.logits(lm.encode(PAIRS), edit), expected, **FLOAT32)
     assert (expected - lm.logits(lm.encode(PAIRS))).abs().max() > 0.5
 
@@ -267,7 +267,7 @@ def test_trained_slots_get_the_gradients_of_the_outer_loss(lm):
     editor = moved(build_editor("calinet_trained", lm, slots=5, blocks=[2], activation="relu"), 0.2)
     cases = [Case(*PAIRS[0], wanted=(("France's capital is", "Lyon"),)), Case(*PAIRS[1], locality=(("It was", "so"),))]
     batch, weights = training_batch(lm, cases), LossWeights(0.3, 1.7)
-    parts = editor.objective(batch, weights)
+    parts = editor.training_loss(batch, weights)
     (module,) = mlps(lm, [2])
     keys, values = (editor.weights[f"{module}:{part}".replace(".", "/")] for part in ("keys", "values"))
     model = with_slots(lm, {module: (keys, torch.zeros(5), values)}, "relu")
@@ -295,7 +295,7 @@ def test_trained_slots_move_under_adam_from_where_they_start(lm):
     losses = []
     for _ in range(10):
         adam.zero_grad()
-        losses.append(editor.objective(batch, LossWeights(1.0, 1.0))["loss"])
+        losses.append(editor.training_loss(batch, LossWeights(1.0, 1.0))["loss"])
         losses[-1].backward()
         assert all(p.grad is not None for p in editor.parameters())
         adam.step()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.optimization import Adafactor
 
-from instructedit.editors.descent import OPTIMIZERS, descend
+from instructedit.editors.optimisation import OPTIMIZERS, optimise
 from instructedit.errors import UserError
 
 #: Shapes of one request's values: a matrix (which Adafactor factorises), a vector and a number.
@@ -69,7 +69,7 @@ def assert_same(found, expected, number):
 def test_many_requests_end_where_each_ends_alone(optimizer, n, steps, lr, decay, stop, seed):
     start = start_of(n, seed)
     kept = {name: value.clone() for name, value in start.items()}
-    found = descend(start, bowls, steps, lr, optimizer, weight_decay=decay, stop_below=stop)
+    found = optimise(start, bowls, steps, lr, optimizer, weight_decay=decay, stop_below=stop)
     assert found.keys() == start.keys()
     assert all(torch.equal(start[name], kept[name]) for name in start)
     assert not any(value.requires_grad for value in found.values())
@@ -82,7 +82,7 @@ def test_many_requests_end_where_each_ends_alone(optimizer, n, steps, lr, decay,
 def test_it_goes_down_also_where_gradients_are_off(optimizer):
     start = start_of(3)
     with torch.no_grad():
-        found = descend(start, bowls, 200, 0.02, optimizer)
+        found = optimise(start, bowls, 200, 0.02, optimizer)
         before, after = (bowls(values, torch.arange(3)) for values in (start, found))
     assert (after < 0.6 * before).all()
 
@@ -102,7 +102,7 @@ def test_a_request_that_is_good_enough_stays_where_it_is_while_others_go_on(opti
         seen.append(active.tolist())
         return bowls(values, active)
 
-    found = descend(start, losses, 40, 0.1, optimizer, weight_decay=0.1, stop_below=limit)
+    found = optimise(start, losses, 40, 0.1, optimizer, weight_decay=0.1, stop_below=limit)
     assert all(torch.equal(found[name][1], start[name][1]) for name in SHAPES)
     ends = {}
     for number in (0, 2):
@@ -120,7 +120,7 @@ def test_a_request_that_is_good_enough_stays_where_it_is_while_others_go_on(opti
 
 def test_a_loss_at_the_limit_is_not_below_it():
     start = {"x": torch.tensor([2.0, 1.9999, 2.0001])}
-    found = descend(start, lambda values, active: values["x"], 9, 0.5, stop_below=2.0)
+    found = optimise(start, lambda values, active: values["x"], 9, 0.5, stop_below=2.0)
     torch.testing.assert_close(found["x"], torch.tensor([1.5, 1.9999, 1.5001]))  # Adam's first step is its rate
 
 
@@ -137,7 +137,7 @@ def test_each_request_is_put_back_where_it_may_be():
         assert {name: tuple(value.shape) for name, value in values.items()} == SHAPES
         into(values, limits[number])
 
-    found = descend(start, bowls, 8, 0.2, stop_below=4.0, project=project)
+    found = optimise(start, bowls, 8, 0.2, stop_below=4.0, project=project)
     for number, limit in enumerate(limits):
         expected, taken[number] = by_hand(
             start, number, 8, 0.2, "adam", stop=4.0, project=lambda values, limit=limit: into(values, limit)
@@ -158,10 +158,10 @@ def test_a_loss_that_is_not_finite_is_told_with_its_request(bad):
         return torch.where(good, 0.0, values["x"].square() + 1) + (0 if len(active) == 4 else wrong)
 
     with pytest.raises(UserError, match=r"request 2: the loss is -?(nan|inf).*smaller lr"):
-        descend({"x": torch.ones(4)}, losses, 3, 0.1, stop_below=0.5)  # 0 and 1 are out when it happens
+        optimise({"x": torch.ones(4)}, losses, 3, 0.1, stop_below=0.5)  # 0 and 1 are out when it happens
 
 
 def test_an_unknown_optimizer_is_told_before_anything_is_asked():
     with pytest.raises(UserError, match="unknown optimizer 'sgd'; there are: adam, adafactor"):
-        descend({"x": torch.ones(2)}, lambda values, active: 1 / 0, 3, 0.1, "sgd")
+        optimise({"x": torch.ones(2)}, lambda values, active: 1 / 0, 3, 0.1, "sgd")
     assert set(OPTIMIZERS) == {"adam", "adafactor"}

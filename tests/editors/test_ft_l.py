@@ -66,7 +66,7 @@ def test_each_edit_is_the_dense_loop_of_its_request(lm, block, bound, loss, refe
     editor = build_editor("ft_l", lm, steps=6, lr=2e-3, bound=bound, loss=loss, blocks=[block])
     name, edit = site_of(editor), editor.edit(REQUESTS)
     batch = lm.encode(PAIRS)
-    worn = lm.logits(batch, edit).split(batch.rows.bincount().tolist())
+    applied = lm.logits(batch, edit).split(batch.rows.bincount().tolist())
     for i, pair in enumerate(PAIRS):
         delta, model = fine_tuned(lm, name, [pair], 6, 2e-3, bound, reference)
         assert relative(edit.delta(name)[i], delta) < 1e-3
@@ -74,7 +74,7 @@ def test_each_edit_is_the_dense_loop_of_its_request(lm, block, bound, loss, refe
             assert (delta.abs() > bound - 1e-6).float().mean() > 0.2  # the bound matters
             assert edit.delta(name)[i].abs().max() <= torch.tensor(bound)
         assert edited_loss(lm, edit[i], pair, reference) < reference(plain_model(lm), lm.tokenizer, *pair) - 0.01
-        torch.testing.assert_close(worn[i], answer_logits(model, lm.tokenizer, *pair), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(applied[i], answer_logits(model, lm.tokenizer, *pair), atol=1e-4, rtol=1e-3)
 
 
 def test_a_request_is_done_when_its_loss_is_low_enough(lm):

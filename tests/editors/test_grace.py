@@ -154,20 +154,20 @@ def books_and_inputs(draw):
     edit = CodebookEdit("site", keys, values, radii, torch.zeros(n, size, 1, dtype=torch.long))
     rows = draw(st.none() | st.lists(st.integers(0, n - 1), min_size=1, max_size=5))
     count = len(rows) if rows else n if n > 1 else draw(st.integers(1, 3))
-    worn = rows or (list(range(n)) if n > 1 else [0] * count)
+    applied = rows or (list(range(n)) if n > 1 else [0] * count)
     x = torch.randn(count, 4, inside, generator=rng) * 3
-    for row, number in enumerate(worn):  # two positions stand within reach of a key, one on it
+    for row, number in enumerate(applied):  # two positions stand within reach of a key, one on it
         x[row, :2] = keys[number, 0] + torch.randn(2, inside, generator=rng) * 0.4
         x[row, 2] = keys[number, -1]
-    return edit, x, torch.randn(count, 4, outside, generator=rng), rows, worn
+    return edit, x, torch.randn(count, 4, outside, generator=rng), rows, applied
 
 
 @given(drawn=books_and_inputs())
 @settings(max_examples=150, deadline=None)
 def test_inside_a_ball_the_output_is_its_value_and_elsewhere_the_layers_own_bit_for_bit(drawn):
-    edit, x, y, rows, worn = drawn
+    edit, x, y, rows, applied = drawn
     found = edit.change("site", x, y, None if rows is None else torch.tensor(rows))
-    for row, number in enumerate(worn):
+    for row, number in enumerate(applied):
         entries = [(k.tolist(), j) for j, k in enumerate(edit.keys[number]) if edit.radii[number, j] >= 0]
         for position in range(x.shape[1]):
             expected = y[row, position]
@@ -206,17 +206,17 @@ def test_words_one_by_one_are_those_of_teacher_forcing(lm):
     edit = build_editor("grace", lm, steps=30, lr=0.5, radius=5.0, blocks=[2]).edit(REQUESTS)
     prompts, hits = [*(prompt for prompt, _ in PAIRS), *FAR], 0
     book = edit.joined()
-    for worn, rows in ((edit, [0, 1, 2, 0, 1, 2]), (book, None)):
-        with lm.edited(worn, rows):
+    for applied, rows in ((edit, [0, 1, 2, 0, 1, 2]), (book, None)):
+        with lm.edited(applied, rows):
             found = lm.generate(prompts, max_new_tokens=6)
         for i, prompt in enumerate(prompts):
-            model = with_codebook(lm, edit.site, entries_of(worn[rows[i]] if rows else worn))
+            model = with_codebook(lm, edit.site, entries_of(applied[rows[i]] if rows else applied))
             ids = greedy(model, lm.tokenizer, prompt, 6)
             assert found[i] == lm.tokenizer.decode(ids)
             hits += ids != greedy(plain_model(lm), lm.tokenizer, prompt, 6)
             if rows and i < 3:  # the same tokens put behind the prompt at once
                 whole = torch.tensor([lm.tokenizer(prompt)["input_ids"] + ids])
-                with lm.edited(worn[rows[i]]):
+                with lm.edited(applied[rows[i]]):
                     assert lm.model(whole).logits[0, -7:-1].argmax(-1).tolist() == ids
     assert hits >= 6  # the codebooks are heard
 
@@ -387,7 +387,7 @@ def test_a_request_that_widened_a_ball_is_answered_in_any_company(tokenizer, arc
             continue  # not widened
         for company in ([other], [other, "A much longer prompt about a river and about a city"]):
             batch = lm.encode([(prompt, target) for prompt in company]).prompts()
-            given = lm.observe(batch, [book.site], book, cached=False)[book.site].outputs[0]
+            given = lm.record_activations(batch, [book.site], book, cached=False)[book.site].outputs[0]
             if not torch.equal(given[len(lm.tokenizer(other)["input_ids"]) - 1], book.values[0, 0].to(dtype)):
                 unheard.append((one, company))
     assert not unheard

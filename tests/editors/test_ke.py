@@ -91,7 +91,7 @@ def ke_deltas(lm, editor, cases, gradient=1.0):
 
 def test_the_update_is_the_dense_formula_request_by_request(lm, editor):
     with torch.no_grad():
-        edit, expected = editor.make(training_batch(lm, CASES).requests), ke_deltas(lm, editor, CASES)
+        edit, expected = editor.compute_edit(training_batch(lm, CASES).requests), ke_deltas(lm, editor, CASES)
         shifts = ke_deltas(lm, editor, CASES, gradient=0.0)
     for site in editor.sites:
         for i, own in enumerate(expected):
@@ -102,7 +102,7 @@ def test_the_update_is_the_dense_formula_request_by_request(lm, editor):
 
 def test_gradients_of_the_outer_loss_are_the_dense_ones(lm, editor):
     batch, parameters = training_batch(lm, CASES), dict(editor.named_parameters())
-    found = editing_loss(lm, editor.make(batch.requests), batch)
+    found = editing_loss(lm, editor.compute_edit(batch.requests), batch)
     expected = outer_losses(lm, ke_deltas(lm, editor, CASES), CASES)
     ours, dense = (torch.autograd.grad(edit + kl, parameters.values()) for edit, kl in (found, expected))
     for name, own, reference in zip(parameters, ours, dense, strict=True):
@@ -148,7 +148,7 @@ def test_the_multiplier_climbs_by_what_the_divergence_exceeds_the_margin(lm, mar
     assert 0.1 < divergence < 0.8  # above the first margin, below the others
     multiplier = 1.0
     for _ in range(2):
-        parts = editor.objective(batch, LossWeights(0.2, 77.0))  # the weight of locality takes no part
+        parts = editor.training_loss(batch, LossWeights(0.2, 77.0))  # the weight of locality takes no part
         loss = 0.2 * edit + multiplier * (divergence - margin)
         multiplier = max(0.0, multiplier + 0.5 * (divergence - margin))
         found = {name: value.item() for name, value in parts.items()}
@@ -160,10 +160,10 @@ def test_the_multiplier_climbs_by_what_the_divergence_exceeds_the_margin(lm, mar
 
 
 def test_the_multiplier_takes_no_gradient(lm, editor):
-    loss = editor.objective(training_batch(lm, CASES), LossWeights(1.0, 1.0))["loss"]
+    loss = editor.training_loss(training_batch(lm, CASES), LossWeights(1.0, 1.0))["loss"]
     loss.backward()
     assert not editor.multiplier.requires_grad
-    again = editor.objective(training_batch(lm, CASES), LossWeights(1.0, 1.0))["loss"]
+    again = editor.training_loss(training_batch(lm, CASES), LossWeights(1.0, 1.0))["loss"]
     again.backward()  # nothing of the first step's graph hangs on to the multiplier
 
 
@@ -183,11 +183,11 @@ def test_the_margin_shrinks_after_each_validation_above_the_share_down_to_its_en
     editor = build_editor("ke", one_lm, **SMALL, margin=margin, margin_decay=decay, margin_min=least)
     expected = margin
     for share in reliability:
-        editor.validated({"reliability": share, "locality": 100 - share})
+        editor.on_validation_end({"reliability": share, "locality": 100 - share})
         if share > 90:
             expected = max(expected * decay, least)
         assert editor.allowed.item() == pytest.approx(expected, rel=1e-4)
-    editor.validated({"locality": 100.0})  # nothing is known of its success
+    editor.on_validation_end({"locality": 100.0})  # nothing is known of its success
     assert editor.allowed.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -195,29 +195,29 @@ def test_the_margin_of_the_paper(lm):
     editor = build_editor("ke", lm, **SMALL)
     assert editor.allowed.item() == pytest.approx(1e-3)
     for step in range(30):
-        editor.validated({"reliability": 90.0})
+        editor.on_validation_end({"reliability": 90.0})
         assert editor.allowed.item() == pytest.approx(max(1e-3 * 0.8**step, 1e-5), rel=1e-4)
-        editor.validated({"reliability": 90.1})
+        editor.on_validation_end({"reliability": 90.1})
     assert editor.allowed.item() == pytest.approx(1e-5)
 
 
 def test_multiplier_and_margin_travel_with_the_checkpoint(lm, tmp_path):
     editor, batch = built(lm, margin=1e-3), training_batch(lm, CASES)
     for _ in range(3):
-        editor.objective(batch, LossWeights(1.0, 1.0))
-        editor.validated({"reliability": 100.0})
-    worn = {"multiplier": editor.multiplier.clone(), "allowed": editor.allowed.clone()}
-    assert worn["multiplier"] > 1
-    assert worn["allowed"].item() == pytest.approx(1e-3 * 0.8**3)
+        editor.training_loss(batch, LossWeights(1.0, 1.0))
+        editor.on_validation_end({"reliability": 100.0})
+    applied = {"multiplier": editor.multiplier.clone(), "allowed": editor.allowed.clone()}
+    assert applied["multiplier"] > 1
+    assert applied["allowed"].item() == pytest.approx(1e-3 * 0.8**3)
     fresh = built(lm, margin=1e-3)
     fresh.load_state_dict(editor.state_dict())
     editor.save_pretrained(tmp_path)
     others = [fresh, load_editor(tmp_path, lm)]
     for other in others:
-        assert {name: getattr(other, name) for name in worn} == worn
-    expected = editor.objective(batch, LossWeights(1.0, 1.0))
+        assert {name: getattr(other, name) for name in applied} == applied
+    expected = editor.training_loss(batch, LossWeights(1.0, 1.0))
     for other in others:
-        found = other.objective(batch, LossWeights(1.0, 1.0))
+        found = other.training_loss(batch, LossWeights(1.0, 1.0))
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -230,7 +230,7 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store
 lm, batches, weights = torch.load(f"{folder}/all.pt", weights_only=False)
 editor = load_editor(folder, lm)
 for step in range(2):
-    parts = editor.objective(batches[int(rank)], weights)
+    parts = editor.training_loss(batches[int(rank)], weights)
 torch.save((parts["locality_loss"].detach(), editor.multiplier), f"{folder}/{rank}.pt")
 torch.distributed.destroy_process_group()
 """

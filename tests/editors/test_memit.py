@@ -15,7 +15,7 @@ from tests.editors.test_rome import (
 from tests.reference import dense_copy, plain_model, relative
 
 from instructedit.editors import build_editor
-from instructedit.lm.moments import second_moments
+from instructedit.lm.covariance import covariances
 from instructedit.records import EditRequest
 
 OPTIONS = {"text": "tiny", "tokens": TOKENS, "contexts": 0, "blocks": [0, 1, 2], "steps": 8, "weight_decay": 0.0}
@@ -38,7 +38,7 @@ def built(lm, **options):
 def wanted_of(lm, editor, requests):
     """The editor's values of the hidden states that leave the last block, [n, out], and these states."""
     last = editor.sites[-1]
-    hidden = torch.stack([key_and_output(lm, lm.block_name(last.block), request)[1] for request in requests])
+    hidden = torch.stack([key_and_output(lm, lm.forward.block_name(last.block), request)[1] for request in requests])
     return editor.values(editor.facts(batch_of(editor, requests)), last, hidden), hidden
 
 
@@ -50,8 +50,8 @@ def at_fact(lm, model, layer, request, front=""):
 
 def normal_equations(lm, editor, requests, wanted):
     """ΔW = R Kᵀ (λC + K Kᵀ)⁻¹ of each block in turn, dense, for these requests at once, {site: [out, in]}."""
-    moments = second_moments(lm, [site.name for site in editor.sites], "tiny", TOKENS)
-    top, done = lm.block_name(editor.sites[-1].block), {}
+    moments = covariances(lm, [site.name for site in editor.sites], "tiny", TOKENS)
+    top, done = lm.forward.block_name(editor.sites[-1].block), {}
     for number, site in enumerate(editor.sites):
         model = dense_copy(lm, done)
         keys, missing = [], []
@@ -107,7 +107,7 @@ def test_with_little_to_preserve_each_block_makes_up_its_share_of_what_is_missin
     """λ → 0: a block's update moves its own output by exactly the residual over the blocks left."""
     editor = built(lm, moment_weight=1e-7)
     edit, (wanted, hidden) = editor.edit(REQUESTS, together=together), wanted_of(lm, editor, REQUESTS)
-    top = lm.block_name(editor.sites[-1].block)
+    top = lm.forward.block_name(editor.sites[-1].block)
     for i, request in enumerate(REQUESTS):
         own, done, missing = 0 if together else i, {}, wanted[i].double() - hidden[i].double()
         for left, site in zip((3, 2, 1), editor.sites, strict=True):
@@ -134,7 +134,7 @@ def test_the_value_is_of_the_state_that_leaves_the_last_block(lm, bounds):
     editor = built(lm, contexts=1, steps=4, kl=0.0, lr=0.1, **bounds)
     wanted, hidden = wanted_of(lm, editor, REQUESTS)
     for i, request in enumerate(REQUESTS):
-        expected = descended(lm, editor, request, lm.block_name(2))
+        expected = descended(lm, editor, request, lm.forward.block_name(2))
         assert relative(wanted[i] - hidden[i], expected - hidden[i]) < 1e-3
 
 
@@ -144,7 +144,7 @@ def test_a_request_without_a_subject_is_edited_at_its_end(lm):
         edit = editor.edit([REQUESTS[1], bare])
     site = editor.sites[0].name
     inputs, _ = watched(plain_model(lm), lm.tokenizer, site, bare.prompt)
-    moment = second_moments(lm, [site], "tiny", TOKENS)[site].double()
+    moment = covariances(lm, [site], "tiny", TOKENS)[site].double()
     direction = torch.linalg.solve(moment, inputs[-1].double())
     found = edit.factors[site].a[1, 0].double()
     assert torch.nn.functional.cosine_similarity(found, direction, 0) > 1 - 1e-6

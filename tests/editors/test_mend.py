@@ -61,12 +61,12 @@ def test_factors_are_the_dense_sum_over_tokens(lm, editor):
                 assert relative(found.delta(name)[i], own[name]) < 2e-4, (name, i)
 
     with torch.no_grad():
-        agree(editor.make(requests(lm, CASES)), mend_deltas(lm, editor, CASES))  # statistics: none yet
+        agree(editor.compute_edit(requests(lm, CASES)), mend_deltas(lm, editor, CASES))  # statistics: none yet
         editor.train()
-        agree(editor.make(requests(lm, HISTORY)), mend_deltas(lm, editor, HISTORY, training=True))
-        agree(editor.make(requests(lm, CASES)), mend_deltas(lm, editor, CASES, training=True, history=HISTORY))
+        agree(editor.compute_edit(requests(lm, HISTORY)), mend_deltas(lm, editor, HISTORY, training=True))
+        agree(editor.compute_edit(requests(lm, CASES)), mend_deltas(lm, editor, CASES, training=True, history=HISTORY))
         editor.eval()
-        agree(editor.make(requests(lm, CASES)), mend_deltas(lm, editor, CASES))
+        agree(editor.compute_edit(requests(lm, CASES)), mend_deltas(lm, editor, CASES))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -74,7 +74,7 @@ def test_gradients_of_the_outer_loss_are_the_dense_ones(lm, editor, training):
     editor.train(training)
     batch = training_batch(lm, CASES)
     parameters = dict(editor.named_parameters())
-    found = editing_loss(lm, editor.make(batch.requests), batch)
+    found = editing_loss(lm, editor.compute_edit(batch.requests), batch)
     expected = outer_losses(lm, mend_deltas(lm, editor, CASES, training=training), CASES)
     for part in range(2):
         torch.testing.assert_close(found[part], expected[part], atol=1e-5, rtol=1e-4)
@@ -96,7 +96,7 @@ def test_the_start_is_minus_alpha_times_the_gradient(lm):
 
 def test_at_the_start_the_factors_are_the_normalised_ones(lm):
     editor = new_editor(lm, edit_rate=1.0).train()
-    factors = editor.make(requests(lm, CASES)).factors
+    factors = editor.compute_edit(requests(lm, CASES)).factors
     for network, group in zip(editor.networks, editor.groups, strict=True):
         for part, norm in enumerate((network.norm_u, network.norm_delta)):
             kept = torch.cat([factors[editor.sites[i].name][part].flatten(0, 1) for i in group])
@@ -110,7 +110,7 @@ def test_at_the_start_the_factors_are_the_normalised_ones(lm):
 def test_a_small_step_goes_down(lm, training):
     editor = new_editor(lm, edit_rate=3e-2 if not training else 1e-4).train(training)
     with torch.no_grad():
-        edit = editor.make(requests(lm, CASES))
+        edit = editor.compute_edit(requests(lm, CASES))
         model = plain_model(lm)
         for i, case in enumerate(CASES):
             weights = edited_weights(model, {site: edit.delta(site)[i] for site in edit.sites})
@@ -119,7 +119,7 @@ def test_a_small_step_goes_down(lm, training):
 
 
 def test_only_tokens_that_the_loss_reads_are_counted(lm, editor):
-    edit = editor.train().make(requests(lm, CASES))
+    edit = editor.train().compute_edit(requests(lm, CASES))
     names = [site.name for site in editor.sites]
     seen = [gradients(lm, names, case.prompt, case.target) for case in CASES]
     kept = {n: [int((g.delta[n].abs().sum(-1) > 0).sum()) for g in seen] for n in names}
@@ -140,7 +140,7 @@ def test_padding_reaches_neither_statistics_nor_factors(lm, editor):
     for given_tokens in (tokens, TokenBatch(torch.where(mask.bool(), ids, 11), mask, labels)):
         batch.tokens, own = given_tokens, copy.deepcopy(editor).train()
         own._lm = editor._lm
-        found.append((own.make(batch), own.state_dict()))
+        found.append((own.compute_edit(batch), own.state_dict()))
     for site in editor.sites:
         for part in range(2):
             once, again = (edit.factors[site.name][part] for edit, _ in found)
@@ -150,11 +150,11 @@ def test_padding_reaches_neither_statistics_nor_factors(lm, editor):
 
 
 def test_a_batch_is_its_requests_one_by_one(lm, editor):
-    editor.train().make(requests(lm, HISTORY))
+    editor.train().compute_edit(requests(lm, HISTORY))
     editor.eval()
-    together = editor.make(requests(lm, CASES))
+    together = editor.compute_edit(requests(lm, CASES))
     for i, case in enumerate(CASES):
-        alone = editor.make(requests(lm, [case]))
+        alone = editor.compute_edit(requests(lm, [case]))
         for site in editor.sites:
             assert relative(together.delta(site.name)[i], alone.delta(site.name)[0]) < 1e-4
 
@@ -168,11 +168,11 @@ def test_a_zero_start_gets_gradients_and_edit_rates_move(lm):
     start = {name: p.detach().clone() for name, p in editor.named_parameters()}
     for _ in range(3):
         adam.zero_grad()
-        loss = editing_loss(lm, editor.make(batch.requests), batch)
+        loss = editing_loss(lm, editor.compute_edit(batch.requests), batch)
         (0.1 * loss.edit + loss.locality).backward()
         assert all(up.grad.any() for network in editor.networks for up in network.up)
         adam.step()
-    assert editor.watched()["edit_rates"] is editor.log_alpha
+    assert editor.monitored()["edit_rates"] is editor.log_alpha
     assert ((editor.log_alpha - start["log_alpha"]).abs() > 5e-4).all()  # at their own rate
     for name, parameter in editor.named_parameters():
         if name != "log_alpha":

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from instructedit.editors.products import Products, held, hold, linear
+from instructedit.editors.factored_gradients import Products, held, factor_gradients, linear
 from instructedit.training.optimizer import ProductAdamW
 
 
@@ -45,7 +45,7 @@ def test_a_training_step_is_adamws(rows, max_norm):
     torch.manual_seed(0)
     networks = [Network(), Network()]
     networks[1].load_state_dict(networks[0].state_dict())
-    hold(networks[1].parameters())
+    factor_gradients(networks[1].parameters())
     plain = torch.optim.AdamW(networks[0].parameters(), lr=0.01, weight_decay=0.1)
     own = ProductAdamW(networks[1].parameters(), lr=0.01, weight_decay=0.1)
     for _ in range(3):
@@ -71,7 +71,7 @@ def test_a_training_step_is_adamws(rows, max_norm):
 
 def test_the_step_runs_its_closure_first_and_gives_its_loss():
     network = Network()
-    hold(network.parameters())
+    factor_gradients(network.parameters())
     optimizer = ProductAdamW(network.parameters(), lr=0.01)
     before = network.down.detach().clone()
 
@@ -87,7 +87,7 @@ def test_the_step_runs_its_closure_first_and_gives_its_loss():
 
 def test_dense_gradients_are_there_after_a_step_as_before():
     network = Network()
-    hold(network.parameters())
+    factor_gradients(network.parameters())
     optimizer = ProductAdamW(network.parameters(), lr=0.01)
     network(torch.ones(1, 24)).sum().backward()
     kept, once = network.other.grad.clone(), network.other.detach().clone()
@@ -99,7 +99,7 @@ def test_dense_gradients_are_there_after_a_step_as_before():
 
 def test_one_matrix_at_a_time_is_dense(monkeypatch):
     network, alive = Network(), []
-    hold(network.parameters())
+    factor_gradients(network.parameters())
     optimizer = ProductAdamW(network.parameters(), lr=0.01)
     step = torch.optim.AdamW.step
 
@@ -118,7 +118,7 @@ def test_under_autocast_the_gradients_are_those_of_float32_up_to_rounding():
     network, x = Network(), torch.randn(3, 24)
     found = []
     for on in (False, True):
-        hold(network.parameters(), on)
+        factor_gradients(network.parameters(), on)
         network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             network(x).sum().backward()
@@ -130,7 +130,7 @@ def test_under_autocast_the_gradients_are_those_of_float32_up_to_rounding():
 
 def test_off_again_gradients_are_dense():
     network = Network()
-    hold(network.parameters())
-    hold(network.parameters(), False)
+    factor_gradients(network.parameters())
+    factor_gradients(network.parameters(), False)
     network(torch.ones(1, 24)).sum().backward()
     assert all(p.grad is not None for p in network.parameters())

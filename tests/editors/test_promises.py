@@ -82,8 +82,8 @@ def test_making_edits_changes_nothing(name, lm, editor, training):
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_what_is_taken_off_leaves_no_trace(name, lm, editor, error):
     edit, before, said = editor.edit(REQUESTS), footprint(lm), logits(lm, None)
-    worn = logits(lm, edit)
-    assert torch.equal(worn, said) == (name == "unedited")
+    applied = logits(lm, edit)
+    assert torch.equal(applied, said) == (name == "unedited")
     if error:
         with pytest.raises(error), lm.edited(edit):
             raise error
@@ -109,7 +109,7 @@ def test_the_edit_of_nothing_is_the_model(name, lm, editor):
 def test_merging_is_wearing(name, lm, editor):
     edit, size = editor.edit(REQUESTS), lm.encode(PAIRS).rows.bincount().tolist()
     before = footprint(lm)
-    for i, worn in enumerate(logits(lm, edit).split(size)):
+    for i, applied in enumerate(logits(lm, edit).split(size)):
         try:
             merged = lm.merge(edit[i])
         except UserError as refusal:
@@ -117,7 +117,7 @@ def test_merging_is_wearing(name, lm, editor):
         batch = lm.encode(PAIRS[i : i + 1])
         with torch.no_grad():
             found = merged(batch.input_ids, attention_mask=batch.attention_mask).logits[batch.answer_at]
-        torch.testing.assert_close(found, worn, **FLOAT32)
+        torch.testing.assert_close(found, applied, **FLOAT32)
     assert_untouched(lm, before)
 
 
@@ -159,14 +159,14 @@ def test_the_edit_teaches(name, lm, editor):
     if isinstance(editor.edit(REQUESTS), ContextEdit) and not editor.trainable:
         pytest.skip("a random LM learns nothing from what it reads first")
     if not editor.trainable:
-        before, after = (scope_loss(lm, worn, batch.in_scope, 3, 0) for worn in (None, editor.edit(REQUESTS)))
+        before, after = (scope_loss(lm, applied, batch.in_scope, 3, 0) for applied in (None, editor.edit(REQUESTS)))
         assert after < before
         return
     adam = torch.optim.Adam([p for group in editor.train().parameter_groups().values() for p in group], 1e-3)
     losses = []
     for _ in range(4):
         adam.zero_grad()
-        losses.append(editor.objective(batch, LossWeights(1.0, 1.0))["loss"])
+        losses.append(editor.training_loss(batch, LossWeights(1.0, 1.0))["loss"])
         losses[-1].backward()
         adam.step()
     assert losses[-1] < losses[0]

@@ -97,7 +97,7 @@ def test_a_model_of_another_scale_has_another_rate(tokenizer):
 
 def test_the_sweep_leaves_the_editor_as_it_is(lm):
     editor, other = new_editor(lm).train(), training_batch(lm, CASES[:1])
-    editor.make(other.requests)  # statistics of its own
+    editor.compute_edit(other.requests)  # statistics of its own
     before = {name: tensor.clone() for name, tensor in editor.state_dict().items()}
     assert before["networks.0.norm_u.count"] > 0
     random = torch.get_rng_state()

@@ -13,7 +13,7 @@ from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor
 from instructedit.lm import FrozenLM
-from instructedit.lm.moments import second_moments
+from instructedit.lm.covariance import covariances
 from instructedit.records import EditRecord, EditRequest, Probe
 
 CASES = [
@@ -92,9 +92,9 @@ def normal_equations(moment, keys, values, past=None):
 def test_a_first_step_is_the_ridge_solution_for_the_normalised_gradient(lm):
     """Untrained, values are −α norm(u)² δ: statistics know no token yet, so that norm is the identity."""
     editor = new_editor(lm, steps=1, ends=False)
-    moments = second_moments(lm, editor.names, "tiny", 2000)
+    moments = covariances(lm, editor.names, "tiny", 2000)
     batch = editor.requests(REQUESTS, editor.instructor())
-    apart, together = editor.make(batch), editor.make_together(batch)
+    apart, together = editor.compute_edit(batch), editor.compute_joint_edit(batch)
     state = editor.begin_sequence()
     for i in range(2):
         last, state = editor.make_next(editor.requests(REQUESTS[i : i + 1], editor.instructor()), state)
@@ -175,7 +175,7 @@ def test_gradients_reach_every_parameter(lm):
     editor = shaken(new_editor(lm)).train()
     batch = training_batch(lm, CASES)
     batch.requests = editor.requests(REQUESTS, editor.instructor())
-    edit = editor.make(batch.requests)
+    edit = editor.compute_edit(batch.requests)
     sum(f.b.square().sum() + f.a.square().sum() for f in edit.factors.values()).backward()
     for name, parameter in editor.named_parameters():
         assert parameter.grad is not None, name

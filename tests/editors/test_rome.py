@@ -9,10 +9,10 @@ from tests.reference import dense_copy, edit_loss, plain_model, relative
 
 from instructedit.editors import build_editor
 from instructedit.errors import UserError
-from instructedit.lm.moments import second_moments
-from instructedit.lm.pretrain import train_tokenizer
+from instructedit.lm.covariance import covariances
+from instructedit.testbed.pretrain import train_tokenizer
 from instructedit.records import EditRequest
-from instructedit.tasks.tiny.corpus import documents
+from instructedit.testbed.corpus import documents
 
 REQUESTS = [
     EditRequest("The capital of France is", "Lyon", subject="France"),
@@ -122,7 +122,7 @@ def test_an_update_is_the_least_that_maps_the_key_to_the_value(lm):
     """min tr(ΔW C ΔWᵀ) with (W + ΔW) k = v: its stationary point, one dense linear system."""
     editor = built(lm)
     edit, (site,) = editor.edit(REQUESTS), editor.sites
-    moment = second_moments(lm, [site.name], "tiny", TOKENS)[site.name].double()
+    moment = covariances(lm, [site.name], "tiny", TOKENS)[site.name].double()
     wanted, _ = values_of(editor, REQUESTS, lm)
     for i, request in enumerate(REQUESTS):
         key, now = (tensor.double() for tensor in key_and_output(lm, site.name, request))
@@ -143,7 +143,7 @@ def test_a_key_is_averaged_over_the_prompt_and_its_contexts(lm):
     assert [front.split()[0].removesuffix(".") for front in fronts] != [""] * 3
     keys = torch.stack([key_and_output(lm, site.name, request, front)[0] for front in ("", *fronts)]).double()
     assert relative(keys.mean(0), keys[0]) > 0.05
-    moment = second_moments(lm, [site.name], "tiny", TOKENS)[site.name].double()
+    moment = covariances(lm, [site.name], "tiny", TOKENS)[site.name].double()
     direction = torch.linalg.solve(moment, keys.mean(0))
     (wanted,), (now,) = values_of(editor, [request], lm)
     expected = torch.outer((wanted - now).double(), direction) / (direction @ keys[0])
@@ -309,7 +309,7 @@ def test_requests_without_a_subject_in_their_prompt_are_counted_and_edited_at_th
     expected = editor.edit([REQUESTS[0]]).delta(site.name)[0]
     assert relative(edit.delta(site.name)[1], expected) < 1e-2
     key, _ = key_and_output(lm, site.name, whole)
-    moment = second_moments(lm, [site.name], "tiny", TOKENS)[site.name].double()
+    moment = covariances(lm, [site.name], "tiny", TOKENS)[site.name].double()
     direction = torch.linalg.solve(moment, key.double())
     a = edit.factors[site.name].a[0, 0].double()
     assert torch.nn.functional.cosine_similarity(a, direction, 0) > 1 - 1e-6

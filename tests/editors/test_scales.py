@@ -96,7 +96,7 @@ def test_keys_and_values_of_calinet_have_rates_of_their_own(lm):
 def in_other_units(tokenizer, factor):
     """The same function: its feed-forward layers see inputs, and their output projections, `factor` times as large."""
     lm = random_lm("llama", tokenizer)
-    for block in lm.blocks:
+    for block in lm.forward.blocks:
         block.post_attention_layernorm.weight.data *= factor
         block.mlp.gate_proj.weight.data /= factor
         block.mlp.up_proj.weight.data /= factor**2

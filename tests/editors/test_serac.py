@@ -41,7 +41,7 @@ def requests_of(cases):
 
 def scope_of(lm, editor, cases):
     """Balanced cross-entropy and accuracy, each probe against each request, one by one."""
-    block = len(lm.blocks) // 2
+    block = len(lm.forward.blocks) // 2
     keys = [editor.projection @ query_of(lm, case.prompt, block) for case in cases]
     losses, right = {True: [], False: []}, {True: [], False: []}
     for owner, case in enumerate(cases):
@@ -82,7 +82,7 @@ NO_LOCALITY = [CASES[1], CASES[2]._replace(locality=())]
 @pytest.mark.parametrize("cases", [CASES, NO_LOCALITY, CASES[:1]], ids=["ragged", "no locality", "one"])
 def test_the_objective_is_the_two_losses_probe_by_probe(lm, cases):
     editor = built(lm)
-    parts = editor.objective(training_batch(lm, cases), WEIGHTS)
+    parts = editor.training_loss(training_batch(lm, cases), WEIGHTS)
     scope, right = scope_of(lm, editor, cases)
     edit = counterfactual_of(lm, editor, cases)
     loss = WEIGHTS.edit * edit + WEIGHTS.locality * scope
@@ -101,7 +101,7 @@ def test_both_sorts_of_pairs_count_half_however_many_there_are(lm):
     editor, losses = built(lm), []
     for times in (1, 5):  # the same probe out of scope once, and again and again
         case = CASES[0]._replace(locality=CASES[0].locality * times)
-        losses.append(editor.objective(training_batch(lm, [case]), WEIGHTS)["scope_loss"])
+        losses.append(editor.training_loss(training_batch(lm, [case]), WEIGHTS)["scope_loss"])
     torch.testing.assert_close(losses[0], losses[1], atol=1e-6, rtol=1e-5)
 
 
@@ -115,7 +115,7 @@ ALIKE = [
 @pytest.mark.parametrize("embedding", [7, 64])
 def test_requests_of_one_wording_are_not_told_apart(lm, embedding):
     editor = built(lm, embedding=embedding)
-    parts = editor.objective(training_batch(lm, ALIKE), WEIGHTS)
+    parts = editor.training_loss(training_batch(lm, ALIKE), WEIGHTS)
     scope, right = scope_of(lm, editor, ALIKE)
     torch.testing.assert_close(parts["scope_loss"], scope, atol=1e-5, rtol=1e-4)
     assert parts["scope_accuracy"].item() == pytest.approx(right, rel=1e-4)
@@ -132,7 +132,7 @@ def test_training_separates_what_is_in_scope_from_what_is_not(lm):
     adam, seen = torch.optim.Adam(editor.parameters(), 1e-2), []
     for _ in range(25):
         adam.zero_grad()
-        parts = editor.objective(batch, LossWeights(1.0, 1.0))
+        parts = editor.training_loss(batch, LossWeights(1.0, 1.0))
         parts["loss"].backward()
         adam.step()
         seen.append({name: value.item() for name, value in parts.items()})
@@ -143,9 +143,9 @@ def test_training_separates_what_is_in_scope_from_what_is_not(lm):
     edit = editor.eval().edit(requests_of(cases)).joined()
     asked = [(*case.wanted, *case.locality) for case in cases]
     tokens = lm.encode([pair for pairs in asked for pair in pairs])
-    chosen = edit.choose(torch.zeros(len(tokens), dtype=torch.long), lambda block: lm.query(tokens, block))
+    chosen = edit.choose(torch.zeros(len(tokens), dtype=torch.long), lambda block: lm.context.scope_embedding(tokens, block))
     assert chosen.tolist() == [0, -1, 1, -1, 2, -1]
-    said, bare = (lm.losses(tokens, worn) for worn in (edit, None))
+    said, bare = (lm.losses(tokens, applied) for applied in (edit, None))
     assert (said[::2] < bare[::2] - 0.5).all()
     torch.testing.assert_close(said[1::2], bare[1::2])
 
@@ -194,7 +194,7 @@ def test_the_memory_finds_the_edit_that_is_nearest(lm):
     assert len(memory) == 1
     prompts = [*(case.prompt for case in CASES), others[near], others[far]]
     batch = lm.encode([(prompt, "a city") for prompt in prompts])
-    chosen = memory.choose(torch.zeros(5, dtype=torch.long), lambda block: lm.query(batch, block)).tolist()
+    chosen = memory.choose(torch.zeros(5, dtype=torch.long), lambda block: lm.context.scope_embedding(batch, block)).tolist()
     assert chosen == [0, 1, 2, int(gaps[near].argmin()), -1]
     found = lm.logits(batch, memory).split(batch.rows.bincount().tolist())
     for i, (own, number) in enumerate(zip(found, chosen, strict=True)):
@@ -225,6 +225,6 @@ def test_the_embedding_may_be_narrower_than_the_hidden_states(tokenizer):
     lm = FrozenLM(AutoModelForCausalLM.from_config(config), tokenizer, "narrow", max_length=64)
     editor = build_editor("serac", lm, rank=2, embedding=4)
     edit = editor.edit([EditRequest("The capital of France is", "Lyon")])
-    assert lm.width == 32
+    assert lm.applied.sites.width == 32
     assert edit.gate.projection.shape == (4, 2 * 32)
     assert lm.losses(lm.encode([("The capital of France is", "Lyon")]), edit).isfinite().all()

@@ -115,8 +115,8 @@ def test_map_reaches_every_tensor():
 def test_change_in_bfloat16():
     edit = LowRankEdit({"site": Factors(torch.randn(2, 3, 4), torch.randn(2, 3, 5))})
     x, y = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 3, 5).bfloat16()
-    for worn in (edit, edit[0]):
-        found = worn.change("site", x, y, torch.tensor([0, 0]))
+    for applied in (edit, edit[0]):
+        found = applied.change("site", x, y, torch.tensor([0, 0]))
         expected = y.float() + x.float() @ edit.delta("site")[0].T
         assert found.dtype == torch.bfloat16
         torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.05)
@@ -285,8 +285,8 @@ def test_products_that_leave_the_range_of_float16_and_come_back(rows):
     """a·x is 640,000, and b so small that the change is about 6."""
     edit = LowRankEdit({"site": Factors(torch.full((2, 1, 64), 100.0), torch.full((2, 1, 5), 1e-5))})
     x, y = torch.full((2, 3, 64), 100.0, dtype=torch.float16), torch.ones(2, 3, 5, dtype=torch.float16)
-    for worn, which in ((edit, rows), (edit[0], None)):
-        found = worn.change("site", x, y, which)
+    for applied, which in ((edit, rows), (edit[0], None)):
+        found = applied.change("site", x, y, which)
         assert found.dtype == torch.float16
         torch.testing.assert_close(found, torch.full_like(y, 7.4), atol=1e-2, rtol=0)
 

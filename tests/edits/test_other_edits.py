@@ -197,17 +197,17 @@ def test_a_dense_change_is_each_rows_own_matrix(stored, inside, outside, seed, d
     matrices = torch.randn(stored, outside, inside, generator=rng, dtype=torch.float64)
     edit = DenseEdit.of({"site": matrices})
     order = data.draw(st.none() | st.lists(st.integers(0, stored - 1), min_size=1, max_size=6))
-    edit, worn = (edit, list(range(stored))) if order is None else (edit[order], order)
-    rows = data.draw(st.none() | st.lists(st.integers(0, len(worn) - 1), min_size=1, max_size=9))
+    edit, applied = (edit, list(range(stored))) if order is None else (edit[order], order)
+    rows = data.draw(st.none() | st.lists(st.integers(0, len(applied) - 1), min_size=1, max_size=9))
     if rows is not None:
-        worn = [worn[i] for i in rows]
-    elif len(worn) == 1:
-        worn = worn * data.draw(st.integers(1, 9))  # all rows wear the only one
-    x = torch.randn(len(worn), 3, inside, generator=rng, dtype=torch.float64)
-    y = torch.randn(len(worn), 3, outside, generator=rng, dtype=torch.float64)
+        applied = [applied[i] for i in rows]
+    elif len(applied) == 1:
+        applied = applied * data.draw(st.integers(1, 9))  # all rows wear the only one
+    x = torch.randn(len(applied), 3, inside, generator=rng, dtype=torch.float64)
+    y = torch.randn(len(applied), 3, outside, generator=rng, dtype=torch.float64)
     kept = y.clone()
     found = edit.change("site", x, y, None if rows is None else torch.tensor(rows))
-    expected = [[own + matrices[m] @ seen for own, seen in zip(y[r], x[r], strict=True)] for r, m in enumerate(worn)]
+    expected = [[own + matrices[m] @ seen for own, seen in zip(y[r], x[r], strict=True)] for r, m in enumerate(applied)]
     torch.testing.assert_close(found, torch.stack([torch.stack(row) for row in expected]))
     assert torch.equal(y, kept)
 
@@ -237,11 +237,11 @@ def test_slots_add_their_values_as_far_as_they_fire(rows, seed, activation, one)
     edit = slot_edit(seed=seed, activation=activation).to(torch.float64)
     edit = edit[1] if one else edit
     rows = [0] * len(rows) if one and rows else rows
-    worn = rows or ([0] * 4 if one else [0, 1, 2])
-    x, y = (torch.randn(len(worn), 3, WIDTH, generator=rng_of(seed + i)).double() for i in (1, 2))
+    applied = rows or ([0] * 4 if one else [0, 1, 2])
+    x, y = (torch.randn(len(applied), 3, WIDTH, generator=rng_of(seed + i)).double() for i in (1, 2))
     for site in SITES:
         found = edit.change(site, x, y, None if rows is None else torch.tensor(rows))
-        for row, number in enumerate(worn):
+        for row, number in enumerate(applied):
             keys, biases, values = (part[number] for part in edit.slots[site])
             for position in range(3):
                 fires = [act(float(k @ x[row, position] + b)) for k, b in zip(keys, biases, strict=True)]
@@ -467,7 +467,7 @@ def test_wearing_a_dense_edit_is_its_merged_model(lm):
 @pytest.mark.parametrize("sort", ["slots", "codebook", "context", "context alone"])
 def test_what_is_no_change_of_weights_is_not_merged(lm, sort):
     edit = SORTS[sort]()
-    message = f"an edit of the sort '{edit.name}' is no change of weights; it can only be worn"
+    message = f"an edit of the kind '{edit.name}' is no change of weights; it can only be applied"
     with pytest.raises(UserError, match=f"merge: {message}"):
         lm.merge(edit[0])
     with pytest.raises(UserError, match="one edit, got 3"):

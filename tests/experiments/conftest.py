@@ -9,7 +9,7 @@ import torch
 from tests.experiments.helpers import GRID, PAPER, SCALE, write
 
 from instructedit import paths
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 
 
 @pytest.fixture(scope="session")

@@ -264,7 +264,7 @@ def test_only_what_has_changed_is_done_again(copy, whole, monkeypatch, tmp_path)
     write(file, file.read_text() + "# another\n")
     assert run(store, tmp_path / "out", "--seeds=[4]", "--rows=[unedited, MEND]")[0] == 0
     assert done == [("unedited", 4)]
-    assert run(store, tmp_path / "out", "--seeds=[4]", "--rows=[unedited]", "--fresh=true")[0] == 0
+    assert run(store, tmp_path / "out", "--seeds=[4]", "--rows=[unedited]", "--force=true")[0] == 0
     assert done == [("unedited", 4)] * 2
 
 
@@ -301,7 +301,7 @@ def test_a_run_killed_before_its_areas_were_written_is_done_again(place, whole, 
 )
 def test_a_row_that_fails_does_not_take_the_others_along(place, whole, monkeypatch, tmp_path, error, said):
     done = watched(monkeypatch, "FT-L (raw)", error)
-    status, _, errors = run(whole.store, tmp_path / "out", "--rows=['FT-L (raw)', unedited]", "--fresh=true")
+    status, _, errors = run(whole.store, tmp_path / "out", "--rows=['FT-L (raw)', unedited]", "--force=true")
     assert (status, done) == (2, [("unedited", 3)])
     assert f"row 'FT-L (raw)': {error}" in errors
     assert ("Traceback" in errors) == bool(said)
@@ -314,7 +314,7 @@ def test_a_row_that_fails_does_not_take_the_others_along(place, whole, monkeypat
 
 def test_all_rows_fail(place, whole, monkeypatch, tmp_path):
     watched(monkeypatch, "unedited", UserError("no such thing"))
-    status, _, errors = run(whole.store, tmp_path / "out", "--rows=[unedited]", "--fresh=true")
+    status, _, errors = run(whole.store, tmp_path / "out", "--rows=[unedited]", "--force=true")
     assert status == 2
     assert [line for line in errors.splitlines() if line.startswith("instructedit: ")] == [
         "instructedit: error: row 'unedited': no such thing",

@@ -18,12 +18,12 @@ import yaml
 from instructedit import lightning_cli
 from instructedit.callbacks import EditingAreaDump
 from instructedit.cli import main
-from instructedit.data.module import EditData, Place, TaskSource
+from instructedit.data.module import EditData, DataLocation, TaskSource
 from instructedit.errors import UserError
 from instructedit.experiments.experiment import Experiment
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.paths import SHARED
-from instructedit.tasks.tiny.datasets import raw_records
+from instructedit.testbed.datasets import raw_records
 from instructedit.tracking import load_table, runs
 from instructedit.training.module import EditingModule
 
@@ -174,9 +174,9 @@ def test_figure_3_only_tests() -> None:
 
 
 def test_a_task_lies_where_its_place_says_unless_its_source_does(place: Path) -> None:
-    places: dict[str, Place] = {
-        "recent": Place("./data/recent", train="test[:5]", val="test[5:7]"),
-        "zsre": Place("./data/nowhere"),
+    places: dict[str, DataLocation] = {
+        "recent": DataLocation("./data/recent", train="test[:5]", val="test[5:7]"),
+        "zsre": DataLocation("./data/nowhere"),
     }
     train = [TaskSource("recent"), TaskSource("counterfact", size=3), TaskSource("zsre", source="tiny", size=2)]
     data = EditData(train=train, places=places)

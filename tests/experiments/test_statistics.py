@@ -15,7 +15,7 @@ from instructedit.experiments.sections.statistics import StatisticsSection
 from instructedit.experiments.spec import Grid, Row, published
 from instructedit.paths import SHARED
 from instructedit.records import EditRecord, EditRequest, Probe
-from instructedit.tasks.tiny.datasets import raw_records
+from instructedit.testbed.datasets import raw_records
 
 TITLES = {"recent": "Recent", "convsent": "ConvSent", "zsre": "ZsRE (held out)"}
 

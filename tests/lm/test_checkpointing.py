@@ -1,4 +1,4 @@
-"""Blocks that run again in the backward pass: the same gradients from fewer kept activations, whatever is worn then."""
+"""Blocks that run again in the backward pass: the same gradients from fewer kept activations, whatever is applied then."""
 
 from contextlib import nullcontext
 
@@ -22,7 +22,7 @@ PAIRS = [(case.prompt, case.target) for case in CASES]
 def gradients(lm, editor):
     """Of the outer loss, taken as Lightning takes it: when the edits are off again."""
     editor.zero_grad()
-    loss = editor.objective(training_batch(lm, CASES), LossWeights())["loss"]
+    loss = editor.training_loss(training_batch(lm, CASES), LossWeights())["loss"]
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in editor.named_parameters()}
 
@@ -45,7 +45,7 @@ def test_an_editor_gets_the_very_same_gradients(lm, name, options, dtype):
     found = []
     state = {key: value.clone() for key, value in editor.state_dict().items()}
     for again in (False, True):
-        lm.checkpoint = again
+        lm.forward.activation_checkpointing = again
         editor.load_state_dict(state)  # KE's multiplier moves with each loss
         with autocast:
             found.append(gradients(lm, editor))
@@ -67,7 +67,7 @@ def test_what_is_worn_in_the_backward_pass_does_not_matter(lm, when):
     batch, found = lm.encode(PAIRS), []
     start = lm.sites[-1].block
     for again in (False, True):
-        lm.checkpoint = again
+        lm.forward.activation_checkpointing = again
         edit, other = edits(lm, 1), edits(lm, 2, 0.5)
         if when == "within":
             with lm.edited(edit):
@@ -83,11 +83,11 @@ def test_what_is_worn_in_the_backward_pass_does_not_matter(lm, when):
 
 def test_the_blocks_that_run_run_twice_and_keep_only_their_input(lm):
     kept = {}
-    ran = calls(lm.blocks[-1])
+    ran = calls(lm.forward.blocks[-1])
     inside = calls(lm.model.get_submodule(next(site.name for site in lm.sites if site.block == 3)))
-    below = calls(lm.blocks[1])
+    below = calls(lm.forward.blocks[1])
     for again in (False, True):
-        lm.checkpoint, sizes = again, []
+        lm.forward.activation_checkpointing, sizes = again, []
         edit, batch = edits(lm, 1, block=2)[0], lm.encode([("The capital of France is the city of " * 5, "Lyon")])
         lm.logits(batch, edit, start=2)  # what stands below is known from here on
         for seen in (ran, inside, below):
@@ -110,7 +110,7 @@ def test_the_blocks_that_run_run_twice_and_keep_only_their_input(lm):
 
 
 def test_it_leaves_no_trace_and_takes_no_part_without_gradients(lm):
-    lm.checkpoint = True
+    lm.forward.activation_checkpointing = True
     before = footprint(lm)
     inside = calls(lm.model.get_submodule(lm.sites[-1].name))
     handles = dict(lm.model.get_submodule(lm.sites[-1].name)._forward_hooks)
@@ -127,7 +127,7 @@ def test_it_leaves_no_trace_and_takes_no_part_without_gradients(lm):
 
 
 def test_a_pass_that_fails_while_it_runs_again_leaves_the_edits_off(lm):
-    lm.checkpoint = True
+    lm.forward.activation_checkpointing = True
     edit, site = edits(lm, 1), lm.sites[-1].name
     loss = lm.losses(lm.encode(PAIRS), edit, start=lm.sites[-1].block).sum()
     before = footprint(lm)

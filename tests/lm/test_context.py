@@ -65,7 +65,7 @@ def query_of(lm, prompt, block):
     seen = []
     model = plain_model(lm)
     get = lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
-    model.get_submodule(lm.block_name(block)).register_forward_pre_hook(get, with_kwargs=True)
+    model.get_submodule(lm.forward.block_name(block)).register_forward_pre_hook(get, with_kwargs=True)
     with torch.no_grad():
         model(torch.tensor([lm.tokenizer(prompt)["input_ids"]]))
     parts = [seen[0][0, -1], seen[0][0].mean(0)]
@@ -245,7 +245,7 @@ def test_rows_say_which_context_each_prompt_gets(lm, rows):
     torch.testing.assert_close(lm.logits(batch, edit, torch.tensor(rows)), expected, **FLOAT32)
     with lm.edited(edit, rows):
         torch.testing.assert_close(lm.logits(batch), expected, **FLOAT32)
-    if len(set(rows)) == 1:  # a single edit is worn by every row
+    if len(set(rows)) == 1:  # a single edit is applied to every row
         torch.testing.assert_close(lm.logits(batch, edit[1]), expected, **FLOAT32)
 
 
@@ -290,7 +290,7 @@ def test_gradients_reach_the_adapter(lm):
 
 def test_a_gate_reads_the_prompts_last_token_and_its_mean(lm):
     for block in (0, 2):
-        found = lm.query(lm.encode(PAIRS), block)
+        found = lm.context.scope_embedding(lm.encode(PAIRS), block)
         expected = torch.stack([query_of(lm, prompt, block) for prompt, _ in PAIRS])
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
@@ -302,7 +302,7 @@ def test_prompts_in_scope_get_the_context_and_all_others_the_model_itself(lm, in
     keys = [[PAIRS[i][0] if i in inside else f"Some other prompt {i}"] for i in range(3)]
     adapter, deltas = an_adapter(lm)
     edit, batch = context_edit(lm, CONTEXTS, adapter, a_gate(lm, keys)), lm.encode(PAIRS)
-    found, ungated, bare = (lm.logits(batch, worn) for worn in (edit, edit.ungated(), None))
+    found, ungated, bare = (lm.logits(batch, applied) for applied in (edit, edit.ungated(), None))
     sizes = batch.rows.bincount().tolist()
     for i, (own, with_it, without) in enumerate(zip(*(t.split(sizes) for t in (found, ungated, bare)), strict=True)):
         expected = row_logits(lm, PAIRS[i], CONTEXTS[i], deltas) if i in inside else row_logits(lm, PAIRS[i])
@@ -310,14 +310,14 @@ def test_prompts_in_scope_get_the_context_and_all_others_the_model_itself(lm, in
         torch.testing.assert_close(own, with_it if i in inside else without, **FLOAT32)
         assert (with_it - without).abs().max() > 0.01
     if outside := [i for i in range(3) if i not in inside]:
-        states, alone = lm.states(batch, edit), lm.states(batch.select(torch.tensor(outside)))
+        states, alone = lm.scores.states(batch, edit), lm.scores.states(batch.select(torch.tensor(outside)))
         assert torch.equal(torch.cat([states.split(sizes)[i] for i in outside]), alone)  # bit by bit
 
 
 def test_a_prompt_of_the_same_words_is_routed_alike_in_any_company(lm):
     edit = context_edit(lm, CONTEXTS[:1], None, a_gate(lm, [[PAIRS[0][0]]], radius=1e-2))
     for pairs in (PAIRS[:1], PAIRS, [*PAIRS, ("long " * 30, "row")]):
-        chosen = edit.choose(torch.zeros(len(pairs), dtype=torch.long), lambda b, p=pairs: lm.query(lm.encode(p), b))
+        chosen = edit.choose(torch.zeros(len(pairs), dtype=torch.long), lambda b, p=pairs: lm.context.scope_embedding(lm.encode(p), b))
         assert chosen.tolist() == [0] + [-1] * (len(pairs) - 1)
 
 
@@ -329,9 +329,9 @@ def test_the_edge_of_the_scope_is_where_the_logit_is_zero(lm):
     for radius, chosen in ((distance * 0.99, -1), (distance * 1.01, 0)):
         edit = context_edit(lm, CONTEXTS[:1], None, a_gate(lm, [[key]], radius))
         batch = lm.encode(PAIRS[1:2])
-        found = edit.choose(torch.zeros(1, dtype=torch.long), lambda block, batch=batch: lm.query(batch, block))
+        found = edit.choose(torch.zeros(1, dtype=torch.long), lambda block, batch=batch: lm.context.scope_embedding(batch, block))
         assert found.tolist() == [chosen]
-        logit = edit.gate.logits(lm.query(batch, 2), torch.zeros(1, dtype=torch.long))
+        logit = edit.gate.logits(lm.context.scope_embedding(batch, 2), torch.zeros(1, dtype=torch.long))
         assert logit.item() == pytest.approx(2 * radius**2 - 2 * distance**2, rel=1e-3)
 
 
@@ -388,14 +388,14 @@ def continued(lm, prompt, context="", deltas=None, new=6):
 def test_generation_goes_on_behind_the_context_where_the_prompt_is_in_scope(lm):
     prompts = [prompt for prompt, _ in PAIRS]
     adapter, deltas = an_adapter(lm, blocks=(3,))
-    worn = [continued(lm, p, c, deltas) for p, c in zip(prompts, CONTEXTS, strict=True)]
+    applied = [continued(lm, p, c, deltas) for p, c in zip(prompts, CONTEXTS, strict=True)]
     plain = [continued(lm, prompt) for prompt in prompts]
-    assert all(one != other for one, other in zip(worn, plain, strict=True))
+    assert all(one != other for one, other in zip(applied, plain, strict=True))
     assert lm.generate(prompts, max_new_tokens=6) == plain
     for inside in ((0, 1, 2), (1,), (0, 2), ()):
         keys = [[prompts[i] if i in inside else f"Some other prompt {i}"] for i in range(3)]
         edit = context_edit(lm, CONTEXTS, adapter, a_gate(lm, keys))
-        expected = [worn[i] if i in inside else plain[i] for i in range(3)]
+        expected = [applied[i] if i in inside else plain[i] for i in range(3)]
         with lm.edited(edit):
             assert lm.generate(prompts, max_new_tokens=6) == expected
         with lm.edited(edit, rows=[2, 1, 0, 1]):
@@ -404,7 +404,7 @@ def test_generation_goes_on_behind_the_context_where_the_prompt_is_in_scope(lm):
         with lm.edited(edit[1]):
             assert lm.generate(prompts[1], max_new_tokens=6) == expected[1]
     with lm.edited(context_edit(lm, CONTEXTS, adapter)):
-        assert lm.generate(prompts, max_new_tokens=6) == worn
+        assert lm.generate(prompts, max_new_tokens=6) == applied
     assert lm.generate(prompts, max_new_tokens=6) == plain
 
 
@@ -456,13 +456,13 @@ def test_a_second_edit_in_front_of_the_prompts_is_refused(lm):
     edit = context_edit(lm, CONTEXTS[:1])
     with lm.edited(edit):
         with (
-            pytest.raises(UserError, match="already wears an edit that stands in front of its prompts"),
+            pytest.raises(UserError, match="prepends a context is applied already"),
             lm.edited(edit),
         ):
             pass
-        worn = lm.logits(lm.encode(PAIRS))  # the first is still on
-    torch.testing.assert_close(worn, torch.cat([row_logits(lm, pair, CONTEXTS[0]) for pair in PAIRS]), **FLOAT32)
-    with lm.edited(edit):  # and another time it may be worn again
+        applied = lm.logits(lm.encode(PAIRS))  # the first is still on
+    torch.testing.assert_close(applied, torch.cat([row_logits(lm, pair, CONTEXTS[0]) for pair in PAIRS]), **FLOAT32)
+    with lm.edited(edit):  # and another time it may be applied again
         pass
 
 
@@ -488,7 +488,7 @@ def test_after_an_exception_nothing_is_left(lm, error, inside, monkeypatch):
                 lm.generate([prompt for prompt, _ in PAIRS], max_new_tokens=2)
 
     with monkeypatch.context() as patch:
-        patch.setitem(vars(lm.blocks[3]), "forward", fail)
+        patch.setitem(vars(lm.forward.blocks[3]), "forward", fail)
         with pytest.raises(error):
             run()
     assert_untouched(lm, before)
@@ -502,7 +502,7 @@ def test_it_is_no_change_of_weights(lm):
     edit = context_edit(lm, CONTEXTS[:1], an_adapter(lm)[0])
     with pytest.raises(UserError, match="'context' is no change of weights"):
         lm.merge(edit)
-    with pytest.raises(UserError, match="can only be worn"):
+    with pytest.raises(UserError, match="can only be applied"):
         edit.delta(edit.sites[0])
 
 
@@ -533,7 +533,7 @@ def test_to_disk_and_back(lm, tmp_path, adapted, gated):
 def kinds_of(lm):
     """A site, the module of a whole MLP, and a block."""
     site = next(s for s in lm.select(blocks=[2]) if s.output)
-    return [site.name, site.mlp, lm.block_name(1), lm.block_name(3)]
+    return [site.name, site.mlp, lm.forward.block_name(1), lm.forward.block_name(3)]
 
 
 def looked_at(model, lm, names, pair):
@@ -558,18 +558,18 @@ def looked_at(model, lm, names, pair):
 def test_what_layers_see_and_give_is_what_hooks_on_a_plain_model_see(lm, edited, cached):
     names, batch = kinds_of(lm), lm.encode(PAIRS)
     factors = random_factors(lm.select(blocks=[1, 2]), 3, 2, scale=0.1)
-    edit, rows, worn = LowRankEdit({name: Factors(*pair) for name, pair in factors.items()}), None, (0, 1, 2)
+    edit, rows, applied = LowRankEdit({name: Factors(*pair) for name, pair in factors.items()}), None, (0, 1, 2)
     if edited == "one":
-        edit, worn = edit[1], (1, 1, 1)
+        edit, applied = edit[1], (1, 1, 1)
     elif edited == "rows":
-        rows, worn = torch.tensor([2, 0, 0]), (2, 0, 0)
+        rows, applied = torch.tensor([2, 0, 0]), (2, 0, 0)
     edit = edit if edited else None
     before = footprint(lm)
     for _ in range(2):
-        found = lm.observe(batch, names, edit, rows, cached=cached)
+        found = lm.record_activations(batch, names, edit, rows, cached=cached)
         assert found.keys() == set(names)
         for row, pair in enumerate(PAIRS):
-            model = dense_copy(lm, dense(factors, worn[row])) if edited else plain_model(lm)
+            model = dense_copy(lm, dense(factors, applied[row])) if edited else plain_model(lm)
             for name, parts in looked_at(model, lm, names, pair).items():
                 for own, expected in zip(found[name], parts, strict=True):
                     torch.testing.assert_close(own[row, : len(expected)], expected, **FLOAT32)
@@ -579,9 +579,9 @@ def test_what_layers_see_and_give_is_what_hooks_on_a_plain_model_see(lm, edited,
 
 def test_nothing_above_the_last_layer_that_is_looked_at_runs(lm):
     names, batch, ran = kinds_of(lm)[:3], lm.encode(PAIRS), []
-    lm.observe(batch, names)  # the first time the model is run to learn what its blocks return
-    handles = [lm.blocks[i].register_forward_hook(lambda *_, i=i: ran.append(i)) for i in range(4)]
-    lm.observe(batch, names, cached=False)
+    lm.record_activations(batch, names)  # the first time the model is run to learn what its blocks return
+    handles = [lm.forward.blocks[i].register_forward_hook(lambda *_, i=i: ran.append(i)) for i in range(4)]
+    lm.record_activations(batch, names, cached=False)
     for handle in handles:
         handle.remove()
     assert ran == [0, 1]  # and the third as far as its MLP
@@ -589,15 +589,15 @@ def test_nothing_above_the_last_layer_that_is_looked_at_runs(lm):
 
 def test_a_layer_that_is_not_there_is_told(lm):
     with pytest.raises(UserError, match="no edit site 'nowhere'"):
-        lm.observe(lm.encode(PAIRS), ["nowhere"])
+        lm.record_activations(lm.encode(PAIRS), ["nowhere"])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_without_answers_are_looked_at_as_well(tokenizer, architecture):
     lm = random_lm(architecture, tokenizer)
     ids, (name, *_) = [tokenizer(prompt)["input_ids"] for prompt, _ in PAIRS], kinds_of(lm)
-    found = lm.observe(rows_of(ids), [name])[name]
-    whole = lm.observe(lm.encode(PAIRS), [name])[name]
+    found = lm.record_activations(rows_of(ids), [name])[name]
+    whole = lm.record_activations(lm.encode(PAIRS), [name])[name]
     for row, prompt in enumerate(ids):
         for short, long in zip(found, whole, strict=True):
             torch.testing.assert_close(short[row, : len(prompt)], long[row, : len(prompt)], **FLOAT32)

@@ -11,7 +11,7 @@ from transformers import GPT2Config, MistralConfig
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import decoding
-from instructedit.lm.decoding import Draw, _Buffer, draws, roomy_cache
+from instructedit.lm.decoding import Draw, _Buffer, draws, preallocated_cache
 
 PROMPTS = ["The capital of France is", "A", "In the year 1969 the first people"]
 
@@ -48,11 +48,11 @@ def test_a_buffer_with_room_copies_nothing():
 
 
 def test_layers_that_forget_keep_their_own_cache(tokenizer):
-    assert roomy_cache(MistralConfig(sliding_window=4), 20) is None
+    assert preallocated_cache(MistralConfig(sliding_window=4), 20) is None
 
 
 def test_the_cache_of_a_plain_model_has_room():
-    cache = roomy_cache(GPT2Config(n_layer=2, n_embd=8, n_head=2), 6)
+    cache = preallocated_cache(GPT2Config(n_layer=2, n_embd=8, n_head=2), 6)
     first, second = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 1, 4)
     for layer in range(2):
         kept = cache.update(first, 2 * first, layer)[0].data_ptr()
@@ -65,7 +65,7 @@ def test_the_cache_of_a_plain_model_has_room():
 
 @pytest.mark.parametrize("at_rest", [torch.float16, torch.bfloat16])
 def test_keys_and_values_are_rounded_at_rest_alone(at_rest):
-    cache = roomy_cache(GPT2Config(n_layer=1, n_embd=8, n_head=2), 6, at_rest)
+    cache = preallocated_cache(GPT2Config(n_layer=1, n_embd=8, n_head=2), 6, at_rest)
     parts = [torch.randn(2, 2, 3, 4), torch.randn(2, 2, 1, 4)]
     cache.update(parts[0], -parts[0], 0)
     keys, values = cache.update(parts[1], -parts[1], 0)
@@ -165,13 +165,13 @@ def test_sampled_text_is_drawn_row_by_row_under_each_rows_edit(tokenizer, archit
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_sampled_text_of_rounded_keys_and_values(tokenizer, architecture, monkeypatch):
     lm, caches = random_lm(architecture, tokenizer), []
-    _ = lm.decoder.layout
+    _ = lm.generation.decoder.layout
 
     def kept(*args):
-        caches.append(roomy_cache(*args))
+        caches.append(preallocated_cache(*args))
         return caches[-1]
 
-    monkeypatch.setattr(decoding, "roomy_cache", kept)
+    monkeypatch.setattr(decoding, "preallocated_cache", kept)
     exact = lm.sample(PROMPTS, 12, [1, 2, 3])
     assert lm.sample(PROMPTS, 12, [1, 2, 3], kv_dtype="float16") == exact  # no draw here is so near a bound
     assert [cache.layers[0].keys.dtype for cache in caches] == [torch.float32, torch.float16]

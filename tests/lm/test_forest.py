@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from instructedit.lm import FrozenLM
-from instructedit.lm.forest import Forest
+from instructedit.lm.prefix_trees import PrefixTrees
 from instructedit.lm.tokens import rows_of
 
 FRONT = "Task: CounterFact\nDescription: a sentence about the world that is to be changed.\nInput: "
@@ -27,41 +27,41 @@ ROWS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=9), min_size=1,
 
 @given(rows=ROWS, width=st.integers(1, 20))
 def test_each_row_finds_itself_in_a_tree(rows, width):
-    forest = Forest.of(rows, width)
-    for row, places in zip(rows, forest.places, strict=True):
-        tree = int(places[0]) // forest.ids.shape[1]
-        assert forest.ids.flatten()[places].tolist() == row
-        assert forest.positions.flatten()[places].tolist() == list(range(len(row)))
-        within = places - tree * forest.ids.shape[1]
+    prefix_trees = PrefixTrees.of(rows, width)
+    for row, places in zip(rows, prefix_trees.places, strict=True):
+        tree = int(places[0]) // prefix_trees.ids.shape[1]
+        assert prefix_trees.ids.flatten()[places].tolist() == row
+        assert prefix_trees.positions.flatten()[places].tolist() == list(range(len(row)))
+        within = places - tree * prefix_trees.ids.shape[1]
         for number, place in enumerate(within.tolist()):
-            assert forest.sees[tree, place].nonzero().flatten().tolist() == within[: number + 1].tolist()
+            assert prefix_trees.sees[tree, place].nonzero().flatten().tolist() == within[: number + 1].tolist()
 
 
 @given(rows=ROWS, width=st.integers(1, 20))
 def test_trees_are_full_and_hold_nothing_twice(rows, width):
-    forest = Forest.of(rows, width)
+    prefix_trees = PrefixTrees.of(rows, width)
     members = {}
-    for row, places in zip(rows, forest.places, strict=True):
-        members.setdefault(int(places[0]) // forest.ids.shape[1], []).append((row, places.tolist()))
+    for row, places in zip(rows, prefix_trees.places, strict=True):
+        members.setdefault(int(places[0]) // prefix_trees.ids.shape[1], []).append((row, places.tolist()))
     sizes = []
     for inside in members.values():
         beginnings = {tuple(row[: end + 1]) for row, _ in inside for end in range(len(row))}
         sizes.append(len({place for _, places in inside for place in places}))
         assert sizes[-1] == len(beginnings)
         assert sizes[-1] <= width or all(row == inside[0][0] for row, _ in inside)
-    assert forest.ids.shape == (len(members), max(sizes))
+    assert prefix_trees.ids.shape == (len(members), max(sizes))
 
 
 def test_padding_sees_itself():
-    forest = Forest.of([[1] * 4, [2]], 4)
-    assert forest.ids.shape == (2, 4)
-    assert forest.sees.any(-1).all()  # a softmax over nothing would be nan
+    prefix_trees = PrefixTrees.of([[1] * 4, [2]], 4)
+    assert prefix_trees.ids.shape == (2, 4)
+    assert prefix_trees.sees.any(-1).all()  # a softmax over nothing would be nan
 
 
 @given(rows=ROWS, width=st.integers(1, 20))
 def test_states_come_back_row_by_row(rows, width):
-    forest = Forest.of(rows, width)
-    found = forest.states(forest.ids.unsqueeze(-1).double())
+    prefix_trees = PrefixTrees.of(rows, width)
+    found = prefix_trees.states(prefix_trees.ids.unsqueeze(-1).double())
     assert found.shape == (len(rows), max(map(len, rows)), 1)
     for row, states in zip(rows, found, strict=True):
         assert states.flatten()[: len(row)].tolist() == row
@@ -73,7 +73,7 @@ def test_the_prefix_is_that_of_each_row(tokenizer, architecture, block):
     lm = random_lm(architecture, tokenizer)
     batch = lm.encode([(front + prompt, " Paris") for front in ("", FRONT) for prompt in PROMPTS])
     kept = batch.attention_mask.bool()
-    found = lm.prefix(batch, block)
+    found = lm.prefixes.of(batch, block)
     for i, row in enumerate(batch.input_ids):
         alone = lm.forward.up_to_block(rows_of([row[kept[i]].tolist()]), block)
         torch.testing.assert_close(found[i][kept[i]], alone[0], rtol=1e-4, atol=1e-5)
@@ -82,13 +82,13 @@ def test_the_prefix_is_that_of_each_row(tokenizer, architecture, block):
 
 def test_what_prompts_begin_with_together_is_computed_once(tokenizer):
     lm = random_lm("gpt2", tokenizer)
-    assert lm.takes_trees
+    assert lm.prefixes.takes_trees
     seen = []
-    lm.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
+    lm.forward.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
     alone, together = lm.encode([(FRONT + PROMPTS[0], "x")]), lm.encode([(FRONT + p, "x") for p in PROMPTS])
-    lm.prefix(alone, 2)
+    lm.prefixes.of(alone, 2)
     lm.cache.clear()
-    lm.prefix(together, 2)
+    lm.prefixes.of(together, 2)
     rests = lm.encode([(prompt, "x") for prompt in PROMPTS]).attention_mask.sum()
     assert seen[1] <= seen[0] + rests
 
@@ -115,10 +115,10 @@ def test_a_model_that_takes_no_trees_gets_rows(tokenizer, name):
         if parameter.ndim == 2:
             parameter.data = torch.randn(parameter.shape) * 0.15
     lm = FrozenLM(model, tokenizer, name, max_length=128)
-    assert lm.takes_trees is takes
+    assert lm.prefixes.takes_trees is takes
     batch = lm.encode([(FRONT + prompt, " Paris") for prompt in PROMPTS])
     kept = batch.attention_mask.bool()
-    torch.testing.assert_close(lm.prefix(batch, 2)[kept], lm.forward.up_to_block(batch, 2)[kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lm.prefixes.of(batch, 2)[kept], lm.forward.up_to_block(batch, 2)[kept], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [16, 60])
@@ -137,7 +137,7 @@ def test_a_window_that_the_config_of_the_cache_does_not_show(tokenizer, window):
     batch = lm.encode([(FRONT * 2 + prompt, " Paris") for prompt in PROMPTS])
     assert max(batch.lengths) > window
     kept = batch.attention_mask.bool()
-    torch.testing.assert_close(lm.prefix(batch, 3)[kept], lm.forward.up_to_block(batch, 3)[kept], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lm.prefixes.of(batch, 3)[kept], lm.forward.up_to_block(batch, 3)[kept], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_longer_than_what_was_tried_are_run_as_rows(tokenizer, monkeypatch):
@@ -147,11 +147,11 @@ def test_rows_longer_than_what_was_tried_are_run_as_rows(tokenizer, monkeypatch)
     lm.prefixes.__dict__["takes_trees"] = True
     batch = lm.encode([(FRONT * 2, " Paris")])
     assert max(batch.lengths) > 20
-    assert lm.prefix(batch, 2).shape[1] == max(batch.lengths)
+    assert lm.prefixes.of(batch, 2).shape[1] == max(batch.lengths)
 
 
 def test_a_model_that_counts_positions_itself_gets_rows(tokenizer):
     lm = random_lm("gpt2", tokenizer)
     own = lm.model.forward
     lm.model.forward = lambda *args, position_ids=None, **kwargs: own(*args, **kwargs)
-    assert not lm.takes_trees
+    assert not lm.prefixes.takes_trees

@@ -47,12 +47,12 @@ def test_logits_are_the_whole_models(lm):
 def test_a_prefix_from_any_block_changes_nothing(lm, start, cache_bytes):
     lm.cache.max_bytes = cache_bytes
     factors = random_factors(lm.select(blocks=[start]), 3, 2)
-    plain, worn = one_by_one(lm, PAIRS), one_by_one(lm, PAIRS, [dense(factors, i) for i in range(3)])
-    assert (plain - worn).abs().max() > 0.1  # so that the edit matters
+    plain, applied = one_by_one(lm, PAIRS), one_by_one(lm, PAIRS, [dense(factors, i) for i in range(3)])
+    assert (plain - applied).abs().max() > 0.1  # so that the edit matters
     batch = lm.encode(PAIRS)
     for _ in range(2):  # the second time from the cache, where there is one
         torch.testing.assert_close(lm.logits(batch, start=start), plain, **FLOAT32)
-        torch.testing.assert_close(lm.logits(batch, edit_of(factors), start=start), worn, **FLOAT32)
+        torch.testing.assert_close(lm.logits(batch, edit_of(factors), start=start), applied, **FLOAT32)
     assert (lm.cache.hits > 0) == bool(start and cache_bytes)
 
 
@@ -62,18 +62,18 @@ def test_unedited_logits_run_each_block_once(lm, start, cache_bytes):
     lm.cache.max_bytes = cache_bytes
     lm.logits(lm.encode(PAIRS), start=2)  # the prefix is known
     ran = []
-    for number, block in enumerate(lm.blocks):
+    for number, block in enumerate(lm.forward.blocks):
         own = block.forward
         block.forward = lambda *a, own=own, number=number, **k: (ran.append(number), own(*a, **k))[1]
     expected = one_by_one(lm, PAIRS)
     ran.clear()
     for _ in range(2):
-        torch.testing.assert_close(lm.head(lm.unedited_states(lm.encode(PAIRS), start)), expected, **FLOAT32)
-    first = [n for n in range(len(lm.blocks)) if not (cache_bytes and start) or n >= start]
+        torch.testing.assert_close(lm.forward.head(lm.scores.unedited_states(lm.encode(PAIRS), start)), expected, **FLOAT32)
+    first = [n for n in range(len(lm.forward.blocks)) if not (cache_bytes and start) or n >= start]
     assert ran == (first if cache_bytes else first * 2)
     edit = edit_of(random_factors(lm.select(blocks=[0]), 1, 2))
-    with lm.edited(edit), pytest.raises(UserError, match="wears an edit"):
-        lm.unedited_states(lm.encode(PAIRS))
+    with lm.edited(edit), pytest.raises(UserError, match="an edit is applied"):
+        lm.scores.unedited_states(lm.encode(PAIRS))
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2 << 20])
@@ -89,9 +89,9 @@ def test_unedited_answers_are_judged_once(lm, cache_bytes, monkeypatch):
         alone = [lm.logits(lm.encode([pairs[i]])) for i in chosen]
         expected = -torch.cat(alone).log_softmax(-1)[range(len(batch.answers)), batch.answers]
         heads.clear()
-        found = lm.unedited_judged(batch, 1)
+        found = lm.scores.unedited_predictions(batch, 1)
         torch.testing.assert_close(found.nll, expected, **FLOAT32)
-        assert torch.equal(found.said, torch.cat(alone).argmax(-1))
+        assert torch.equal(found.predicted, torch.cat(alone).argmax(-1))
         assert bool(heads) == (not cache_bytes or len(chosen) == 4)
     assert lm.cache.bytes <= cache_bytes
 
@@ -173,7 +173,7 @@ def test_different_edits_in_one_batch_are_merged_models_one_by_one(lm):
     rows = [2, 0, 0]
     expected = one_by_one(lm, PAIRS, [dense(factors, i) for i in rows])
     torch.testing.assert_close(lm.logits(batch, edit, torch.tensor(rows), start=1), expected, **FLOAT32)
-    expected = one_by_one(lm, PAIRS, [dense(factors, 1)] * 3)  # a single edit is worn by every row
+    expected = one_by_one(lm, PAIRS, [dense(factors, 1)] * 3)  # a single edit is applied to every row
     torch.testing.assert_close(lm.logits(batch, edit[1]), expected, **FLOAT32)
     both = {name: sum(dense(factors, i)[name] for i in range(3)) for name in factors}
     torch.testing.assert_close(lm.logits(batch, edit.joined()), one_by_one(lm, PAIRS, [both] * 3), **FLOAT32)
@@ -185,8 +185,8 @@ def test_edited_is_worn_by_the_plain_model(lm):
     models = [dense_copy(lm, dense(factors, i)) for i in (1, 0, 1)]
     with torch.no_grad():
         expected = torch.cat([model(ids[:1]).logits for model in models])
-        with lm.edited(edit_of(factors), rows=[1, 0, 1]) as worn:
-            assert worn is lm
+        with lm.edited(edit_of(factors), rows=[1, 0, 1]) as applied:
+            assert applied is lm
             torch.testing.assert_close(lm.model(ids).logits, expected, **FLOAT32)
 
 
@@ -235,10 +235,10 @@ def test_merge_leaves_the_model_alone_and_equals_wearing(lm):
     assert_untouched(lm, before)
     assert torch.equal(lm.logits(batch), said)
     with torch.no_grad(), lm.edited(edit[1]):
-        worn = lm.model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        applied = lm.model(batch.input_ids, attention_mask=batch.attention_mask).logits
     with torch.no_grad():
         found = merged(batch.input_ids, attention_mask=batch.attention_mask).logits
-    torch.testing.assert_close(found, worn, **FLOAT32)
+    torch.testing.assert_close(found, applied, **FLOAT32)
     with pytest.raises(UserError, match=r"one edit, got 3"):
         lm.merge(edit)
 
@@ -248,8 +248,8 @@ def test_bfloat16(tokenizer, architecture):
     lm, exact = random_lm(architecture, tokenizer, torch.bfloat16), random_lm(architecture, tokenizer)
     edit = edit_of(random_factors(lm.select(blocks=[1, 3]), 3, 2))
     batch = lm.encode(PAIRS)
-    for worn in (None, edit):
-        found, expected = lm.logits(batch, worn, start=1), exact.logits(batch, worn)
+    for applied in (None, edit):
+        found, expected = lm.logits(batch, applied, start=1), exact.logits(batch, applied)
         assert found.dtype == torch.bfloat16
         assert torch.nn.functional.cosine_similarity(found.float(), expected).min() > 0.99
     seen = lm.capture(batch, list(edit.sites))
@@ -264,8 +264,8 @@ def test_generating_together_is_generating_alone(lm):
     assert lm.generate(prompts, max_new_tokens=6) == [lm.tokenizer.decode(ids) for ids in plain]
     assert lm.generate(prompts[1], max_new_tokens=6) == lm.tokenizer.decode(plain[1])
     factors = random_factors(lm.select(blocks=[1, 3]), 3, 2)
-    for rows, worn in ((None, (0, 1, 2)), ([2, 0, 0], (2, 0, 0))):
-        models = [dense_copy(lm, dense(factors, i)) for i in worn]
+    for rows, applied in ((None, (0, 1, 2)), ([2, 0, 0], (2, 0, 0))):
+        models = [dense_copy(lm, dense(factors, i)) for i in applied]
         expected = [greedy(m, lm.tokenizer, prompt, 6) for m, prompt in zip(models, prompts, strict=True)]
         with lm.edited(edit_of(factors), rows):
             assert lm.generate(prompts, max_new_tokens=6) == [lm.tokenizer.decode(ids) for ids in expected]

@@ -74,7 +74,7 @@ def decoded(lm, models, rooms):
 @pytest.mark.parametrize("name", MODELS)
 def test_words_are_those_of_plain_transformers(name, tokenizer, monkeypatch):
     if name == "deepseek_v2":
-        monkeypatch.setattr(decoding, "thin_products", lambda modules: torch.no_grad())
+        monkeypatch.setattr(decoding, "small_batch_matmul", lambda modules: torch.no_grad())
     lm = model_of(MODELS[name], tokenizer)
     rooms = [6, 2, 6, 1, 5]
     expected = decoded(lm, [lm.model] * 5, rooms)
@@ -87,8 +87,8 @@ def test_words_are_those_of_plain_transformers(name, tokenizer, monkeypatch):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_each_row_goes_on_under_its_own_edit_in_every_layout(tokenizer, architecture, layout):
     lm = random_lm(architecture, tokenizer)
-    assert lm.decoder.layout == Layout(True, True)
-    lm.decoder.layout = layout
+    assert lm.generation.decoder.layout == Layout(True, True)
+    lm.generation.decoder.layout = layout
     rows, rooms = [2, 0, 0, 1, 2], [6, 2, 5, 1, 6]
     factors = random_factors(lm.select(blocks=[1, 3]), 3, 2)
     models = [dense_copy(lm, dense(factors, i)) for i in rows]
@@ -109,7 +109,7 @@ def test_a_model_is_tried_out_without_the_edits_that_it_has_on(tokenizer):
     factors = random_factors(lm.select(blocks=[1]), 5, 2)
     with lm.edited(LowRankEdit({site: Factors(*pair) for site, pair in factors.items()})):
         lm.generate(PROMPTS, max_new_tokens=2)  # the first that this model says
-    assert lm.decoder.layout == Layout(True, True)
+    assert lm.generation.decoder.layout == Layout(True, True)
 
 
 #: What a model's files may ask for; none of it is ours.

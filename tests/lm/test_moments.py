@@ -13,7 +13,7 @@ from tests.reference import assert_untouched, footprint, plain_model, relative
 
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, moments, own_text
-from instructedit.lm.moments import moments_file, sample_inputs, second_moments
+from instructedit.lm.covariance import covariance_file, sample_inputs, covariances
 
 TEXTS = [
     "The capital of France is Paris.",
@@ -65,7 +65,7 @@ def test_moments_are_the_mean_outer_product_over_all_tokens(lm, file, rows, monk
     monkeypatch.setattr(moments, "_ROWS", rows)  # texts in a forward pass, and what is left over in the last
     lm.max_length = 100  # so that one text is cut
     before, names = footprint(lm), names_of(lm)
-    found = second_moments(lm, names, str(file))
+    found = covariances(lm, names, str(file))
     assert_untouched(lm, before)
     assert len(lm.cache) == 0  # text that is read once does not fill the prefix cache
     for name, inputs in seen_by(lm, names, TEXTS).items():
@@ -78,7 +78,7 @@ def test_moments_are_the_mean_outer_product_over_all_tokens(lm, file, rows, monk
 def test_no_more_tokens_count_than_asked_for(lm, file, tokens, monkeypatch):
     monkeypatch.setattr(moments, "_ROWS", 3)
     names = names_of(lm)
-    found, samples = second_moments(lm, names, str(file), tokens), sample_inputs(lm, names[0], str(file), tokens)
+    found, samples = covariances(lm, names, str(file), tokens), sample_inputs(lm, names[0], str(file), tokens)
     seen = seen_by(lm, names, TEXTS, tokens)
     for name in names:
         assert len(seen[name]) == tokens
@@ -102,7 +102,7 @@ def test_reading_ends_where_the_tokens_do(lm, monkeypatch):
             yield f"Text number {number} of a source without end"
 
     monkeypatch.setattr(own_text, "read_texts", texts)
-    second_moments(lm, names_of(lm)[:1], "tiny", 700)
+    covariances(lm, names_of(lm)[:1], "tiny", 700)
     assert 30 < len(read) < 65  # some twelve tokens each
 
 
@@ -115,14 +115,14 @@ def forbid(monkeypatch):
 
 def test_what_was_computed_is_not_computed_again(lm, file, folder, monkeypatch):
     names = names_of(lm)
-    first = second_moments(lm, names[:2], str(file))
-    assert {path.name for path in folder.iterdir()} == {moments_file(lm, n, str(file), 100_000).name for n in names[:2]}
-    reading, wanted = lm.observe, []
+    first = covariances(lm, names[:2], str(file))
+    assert {path.name for path in folder.iterdir()} == {covariance_file(lm, n, str(file), 100_000).name for n in names[:2]}
+    reading, wanted = lm.record_activations, []
     monkeypatch.setattr(lm, "observe", lambda batch, sites, **o: wanted.append(sites) or reading(batch, sites, **o))
-    both = second_moments(lm, names[1:3], str(file))  # one is there, the other is not
+    both = covariances(lm, names[1:3], str(file))  # one is there, the other is not
     assert wanted == [names[2:3]]
     forbid(monkeypatch)
-    again = second_moments(lm, names[:3], str(file))
+    again = covariances(lm, names[:3], str(file))
     assert torch.equal(again[names[0]], first[names[0]])
     assert torch.equal(again[names[1]], first[names[1]])
     assert torch.equal(both[names[1]], first[names[1]])
@@ -134,33 +134,33 @@ def test_another_model_text_or_number_of_tokens_is_another_file(tokenizer, file,
     lms += [random_lm("gpt2", tokenizer, torch.bfloat16)]
     sites, other = names_of(lms[0]), tmp_path / "other.jsonl"
     other.write_bytes(file.read_bytes())
-    found = [moments_file(lm, sites[0], str(file), 100) for lm in lms]
-    found += [moments_file(lms[0], sites[1], str(file), 100), moments_file(lms[0], sites[0], str(file), 101)]
-    found += [moments_file(lms[0], sites[0], text, 100) for text in (str(other), "tiny")]
+    found = [covariance_file(lm, sites[0], str(file), 100) for lm in lms]
+    found += [covariance_file(lms[0], sites[1], str(file), 100), covariance_file(lms[0], sites[0], str(file), 101)]
+    found += [covariance_file(lms[0], sites[0], text, 100) for text in (str(other), "tiny")]
     longer, changed = file.read_text() + "\n", file.read_text().replace("France", "Norway") + "\n"
     for content, after in ((longer, 5), (changed, 10)):  # the second has the first's size
         file.write_text(content)
         os.utime(file, (after, after))
-        found.append(moments_file(lms[0], sites[0], str(file), 100))
+        found.append(covariance_file(lms[0], sites[0], str(file), 100))
     assert len(set(found)) == len(found)
 
 
 def test_the_same_model_again_finds_its_file(tokenizer, file):
     one, other = random_lm("gpt2", tokenizer), random_lm("gpt2", tokenizer)
     site = names_of(one)[0]
-    assert moments_file(one, site, str(file), 9) == moments_file(other, site, str(file), 9)
+    assert covariance_file(one, site, str(file), 9) == covariance_file(other, site, str(file), 9)
 
 
 def test_a_single_changed_weight_of_a_small_model_is_another_model(tokenizer, file):
     one, other = random_lm("gpt2", tokenizer), random_lm("gpt2", tokenizer)
     other.model.transformer.h[0].ln_1.bias.data[3] += 1e-3
-    assert moments_file(one, "a", str(file), 9) != moments_file(other, "a", str(file), 9)
+    assert covariance_file(one, "a", str(file), 9) != covariance_file(other, "a", str(file), 9)
 
 
 def test_texts_cut_elsewhere_have_another_moment_and_another_file(tokenizer, file):
     lms = [random_lm("gpt2", tokenizer) for _ in range(2)]
     lms[1] = FrozenLM(lms[1].model, tokenizer, "short", max_length=10)
-    found = [second_moments(lm, names_of(lm)[:1], str(file)) for lm in lms]
+    found = [covariances(lm, names_of(lm)[:1], str(file)) for lm in lms]
     (name,) = found[0]
     for lm, moment in zip(lms, found, strict=True):
         expected = dense_moment(seen_by(lm, [name], TEXTS)[name])
@@ -170,14 +170,14 @@ def test_texts_cut_elsewhere_have_another_moment_and_another_file(tokenizer, fil
 @pytest.mark.parametrize("damage", [b"", b"no tensors", None])
 def test_a_damaged_file_is_named(lm, file, damage):
     name = names_of(lm)[0]
-    second_moments(lm, [name], str(file))
-    kept = moments_file(lm, name, str(file), 100_000)
+    covariances(lm, [name], str(file))
+    kept = covariance_file(lm, name, str(file), 100_000)
     assert load_file(kept).keys() == {"second_moment"}
     kept.write_bytes(kept.read_bytes()[:-5] if damage is None else damage)
     with pytest.raises(UserError, match=rf"{kept.name}: damaged .*remove it"):
-        second_moments(lm, [name], str(file))
+        covariances(lm, [name], str(file))
     kept.unlink()
-    second_moments(lm, [name], str(file))
+    covariances(lm, [name], str(file))
     assert kept.is_file()
 
 
@@ -186,7 +186,7 @@ def test_an_empty_text_is_refused_and_leaves_nothing(lm, tmp_path, folder, conte
     path = tmp_path / "empty.txt"
     path.write_text(content)
     with pytest.raises(UserError, match=r"empty\.txt: holds no text"):
-        second_moments(lm, names_of(lm), str(path))
+        covariances(lm, names_of(lm), str(path))
     assert not folder.exists()
 
 
@@ -213,9 +213,9 @@ def test_what_is_killed_in_the_middle_leaves_no_file(lm, file, folder, monkeypat
         else:
             patch.setattr(type(file), "replace", move)
         with pytest.raises(stop):
-            second_moments(lm, names_of(lm), str(file))
+            covariances(lm, names_of(lm), str(file))
     assert not folder.exists() or list(folder.rglob("*")) == []
-    found = second_moments(lm, names_of(lm), str(file))  # and nothing hinders the next
+    found = covariances(lm, names_of(lm), str(file))  # and nothing hinders the next
     for name, inputs in seen_by(lm, names_of(lm), TEXTS).items():
         assert relative(found[name].double(), dense_moment(inputs)) < 1e-5
 

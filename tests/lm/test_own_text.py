@@ -11,7 +11,7 @@ from tests.reference import assert_untouched, footprint
 from instructedit.editors import build_editor
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, own_text
-from instructedit.lm.moments import moments_file, second_moments
+from instructedit.lm.covariance import covariance_file, covariances
 from instructedit.lm.own_text import documents_of, text_for
 from instructedit.tasks.texts import read_texts
 
@@ -90,13 +90,13 @@ def test_a_corrupt_part_is_named(lm, tmp_path, contents):
 
 def test_moments_are_of_the_models_own_text_unless_told_otherwise(lm, cache, tmp_path, capsys):
     name = lm.select(blocks=[1])[0].name
-    found = second_moments(lm, [name], tokens=100)[name]
+    found = covariances(lm, [name], tokens=100)[name]
     assert "100 tokens of text that it samples itself" in capsys.readouterr().err
-    assert moments_file(lm, name, "auto", 100) == moments_file(lm, name, "sampled", 100)
-    assert moments_file(lm, name, "auto", 100) != moments_file(lm, name, "tiny", 100)
+    assert covariance_file(lm, name, "auto", 100) == covariance_file(lm, name, "sampled", 100)
+    assert covariance_file(lm, name, "auto", 100) != covariance_file(lm, name, "tiny", 100)
     own = tmp_path / "own.jsonl"
     own.write_text("".join(json.dumps({"text": text}) + "\n" for text in first(lm, cache / "sampled", 20)))
-    torch.testing.assert_close(found, second_moments(lm, [name], str(own), tokens=100)[name])
+    torch.testing.assert_close(found, covariances(lm, [name], str(own), tokens=100)[name])
     assert "tokens of " + str(own) in capsys.readouterr().err
 
 

@@ -67,7 +67,7 @@ def trained(lm, name, steps=3, autocast=False):
     losses = []
     for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = editor.objective(training_batch(lm, CASES), LossWeights())["loss"]
+            loss = editor.training_loss(training_batch(lm, CASES), LossWeights())["loss"]
         loss.backward()
         assert all(p.grad is None or p.grad.dtype == torch.float32 for p in editor.parameters())
         adam.step()
@@ -100,11 +100,11 @@ def test_every_editor_edits_a_model_in_bfloat16(name, half):
     assert_untouched(half, before)
     assert all(t.isfinite().all() for t in edit.state().values())
     assert all(t.dtype == torch.float32 for t in edit.state().values() if t.is_floating_point())
-    worn = logits(half, edit)
-    assert worn.dtype == torch.bfloat16
-    assert worn.isfinite().all()
+    applied = logits(half, edit)
+    assert applied.dtype == torch.bfloat16
+    assert applied.isfinite().all()
     starts_as_nothing = name in ("unedited", "calinet_trained", "serac")
-    assert edit.changes_nothing or starts_as_nothing or not torch.equal(worn, logits(half, None))
+    assert edit.changes_nothing or starts_as_nothing or not torch.equal(applied, logits(half, None))
 
 
 @pytest.mark.parametrize("name", trainable())
@@ -125,9 +125,9 @@ def test_losses_are_taken_in_float32(half):
     batch, names = training_batch(half, CASES), [site.name for site in half.sites[-2:]]
     edit = LowRankEdit({n: Factors(*f) for n, f in random_factors(half.sites[-2:], 2, 2).items()})
 
-    def exact(tokens, worn, owner, start=0):
+    def exact(tokens, applied, owner, start=0):
         with torch.no_grad():
-            return half.logits(tokens, worn, owner, start).double().log_softmax(-1)
+            return half.logits(tokens, applied, owner, start).double().log_softmax(-1)
 
     def row_means(tokens, values):
         return torch.stack([values[tokens.rows == row].mean() for row in range(len(tokens))])
@@ -138,14 +138,14 @@ def test_losses_are_taken_in_float32(half):
     def nll(tokens, log_p):
         return row_means(tokens, -log_p[torch.arange(len(log_p)), tokens.answers])
 
-    tokens, owner = batch.in_scope.tokens, batch.in_scope.owner
+    tokens, owner = batch.in_scope.tokens, batch.in_scope.request_index
     plain = nll(tokens, exact(tokens, None, None))
     close(half.losses(tokens).double(), plain)
     started = nll(tokens, exact(tokens, None, None, half.first_block(names)))  # where states are rounded already
     close(half.capture(tokens, names).loss.double(), started)
-    worn = nll(tokens, exact(tokens, edit, owner))
-    close(scope_loss(half, edit, batch.in_scope, len(CASES), 0).double(), of_requests(worn, owner))
-    tokens, owner = batch.locality.tokens, batch.locality.owner
+    applied = nll(tokens, exact(tokens, edit, owner))
+    close(scope_loss(half, edit, batch.in_scope, len(CASES), 0).double(), of_requests(applied, owner))
+    tokens, owner = batch.locality.tokens, batch.locality.request_index
     # Rows and trees of bfloat16 are rounded otherwise: both sides take the states that the loss takes.
     p, q = half.head(half.unedited_states(tokens)).double().log_softmax(-1), exact(tokens, edit, owner)
     kl = row_means(tokens, (p.exp() * (p - q)).sum(-1))
@@ -308,8 +308,8 @@ class TestPacked:
     def test_edits_are_worn_as_over_the_unpacked_weights(self, packed, folder):
         twin = dense_twin(packed, folder)
         edit = LowRankEdit({n: Factors(*f) for n, f in random_factors(packed.sites[-2:], 2, 3, 0.3).items()})
-        for worn in (None, edit):
-            assert relative(logits(packed, worn), logits(twin, worn)) < 0.05
+        for applied in (None, edit):
+            assert relative(logits(packed, applied), logits(twin, applied)) < 0.05
         change = logits(packed, edit) - logits(packed, None)
         assert relative(change, logits(twin, edit) - logits(twin, None)) < 0.1
         assert change.abs().max() > 0.1
@@ -407,7 +407,7 @@ def broken(lm):
 
 def test_scores_of_nothing_but_nan_are_refused(lm):
     batch = lm.encode([("The capital of France is", "Lyon"), ("A", "b")])
-    for ask in (lm.losses, lambda batch, edit: lm.judged(lm.states(batch, edit), batch.answers)):
+    for ask in (lm.losses, lambda batch, edit: lm.scores.token_scores(lm.scores.states(batch, edit), batch.answers)):
         with pytest.raises(UserError, match="not numbers"):
             ask(batch, broken(lm))
     assert lm.losses(batch).isfinite().all()

@@ -17,7 +17,7 @@ from tests.conftest import random_lm
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, disk_cache
 from instructedit.lm.disk_cache import META, SEGMENT, checksum, clear, evict, row_key, shelf_name, shelves
-from instructedit.lm.prefix import PrefixCache, forward_pass
+from instructedit.lm.cache.memory import PrefixCache, forward_pass
 from instructedit.lm.tokens import rows_of
 
 ROWS = [[5, 6, 7], [5, 6, 7, 8, 9, 10], [11], [300, 2]]
@@ -42,7 +42,7 @@ def plain(lm, rows, block):
 
 
 def asked(lm, rows=ROWS, block=2):
-    states = lm.prefix(rows_of(rows), block)
+    states = lm.prefixes.of(rows_of(rows), block)
     return [states[i, : len(ids)] for i, ids in enumerate(rows)]
 
 
@@ -162,7 +162,7 @@ def test_block_zero_and_edited_passes_are_not_written(lm, tmp_path):
 
 PARTS = {
     "model": st.text(max_size=8), "block": st.integers(0, 99), "forward": st.text(max_size=8),
-    "at_rest": st.sampled_from(sorted(disk_cache.AT_REST)),
+    "at_rest": st.sampled_from(sorted(disk_cache.STORAGE_DTYPES)),
 }  # fmt: skip
 TOKEN_ROWS = st.lists(st.integers(0, 2**31), min_size=1, max_size=6).map(
     lambda ids: torch.tensor(ids).numpy().tobytes()
@@ -501,5 +501,5 @@ def test_what_is_known_survives_that_computing_the_rest_throws_it_out(tokenizer,
     both = [*first, ("Who is", "the man of the sea"), ("Some other prompt", "and answer")]
     for pairs in (first, both, first, both):
         batch = lm.encode(pairs)
-        found, expected = lm.unedited_judged(batch, 2), whole.unedited_judged(batch, 2)
+        found, expected = lm.scores.unedited_predictions(batch, 2), whole.scores.unedited_predictions(batch, 2)
         torch.testing.assert_close(found.nll, expected.nll, rtol=1e-4, atol=1e-5)

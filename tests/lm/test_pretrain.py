@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import instructedit.lm.pretrain as recipe_of
+import instructedit.testbed.pretrain as recipe_of
 from instructedit.lm import FrozenLM
-from instructedit.lm.loading import EMBEDDED
-from instructedit.lm.pretrain import Recipe, batches, pretrain, recall
+from instructedit.testbed import EMBEDDED
+from instructedit.testbed.pretrain import Recipe, batches, pretrain, recall
 
 SMALL = {"passes": 1, "width": 32, "layers": 2, "heads": 2, "vocab": 600, "batch_tokens": 2048, "bf16": False}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.conftest import ARCHITECTURES, random_lm
 
-from instructedit.lm.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes
+from instructedit.lm.cache.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes
 from instructedit.lm.tokens import rows_of
 
 BREAK = 99
@@ -17,14 +17,14 @@ def beginning(ids, blocks=2):
 
 
 def with_lines(lm):
-    lm.beginnings.breaks = lambda token: token == BREAK
+    lm.prefixes.prompt_prefixes.breaks = lambda token: token == BREAK
     return lm.try_out()
 
 
 def read(lm):
     """How many positions the first block runs on, pass by pass."""
     seen = []
-    lm.blocks[0].register_forward_pre_hook(
+    lm.forward.blocks[0].register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel()),
         with_kwargs=True,
     )
@@ -41,37 +41,37 @@ def test_rows_behind_a_known_beginning_are_the_rows_themselves(tokenizer, archit
         [[*INSTRUCTION, 1, 2, 3, 4, 5], [5, 6, BREAK, 8]],
     ]
     for rows in batches:
-        found = lm.prefix(rows_of(rows), 3)
+        found = lm.prefixes.of(rows_of(rows), 3)
         for row, states in zip(rows, found, strict=True):
             expected = lm.forward.up_to_block(rows_of([row]), 3)[0]
             torch.testing.assert_close(states[: len(row)], expected, rtol=1e-4, atol=1e-5)
-    assert len(lm.beginnings) == 2
+    assert len(lm.prefixes.prompt_prefixes) == 2
 
 
 def test_a_known_instruction_does_not_run_again(tokenizer):
     lm = with_lines(random_lm("llama", tokenizer))
     seen = read(lm)
-    lm.prefix(rows_of([[*INSTRUCTION, 1, 2]]), 2)
-    lm.prefix(rows_of([[*INSTRUCTION, 4, 5, 6], [*INSTRUCTION, 4, 7]]), 2)
+    lm.prefixes.of(rows_of([[*INSTRUCTION, 1, 2]]), 2)
+    lm.prefixes.of(rows_of([[*INSTRUCTION, 4, 5, 6], [*INSTRUCTION, 4, 7]]), 2)
     assert seen == [len(INSTRUCTION), 2, 4]  # 4 5 6 and 7 are one tree
     lm.forget()
-    lm.prefix(rows_of([[*INSTRUCTION, 8, 5]]), 2)
+    lm.prefixes.of(rows_of([[*INSTRUCTION, 8, 5]]), 2)
     assert seen[3:] == [len(INSTRUCTION), 2]
 
 
 def test_states_do_not_depend_on_what_came_before(tokenizer):
     rows = rows_of([[*INSTRUCTION, 1, 2, 3], [*INSTRUCTION, 4]])
     fresh, used = (with_lines(random_lm("gpt2", tokenizer)) for _ in range(2))
-    used.prefix(rows_of([[*INSTRUCTION, 7, 7, 7, 7], [*INSTRUCTION[3:], 1]]), 2)
-    assert torch.equal(fresh.prefix(rows, 2), used.prefix(rows, 2))
+    used.prefixes.of(rows_of([[*INSTRUCTION, 7, 7, 7, 7], [*INSTRUCTION[3:], 1]]), 2)
+    assert torch.equal(fresh.prefixes.of(rows, 2), used.prefixes.of(rows, 2))
 
 
 def test_another_block_knows_nothing_of_it(tokenizer):
     lm = with_lines(random_lm("gpt2", tokenizer))
     row = [*INSTRUCTION, 1, 2]
-    lm.prefix(rows_of([row]), 1)
+    lm.prefixes.of(rows_of([row]), 1)
     torch.testing.assert_close(
-        lm.prefix(rows_of([row]), 3)[0], lm.forward.up_to_block(rows_of([row]), 3)[0], rtol=1e-4, atol=1e-5
+        lm.prefixes.of(rows_of([row]), 3)[0], lm.forward.up_to_block(rows_of([row]), 3)[0], rtol=1e-4, atol=1e-5
     )
 
 
@@ -89,7 +89,7 @@ def test_a_beginning_is_all_lines_but_the_last():
 def test_tokens_that_end_a_line_are_known(tokenizer):
     lm = random_lm("gpt2", tokenizer)
     row = lm.text.prompts(["Task: CounterFact\nDescription: a sentence about the world.\nInput: The capital"])[0]
-    begun = lm.beginnings.of(row)
+    begun = lm.prefixes.prompt_prefixes.of(row)
     assert tokenizer.decode(begun) == "Task: CounterFact\nDescription: a sentence about the world.\n"
 
 
@@ -111,7 +111,7 @@ def test_room_is_kept_and_the_least_lately_used_goes_first():
 
 def test_without_room_nothing_is_kept(tokenizer):
     lm = random_lm("gpt2", tokenizer)
-    lm.beginnings.max_bytes = 0
+    lm.prefixes.prompt_prefixes.max_bytes = 0
     assert not lm.prefixes.takes_prompt_prefixes
-    lm.prefix(rows_of([[*INSTRUCTION, 1]]), 2)
-    assert not len(lm.beginnings)
+    lm.prefixes.of(rows_of([[*INSTRUCTION, 1]]), 2)
+    assert not len(lm.prefixes.prompt_prefixes)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSeq2SeqLM as Seq2Seq
 import instructedit as ie
 from instructedit.cli import main
 from instructedit.errors import UserError
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 
 LAYER = {"gpt2": "transformer.h.1.mlp.c_fc.weight", "llama": "model.layers.1.mlp.down_proj.weight"}
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from instructedit.editors.losses import editing_loss
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.lm import scores
-from instructedit.lm.readout import positionwise
+from instructedit.lm.chunked_logits import positionwise
 
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-4}
 PAIRS = [("The capital of France is", "Lyon"), ("Who is", "the man of the sea"), ("A", "b")]
@@ -91,4 +91,4 @@ def test_a_capture_is_the_same(few, widths):
         one = few.encode([(prompt, answer)])
         logits = model(one.input_ids).logits[one.answer_at]
         torch.testing.assert_close(found.loss[row], F.cross_entropy(logits, one.answers), **FLOAT32)
-        assert torch.equal(found.said[batch.rows == row], logits.argmax(-1))
+        assert torch.equal(found.predicted[batch.rows == row], logits.argmax(-1))

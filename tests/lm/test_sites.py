@@ -275,7 +275,7 @@ def test_a_layer_that_sees_all_rows_as_one_is_told_apart_by_rows():
 def test_reading_what_a_layer_gave_is_not_touched_by_what_is_added_to_it_later():
     """Falcon adds its attention's output to that of its feed-forward layer in place."""
     lm, batch = model_of(hf.FalconConfig(**WITHOUT_INNER, ffn_hidden_size=48)), ragged()
-    layers = [lm.block_name(2) + ".mlp", lm.block_name(4)]
-    seen = lm.observe(batch, layers)[layers[0]]
+    layers = [lm.forward.block_name(2) + ".mlp", lm.forward.block_name(4)]
+    seen = lm.record_activations(batch, layers)[layers[0]]
     with torch.no_grad():
         torch.testing.assert_close(seen.outputs, lm.model.get_submodule(layers[0])(seen.inputs))

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import instructedit as ie
 from instructedit.errors import UserError
 from instructedit.lm import IGNORE, FrozenLM, Text
-from instructedit.tasks.tiny.corpus import documents
+from instructedit.testbed.corpus import documents
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -281,7 +281,7 @@ def test_contexts_stand_within_the_users_turn(tokenizers):
     one = chatting(tokenizers)
     text = Text(one, 128, chat=True)
     batch = text.encode([("Who?", "Rome")])
-    behind = batch.behind([torch.tensor(text.words("New fact: a b\n"))], 128, text.opening)
+    behind = batch.behind([torch.tensor(text.token_ids("New fact: a b\n"))], 128, text.opening)
     assert one.decode(behind.unpadded()[0]) == "<s><|user|>\nNew fact: a b\nWho?<|end|>\n<|assistant|>\nRome"
     assert labelled(behind) == labelled(batch)
 

@@ -9,7 +9,7 @@ from tests.reference import relative
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from instructedit.lm.thin import FEW, _conv1d, _linear, thin_products
+from instructedit.lm.small_batch import FEW, _conv1d, _linear, small_batch_matmul
 
 
 def exact(layer, inputs):
@@ -46,7 +46,7 @@ def refusing(layer):
 @pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 3, 8), (FEW, 8)])
 def test_few_rows_take_the_other_product(layer, shape):
     inputs, expected = torch.randn(*shape), layer(torch.zeros(shape)).shape
-    with thin_products([refusing(layer)]):
+    with small_batch_matmul([refusing(layer)]):
         found = layer(inputs)
     assert found.shape == expected
     torch.testing.assert_close(found, exact(layer, inputs).float(), atol=1e-5, rtol=1e-4)
@@ -74,7 +74,7 @@ def strided():
 def test_the_others_take_their_own(layer, rows):
     inputs = torch.randn(rows, 8, dtype=layer.weight.dtype)
     expected = layer(inputs)
-    with thin_products([layer]):
+    with small_batch_matmul([layer]):
         assert torch.equal(layer(inputs), expected)
         if rows == 2:
             assert "forward" not in vars(layer)
@@ -83,7 +83,7 @@ def test_the_others_take_their_own(layer, rows):
 
 def test_gradients_take_the_own_product():
     layer, inputs = refusing(nn.Linear(8, 6)), torch.randn(2, 8, requires_grad=True)
-    with thin_products([layer]), pytest.raises(AssertionError, match="its own product"):
+    with small_batch_matmul([layer]), pytest.raises(AssertionError, match="its own product"):
         layer(inputs)
 
 
@@ -92,10 +92,10 @@ def test_gradients_take_the_own_product():
 def test_words_and_scores_are_made_of_them(tokenizer, architecture):
     lm = random_lm(architecture, tokenizer)
     batch = lm.encode([("The capital of France is", "Lyon")])
-    states, words = lm.unedited_states(batch), lm.generate("The capital of", max_new_tokens=4)
+    states, words = lm.scores.unedited_states(batch), lm.generate("The capital of", max_new_tokens=4)
     expected = lm.model(**batch.inputs).logits[batch.answer_at]
     refusing(lm.model.get_output_embeddings())
-    assert relative(lm.head(states), expected) < 1e-5
+    assert relative(lm.forward.head(states), expected) < 1e-5
     for layer in lm.model.modules():
         if type(layer) in (nn.Linear, Conv1D):
             refusing(layer)
@@ -105,7 +105,7 @@ def test_words_and_scores_are_made_of_them(tokenizer, architecture):
 @pytest.mark.parametrize("layer", [nn.Linear(6, 8), Conv1D(8, 6)])
 def test_outputs_can_be_seen_as_any_shape(layer):
     """DeepSeek-V2 views pairs of numbers as complex ones, which asks for a last stride of 1."""
-    with thin_products([layer]), torch.no_grad():
+    with small_batch_matmul([layer]), torch.no_grad():
         found = layer(torch.randn(2, 3, 6))
     assert found.is_contiguous()
     assert torch.view_as_complex(found.view(2, 3, 4, 2)).shape == (2, 3, 4)

@@ -154,9 +154,9 @@ def test_what_is_asked_of_tokens_waits_for_no_device(tokenizer):
 
 def test_padding_at_the_end_is_nothing_to_a_model(lm):
     batch = lm.encode(PAIRS)
-    together = lm.states(batch)
+    together = lm.scores.states(batch)
     for i in range(len(batch)):
-        alone = lm.states(batch.select(torch.tensor([i])))
+        alone = lm.scores.states(batch.select(torch.tensor([i])))
         torch.testing.assert_close(together[batch.rows == i], alone, atol=1e-5, rtol=1e-5)
 
 

@@ -40,7 +40,7 @@ def words(lm, model, prompt, room):
 
 
 def test_each_prompt_goes_on_under_its_own_edit(lm, factors):
-    assert lm.decodes_trees(edit_of(factors))
+    assert lm.generation.shares_prompts(edit_of(factors))
     before = footprint(lm)
     found = lm.generate(PROMPTS, ROOMS, edit_of(factors), ROWS)
     assert_untouched(lm, before)
@@ -73,7 +73,7 @@ def test_one_edit_goes_for_all_prompts(lm, factors):
 def test_what_prompts_of_an_edit_begin_with_is_read_once(lm, factors):
     lm.try_out()
     seen = []
-    lm.blocks[0].register_forward_hook(
+    lm.forward.blocks[0].register_forward_hook(
         lambda _, args, output: seen.append((output[0] if isinstance(output, tuple) else output).shape[:2].numel())
     )
     prompts = [
@@ -91,7 +91,7 @@ def test_rows_that_name_no_edit_are_refused(lm, factors):
 
 
 def test_no_numbers_are_no_text(lm):
-    lm.blocks[2].register_forward_hook(
+    lm.forward.blocks[2].register_forward_hook(
         lambda _, args, output: (output[0] * torch.nan,) if isinstance(output, tuple) else output * torch.nan
     )
     lm.prefixes.__dict__["takes_trees"] = lm.prefixes.__dict__["takes_prompt_prefixes"] = True

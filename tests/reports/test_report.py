@@ -13,7 +13,7 @@ from instructedit.reports import EditCase
 from instructedit.reports.measure import Reply, text_sample, weights_fingerprint
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, RequestReport
-from instructedit.tasks.tiny.world import world
+from instructedit.testbed.world import world
 
 REQUESTS = [
     ie.EditRequest("The capital of Peru is", "Lyon", subject="Peru"),

@@ -114,12 +114,12 @@ def test_what_is_no_change_of_weights_is_not_added(lm):
 
 def test_auto_is_the_smallest_rank_that_keeps_all_predicted_tokens(lm):
     edit = low_rank(lm, 20, scale=0.2)
-    whole = lm.predictions(lm.encode(PROBES), edit).said
+    whole = lm.scores.predictions(lm.encode(PROBES), edit).predicted
     found = trimmed(lm, edit, PROBES, "auto")
     assert found.kept == (len(whole), len(whole))
-    assert torch.equal(lm.predictions(lm.encode(PROBES), found.edit).said, whole)
+    assert torch.equal(lm.scores.predictions(lm.encode(PROBES), found.edit).predicted, whole)
     for rank in [size for size in RANKS if size < found.rank]:
-        same = lm.predictions(lm.encode(PROBES), edit.compressed(rank)).said == whole
+        same = lm.scores.predictions(lm.encode(PROBES), edit.compressed(rank)).predicted == whole
         assert not same.all()
 
 

@@ -179,7 +179,7 @@ def test_a_hub_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_embedded_data_go_by_task_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = types.ModuleType("instructedit.tasks.tiny.datasets")
+    tiny = types.ModuleType("instructedit.testbed.datasets")
     tiny.raw_records = lambda task, split: [ROWS[0] | {"subject": f"{task} {split}"}]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, tiny.__name__, tiny)
     (record,), report = load_records("counterfact", split="test")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from instructedit.errors import UserError
 from instructedit.tasks.texts import read_texts
-from instructedit.tasks.tiny.corpus import documents
+from instructedit.testbed.corpus import documents
 
 TEXTS = ["The capital of France is Paris.", "One line\nand another", "Ωμέγα, 東京 and 🦊"]
 PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".GZ": gzip.compress}

@@ -8,9 +8,9 @@ import pytest
 from instructedit.errors import UserError
 from instructedit.instructions import InstructionBank, bank_names
 from instructedit.tasks import load_records
-from instructedit.tasks.tiny.corpus import documents, opinion, say
-from instructedit.tasks.tiny.datasets import raw_records
-from instructedit.tasks.tiny.world import RECENT_MIN_OBJECTS, split_of, world
+from instructedit.testbed.corpus import documents, opinion, say
+from instructedit.testbed.datasets import raw_records
+from instructedit.testbed.world import RECENT_MIN_OBJECTS, split_of, world
 
 TASKS = ("counterfact", "recent", "convsent", "zsre")
 SPLITS = ("train", "val", "test")

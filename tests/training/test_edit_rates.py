@@ -8,7 +8,7 @@ from tests.reference import relative
 from tests.training.test_module import QUIET, TEST, TRAIN, last, weights
 
 from instructedit.lightning_cli import run
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.tracking import artifact_path, load_table, runs
 
 

@@ -72,7 +72,7 @@ def test_the_position_that_predicts_the_first_answer_token_counts(lm):
     a = u[0] - others @ (others.T @ u[0])
     b = torch.randn(site.out_features, generator=torch.Generator().manual_seed(0))
     edit = LowRankEdit({site.name: Factors(a[None, None], b[None, None])})
-    before, after = (lm.logits(tokens, worn).softmax(-1) for worn in (None, edit))
+    before, after = (lm.logits(tokens, applied).softmax(-1) for applied in (None, edit))
     changed = (before - after).abs().sum(-1)
     assert changed[0] > 0.1
     assert changed[1:].max() < 1e-4
@@ -117,8 +117,8 @@ def test_a_reply_that_the_model_is_sure_of_keeps_the_loss_finite(tokenizer):
     batch = training_batch(lm, [case])
     assert lm.logits(batch.locality.tokens).softmax(-1)[0, batch.locality.tokens.answers[0]] == 1
     leaves, edit, _ = random_edits(lm, 1)
-    for worn in (edit, edit.map(lambda tensor: 1e-9 * tensor)):
-        loss = editing_loss(lm, worn, batch)
+    for applied in (edit, edit.map(lambda tensor: 1e-9 * tensor)):
+        loss = editing_loss(lm, applied, batch)
         assert loss.edit.isfinite()
         assert loss.locality.isfinite()
         assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss.edit + loss.locality, leaves))

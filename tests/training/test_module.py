@@ -16,10 +16,10 @@ from torch import nn
 
 from instructedit.editors import base
 from instructedit.editors.losses import EditingLoss
-from instructedit.editors.products import held as products_of
+from instructedit.editors.factored_gradients import held as products_of
 from instructedit.errors import UserError
 from instructedit.lightning_cli import Built, run
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.training import module as training
 
 QUIET = [

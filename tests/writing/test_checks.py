@@ -10,7 +10,7 @@ from instructedit.instructions import InstructionBank, bank_names
 from instructedit.records import EditRecord, EditRequest
 from instructedit.writing.card import TaskCard
 from instructedit.writing.checks import Rules, Terms, overlap
-from instructedit.writing.desk import Subject
+from instructedit.writing.setup import Subject
 from instructedit.writing.files import write_whole
 from instructedit.writing.ranking import clarity, concision, quality
 

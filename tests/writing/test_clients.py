@@ -212,13 +212,13 @@ def test_no_token_beyond_the_cap(server):
 
 def test_questions_at_once_do_not_share_the_same_room():
     ledger = Ledger(10, 900)
-    first = ledger.admit(100, 400, 1)
-    second = ledger.admit(100, 400, 1)
+    first = ledger.reserve(100, 400, 1)
+    second = ledger.reserve(100, 400, 1)
     assert (first.reply, second.reply) == (400, 300)
     with pytest.raises(BudgetSpentError):
-        ledger.admit(10, 400, 1)
-    ledger.settle(first, 1, 90, 10)
-    assert ledger.admit(100, 400, 1).reply == 300  # 900 − 100 used − 400 held − 100
+        ledger.reserve(10, 400, 1)
+    ledger.commit(first, 1, 90, 10)
+    assert ledger.reserve(100, 400, 1).reply == 300  # 900 − 100 used − 400 held − 100
 
 
 def test_a_ledger_goes_on_where_it_stopped(server, tmp_path):

@@ -13,12 +13,12 @@ from instructedit.data.batch import Collator, EditBatch
 from instructedit.editors import build_editor
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.mend import Mend
-from instructedit.editors.products import hold
+from instructedit.editors.factored_gradients import factor_gradients
 from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.instructions import Instructor, render_records
 from instructedit.lm import FrozenLM
 from instructedit.lm.loading import load_model
-from instructedit.lm.pretrain import Recipe, new_model
+from instructedit.testbed.pretrain import Recipe, new_model
 from instructedit.records import EditRecord
 from instructedit.tasks import load_records
 from instructedit.training.optimizer import ProductAdamW
@@ -174,16 +174,16 @@ class Bench:
 
     def train_lean(self) -> None:
         """The same pass in small batches, and the hypernetwork's gradients as products."""
-        hold(self.editor.parameters())
+        factor_gradients(self.editor.parameters())
         try:
             self._train(self.small)
         finally:
-            hold(self.editor.parameters(), False)
+            factor_gradients(self.editor.parameters(), False)
 
     def _train(self, batches: Sequence[EditBatch]) -> None:
         self.editor.train()
         for batch in batches:
-            loss = self.editor.objective(batch, WEIGHTS)["loss"]
+            loss = self.editor.training_loss(batch, WEIGHTS)["loss"]
             (loss * len(batch) / len(self.records)).backward()
         self._step()
 

@@ -111,7 +111,7 @@ def many_edits(setting: Setting, counts: Sequence[int]) -> list[dict[str, float]
 
 def _so_many_edits(setting: Setting, count: int) -> dict[str, float]:
     bench = Bench(setting)
-    bench.lm.cache.max_bytes = bench.lm.beginnings.max_bytes = 0
+    bench.lm.cache.max_bytes = bench.lm.prefixes.prompt_prefixes.max_bytes = 0
     records = [record for task in ("counterfact", "zsre") for record in load_records(task, "tiny", "train")[0][:5]]
     quick = Evaluation(generate=False, fluency_tokens=0)
 

@@ -30,7 +30,7 @@ class Guards(L.Callback):
         self._first_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._start = {name: value.detach().clone() for name, value in pl_module.editor.watched().items()}
+        self._start = {name: value.detach().clone() for name, value in pl_module.editor.monitored().items()}
         self._first_step = trainer.global_step
         if self.base_records:
             self._check_base(trainer, pl_module)
@@ -64,7 +64,7 @@ class Guards(L.Callback):
             self._check_moved(pl_module)
 
     def _check_moved(self, module: Any) -> None:
-        for name, value in module.editor.watched().items():
+        for name, value in module.editor.monitored().items():
             if torch.equal(value.detach().cpu(), self._start[name].cpu()):
                 raise UserError(
                     f"{name} of editor {module.editor.name!r} did not move in {self.patience} steps: is "

@@ -57,8 +57,8 @@ def warm(
     cli.datamodule.setup("fit")
     pairs, locality = _training_pairs(made, cli.datamodule)
     text = lm.text.within(cli.datamodule.hparams["max_length"])
-    work = [(len(lm.blocks), locality, lambda batch: lm.unedited_states(batch, block))]
-    work += [(block, pairs, lambda batch: lm.prefix(batch, block))] if block else []  # else nothing lies below it
+    work = [(len(lm.forward.blocks), locality, lambda batch: lm.scores.unedited_states(batch, block))]
+    work += [(block, pairs, lambda batch: lm.prefixes.of(batch, block))] if block else []  # else nothing lies below it
     rows = tokens = there = 0
     for entered, wanted, compute in reversed(work):  # what leaves the last block is computed from the prefix
         wanted = sorted(wanted, key=lambda pair: sum(map(len, pair)))

@@ -38,7 +38,7 @@ def main(
     import instructedit as ie
     from instructedit.configs import Scale
     from instructedit.editors.key_value import KeyValueEditor
-    from instructedit.lm.moments import moments_file, second_moments
+    from instructedit.lm.covariance import covariance_file, covariances
 
     at = Scale.load(scale) if scale else None
     named = {"name": lm} if lm else at.lm_options() if at else {}
@@ -49,8 +49,8 @@ def main(
     method = ie.build_editor(editor, model, **options)
     assert isinstance(method, KeyValueEditor)
     names, source = [site.name for site in method.sites], (method.text, method.tokens)
-    known = [name for name in names if moments_file(model, name, *source).is_file()]
-    for name, moment in second_moments(model, names, *source).items():
-        size = moments_file(model, name, *source).stat().st_size / 1e6
+    known = [name for name in names if covariance_file(model, name, *source).is_file()]
+    for name, moment in covariances(model, names, *source).items():
+        size = covariance_file(model, name, *source).stat().st_size / 1e6
         state = "was there" if name in known else "computed"
         print(f"{name}: {moment.shape[0]} × {moment.shape[1]}, {size:.1f} MB, {state}, trace {moment.trace():.4g}")

@@ -16,7 +16,7 @@ def main(
     root: str = "mlruns",
     out: str | None = None,
     overrides: list[str] | None = None,
-    fresh: bool = False,
+    force: bool = False,
 ) -> None:
     """Runs the rows of ``experiments/<name>/grid.yaml`` and puts them side by side.
 
@@ -33,8 +33,8 @@ def main(
         out: Folder for the results page, tables and figures; by default outputs/<name>, and at another scale
             outputs/<name>-<scale>.
         overrides: Further options for every run, e.g. '["--trainer.max_steps=20"]'.
-        fresh: Run everything anew, for instance because a dataset or a local LM has changed.
+        force: Run everything anew, for instance because a dataset or a local LM has changed.
     """
     from instructedit.experiments import Experiment
 
-    Experiment.load(name, scale, seeds, rows, root, out, overrides, fresh, data).run()
+    Experiment.load(name, scale, seeds, rows, root, out, overrides, force, data).run()

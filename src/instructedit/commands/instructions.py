@@ -59,14 +59,14 @@ def generate(
         max_tokens: Hard cap on tokens of questions and replies.
         cache: Folder of replies; instructions/ in the project's cache folder by default.
     """
-    from instructedit.writing import desk
+    from instructedit.writing import setup
     from instructedit.writing.generate import Plan, chosen, write, write_bank
     from instructedit.writing.ledger import Ledger
 
     plan = Plan(n, keep, unseen, seed, judge)
-    file = desk.bank_file(task, out, overwrite)
-    subject = desk.Subject.load(task, source, about, seed)
-    writer = desk.writer(
+    file = setup.bank_file(task, out, overwrite)
+    subject = setup.Subject.load(task, source, about, seed)
+    writer = setup.writer(
         model, Ledger(max_calls, max_tokens), cache, base_url, key_env, temperature, timeout,
         reply_tokens=reply_tokens, tries=tries, concurrency=concurrency, per_minute=per_minute,
     )  # fmt: skip
@@ -96,7 +96,7 @@ def optimize(
     out: str | None = None,
     overwrite: bool = False,
     work: str | None = None,
-    fresh: bool = False,
+    force: bool = False,
     root: str = "mlruns",
     seed: int = 0,
     base_url: str | None = None,
@@ -135,7 +135,7 @@ def optimize(
             was better.
         overwrite: Let the new bank take the place of one that is there.
         work: Folder of the search's state, ledger and figure; outputs/instructions/TASK.optimize by default.
-        fresh: Begin anew where the folder holds a search.
+        force: Begin anew where the folder holds a search.
         root: Folder of the MLflow store.
         seed: Of the questions, the records chosen and the bootstrap.
         base_url: Address of a server that speaks OpenAI's protocol (vLLM, Ollama, …); OpenAI's own by default.
@@ -153,25 +153,25 @@ def optimize(
     from pathlib import Path
 
     import instructedit as ie
-    from instructedit.writing import desk
+    from instructedit.writing import setup
     from instructedit.writing.generate import write_bank
     from instructedit.writing.ledger import Ledger
     from instructedit.writing.optimize import Optimizer, Search
     from instructedit.writing.trial import EditorTrial
 
     search = Search(rounds, patience, revisions, split, seed)
-    file = desk.bank_file(task, out, overwrite, ".optimized")
+    file = setup.bank_file(task, out, overwrite, ".optimized")
     folder = Path(work or f"outputs/instructions/{task}.optimize")
-    subject = desk.Subject.load(task, source, about, seed)
+    subject = setup.Subject.load(task, source, about, seed)
     known = ie.InstructionBank.load(bank) if bank else ie.InstructionBank.for_task(task)
-    if fresh:
+    if force:
         for name in ("state.json", "ledger.json"):
             (folder / name).unlink(missing_ok=True)
     frozen = ie.FrozenLM.from_pretrained(lm)
     validation = ie.load_records(task, source, "val")[0]
     trial = EditorTrial(frozen, ie.load_editor(editor, frozen), validation, records, seed)
     ledger = Ledger.open(max_calls, max_tokens, folder / "ledger.json")
-    writer = desk.writer(
+    writer = setup.writer(
         model, ledger, cache, base_url, key_env, temperature, timeout,
         reply_tokens=reply_tokens, tries=tries, concurrency=concurrency, per_minute=per_minute,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def optimize(
         found = optimizer.run()
     finally:
         print(f"cost: {writer.ledger}")
-    desk.show_rounds(optimizer)
+    setup.show_rounds(optimizer)
     if not optimizer.improved:
         print("no revision was better; the bank stands as it is")
         return

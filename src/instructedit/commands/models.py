@@ -43,7 +43,7 @@ def main(get: str | None = None, remove: str | None = None, supported: bool = Fa
 def _list(models: list[Pretrained]) -> None:
     from rich.table import Table
 
-    from instructedit.lm.loading import EMBEDDED
+    from instructedit.testbed import EMBEDDED
 
     table = Table("name", "what it is", "there", "download", "on disk", "licence")
     for name in EMBEDDED:

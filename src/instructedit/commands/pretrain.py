@@ -23,7 +23,7 @@ def main(
     """
     import torch
 
-    from instructedit.lm.pretrain import Recipe, pretrain
+    from instructedit.testbed.pretrain import Recipe, pretrain
 
     if threads:
         torch.set_num_threads(threads)

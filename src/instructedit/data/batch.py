@@ -48,17 +48,17 @@ class ProbeBatch:
 
     Attributes:
         tokens: Prompts with answers.
-        owner: Which request each row belongs to, [rows].
+        request_index: Which request each row belongs to, [rows].
         unwanted: Rows whose answer should become unlikely (ConvSent's opposite replies), bool [rows], on the host.
     """
 
     tokens: TokenBatch
-    owner: Tensor
+    request_index: Tensor
     unwanted: Tensor
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        return type(self)(self.tokens.to(device), self.owner.to(device), self.unwanted)
+        return type(self)(self.tokens.to(device), self.request_index.to(device), self.unwanted)
 
 
 @dataclass
@@ -156,19 +156,19 @@ class Collator:
         plain = {(i, p) for i, p in chosen if rendered[i].apart and rngs[i].random() < _PLAIN}
         # What an editor reads plainly is asked behind its instruction too.
         chosen = [(i, one.record.reliability) for i, one in enumerate(rendered) if one.apart] + chosen
-        owner = torch.tensor([*range(len(rendered)), *(i for i, _ in chosen)])
+        request_index = torch.tensor([*range(len(rendered)), *(i for i, _ in chosen)])
         unwanted = torch.tensor([False] * len(rendered) + [p.kind == "opposite" for _, p in chosen])
         if not chosen:
-            return ProbeBatch(requests.tokens, owner, unwanted)
+            return ProbeBatch(requests.tokens, request_index, unwanted)
         more = self._encode(rendered, chosen, plain)
-        return ProbeBatch(TokenBatch.cat([requests.tokens, more]), owner, unwanted)
+        return ProbeBatch(TokenBatch.cat([requests.tokens, more]), request_index, unwanted)
 
     def _locality(self, rendered: list[RenderedRecord], rngs: list[random.Random]) -> ProbeBatch | None:
         chosen = _drawn(rendered, rngs, {"locality": self.locality})
         if not chosen:
             return None
-        owner = torch.tensor([i for i, _ in chosen])
-        return ProbeBatch(self._encode(rendered, chosen), owner, torch.zeros(len(chosen), dtype=torch.bool))
+        request_index = torch.tensor([i for i, _ in chosen])
+        return ProbeBatch(self._encode(rendered, chosen), request_index, torch.zeros(len(chosen), dtype=torch.bool))
 
     def _encode(
         self, rendered: list[RenderedRecord], chosen: list[tuple[int, Probe]], plain: Container[Any] = ()

@@ -45,7 +45,7 @@ class TaskSource:
 
 
 @dataclass(frozen=True)
-class Place:
+class DataLocation:
     """Where a task's records lie, whatever a run uses them for.
 
     Attributes:
@@ -88,7 +88,7 @@ class EditData(L.LightningDataModule):
         train: list[TaskSource] | None = None,
         val: list[TaskSource] | None = None,
         test: list[TaskSource] | None = None,
-        places: dict[str, Place] | None = None,
+        places: dict[str, DataLocation] | None = None,
         batch_size: int = 24,
         eval_batch_size: int = 32,
         mixing: Literal["balanced", "natural"] = "balanced",
@@ -135,7 +135,7 @@ class EditData(L.LightningDataModule):
         for source in self.sources[part]:
             if source.name in found:
                 raise UserError(f"data: task {source.name!r} is listed twice for {part}")
-            place = self.places.get(source.name, Place()) if source.source is None else Place(source.source)
+            place = self.places.get(source.name, DataLocation()) if source.source is None else DataLocation(source.source)
             whole, bounds = _split(source.split or getattr(place, split))
             records, report = load_records(source.name, place.source, whole, **dict(source.options))
             self.reports.append(report)

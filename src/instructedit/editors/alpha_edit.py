@@ -13,7 +13,7 @@ from instructedit.editors.options import AUTO, options
 from instructedit.edits import LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import Site
-from instructedit.lm.moments import second_moments
+from instructedit.lm.covariance import covariances
 
 
 class NullSpace:
@@ -129,7 +129,7 @@ class AlphaEdit(SpreadEditor):
             UserError: If the share is too small for a single direction.
         """
         if not self._null_spaces:
-            moments = second_moments(self.lm, [s.name for s in self.sites], self.text, self.tokens)
+            moments = covariances(self.lm, [s.name for s in self.sites], self.text, self.tokens)
             device = self.lm.device
             self._null_spaces = {name: NullSpace(c.to(device), self.energy) for name, c in moments.items()}
         null = self._null_spaces[site.name]

@@ -107,18 +107,18 @@ class Editor(nn.Module, ABC):
         if self.blocks is not None or self.PAPER_BLOCKS is None:
             return self.blocks
         blocks, depth = self.PAPER_BLOCKS
-        return sorted({block * len(lm.blocks) // depth for block in blocks})
+        return sorted({block * len(lm.forward.blocks) // depth for block in blocks})
 
     def build(self) -> None:
         """Makes the parts whose shapes depend on ``self.sites``. Called once, by `bind`."""
 
     @abstractmethod
-    def make(self, batch: RequestBatch) -> Edit:
+    def compute_edit(self, batch: RequestBatch) -> Edit:
         """N requests → n edits, with gradients to the editor's parameters where it has any."""
 
-    def make_together(self, batch: RequestBatch) -> Edit:
+    def compute_joint_edit(self, batch: RequestBatch) -> Edit:
         """N requests → one edit that serves them all. A method that solves for many at once says how."""
-        return self.make(batch).joined()
+        return self.compute_edit(batch).joined()
 
     def begin_sequence(self) -> Any:
         """What the editor keeps over a sequence of edits, passed on from one to the next by `make_next`.
@@ -138,18 +138,18 @@ class Editor(nn.Module, ABC):
             One edit that serves all of them, to be put on top of those before (`instructedit.edits.add`), and the
             state for the next call.
         """
-        return self.make_together(batch), state
+        return self.compute_joint_edit(batch), state
 
-    def objective(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
+    def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
         """The outer loss of a training step, ``loss``, and the parts of it to be logged; scalars.
 
         By default MEND's (its section 3.2): c_edit · L_e + c_loc · KL.
         """
-        edit, locality = editing_loss(self.lm, self.make(batch.requests), batch, weights.unlikelihood)
+        edit, locality = editing_loss(self.lm, self.compute_edit(batch.requests), batch, weights.unlikelihood)
         loss = weights.edit * edit + weights.locality * locality
         return {"loss": loss, "edit_loss": edit, "locality_loss": locality}
 
-    def validated(self, scores: Mapping[str, float]) -> None:
+    def on_validation_end(self, scores: Mapping[str, float]) -> None:
         """Told after each validation in training: metric → mean over the tasks, 0..100."""
 
     def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
@@ -165,7 +165,7 @@ class Editor(nn.Module, ABC):
         """Trained parameters by the learning rate that they take: ``network`` and ``edit_rates``."""
         return {"network": list(self.parameters())}
 
-    def watched(self) -> dict[str, Tensor]:
+    def monitored(self) -> dict[str, Tensor]:
         """Small tensors that training must move; a guard stops a run in which they stand still."""
         return {}
 
@@ -198,7 +198,7 @@ class Editor(nn.Module, ABC):
         try:
             with torch.inference_mode(False), torch.no_grad():
                 batch = self.requests(requests, self.instructor(description=description, instruction=instruction))
-                edit = (self.make_together(batch) if together else self.make(batch)).detach()
+                edit = (self.compute_joint_edit(batch) if together else self.compute_edit(batch)).detach()
                 check_finite(edit, self.name)
                 if self.REMEDY:
                     self._report(edit, batch)

@@ -12,7 +12,7 @@ from torch import nn
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.editors.descent import Values, descend, row_losses
+from instructedit.editors.optimisation import Values, optimise, row_losses
 from instructedit.editors.options import AUTO, options
 from instructedit.editors.scales import layer_scale
 from instructedit.edits import SlotEdit, Slots
@@ -58,7 +58,7 @@ class SlotEditor(Editor, ABC):
 
     def start(self) -> Values:
         """Keys of unit length on average, values that say nothing yet; name → [slots, hidden]."""
-        size = self.lm.width  # feed-forward layers read and write the residual stream
+        size = self.lm.applied.sites.width  # feed-forward layers read and write the residual stream
         generator = torch.Generator().manual_seed(self.seed)
         keys = {f"{m}:keys": torch.randn(self.slots, size, generator=generator) * size**-0.5 for m in self.layers}
         return keys | {f"{module}:values": torch.zeros(self.slots, size) for module in self.layers}
@@ -99,11 +99,11 @@ class CaliNet(SlotEditor):
     optimizer: Literal["adam", "adafactor"] = "adafactor"
     stop_below: float = 1e-2
 
-    def make(self, batch: RequestBatch) -> SlotEdit:
+    def compute_edit(self, batch: RequestBatch) -> SlotEdit:
         """Slots for each request, trained on its target."""
         return self._tuned(batch, together=False)
 
-    def make_together(self, batch: RequestBatch) -> SlotEdit:
+    def compute_joint_edit(self, batch: RequestBatch) -> SlotEdit:
         """One set of slots, trained on the mean loss of all requests."""
         return self._tuned(batch, together=True)
 
@@ -112,7 +112,7 @@ class CaliNet(SlotEditor):
         one, lr = self._scaled(self.start()) if self.lr == AUTO else (self.start(), self.lr)
         start = {name: tensor.to(self.lm.device).expand(count, *tensor.shape) for name, tensor in one.items()}
         losses = row_losses(loss, batch.tokens, self.slot_edit, together)
-        return self.slot_edit(descend(start, losses, self.steps, lr, self.optimizer, stop_below=self.stop_below))
+        return self.slot_edit(optimise(start, losses, self.steps, lr, self.optimizer, stop_below=self.stop_below))
 
     def _scaled(self, start: Values) -> tuple[Values, dict[str, float]]:
         """Where keys and values start, and their learning rates, by the scale of each layer."""
@@ -140,9 +140,9 @@ class CaliNetTrained(SlotEditor):
         # Parameter names may hold no dots.
         self.weights = nn.ParameterDict({k.replace(".", "/"): nn.Parameter(v) for k, v in self.start().items()})
 
-    def make(self, batch: RequestBatch) -> SlotEdit:
+    def compute_edit(self, batch: RequestBatch) -> SlotEdit:
         """The same slots for every request."""
         return self.slot_edit({k.replace("/", "."): v.expand(len(batch), *v.shape) for k, v in self.weights.items()})
 
-    def make_together(self, batch: RequestBatch) -> SlotEdit:
-        return self.make(batch)[0]
+    def compute_joint_edit(self, batch: RequestBatch) -> SlotEdit:
+        return self.compute_edit(batch)[0]

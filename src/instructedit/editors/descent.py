@@ -37,7 +37,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimi
 def row_losses(
     loss: Callable[[TokenBatch, Edit], Tensor], tokens: TokenBatch, edit: Callable[[Values], Edit], together: bool
 ) -> Callable[[Values, Tensor], Tensor]:
-    """The losses that `descend` asks for, of requests that are rows of tokens.
+    """The losses that `optimise` asks for, of requests that are rows of tokens.
 
     Args:
         loss: Of each row under its edit, [rows].
@@ -54,7 +54,7 @@ def row_losses(
     return losses
 
 
-def descend(
+def optimise(
     start: Mapping[str, Tensor],
     losses: Callable[[Values, Tensor], Tensor],
     steps: int,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.editors.descent import Values, descend, row_losses
+from instructedit.editors.optimisation import Values, optimise, row_losses
 from instructedit.editors.options import AUTO, options
 from instructedit.editors.scales import weight_size
 from instructedit.edits import DenseEdit, Edit
@@ -54,11 +54,11 @@ class FtL(Editor):
     stop_below: float = 1e-2
     blocks: Sequence[int] | None = None
 
-    def make(self, batch: RequestBatch) -> DenseEdit:
+    def compute_edit(self, batch: RequestBatch) -> DenseEdit:
         """One dense ΔW for each request and site."""
         return self._tuned(batch, together=False)
 
-    def make_together(self, batch: RequestBatch) -> DenseEdit:
+    def compute_joint_edit(self, batch: RequestBatch) -> DenseEdit:
         """One ΔW, tuned on the mean loss of all requests."""
         return self._tuned(batch, together=True)
 
@@ -69,7 +69,7 @@ class FtL(Editor):
         start = {s.name: torch.zeros(count, s.out_features, s.in_features, device=self.lm.device) for s in self.sites}
         sizes = {site.name: weight_size(self.lm, site) for site in self.sites}
         lr = {name: self.AUTO_LR * size for name, size in sizes.items()} if self.lr == AUTO else self.lr
-        found = descend(
+        found = optimise(
             start, row_losses(loss, batch.tokens, DenseEdit.of, together), self.steps, lr, self.optimizer,
             stop_below=self.stop_below, project=partial(self._project, sizes),
         )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.editors.descent import Values, descend
+from instructedit.editors.optimisation import Values, optimise
 from instructedit.editors.options import AUTO, options
 from instructedit.editors.scales import layer_scale
 from instructedit.edits import CodebookEdit
@@ -65,10 +65,10 @@ class Grace(Editor):
             raise UserError(f"editor 'grace' edits one layer, got {', '.join(s.name for s in self.sites)}")
         self.sites = self.sites[:1]
 
-    def make(self, batch: RequestBatch) -> CodebookEdit:
+    def compute_edit(self, batch: RequestBatch) -> CodebookEdit:
         """One codebook of one entry for each request."""
         site, count = self.sites[0], len(batch)
-        seen = self.lm.observe(batch.tokens.prompts(), [site.name])[site.name]
+        seen = self.lm.record_activations(batch.tokens.prompts(), [site.name])[site.name]
         last = (batch.tokens.labels != IGNORE).long().argmax(-1)
         where = torch.arange(count), last
         keys, starts = seen.inputs[where].float(), seen.outputs[where].float()
@@ -89,5 +89,5 @@ class Grace(Editor):
         def losses(values: Values, active: Tensor) -> Tensor:
             return self.lm.losses(batch.tokens.select(active), book(values["value"], active), None, site.block)
 
-        found = descend({"value": starts}, losses, self.steps, lr, stop_below=self.stop_below)
+        found = optimise({"value": starts}, losses, self.steps, lr, stop_below=self.stop_below)
         return book(found["value"], torch.arange(count, device=keys.device))

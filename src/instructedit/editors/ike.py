@@ -83,8 +83,8 @@ class Ike(Editor):
             raise UserError(f"editor 'ike': ratio must be three weights (copy, update, retain), got {list(self.ratio)}")
         self._store: dict[str, _Store] = {}
 
-    def make(self, batch: RequestBatch) -> ContextEdit:
-        encode = self.lm.words
+    def compute_edit(self, batch: RequestBatch) -> ContextEdit:
+        encode = self.lm.token_ids
         budget = int(self.room * self.lm.max_length)
         contexts = []
         for request in batch.requests:

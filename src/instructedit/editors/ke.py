@@ -94,10 +94,10 @@ class Ke(Editor):
         self.register_buffer("multiplier", torch.ones(()))
         self.register_buffer("allowed", torch.tensor(self.margin))
 
-    def make(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         names = [site.name for site in self.sites]
         seen = self.lm.capture(batch.tokens, names)
-        said = self.lm.tokenizer.batch_decode(seen.said.split(batch.tokens.answer_sizes()))
+        said = self.lm.tokenizer.batch_decode(seen.predicted.split(batch.tokens.answer_sizes()))
         condition = self._read(batch, said)
         factors: dict[str, Factors] = {}
         for name, gates in zip(names, self.gates, strict=True):
@@ -119,15 +119,15 @@ class Ke(Editor):
         _, (last, _) = self.reader(packed)  # [directions, n, lstm]
         return self.summary(torch.cat([last[0], last[1]], -1)).tanh()
 
-    def objective(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
+    def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
         """c_edit · L_e + λ · (KL − m), λ by gradient ascent (De Cao et al., section 3.2); c_loc takes no part."""
-        edit, locality = editing_loss(self.lm, self.make(batch.requests), batch, weights.unlikelihood)
+        edit, locality = editing_loss(self.lm, self.compute_edit(batch.requests), batch, weights.unlikelihood)
         loss = weights.edit * edit + self.multiplier * (locality - self.allowed)
         excess = _mean_of_all(locality.detach() - self.allowed)
         self.multiplier = (self.multiplier + self.multiplier_rate * excess).clamp(min=0)
         return {"loss": loss, "edit_loss": edit, "locality_loss": locality, "multiplier": self.multiplier}
 
-    def validated(self, scores: Mapping[str, float]) -> None:
+    def on_validation_end(self, scores: Mapping[str, float]) -> None:
         if scores.get("reliability", 0.0) > 100 * self.success:
             self.allowed.mul_(self.margin_decay).clamp_(min=self.margin_min)
 

@@ -14,12 +14,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.editors.descent import Values, descend
+from instructedit.editors.optimisation import Values, optimise
 from instructedit.editors.options import options
 from instructedit.edits import Edit
 from instructedit.errors import UserError
-from instructedit.lm import Seen, Site, TokenBatch
-from instructedit.lm.moments import second_moments
+from instructedit.lm import LayerIO, Site, TokenBatch
+from instructedit.lm.covariance import covariances
 from instructedit.lm.own_text import text_for
 from instructedit.metrics import row_mean
 
@@ -71,7 +71,7 @@ class Facts:
         tokens: Each request's prompt with its target, first plain, then behind every random context; request by
             request, [n · (1 + contexts), seq].
         at: The fact's position in each row: its subject's last token.
-        owner: Request of each row.
+        request_index: Request of each row.
         essence: "<subject> is a" for each request, whose last position shows what the subject is, [n, seq].
         essence_at: The subject's last token in it, [n].
         plain: Numbers of the rows without a context, [n].
@@ -79,7 +79,7 @@ class Facts:
 
     tokens: TokenBatch
     at: Tensor
-    owner: Tensor
+    request_index: Tensor
     essence: TokenBatch
     essence_at: Tensor
     plain: Tensor
@@ -172,7 +172,7 @@ class KeyValueEditor(Editor, ABC):
 
     # -- keys, values, second moments -------------------------------------------------------------------------------
 
-    def at_facts(self, facts: Facts, layers: Sequence[str], edit: Edit | None = None) -> dict[str, Seen]:
+    def at_facts(self, facts: Facts, layers: Sequence[str], edit: Edit | None = None) -> dict[str, LayerIO]:
         """What layers see and give at the fact's position of each row, layer → [rows, in] and [rows, out].
 
         Args:
@@ -180,10 +180,10 @@ class KeyValueEditor(Editor, ABC):
             layers: Names of sites or blocks.
             edit: What the model wears meanwhile: one edit for each request, or one for all.
         """
-        rows = facts.owner if edit is not None and len(edit) > 1 else None
+        rows = facts.request_index if edit is not None and len(edit) > 1 else None
         where = (torch.arange(len(facts.at), device=facts.at.device), facts.at)
-        seen = self.lm.observe(facts.tokens, layers, edit, rows)
-        return {name: Seen(*(t[where].float() for t in found)) for name, found in seen.items()}
+        seen = self.lm.record_activations(facts.tokens, layers, edit, rows)
+        return {name: LayerIO(*(t[where].float() for t in found)) for name, found in seen.items()}
 
     @staticmethod
     def over_contexts(facts: Facts, rows: Tensor) -> Tensor:
@@ -205,10 +205,10 @@ class KeyValueEditor(Editor, ABC):
 
         def losses(values: Values, active: Tensor) -> Tensor:
             delta = values["delta"]
-            rows = (facts.owner.unsqueeze(-1) == active).any(-1).nonzero().squeeze(-1)
-            order = torch.searchsorted(active, facts.owner[rows])
-            worn = VectorEdit(site.name, delta[order], facts.at[rows])
-            nll = self.lm.losses(facts.tokens.select(rows), worn, None, site.block)
+            rows = (facts.request_index.unsqueeze(-1) == active).any(-1).nonzero().squeeze(-1)
+            order = torch.searchsorted(active, facts.request_index[rows])
+            applied = VectorEdit(site.name, delta[order], facts.at[rows])
+            nll = self.lm.losses(facts.tokens.select(rows), applied, None, site.block)
             edit = row_mean(nll, order, len(active))
             essence = VectorEdit(site.name, delta, facts.essence_at[active])
             after = self.lm.logits(facts.essence.select(active), essence, None, site.block).float().log_softmax(-1)
@@ -222,7 +222,7 @@ class KeyValueEditor(Editor, ABC):
                 values["delta"].mul_(most / size)
 
         start = {"delta": torch.zeros_like(now)}
-        found = descend(start, losses, self.steps, self.lr, stop_below=self.stop_below, project=project)
+        found = optimise(start, losses, self.steps, self.lr, stop_below=self.stop_below, project=project)
         return now + found["delta"]
 
     def solve(self, site: Site, keys: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class KeyValueEditor(Editor, ABC):
             UserError: If C has no full rank.
         """
         if not self._factors:
-            moments = second_moments(self.lm, [s.name for s in self.sites], self.text, self.tokens)
+            moments = covariances(self.lm, [s.name for s in self.sites], self.text, self.tokens)
             self._factors = {name: self._factor(name, moment) for name, moment in moments.items()}
         return torch.cholesky_solve(keys.double().T, self._factors[site.name]).T
 

@@ -66,10 +66,10 @@ def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, star
         unwanted = unwanted_at[at].nonzero().squeeze(-1).to(logits.device)
         return (nll.index_copy(0, unwanted, _unlikelihood(logits[unwanted], answers[unwanted])),)
 
-    (terms,) = lm.read(lm.states(tokens, edit, probes.owner, start), read)
+    (terms,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index, start), read)
     per_row = row_mean(terms, tokens.rows, len(tokens))
     unwanted = probes.unwanted.to(per_row.device)
-    wanted_part, unwanted_part = (_per_request(per_row, probes.owner, s, requests)[0] for s in (~unwanted, unwanted))
+    wanted_part, unwanted_part = (_per_request(per_row, probes.request_index, s, requests)[0] for s in (~unwanted, unwanted))
     return (wanted_part + weight * unwanted_part).mean()
 
 
@@ -82,21 +82,21 @@ def _unlikelihood(logits: Tensor, tokens: Tensor) -> Tensor:
 def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, start: int) -> Tensor:
     """Mean over the requests that have such probes of KL(unedited ‖ edited) per answer position, in nats."""
     tokens = probes.tokens
-    before = lm.unedited_states(tokens, start)
+    before = lm.scores.unedited_states(tokens, start)
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor]:
-        expected = lm.head(before[at]).float().log_softmax(-1)
+        expected = lm.forward.head(before[at]).float().log_softmax(-1)
         return (F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="none").sum(-1),)
 
-    (divergence,) = lm.read(lm.states(tokens, edit, probes.owner, start), read)
+    (divergence,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index, start), read)
     per_row = row_mean(divergence, tokens.rows, len(tokens))
-    means, counts = _per_request(per_row, probes.owner, torch.ones_like(probes.owner), requests)
+    means, counts = _per_request(per_row, probes.request_index, torch.ones_like(probes.request_index), requests)
     return means.sum() / (counts > 0).sum()
 
 
-def _per_request(values: Tensor, owner: Tensor, chosen: Tensor, requests: int) -> tuple[Tensor, Tensor]:
+def _per_request(values: Tensor, request_index: Tensor, chosen: Tensor, requests: int) -> tuple[Tensor, Tensor]:
     """Mean of the chosen rows of each request, 0 for a request without any, and their number, both [requests]."""
     weight = chosen.to(values.dtype)
-    total = values.new_zeros(requests).index_add(0, owner, values * weight)
-    count = values.new_zeros(requests).index_add(0, owner, weight)
+    total = values.new_zeros(requests).index_add(0, request_index, values * weight)
+    count = values.new_zeros(requests).index_add(0, request_index, weight)
     return total / count.clamp(min=1), count

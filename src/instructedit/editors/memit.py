@@ -29,10 +29,10 @@ class SpreadEditor(KeyValueEditor, ABC):
     def inverse(self, site: Site, keys: Tensor) -> Tensor:
         """M⁻¹ k of each key, [n, in] in double precision, where M weighs what the layer must go on doing."""
 
-    def make(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         return self.spread(batch, self.inverse, together=False)
 
-    def make_together(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_joint_edit(self, batch: RequestBatch) -> LowRankEdit:
         """One edit of rank n in each block that holds all facts."""
         return self.spread(batch, self.inverse, together=True)
 
@@ -45,7 +45,7 @@ class SpreadEditor(KeyValueEditor, ABC):
             together: Solve for all requests at once, instead of an edit for each.
         """
         facts, last = self.facts(batch), self.sites[-1]
-        top = self.lm.block_name(last.block)
+        top = self.lm.forward.block_name(last.block)
         hidden = self.at_facts(facts, [top])[top].outputs[facts.plain]
         wanted = self.values(facts, last, hidden)
         done: dict[str, Factors] = {}

@@ -14,10 +14,10 @@ from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.normalizer import RunningNorm
 from instructedit.editors.options import options
-from instructedit.editors.products import linear
+from instructedit.editors.factored_gradients import linear
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.lm import Captured
+from instructedit.lm import LayerGradients
 
 #: The paper's edit rate: what ``edit_rate: auto`` stands for until `fit` has measured a better one.
 PAPER_RATE = 1e-4
@@ -164,7 +164,7 @@ class Mend(Editor):
         weights[f"{prefix}log_alpha"] = alpha.abs().clamp(min=torch.finfo(alpha.dtype).tiny).log()
         return True
 
-    def make(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         """Equation 3 of InstructEdit for every request and site at once.
 
         The networks see all tokens of all requests and of all sites that share a shape in one call. Tokens whose δ is
@@ -184,7 +184,7 @@ class Mend(Editor):
         return new_u, -alpha[tokens.site].unsqueeze(-1) * new_delta
 
     def factors(
-        self, captured: Captured, pseudo: Callable[[int, SiteTokens], tuple[Tensor, Tensor]]
+        self, captured: LayerGradients, pseudo: Callable[[int, SiteTokens], tuple[Tensor, Tensor]]
     ) -> dict[str, Factors]:
         """What `pseudo` makes of the tokens that an edit loss depends on, as factors of each site.
 
@@ -207,7 +207,7 @@ class Mend(Editor):
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"network": list(self.networks.parameters()), "edit_rates": [self.log_alpha]}
 
-    def watched(self) -> dict[str, Tensor]:
+    def monitored(self) -> dict[str, Tensor]:
         return {"edit_rates": self.log_alpha}
 
 

@@ -51,7 +51,7 @@ class Products:
         return total
 
 
-def hold(parameters: Iterable[nn.Parameter], on: bool = True) -> None:
+def factor_gradients(parameters: Iterable[nn.Parameter], on: bool = True) -> None:
     """From now on matrices among the parameters hold their gradients as products, or no longer do.
 
     Only what `linear` multiplies by them is held so; other uses give a ``grad`` as ever.

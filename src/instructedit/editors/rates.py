@@ -52,7 +52,7 @@ def sweep_rates(editor: Mend, batch: EditBatch, weights: LossWeights) -> list[Ra
     """
     with torch.no_grad():
         with _own_statistics(editor):
-            edit = editor.make(batch.requests)
+            edit = editor.compute_edit(batch.requests)
         rate_made = editor.alpha[0].item()
 
         def at(rate: float) -> RateLoss:

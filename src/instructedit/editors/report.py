@@ -47,8 +47,8 @@ def target_report(lm: FrozenLM, edit: Edit, batch: RequestBatch) -> TargetReport
         batch: The requests.
     """
     tokens = batch.tokens
-    judged = lm.judged(lm.states(tokens, edit, None, lm.first_block(edit.sites)), tokens.answers)
+    judged = lm.scores.token_scores(lm.scores.states(tokens, edit, None, lm.first_block(edit.sites)), tokens.answers)
     sizes = tokens.answer_sizes()
-    right = (judged.said == tokens.answers).split(sizes)
+    right = (judged.predicted == tokens.answers).split(sizes)
     losses = [part.mean().item() for part in judged.nll.split(sizes)]
     return TargetReport(tuple(losses), tuple(bool(part.all()) for part in right))

@@ -21,7 +21,7 @@ from instructedit.editors.mend import Mend, ResidualLayers, SiteTokens
 from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.lm import Text
-from instructedit.lm.moments import second_moments
+from instructedit.lm.covariance import covariances
 from instructedit.lm.own_text import text_for
 from instructedit.lm.tokens import TokenBatch, rows_of
 
@@ -152,7 +152,7 @@ class RidgeEdit(Mend):
             if self.steps > 1
         )
         self.conditions = nn.ModuleList(
-            Condition(2 * self.lm.width, self.film_rank, sizes, layers)
+            Condition(2 * self.lm.applied.sites.width, self.film_rank, sizes, layers)
             for _ in range(self.steps if self.film_rank else 0)
         )
         self.log_alpha_second = nn.Parameter(self.log_alpha.detach().clone())
@@ -168,11 +168,11 @@ class RidgeEdit(Mend):
         super().start_at(rate)
         self.log_alpha_second.fill_(math.log(rate))
 
-    def make(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         """N requests → n edits; with two steps their factors stand one behind the other."""
         return self._made(batch, len(batch))[0]
 
-    def make_together(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_joint_edit(self, batch: RequestBatch) -> LowRankEdit:
         """N requests → the one ridge solution for the keys of all of them."""
         return self._made(batch, 1)[0]
 
@@ -245,7 +245,7 @@ class RidgeEdit(Mend):
     def prior(self, site: str) -> PriorKeys:
         """The prior over the keys of a site."""
         if not self._priors:
-            moments = second_moments(self.lm, self.names, self.text, self.tokens)
+            moments = covariances(self.lm, self.names, self.text, self.tokens)
             self._priors = {name: PriorKeys(moment.to(self.lm.device)) for name, moment in moments.items()}
         return self._priors[site]
 
@@ -260,11 +260,11 @@ class RidgeEdit(Mend):
     @torch.no_grad()
     def _instruction_states(self, batch: RequestBatch) -> Tensor:
         """What the frozen LM makes of each request's instruction, [n, 2 · hidden]; zeros where there is none."""
-        states = torch.zeros(len(batch), 2 * self.lm.width, device=self.lm.device)
+        states = torch.zeros(len(batch), 2 * self.lm.applied.sites.width, device=self.lm.device)
         if not self.film_rank or not (different := sorted({text for text in batch.instructions if text})):
             return states
         rows = rows_of(self.lm.text.prompts(different)).to(self.lm.device)
-        found = self.lm.query(rows, self.lm.first_block(self.names)).float()
+        found = self.lm.context.scope_embedding(rows, self.lm.first_block(self.names)).float()
         for number, text in enumerate(batch.instructions):
             if text:
                 states[number] = found[different.index(text)]

@@ -29,7 +29,7 @@ class Rome(KeyValueEditor):
             raise UserError(f"editor 'rome' edits one layer, got {', '.join(s.name for s in self.sites)}")
         super().build()
 
-    def make(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         (site,) = self.sites
         facts = self.facts(batch)
         seen = self.at_facts(facts, [site.name])[site.name]

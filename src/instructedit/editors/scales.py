@@ -48,7 +48,7 @@ def layer_scale(lm: FrozenLM, layer: str) -> LayerScale:
         layer: Name of a site or feed-forward module.
     """
     batch = lm.encode([(prompt, "it") for prompt in _PROMPTS]).prompts()
-    seen = lm.observe(batch, [layer])[layer]
+    seen = lm.record_activations(batch, [layer])[layer]
     last = (torch.arange(len(batch)), torch.tensor(batch.lengths) - 1)
     inputs, outputs = seen.inputs[last].float(), seen.outputs[last].float()
     return LayerScale(_size(inputs), _size(outputs), torch.pdist(inputs).median().item())

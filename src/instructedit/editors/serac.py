@@ -50,7 +50,7 @@ class Serac(Editor):
 
     def build(self) -> None:
         """The adapter's factors (which start as no change), and the classifier's projection, scale and bias."""
-        size = 2 * self.lm.width
+        size = 2 * self.lm.applied.sites.width
         self.inputs = nn.ParameterList(torch.randn(self.rank, s.in_features) * s.in_features**-0.5 for s in self.sites)
         self.outputs = nn.ParameterList(torch.zeros(self.rank, s.out_features) for s in self.sites)
         self.projection = nn.Parameter(torch.randn(self.embedding, size) * size**-0.5)
@@ -60,11 +60,11 @@ class Serac(Editor):
     @property
     def block(self) -> int:
         """Whose input the classifier reads."""
-        return int(self.scope_block * len(self.lm.blocks))
+        return int(self.scope_block * len(self.lm.forward.blocks))
 
-    def make(self, batch: RequestBatch) -> ContextEdit:
+    def compute_edit(self, batch: RequestBatch) -> ContextEdit:
         """A memory of one edit for each request."""
-        rows = [self.lm.words(told(self.lm.text, request)) for request in batch.requests]
+        rows = [self.lm.token_ids(told(self.lm.text, request)) for request in batch.requests]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         lengths = torch.tensor([[len(row)] for row in rows])
         factors = zip(self.sites, self.inputs, self.outputs, strict=True)
@@ -73,13 +73,13 @@ class Serac(Editor):
         return ContextEdit(ids.unsqueeze(1).to(device), lengths.to(device), adapter, self._gate(batch))
 
     def _gate(self, batch: RequestBatch) -> Gate:
-        keys = self.lm.query(batch.tokens, self.block) @ self.projection.T
+        keys = self.lm.context.scope_embedding(batch.tokens, self.block) @ self.projection.T
         block = torch.tensor(self.block, device=self.lm.device)
         return Gate(keys.unsqueeze(1), self.projection, self.bias, self.log_scale.exp(), block)
 
-    def objective(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
+    def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
         """c_edit · edit loss of the counterfactual model + c_loc · cross-entropy of the classifier."""
-        edit = self.make(batch.requests)
+        edit = self.compute_edit(batch.requests)
         counterfactual = scope_loss(
             self.lm, edit.ungated(), batch.in_scope, len(batch), self.sites[0].block, weights.unlikelihood
         )
@@ -95,18 +95,18 @@ class Serac(Editor):
         gate = edit.joined().gate  # every probe against every request
         assert gate is not None  # of make
         probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
-        queries = torch.cat([self.lm.query(part.tokens, self.block) for part in probes])
-        owner = torch.cat([part.owner for part in probes])
+        queries = torch.cat([self.lm.context.scope_embedding(part.tokens, self.block) for part in probes])
+        request_index = torch.cat([part.request_index for part in probes])
         count = len(queries)
-        inside = torch.arange(count, device=owner.device) < len(batch.in_scope.owner)
-        every = torch.arange(len(batch), device=owner.device)
-        logits = gate.logits(queries, torch.zeros_like(owner))  # [probes, requests]
-        own = owner.unsqueeze(-1) == every
+        inside = torch.arange(count, device=request_index.device) < len(batch.in_scope.request_index)
+        every = torch.arange(len(batch), device=request_index.device)
+        logits = gate.logits(queries, torch.zeros_like(request_index))  # [probes, requests]
+        own = request_index.unsqueeze(-1) == every
         wanted = (own & inside.unsqueeze(-1)).float()
         asked = [words for part in probes for words in _wordings(part.tokens)]
         requests = _wordings(batch.requests.tokens)
         same = [[words == request for request in requests] for words in asked]
-        known = own | ~torch.tensor(same, device=owner.device)
+        known = own | ~torch.tensor(same, device=request_index.device)
         weight = known / torch.where(wanted > 0, (wanted * known).sum(), ((1 - wanted) * known).sum()).clamp(min=1) / 2
         loss = (F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * weight).sum()
         right = (((logits > 0) == (wanted > 0)) * weight).sum()

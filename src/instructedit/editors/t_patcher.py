@@ -11,12 +11,12 @@ from torch import Tensor
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.calinet import feed_forward_sites
-from instructedit.editors.descent import Values, descend
+from instructedit.editors.optimisation import Values, optimise
 from instructedit.editors.options import AUTO, options
 from instructedit.editors.scales import layer_scale
 from instructedit.edits import SlotEdit, Slots
 from instructedit.errors import UserError
-from instructedit.lm.moments import sample_inputs
+from instructedit.lm.covariance import sample_inputs
 from instructedit.lm.own_text import text_for
 
 
@@ -81,12 +81,12 @@ class TPatcher(Editor):
         self.text = text_for(self.lm, self.text)  # so that a saved editor says which
         self._memory: Tensor | None = None
 
-    def make(self, batch: RequestBatch) -> SlotEdit:
+    def compute_edit(self, batch: RequestBatch) -> SlotEdit:
         """As many patches for each request as its target has tokens."""
         if self._memory is None:
             self._memory = sample_inputs(self.lm, self.module, self.text, self.memory)
         tokens = batch.tokens
-        queries = self.lm.observe(tokens, [self.module])[self.module].inputs[tokens.answer_at].float()
+        queries = self.lm.record_activations(tokens, [self.module])[self.module].inputs[tokens.answer_at].float()
         parts = list(queries.split(tokens.answer_sizes()))
         q = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [n, patches, hidden]
         real = (q != 0).any(-1)
@@ -111,7 +111,7 @@ class TPatcher(Editor):
             return torch.where(wrong < self.stop_below, wrong, wrong + aside)
 
         every = torch.arange(len(batch), device=q.device)
-        return edit(descend(start, losses, self.steps, lr, stop_below=self.stop_below), every)
+        return edit(optimise(start, losses, self.steps, lr, stop_below=self.stop_below), every)
 
     def _rates(self, width: int) -> tuple[float | dict[str, float], float]:
         """Learning rates, and the size of a coordinate of a value at the start."""

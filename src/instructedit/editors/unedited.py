@@ -14,5 +14,5 @@ class Unedited(Editor):
 
     name: ClassVar[str] = "unedited"
 
-    def make(self, batch: RequestBatch) -> Edit:
+    def compute_edit(self, batch: RequestBatch) -> Edit:
         return NoEdit(len(batch))

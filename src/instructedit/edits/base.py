@@ -82,7 +82,7 @@ class Edit(ABC):
         Raises:
             UserError: If this sort of edit is no change of weights.
         """
-        raise UserError(f"an edit of the sort {self.name!r} is no change of weights; it can only be worn")
+        raise UserError(f"an edit of the kind {self.name!r} is no change of weights; it can only be applied")
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:

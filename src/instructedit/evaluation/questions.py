@@ -19,7 +19,7 @@ class Question:
     """One prompt with one answer, put to the model under one edit.
 
     Attributes:
-        owner: Number of the record in its batch.
+        request_index: Number of the record in its batch.
         record: The record itself.
         probe: What the question is about.
         number: Of the probe within its record; 0 is the request itself.
@@ -29,7 +29,7 @@ class Question:
         answer: One of the probe's answers.
     """
 
-    owner: int
+    request_index: int
     record: EditRecord
     probe: Probe
     number: int
@@ -49,17 +49,17 @@ def questions(rendered: Sequence[RenderedRecord], replies: int) -> Iterator[Ques
         rendered: The records with their instructions.
         replies: Replies of each sentiment to ask for, the first ones of a record.
     """
-    for owner, one in enumerate(rendered):
+    for request_index, one in enumerate(rendered):
         record = one.record
         left_out = {probe for kind in REPLIES for probe in record.of(kind)[replies:]}
         for number, probe in enumerate((record.reliability, *record.probes)):
             if probe in left_out:
                 continue
             if probe.kind == "locality":
-                yield Question(owner, record, probe, number, "plain", True, probe.prompt, probe.answers[0])
+                yield Question(request_index, record, probe, number, "plain", True, probe.prompt, probe.answers[0])
                 continue
             views = [("instructed", one.ask(probe))] if one.prefix else []
             views += [("plain", probe.prompt)] if not views or probe.kind not in REPLIES else []
             for place, (view, prompt) in enumerate(views):
                 for answer in probe.answers:
-                    yield Question(owner, record, probe, number, view, place == 0, prompt, answer)
+                    yield Question(request_index, record, probe, number, view, place == 0, prompt, answer)

@@ -57,12 +57,12 @@ def evaluate_batch(
         for numbers in _alike(lm, rendered, settings):
             chosen = [rendered[i] for i in numbers]
             rows = _evaluated(lm, editor, chosen, settings, watchers)
-            outcome.rows += [row | {"owner": numbers[row["owner"]]} for row in rows]
+            outcome.rows += [row | {"request_index": numbers[row["request_index"]]} for row in rows]
         asked = [row for row in outcome.rows if row["kind"] == "reliability" and "after" in row]
         write_words(lm, None, asked, "before", settings.tokens)
-    outcome.rows.sort(key=lambda row: row["owner"])
+    outcome.rows.sort(key=lambda row: row["request_index"])
     for row in outcome.rows:
-        del row["owner"]
+        del row["request_index"]
     return outcome
 
 
@@ -73,7 +73,7 @@ def _alike(lm: FrozenLM, rendered: Sequence[RenderedRecord], settings: Evaluatio
     spoken = [bool(one.record.of(*REPLIES)) for one in rendered]
     if settings.fluency_tokens:
         share = settings.text_tokens // settings.tokens
-        beside = settings.fluency_tokens + lm.row_tokens
+        beside = settings.fluency_tokens + lm.generation.row_tokens
         texts = [
             math.ceil((len(ids) + beside) / share)
             for ids in lm.text.prompts([one.ask(one.record.reliability) for one in rendered])
@@ -110,15 +110,15 @@ def ask_all(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], settin
     rows: list[Row] = []
     for numbers in _alike(lm, rendered, settings):
         found = ask(lm, edit, [rendered[i] for i in numbers], settings)
-        rows += [row | {"owner": numbers[row["owner"]]} for row in found]
-    return sorted(rows, key=lambda row: row["owner"])
+        rows += [row | {"request_index": numbers[row["request_index"]]} for row in found]
+    return sorted(rows, key=lambda row: row["request_index"])
 
 
 def _edit(editor: Editor, rendered: Sequence[RenderedRecord]) -> Edit:
     training = editor.training
     editor.eval()
     try:
-        return editor.make(editor.rendered_requests(rendered)).detach()
+        return editor.compute_edit(editor.rendered_requests(rendered)).detach()
     finally:
         editor.train(training)
 

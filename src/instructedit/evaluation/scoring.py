@@ -10,7 +10,7 @@ import torch
 from instructedit.edits import Edit
 from instructedit.evaluation.passes import edit_numbers, passes
 from instructedit.evaluation.questions import Question
-from instructedit.lm import FrozenLM, Judged, TokenBatch
+from instructedit.lm import FrozenLM, TokenScores, TokenBatch
 from instructedit.metrics import agreement, exact_match, row_mean, token_accuracy
 
 Row = dict[str, Any]
@@ -30,13 +30,13 @@ def scored(lm: FrozenLM, edit: Edit, asked: list[Question], size: int) -> list[R
     start = lm.first_block(edit.sites)
     names = [f"record {question.record.id}, {question.probe.kind} probe" for question in asked]
     tokens = lm.encode([(question.prompt, question.answer) for question in asked], names, scored=True)
-    owners = [question.owner for question in asked]
-    after = None if edit.changes_nothing else _predicted(lm, tokens, edit, owners, start, size)
-    every = after or _predicted(lm, tokens, None, owners, start, size)
+    request_indices = [question.request_index for question in asked]
+    after = None if edit.changes_nothing else _predicted(lm, tokens, edit, request_indices, start, size)
+    every = after or _predicted(lm, tokens, None, request_indices, start, size)
     best = _best_aliases(asked, _fit(tokens, every))
     kept = tokens.select(torch.tensor(best))
     own = _of_rows(every, tokens, best)
-    before = own if after is None else _predicted(lm, kept, None, [owners[i] for i in best], start, size)
+    before = own if after is None else _predicted(lm, kept, None, [request_indices[i] for i in best], start, size)
     return [row_of(asked[i], scores) for i, scores in zip(best, _compare(kept, before, own), strict=True)]
 
 
@@ -44,60 +44,60 @@ def row_of(question: Question, scores: dict[str, float]) -> Row:
     """A row of the table of probes."""
     record, probe = question.record, question.probe
     return {
-        "owner": question.owner, "task": record.task, "record": record.id, "cluster": record.cluster,
+        "request_index": question.request_index, "task": record.task, "record": record.id, "cluster": record.cluster,
         "probe": question.number, "kind": probe.kind, "group": probe.group, "view": question.view,
         "main": question.main, "prompt": question.prompt, "answer": question.answer, "aliases": probe.answers, **scores,
     }  # fmt: skip
 
 
-def _predicted(lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, owners: list[int], start: int, size: int) -> Judged:
+def _predicted(lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, request_indices: list[int], start: int, size: int) -> TokenScores:
     """How the model takes all answers, each row under its owner's edit, in passes of at most so many tokens."""
-    owners = edit_numbers(edit, owners)
-    parts = passes(tokens.unpadded(), owners, size, trees=lm.takes_trees)
+    request_indices = edit_numbers(edit, request_indices)
+    parts = passes(tokens.unpadded(), request_indices, size, trees=lm.prefixes.takes_trees)
     groups = [torch.tensor(sorted(part)) for part in parts]
     found = []
     for group in groups:
         part = tokens.select(group)
         if edit is None:
-            found.append(lm.unedited_judged(part, start))
+            found.append(lm.scores.unedited_predictions(part, start))
         else:
-            rows = torch.tensor([owners[i] for i in group.tolist()], device=lm.device)
-            found.append(lm.predictions(part, edit, rows, start))
+            rows = torch.tensor([request_indices[i] for i in group.tolist()], device=lm.device)
+            found.append(lm.scores.predictions(part, edit, rows, start))
     order = tokens.in_order(groups)
-    return Judged(*(torch.cat(column)[order] for column in zip(*found, strict=True)))
+    return TokenScores(*(torch.cat(column)[order] for column in zip(*found, strict=True)))
 
 
-def _of_rows(judged: Judged, tokens: TokenBatch, rows: list[int]) -> Judged:
+def _of_rows(judged: TokenScores, tokens: TokenBatch, rows: list[int]) -> TokenScores:
     """The part of some rows, in their order."""
     sizes = tokens.answer_sizes()
     columns = [column.split(sizes) for column in judged]
-    return Judged(*(torch.cat([column[i] for i in rows]) for column in columns))
+    return TokenScores(*(torch.cat([column[i] for i in rows]) for column in columns))
 
 
 def _best_aliases(asked: Sequence[Question], scores: list[tuple[float, ...]]) -> list[int]:
     """For each probe and view the number of the answer that fits best; of equal ones the first."""
     best: dict[tuple[int, int, str], int] = {}
     for i, question in enumerate(asked):
-        key = (question.owner, question.number, question.view)
+        key = (question.request_index, question.number, question.view)
         if key not in best or scores[i] > scores[best[key]]:
             best[key] = i
     return list(best.values())
 
 
-def _fit(tokens: TokenBatch, judged: Judged) -> list[tuple[float, ...]]:
+def _fit(tokens: TokenBatch, judged: TokenScores) -> list[tuple[float, ...]]:
     """How well each row's answer fits: whether all of its tokens are predicted, and the share that is."""
     scores = (exact_match, token_accuracy)
-    columns = [score(judged.said, tokens.answers, tokens.rows, len(tokens)) for score in scores]
+    columns = [score(judged.predicted, tokens.answers, tokens.rows, len(tokens)) for score in scores]
     return [tuple(row) for row in torch.stack(columns, -1).tolist()]
 
 
-def _compare(tokens: TokenBatch, before: Judged, after: Judged) -> Iterator[dict[str, float]]:
+def _compare(tokens: TokenBatch, before: TokenScores, after: TokenScores) -> Iterator[dict[str, float]]:
     rows, count, labels = tokens.rows, len(tokens), tokens.answers
     columns = {
-        "accuracy": token_accuracy(after.said, labels, rows, count),
-        "exact": exact_match(after.said, labels, rows, count),
-        "agreement": agreement(after.said, before.said, rows, count),
-        "accuracy_before": token_accuracy(before.said, labels, rows, count),
+        "accuracy": token_accuracy(after.predicted, labels, rows, count),
+        "exact": exact_match(after.predicted, labels, rows, count),
+        "agreement": agreement(after.predicted, before.predicted, rows, count),
+        "accuracy_before": token_accuracy(before.predicted, labels, rows, count),
         "log_likelihood": -row_mean(after.nll, rows, count),
         "log_likelihood_before": -row_mean(before.nll, rows, count),
     }

@@ -190,7 +190,7 @@ class _Run:
         chosen = [number for number in numbers if number < edits]
         asked: list[RenderedRecord] = [self.rendered[number] for number in chosen]
         for row in ask_all(self.lm, self.carried, asked, self.settings):
-            self.rows.append(row | {"position": chosen[row.pop("owner")], "edits": edits, "again": again})
+            self.rows.append(row | {"position": chosen[row.pop("request_index")], "edits": edits, "again": again})
 
 
 def carrying(lm: FrozenLM, carried: Edit | None) -> AbstractContextManager[Any]:

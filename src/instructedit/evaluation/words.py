@@ -20,7 +20,7 @@ def answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], rendered: Sequence[
 
     Replies have no one right wording: records with replies are left to Fluency.
     """
-    wanted = [r for r in rows if r["kind"] in IN_SCOPE and not rendered[r["owner"]].record.of(*REPLIES)]
+    wanted = [r for r in rows if r["kind"] in IN_SCOPE and not rendered[r["request_index"]].record.of(*REPLIES)]
     write_words(lm, edit, wanted, "after", size)
     for row in wanted:
         row["generated"] = float(answer_match(row["after"], row["aliases"]))
@@ -29,16 +29,16 @@ def answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], rendered: Sequence[
 def write_words(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: int) -> None:
     """Puts what the model says after the prompts of rows, each under its owner's edit, into a column."""
     # Room for the longest answer and for the model to stop or to run on.
-    lengths = [len(lm.words(" " + max(r["aliases"], key=len))) for r in rows]
+    lengths = [len(lm.token_ids(" " + max(r["aliases"], key=len))) for r in rows]
     rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
-    prompts, owners = [r["prompt"] for r in rows], [r["owner"] for r in rows]
+    prompts, request_indices = [r["prompt"] for r in rows], [r["request_index"] for r in rows]
 
     def say(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:
         found: list[str] = lm.generate([prompts[i] for i in chunk], [rooms[i] for i in chunk], applied, rows)
         return found
 
     def said(these: Sequence[int]) -> list[str]:
-        return _continued(lm, edit, these, owners, prompts, rooms, size, say)
+        return _continued(lm, edit, these, request_indices, prompts, rooms, size, say)
 
     if edit is None or edit.changes_nothing:
         texts = lm.cache.memoized("words", list(zip(prompts, rooms, strict=True)), said)
@@ -49,17 +49,17 @@ def write_words(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, s
 
 
 def _continued(
-    lm: FrozenLM, edit: Edit | None, these: Sequence[int], owners: Sequence[int], prompts: Sequence[str],
+    lm: FrozenLM, edit: Edit | None, these: Sequence[int], request_indices: Sequence[int], prompts: Sequence[str],
     rooms: Sequence[int], size: int, say: Callable[[list[int], Edit | None, list[int] | None], list[str]],
     trees: bool = True,
 ) -> list[str]:  # fmt: skip
-    """What `say` says after these prompts under their owners' edits, in passes of at most so many tokens.
+    """What `say` says after these prompts under their request_indices' edits, in passes of at most so many tokens.
 
     Args:
         lm: The model.
-        edit: An edit for each owner, or one for all.
+        edit: An edit for each request_index, or one for all.
         these: Numbers of the prompts.
-        owners: Of all prompts.
+        request_indices: Of all prompts.
         prompts: All of them.
         rooms: New tokens of each.
         size: Tokens in a pass, new ones included.
@@ -69,12 +69,12 @@ def _continued(
     texts: dict[int, str] = {}
     applied = None if edit is None or edit.changes_nothing else edit
     ids = lm.text.prompts([prompts[i] for i in these])
-    beside = [rooms[i] + lm.row_tokens for i in these]
-    owners = edit_numbers(applied, owners)
-    groups = [0 if applied is None else owners[i] for i in these]
-    for places in passes(ids, groups, size, beside, trees and lm.decodes_trees(applied)):
+    beside = [rooms[i] + lm.generation.row_tokens for i in these]
+    request_indices = edit_numbers(applied, request_indices)
+    groups = [0 if applied is None else request_indices[i] for i in these]
+    for places in passes(ids, groups, size, beside, trees and lm.generation.shares_prompts(applied)):
         chunk = [these[place] for place in places]
-        found = say(chunk, applied, None if applied is None else [owners[i] for i in chunk])
+        found = say(chunk, applied, None if applied is None else [request_indices[i] for i in chunk])
         texts |= zip(chunk, found, strict=True)
     return [texts[i] for i in these]
 

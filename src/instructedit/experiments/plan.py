@@ -33,7 +33,7 @@ class Plan:
         root: Folder of the MLflow store.
         out: Folder of the results page, tables and figures.
         overrides: Further options of every run.
-        fresh: Run also what the store has.
+        force: Run also what the store has.
         data: Name of a config under configs/data/ that says where the records lie; None leaves that to the scale.
     """
 
@@ -46,7 +46,7 @@ class Plan:
     root: Path
     out: Path
     overrides: tuple[str, ...] = ()
-    fresh: bool = False
+    force: bool = False
     data: str | None = None
 
     @classmethod
@@ -59,7 +59,7 @@ class Plan:
         root: str = "mlruns",
         out: str | None = None,
         overrides: list[str] | None = None,
-        fresh: bool = False,
+        force: bool = False,
         data: str | None = None,
     ) -> Self:
         """Reads ``experiments/<name>/grid.yaml``.
@@ -80,7 +80,7 @@ class Plan:
         place = Path(out or f"outputs/{_place(name, at.name, data)}")
         experiment = cls(
             name, grid, at, tuple(wanted), tuple(seeds or grid.seeds), figures, Path(root), place,
-            tuple(located(overrides or ())), fresh, data,
+            tuple(located(overrides or ())), force, data,
         )  # fmt: skip
         for key in grid.rows:
             experiment.configs(key)  # a file that is missing is missed now, not after hours

@@ -90,7 +90,7 @@ class Runner:
 
     def _reused(self, name: str, seed: int) -> RunResult | None:
         """The newest run with the same fingerprint whose files are there."""
-        if self.experiment.fresh:
+        if self.experiment.force:
             return None
         client, mark = self.parent.experiment, self.experiment.fingerprint(name, seed)
         wanted = f"tags.{_FINGERPRINT} = '{mark}' and attributes.status = 'FINISHED'"

@@ -96,7 +96,7 @@ class _Searching:
         asked = [self.search.metric, self.search.sampler, self.search.pruner, json.dumps(choices)]
         name = f"{self.experiment.name}/{self.experiment.scale.name}/{fingerprint([*self.arguments, *asked])}"
         storage = f"sqlite:///{self.experiment.root.expanduser().absolute() / DATABASE}"
-        if self.experiment.fresh and name in optuna.get_all_study_names(storage):
+        if self.experiment.force and name in optuna.get_all_study_names(storage):
             optuna.delete_study(study_name=name, storage=storage)
         seed = self.experiment.seeds[0]
         study = optuna.create_study(

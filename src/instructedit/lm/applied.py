@@ -54,7 +54,7 @@ class Applied:
                 yield
             return
         if self.prompt_prefix is not None:
-            raise UserError("the model already wears an edit that stands in front of its prompts; join the two")
+            raise UserError("the model prepends a context is applied already; join the two")
         self.prompt_prefix = (edit, index)
         try:
             yield
@@ -67,7 +67,7 @@ class Applied:
         changes = edit is not None and edit.sites
         lowest = self.sites.first_block(edit.sites) if edit is not None and changes else len(self.forward.blocks)
         _ = self.forward.outputs_of_a_block  # found out while nothing is applied
-        with hooks.worn(self.forward.model, edit, rows):
+        with hooks.applied(self.forward.model, edit, rows):
             self.blocks.append(lowest)
             try:
                 yield

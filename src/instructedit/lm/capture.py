@@ -19,7 +19,7 @@ from instructedit.metrics import row_mean
 
 
 @dataclass(frozen=True)
-class Captured:
+class LayerGradients:
     """What an edit loss shows at each site; together ∇W = Σ_t δ_t u_tᵀ.
 
     Attributes:
@@ -36,7 +36,7 @@ class Captured:
     said: Tensor
 
 
-class Seen(NamedTuple):
+class LayerIO(NamedTuple):
     """What a layer saw and gave: `inputs` [rows, seq, in] and `outputs` [rows, seq, out]."""
 
     inputs: Tensor
@@ -47,10 +47,10 @@ class Seen(NamedTuple):
 def observe(
     scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None,
     cached: bool = True,
-) -> dict[str, Seen]:  # fmt: skip
+) -> dict[str, LayerIO]:  # fmt: skip
     """Records what layers see and give (see `FrozenLM.observe`)."""
     forward = scores.forward
-    seen: dict[str, Seen] = {}
+    seen: dict[str, LayerIO] = {}
 
     def keep(site: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         whole = (
@@ -59,24 +59,24 @@ def observe(
         )
         inputs, outputs = (t.reshape(len(batch), -1, t.shape[-1]) for t in whole)
         last = len(seen) + 1 == len(sites)
-        seen[site] = Seen(inputs, outputs if last else outputs.clone())  # some models go on to add to it in place
+        seen[site] = LayerIO(inputs, outputs if last else outputs.clone())  # some models go on to add to it in place
         if last:
-            raise hooks.Enough
+            raise hooks.StopForward
 
     start = forward.resumed_from(scores.applied.sites.first_block([*sites, *(edit.sites if edit else ())]))
     hidden = scores.prefix.of(batch, start) if cached and start else None
-    with scores.applied.at_layers(edit, rows), ExitStack() as stack, suppress(hooks.Enough):
+    with scores.applied.at_layers(edit, rows), ExitStack() as stack, suppress(hooks.StopForward):
         for site in sites:  # after the edit's own hooks, whose outputs they see
             hook = functools.partial(keep, site)
             stack.callback(forward.model.get_submodule(site).register_forward_hook(hook, with_kwargs=True).remove)
-        with hooks.replayed(forward.blocks, start, hidden, forward.outputs_of_a_block):
+        with hooks.resumed(forward.blocks, start, hidden, forward.outputs_of_a_block):
             forward.run(batch.inputs)
     return seen
 
 
 def capture(
     scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None
-) -> Captured:
+) -> LayerGradients:
     """Takes the gradient of each row's edit loss at the sites (see `FrozenLM.capture`)."""
     forward = scores.forward
     u: dict[str, Tensor] = {}
@@ -99,4 +99,4 @@ def capture(
         loss = row_mean(nll, batch.rows, len(batch))
         grads = torch.autograd.grad(loss.sum(), [outputs[s] for s in sites])
     delta = {site: apart(grad) for site, grad in zip(sites, grads, strict=True)}
-    return Captured({site: apart(u[site]) for site in sites}, delta, loss.detach(), said)
+    return LayerGradients({site: apart(u[site]) for site in sites}, delta, loss.detach(), said)

@@ -15,13 +15,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from instructedit.errors import UserError
 from instructedit.lm import hooks
-from instructedit.lm.thin import thin_products
+from instructedit.lm.small_batch import small_batch_matmul
 
 #: Names under which architectures give what they keep of the tokens read, and take it back.
 CACHES = ("past_key_values", "cache_params", "state")
 
 
-def roomy_cache(config: PreTrainedConfig, room: int, at_rest: torch.dtype | None = None) -> Cache | None:
+def preallocated_cache(config: PreTrainedConfig, room: int, at_rest: torch.dtype | None = None) -> Cache | None:
     """A cache of keys and values that copies none of them for the tokens that follow, up to `room` tokens a row.
 
     transformers' own makes the whole tensor anew for each token: most of the time of a long text, and for a moment
@@ -177,12 +177,12 @@ class Decoder:
             rooms: New tokens of each row, at most.
             choose: Chooses the next tokens.
             ends: Tokens that end a text.
-            at_rest: Of keys and values, see `roomy_cache`.
+            at_rest: Of keys and values, see `preallocated_cache`.
 
         Raises:
             UserError: If the model gives no numbers (NaN).
         """
-        with torch.autocast(self.model.device.type, enabled=False), thin_products(self.model.modules()):
+        with torch.autocast(self.model.device.type, enabled=False), small_batch_matmul(self.model.modules()):
             return self._continued(self.layout, prompts, rooms, choose, ends, at_rest)
 
     @functools.cached_property
@@ -263,11 +263,11 @@ class Decoder:
             start: Column at which each row begins, [rows].
             layout: Whether there is padding, and whether to keep what earlier calls have read.
             room: Columns, at most.
-            at_rest: See `roomy_cache`.
+            at_rest: See `preallocated_cache`.
         """
         kept: dict[str, Any] = {}
         if layout.cached and "past_key_values" in self._takes:
-            kept["past_key_values"] = roomy_cache(self.model.config, room, at_rest)
+            kept["past_key_values"] = preallocated_cache(self.model.config, room, at_rest)
         read = 0
 
         def run(ids: Tensor) -> Tensor:

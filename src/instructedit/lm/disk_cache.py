@@ -37,7 +37,7 @@ from instructedit.errors import UserError
 FORMAT = 1
 META, SEGMENT, PART = "meta.json", ".safetensors", ".part"
 #: At rest: the option → dtype; None is the dtype that the model computes in, so that nothing is lost.
-AT_REST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STORAGE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: A segment is written when so many bytes wait, or after so many seconds.
 SEGMENT_BYTES, SEGMENT_SECONDS = 64 << 20, 60.0
 _KEY = 16  # bytes of a row's key
@@ -87,8 +87,8 @@ class DiskCache:
     """
 
     def __init__(self, root: str | Path, max_bytes: int, at_rest: str, model: Callable[[], dict[str, str]]) -> None:
-        if at_rest not in AT_REST:
-            raise UserError(f"cache_dtype: {at_rest!r} is none of {', '.join(AT_REST)}")
+        if at_rest not in STORAGE_DTYPES:
+            raise UserError(f"cache_dtype: {at_rest!r} is none of {', '.join(STORAGE_DTYPES)}")
         if max_bytes < 1:
             raise UserError(f"cache_disk_bytes must be positive, got {max_bytes}; without cache_dir nothing is kept")
         self.root = Path(root).expanduser()
@@ -150,7 +150,7 @@ class Shelf:
     def __init__(self, root: Path, max_bytes: int, about: dict[str, Any]) -> None:
         self.folder = root / shelf_name(about)
         self._max_bytes, self._about = max_bytes, about
-        self._dtype = AT_REST[about["at_rest"]]
+        self._dtype = STORAGE_DTYPES[about["at_rest"]]
         self._where: dict[bytes, tuple[_Segment, int]] = {}
         self._segments: dict[str, _Segment] = {}
         self._waiting = _Waiting()

@@ -20,7 +20,7 @@ WIDTHS = (48, 64, 96, 128, 192, WIDTH)
 
 
 @dataclass(frozen=True)
-class Forest:
+class PrefixTrees:
     """Trees side by side.
 
     Attributes:
@@ -38,7 +38,7 @@ class Forest:
     groups: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[list[int]], width: int = WIDTH, groups: Sequence[int] | None = None) -> Forest:
+    def of(cls, rows: Sequence[list[int]], width: int = WIDTH, groups: Sequence[int] | None = None) -> PrefixTrees:
         """The rows' trees.
 
         Args:
@@ -49,7 +49,7 @@ class Forest:
         return _planted(rows, groups or [0] * len(rows), _Plan.of(_Steps.of(rows, groups), width))
 
     @classmethod
-    def fitting(cls, rows: Sequence[list[int]], groups: Sequence[int] | None = None) -> Forest:
+    def fitting(cls, rows: Sequence[list[int]], groups: Sequence[int] | None = None) -> PrefixTrees:
         """The rows' trees, of the width at which all of them, padded, have the fewest tokens."""
         steps = _Steps.of(rows, groups)
         plans = [_Plan.of(steps, width) for width in WIDTHS]
@@ -187,7 +187,7 @@ class _Plan:
         return cls(trees, paths, tree + 1, widest)
 
 
-def _planted(rows: Sequence[list[int]], groups: Sequence[int], plan: _Plan) -> Forest:
+def _planted(rows: Sequence[list[int]], groups: Sequence[int], plan: _Plan) -> PrefixTrees:
     ids = torch.zeros(plan.count, plan.width, dtype=torch.long)
     positions, sees = torch.zeros_like(ids), torch.eye(plan.width, dtype=torch.bool).repeat(plan.count, 1, 1)
     of_tree = torch.zeros(plan.count, dtype=torch.long)
@@ -199,7 +199,7 @@ def _planted(rows: Sequence[list[int]], groups: Sequence[int], plan: _Plan) -> F
         sees[tree, path[:, None], path] = torch.ones(len(row), len(row), dtype=torch.bool).tril()
         of_tree[tree] = groups[i]
         places.append(tree * plan.width + path)
-    return Forest(ids, positions, sees, places, of_tree)
+    return PrefixTrees(ids, positions, sees, places, of_tree)
 
 
 def shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:

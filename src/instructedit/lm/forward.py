@@ -13,7 +13,7 @@ from instructedit.lm import hooks, tryout
 from instructedit.lm.sites import (
     find_blocks,
 )
-from instructedit.lm.thin import thin_products
+from instructedit.lm.small_batch import small_batch_matmul
 from instructedit.lm.tokens import TokenBatch
 
 
@@ -80,7 +80,7 @@ class Forward:
     def from_block(self, inputs: dict[str, Tensor], start: int, hidden: Tensor | None) -> Tensor:
         """What leaves the last block, [rows, seq, hidden], when `hidden` enters block `start` (or a row the model)."""
         running = self.blocks[start:] if self.activation_checkpointing else ()
-        with hooks.recomputed(running), hooks.replayed(self.blocks, start, hidden, self.outputs_of_a_block):
+        with hooks.activation_checkpointed(running), hooks.resumed(self.blocks, start, hidden, self.outputs_of_a_block):
             return hooks.output_of(self.blocks[-1], lambda: self.run(inputs))
 
     def head(self, states: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Forward:
         """
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
         bare = hooks.bare(self.blocks)
-        replayed = hooks.replayed(self.blocks, len(self.blocks), states.unsqueeze(1), self.outputs_of_a_block)
-        with bare, replayed, self.own_dtype(), thin_products([self.model.get_output_embeddings()]):
+        replayed = hooks.resumed(self.blocks, len(self.blocks), states.unsqueeze(1), self.outputs_of_a_block)
+        with bare, replayed, self.own_dtype(), small_batch_matmul([self.model.get_output_embeddings()]):
             logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return logits.squeeze(1)

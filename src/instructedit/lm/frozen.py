@@ -20,23 +20,23 @@ from instructedit.edits import ContextEdit, Edit, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import capture, generation, merging
 from instructedit.lm.applied import Applied
-from instructedit.lm.capture import Captured, Seen
+from instructedit.lm.capture import LayerGradients, LayerIO
 from instructedit.lm.context import ContextStates
-from instructedit.lm.decoding import Decoder, roomy_cache
+from instructedit.lm.decoding import Decoder, preallocated_cache
 from instructedit.lm.disk_cache import DiskCache, checksum
 from instructedit.lm.edit_sites import EditSites
-from instructedit.lm.forest import Forest
+from instructedit.lm.prefix_trees import PrefixTrees
 from instructedit.lm.forward import Forward
 from instructedit.lm.loading import load_model, unknown_option
-from instructedit.lm.prefix import PrefixCache
+from instructedit.lm.cache.memory import PrefixCache
 from instructedit.lm.prefix_states import PrefixStates
-from instructedit.lm.prompt_prefixes import PromptPrefixes
+from instructedit.lm.cache.prompt_prefixes import PromptPrefixes
 from instructedit.lm.reading import Loading
 from instructedit.lm.row_states import RowStates
-from instructedit.lm.scores import Judged, Scores
+from instructedit.lm.scores import TokenScores, Scores
 from instructedit.lm.sites import Site
 from instructedit.lm.text import Text
-from instructedit.lm.thin import thin_products
+from instructedit.lm.small_batch import small_batch_matmul
 from instructedit.lm.tokens import TokenBatch
 from instructedit.lm.tree_decoding import TreeDecoder
 
@@ -226,7 +226,7 @@ class FrozenLM:
 
     def words(self, text: str) -> list[int]:
         """Token ids of text that stands within a row: no special tokens around it."""
-        return self.text.words(text)
+        return self.text.token_ids(text)
 
     # -- forward passes -------------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ class FrozenLM:
         """
         return self.scores.unedited_states(batch, start)
 
-    def unedited_judged(self, batch: TokenBatch, start: int = 0) -> Judged:
+    def unedited_judged(self, batch: TokenBatch, start: int = 0) -> TokenScores:
         """How the unedited model takes the answers, [positions] each; rows asked again cost nothing.
 
         Arguments and errors as for `unedited_states`.
@@ -282,15 +282,15 @@ class FrozenLM:
         Returns:
             The same for all positions.
         """
-        return self.scores.read(states, what)
+        return self.scores.chunked_logits(states, what)
 
-    def judged(self, states: Tensor, answers: Tensor) -> Judged:
+    def judged(self, states: Tensor, answers: Tensor) -> TokenScores:
         """How states that left the last block, [positions, hidden], take the answer tokens, [positions]."""
         return self.scores.judged(states, answers)
 
     def predictions(
         self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0
-    ) -> Judged:
+    ) -> TokenScores:
         """How the model takes the answers, each [positions], without gradients (arguments as for `logits`).
 
         Logits of a position that several rows share are made once.
@@ -333,7 +333,7 @@ class FrozenLM:
     def observe(
         self, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None,
         cached: bool = True,
-    ) -> dict[str, Seen]:  # fmt: skip
+    ) -> dict[str, LayerIO]:  # fmt: skip
         """What layers see and give, with edits on; nothing above the last of them runs.
 
         Args:
@@ -347,7 +347,7 @@ class FrozenLM:
 
     def capture(
         self, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None
-    ) -> Captured:
+    ) -> LayerGradients:
         """What the edit loss of each row shows at the sites.
 
         Only the blocks from the first site upward run forward and backward, and no weight gets a gradient.
@@ -461,12 +461,12 @@ class FrozenLM:
         """
         one = edit is None or len(edit) == 1
         index = None if edit is None or one else self.applied.index(edit, self.applied.named(edit, rows), len(prompts))
-        forest = Forest.fitting(prompts, None if index is None else index.tolist())
-        cache = roomy_cache(self.model.config, forest.room(max(rooms)))
-        applied = None if one else forest.groups.to(self.device)
-        with self.applied.at_layers(edit, applied), thin_products(self.model.modules()):
+        prefix_trees = PrefixTrees.fitting(prompts, None if index is None else index.tolist())
+        cache = preallocated_cache(self.model.config, prefix_trees.room(max(rooms)))
+        applied = None if one else prefix_trees.groups.to(self.device)
+        with self.applied.at_layers(edit, applied), small_batch_matmul(self.model.modules()):
             decoder = TreeDecoder(
-                forest,
+                prefix_trees,
                 lambda inputs: self.forward.from_block(inputs, 0, None),
                 self.head,
                 cache,

@@ -12,8 +12,8 @@ import torch
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm.decoding import Choice, Draw, draws, likeliest
-from instructedit.lm.disk_cache import AT_REST
-from instructedit.lm.forest import WIDTH
+from instructedit.lm.disk_cache import STORAGE_DTYPES
+from instructedit.lm.prefix_trees import WIDTH
 from instructedit.lm.tokens import behind
 from instructedit.records import stripped
 
@@ -36,8 +36,8 @@ class Drawing:
     ends: bool = False
 
     def __post_init__(self) -> None:
-        if self.kv_dtype not in AT_REST:
-            raise UserError(f"kv_dtype: {self.kv_dtype!r} is none of {', '.join(AT_REST)}")
+        if self.kv_dtype not in STORAGE_DTYPES:
+            raise UserError(f"kv_dtype: {self.kv_dtype!r} is none of {', '.join(STORAGE_DTYPES)}")
         if self.top_k is not None and self.top_k < 0:
             raise UserError(f"top_k must be a number of tokens, or none for all, got {self.top_k}")
         if not 0 < self.top_p <= 1 or not self.temperature > 0:
@@ -54,14 +54,14 @@ def generate(
     """The most likely token at each step, at most `rooms` of them (see `FrozenLM.generate`)."""
     if len(rooms) != len(prompts):
         raise UserError(f"max_new_tokens has {len(rooms)} numbers for {len(prompts)} prompts")
-    ends, trees = _ends(lm), lm.decodes_trees(edit)
+    ends, trees = _ends(lm), lm.generation.shares_prompts(edit)
 
     def go_on(which: list[int], ids: list[list[int]], own: list[int]) -> list[list[int]]:
         mine = None if rows is None else [rows[i] for i in which]
         if trees and max(map(len, ids)) + max(own) <= WIDTH:
             return lm.continue_trees(ids, own, ends, edit, mine)
         with lm.edited(edit, mine) if trees else nullcontext():
-            return lm.decoder(ids, own, likeliest, ends)
+            return lm.generation.decoder(ids, own, likeliest, ends)
 
     with nullcontext() if trees else lm.edited(edit, rows):
         return _said(lm, prompts, rooms, go_on)
@@ -78,7 +78,7 @@ def sample(lm: FrozenLM, prompts: Sequence[str], tokens: int, seeds: Sequence[in
 
     def go_on(rows: list[int], ids: list[list[int]], rooms: list[int]) -> list[list[int]]:
         choose: Choice = Draw(drawn[rows], how.top_k, never, how.top_p, how.temperature)
-        return lm.decoder(ids, rooms, choose, stops, AT_REST[how.kv_dtype])
+        return lm.generation.decoder(ids, rooms, choose, stops, STORAGE_DTYPES[how.kv_dtype])
 
     return _said(lm, prompts, [tokens] * len(prompts), go_on)
 
@@ -99,7 +99,7 @@ def _said(lm: FrozenLM, prompts: Sequence[str], rooms: Sequence[int], go_on: _Go
     ids = lm.text.prompts(prompts)
     if not all(stripped(prompt) for prompt in prompts):
         raise UserError("an empty prompt has nothing to continue")
-    contexts, adapter = lm.in_front([row[-lm.max_length :] for row in ids])
+    contexts, adapter = lm.context.contexts_of([row[-lm.max_length :] for row in ids])
     opening = lm.text.opening
     ids = [row if c is None else behind(row, c, width, opening) for row, c in zip(ids, contexts, strict=True)]
     ids = lm.text.shortened(ids, width)

@@ -20,7 +20,7 @@ from instructedit.errors import UserError
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs")
 
 
-class Enough(Exception):  # noqa: N818 (a signal, not an error)
+class StopForward(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a forward pass where the last thing that was wanted was seen."""
 
 
@@ -28,7 +28,7 @@ def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
     """The hidden states that enter a block when `forward` runs the model; nothing above it runs."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise Enough(args[0] if args else kwargs["hidden_states"])
+        raise StopForward(args[0] if args else kwargs["hidden_states"])
 
     return _caught(block.register_forward_pre_hook(hook, with_kwargs=True), forward)
 
@@ -37,7 +37,7 @@ def output_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
     """The hidden states that leave a block when `forward` runs the model; nothing above it runs."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        raise Enough(output[0] if isinstance(output, tuple | list) else output)
+        raise StopForward(output[0] if isinstance(output, tuple | list) else output)
 
     return _caught(block.register_forward_hook(hook), forward)
 
@@ -46,7 +46,7 @@ def _caught(handle: RemovableHandle, forward: Callable[[], Any]) -> Tensor:
     """What a hook ends a forward pass with; the hook is taken off."""
     try:
         forward()
-    except Enough as enough:
+    except StopForward as enough:
         found: Tensor = enough.args[0]
         return found
     finally:
@@ -55,7 +55,7 @@ def _caught(handle: RemovableHandle, forward: Callable[[], Any]) -> Tensor:
 
 
 @contextmanager
-def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, values: int) -> Iterator[None]:
+def resumed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, values: int) -> Iterator[None]:
     """Blocks below `start` do nothing but give `hidden`, which enters block `start`, or what follows the last block.
 
     The model still builds its own masks and rotary tables, whatever its architecture.
@@ -80,19 +80,19 @@ def replayed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, values: i
         if not start:
             stack.callback(blocks[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
         for block in blocks[:start]:
-            stack.enter_context(swapped(block, give))
+            stack.enter_context(patched(block, give))
         yield
 
 
 @contextmanager
-def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+def activation_checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Blocks keep only what enters them; a backward pass runs each again, with the edits that it wears now.
 
     transformers' own gradient checkpointing acts in train mode alone, and on all blocks.
     """
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(swapped(block, functools.partial(_recomputed, block, block.forward)))
+            stack.enter_context(patched(block, functools.partial(_recomputed, block, block.forward)))
         yield
 
 
@@ -130,7 +130,7 @@ def bare(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """The module runs `forward` in place of its own."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -143,7 +143,7 @@ def swapped(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def worn(model: nn.Module, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
+def applied(model: nn.Module, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
     """The model's sites give the outputs of the edits that the rows wear."""
     if edit is None:
         yield
@@ -188,7 +188,7 @@ def check_rows(edit: Edit, rows: Tensor | None, count: int) -> None:
     """
     if rows is None and len(edit) not in (1, count):
         raise UserError(
-            f"{len(edit)} edits and a batch of {count} rows: say which edit each row wears (rows=[…]), choose "
+            f"{len(edit)} edits and a batch of {count} rows: say which edit each row has (rows=[…]), choose "
             "edit[i], or join them by edit.joined()"
         )
     if rows is not None and len(rows) != count:

@@ -25,7 +25,7 @@ def merge(lm: FrozenLM, edit: Edit) -> PreTrainedModel:
     if len(edit) != 1:
         raise UserError(f"merge takes one edit, got {len(edit)}: choose edit[i], or all of them by edit.joined()")
     if not edit.is_weights:
-        raise UserError(f"merge: an edit of the sort {edit.name!r} is no change of weights; it can only be worn")
+        raise UserError(f"merge: an edit of the kind {edit.name!r} is no change of weights; it can only be applied")
     lm.first_block(edit.sites)
     sites = [site for site in lm.select(every=True) if site.name in edit.sites]
     for site in sites:  # before a copy is made

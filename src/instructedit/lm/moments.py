@@ -25,7 +25,7 @@ _ROWS = 64
 _SORTED = 4 * _ROWS
 
 
-def moments_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:
+def covariance_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:
     """Where the second moment of a site over so many tokens of a text is kept; another model or file, another place."""
     text = text_for(lm, text)
     path = Path(text).expanduser()
@@ -34,7 +34,7 @@ def moments_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:
     return cache_folder() / "moments" / f"{key[:32]}.safetensors"
 
 
-def second_moments(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: int = 100_000) -> dict[str, Tensor]:
+def covariances(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: int = 100_000) -> dict[str, Tensor]:
     """C = E[u uᵀ] of what each site sees, from disk where it has been computed before.
 
     The text is streamed: memory holds one matrix for each site. Padding takes no part; a text longer than the model's
@@ -53,7 +53,7 @@ def second_moments(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens:
     Raises:
         UserError: If the text cannot be read or is empty.
     """
-    files = {site: moments_file(lm, site, text, tokens) for site in sites}
+    files = {site: covariance_file(lm, site, text, tokens) for site in sites}
     missing = [site for site, file in files.items() if not file.is_file()]
     if missing:
         print(f"{lm.name}: second moments over {tokens} tokens of {_called(lm, text)}", file=sys.stderr)
@@ -79,7 +79,7 @@ def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[
     left = tokens
     with tqdm(total=tokens, desc=f"{lm.name} reads {_called(lm, text)}", unit=" tokens", leave=False, delay=5) as bar:
         for batch in _batches(lm, text, tokens):
-            seen = lm.observe(batch, sites, cached=False)
+            seen = lm.record_activations(batch, sites, cached=False)
             real = batch.attention_mask.bool()
             yield {site: seen[site].inputs[real.to(lm.device)][:left].float() for site in sites}
             count = min(left, sum(batch.lengths))

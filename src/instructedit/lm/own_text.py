@@ -10,7 +10,7 @@ from pathlib import Path
 
 from instructedit.errors import UserError
 from instructedit.lm.frozen import FrozenLM
-from instructedit.lm.loading import EMBEDDED
+from instructedit.testbed import EMBEDDED
 from instructedit.tasks.texts import read_texts
 
 #: The names of texts that are no file: the model's own, and what `text_for` chooses from.

@@ -11,9 +11,9 @@ from torch import Tensor
 from instructedit.lm import hooks, tryout
 from instructedit.lm.applied import Applied
 from instructedit.lm.decoding import attends_to_all
-from instructedit.lm.forest import WIDTH, Forest
-from instructedit.lm.prefix import PrefixCache
-from instructedit.lm.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes, filled_cache, laid_down
+from instructedit.lm.prefix_trees import WIDTH, PrefixTrees
+from instructedit.lm.cache.memory import PrefixCache
+from instructedit.lm.cache.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes, filled_cache, laid_down
 from instructedit.lm.tokens import TokenBatch, rows_of
 
 
@@ -45,9 +45,9 @@ class PrefixStates:
 
     @torch.no_grad()
     def _of_trees(self, rows: list[list[int]], block: int) -> Tensor:
-        forest = Forest.fitting(rows)
-        inputs = forest.inputs(self.forward.device, self.forward.model.dtype)
-        return forest.states(hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs)))
+        prefix_trees = PrefixTrees.fitting(rows)
+        inputs = prefix_trees.inputs(self.forward.device, self.forward.model.dtype)
+        return prefix_trees.states(hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs)))
 
     @torch.no_grad()
     def _behind_prompt_prefixes(
@@ -57,15 +57,15 @@ class PrefixStates:
         begun = self._begun(beginnings, block)
         which = {id(one): number for number, one in enumerate(begun)}  # rows behind one beginning share trees
         rests = [row[len(one.ids) if one else 0 :] for row, one in zip(rows, begun, strict=True)]
-        forest = Forest.fitting(rests, [which[id(one)] for one in begun])
-        of_trees = [begun[number] for number in forest.groups.tolist()]
+        prefix_trees = PrefixTrees.fitting(rests, [which[id(one)] for one in begun])
+        of_trees = [begun[number] for number in prefix_trees.groups.tolist()]
         behind = torch.tensor([0 if one is None else len(one.ids) for one in of_trees])
         width = int(behind.max())
-        inputs: dict[str, Any] = forest.inputs(self.forward.device, self.forward.model.dtype, behind if width else None)
+        inputs: dict[str, Any] = prefix_trees.inputs(self.forward.device, self.forward.model.dtype, behind if width else None)
         if width:
             inputs["past_key_values"] = filled_cache(self.forward.model.config, of_trees, width)
         found = hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs)).flatten(0, 1)
-        own = [found[places.to(self.forward.device)] for places in forest.places]
+        own = [found[places.to(self.forward.device)] for places in prefix_trees.places]
         return [row if one is None else torch.cat([one.states, row]) for row, one in zip(own, begun, strict=True)]
 
     def _begun(self, wanted: list[tuple[int, ...]], block: int) -> list[Beginning | None]:

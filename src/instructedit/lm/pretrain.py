@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from instructedit.tasks.tiny.corpus import documents
-from instructedit.tasks.tiny.world import world
+from instructedit.testbed.corpus import documents
+from instructedit.testbed.world import world
 
 EOS = "<|endoftext|>"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from instructedit.edits import Edit
-from instructedit.lm.forest import WIDTH, Forest
+from instructedit.lm.prefix_trees import WIDTH, PrefixTrees
 from instructedit.lm.prefix_states import PrefixStates
 from instructedit.lm.tokens import TokenBatch
 
@@ -21,12 +21,12 @@ class RowStates:
 
     def shared(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
         """The distinct states at answer positions, and which of them each position has."""
-        if (forest := self._forest(batch, edit, rows)) is not None:
-            return self._states_of_trees(batch, forest, edit, start)
+        if (prefix_trees := self._forest(batch, edit, rows)) is not None:
+            return self._states_of_trees(batch, prefix_trees, edit, start)
         states = self._states_by_length(batch, edit, rows, start)
         return states, torch.arange(len(states), device=states.device)
 
-    def _forest(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None) -> Forest | None:
+    def _forest(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None) -> PrefixTrees | None:
         """The rows as trees of one edit each, if the model takes trees and these have fewer tokens than the rows."""
         # Edits that a caller put on know the batch as it is.
         if (
@@ -38,19 +38,19 @@ class RowStates:
         ):
             return None
         index = None if edit is None or len(edit) == 1 else self.applied.index(edit, rows, len(batch)).tolist()
-        forest = Forest.fitting(batch.unpadded(), index)
+        prefix_trees = PrefixTrees.fitting(batch.unpadded(), index)
         padded = sum(len(group) * max(batch.lengths[i] for i in group.tolist()) for group in batch.by_length())
-        return forest if forest.padded < padded else None
+        return prefix_trees if prefix_trees.padded < padded else None
 
     def _states_of_trees(
-        self, batch: TokenBatch, forest: Forest, edit: Edit | None, start: int
+        self, batch: TokenBatch, prefix_trees: PrefixTrees, edit: Edit | None, start: int
     ) -> tuple[Tensor, Tensor]:
         start = self.forward.resumed_from(start)
-        hidden = forest.gather(self.prefix.of(batch, start)) if start else None
-        rows = None if edit is None or len(edit) == 1 else forest.groups.to(self.forward.device)
+        hidden = prefix_trees.gather(self.prefix.of(batch, start)) if start else None
+        rows = None if edit is None or len(edit) == 1 else prefix_trees.groups.to(self.forward.device)
         with self.applied.at_layers(edit, rows):
-            found = self.forward.from_block(forest.inputs(self.forward.device, self.forward.model.dtype), start, hidden)
-        at, node = forest.at(*batch.places).unique(return_inverse=True)
+            found = self.forward.from_block(prefix_trees.inputs(self.forward.device, self.forward.model.dtype), start, hidden)
+        at, node = prefix_trees.at(*batch.places).unique(return_inverse=True)
         return found.flatten(0, 1)[at.to(self.forward.device)], node.to(self.forward.device)
 
     def _states_by_length(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm.context import ContextStates
-from instructedit.lm.readout import parts, positionwise
+from instructedit.lm.chunked_logits import parts, positionwise
 from instructedit.lm.tokens import TokenBatch
 from instructedit.metrics import row_mean
 
@@ -21,7 +21,7 @@ from instructedit.metrics import row_mean
 HEAD = {"cpu": (128, 8 << 20), "gpu": (512, 256 << 20)}
 
 
-class Judged(NamedTuple):
+class TokenScores(NamedTuple):
     """At each answer position: −log p of the answer's token, `nll` [positions], and the most likely one, `said`."""
 
     nll: Tensor
@@ -43,7 +43,7 @@ class Scores:
         top = len(self.forward.blocks)
         return self.prefix.cache.states(batch, top, functools.partial(self._leaving, start=start))[batch.answer_at]
 
-    def unedited_judged(self, batch: TokenBatch, start: int = 0) -> Judged:
+    def unedited_judged(self, batch: TokenBatch, start: int = 0) -> TokenScores:
         """How the unedited model takes the answers, [positions] each; rows asked again cost nothing.
 
         Arguments and errors as for `unedited_states`.
@@ -56,7 +56,7 @@ class Scores:
             columns = [column.split(part.answer_sizes()) for column in self.predictions(part, start=start)]
             return list(zip(*columns, strict=True))
 
-        return Judged(*map(torch.cat, zip(*self.prefix.cache.memoized("judged", keys, judge), strict=True)))
+        return TokenScores(*map(torch.cat, zip(*self.prefix.cache.memoized("judged", keys, judge), strict=True)))
 
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
         start = self.forward.resumed_from(start)
@@ -76,15 +76,15 @@ class Scores:
         few, room = HEAD["cpu" if self.forward.device.type == "cpu" else "gpu"]
         return max(few, room // (4 * self.forward.model.config.get_text_config().vocab_size))
 
-    def judged(self, states: Tensor, answers: Tensor) -> Judged:
+    def judged(self, states: Tensor, answers: Tensor) -> TokenScores:
         """How states that left the last block, [positions, hidden], take the answer tokens, [positions]."""
 
         def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
             return F.cross_entropy(logits.float(), answers[at], reduction="none"), logits.detach().argmax(-1)
 
-        return self._numbers(Judged(*self.read(states, read)))
+        return self._numbers(TokenScores(*self.read(states, read)))
 
-    def _numbers(self, judged: Judged) -> Judged:
+    def _numbers(self, judged: TokenScores) -> TokenScores:
         """The same, if they are numbers.
 
         Raises:
@@ -97,7 +97,7 @@ class Scores:
     @torch.no_grad()
     def predictions(
         self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0
-    ) -> Judged:
+    ) -> TokenScores:
         """How the model takes the answers, each [positions], without gradients (arguments as for `logits`).
 
         Logits of a position that several rows share are made once.
@@ -113,7 +113,7 @@ class Scores:
             here = node[mine] - at.start
             nll[mine] = logits.logsumexp(-1)[here] - logits[here, answers[mine]]
             said[mine] = logits.argmax(-1)[here]
-        return self._numbers(Judged(nll, said))
+        return self._numbers(TokenScores(nll, said))
 
     def states(self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int = 0) -> Tensor:
         """What leaves the last block at the answer positions, [positions, hidden] (arguments as for `logits`).

@@ -20,7 +20,7 @@ Product = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def thin_products(modules: Iterable[nn.Module]) -> Iterator[None]:
+def small_batch_matmul(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, float32 linear layers on a CPU multiply few rows in an order that suits these.
 
     Every thread takes its part of the weights. Only the order of sums is another one. Where a gradient may be wanted
@@ -32,7 +32,7 @@ def thin_products(modules: Iterable[nn.Module]) -> Iterator[None]:
             prepared = _PRODUCTS.get(type(layer))
             if prepared and _suits(layer.get_parameter("weight")):
                 product = prepared(layer.get_parameter("weight").detach(), layer.bias, threads)
-                stack.enter_context(hooks.swapped(layer, _forward(layer.forward, product)))
+                stack.enter_context(hooks.patched(layer, _forward(layer.forward, product)))
         yield
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from instructedit.errors import UserError
-from instructedit.lm.forest import Forest
+from instructedit.lm.prefix_trees import PrefixTrees
 
 
 class TreeDecoder:
     """Continues prompts token by token, each new token a leaf of its prompt's tree.
 
     Args:
-        forest: The prompts' trees.
+        prefix_trees: The prompts' trees.
         forward: From a model's inputs to the states that leave its last block, [trees, tokens, hidden]; the model has
             the cache and the edits that its trees are to have.
         head: From states, [positions, hidden], to logits.
@@ -26,15 +26,15 @@ class TreeDecoder:
     """
 
     def __init__(
-        self, forest: Forest, forward: Callable[[dict[str, Any]], Tensor], head: Callable[[Tensor], Tensor],
+        self, prefix_trees: PrefixTrees, forward: Callable[[dict[str, Any]], Tensor], head: Callable[[Tensor], Tensor],
         cache: Any, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
-        self.forest, self.forward, self.head, self.cache = forest, forward, head, cache
+        self.prefix_trees, self.forward, self.head, self.cache = prefix_trees, forward, head, cache
         self.dtype, self.device = dtype, device
-        width = forest.ids.shape[1]
-        self._tree: list[int] = forest.of_rows.tolist()
-        self._sees = torch.zeros(len(forest.places), width, dtype=torch.bool)  # of each row, among all that is cached
-        for row, places in zip(self._sees, forest.places, strict=True):
+        width = prefix_trees.ids.shape[1]
+        self._tree: list[int] = prefix_trees.of_rows.tolist()
+        self._sees = torch.zeros(len(prefix_trees.places), width, dtype=torch.bool)  # of each row, among all that is cached
+        for row, places in zip(self._sees, prefix_trees.places, strict=True):
             row[places % width] = True
 
     @torch.no_grad()
@@ -48,8 +48,8 @@ class TreeDecoder:
         Raises:
             UserError: If the model gives no numbers (NaN).
         """
-        states = self.forward(self.forest.inputs(self.device, self.dtype) | {"past_key_values": self.cache})
-        lasts = torch.stack([places[-1] for places in self.forest.places]).to(self.device)
+        states = self.forward(self.prefix_trees.inputs(self.device, self.dtype) | {"past_key_values": self.cache})
+        lasts = torch.stack([places[-1] for places in self.prefix_trees.places]).to(self.device)
         new: list[list[int]] = [[] for _ in rooms]
         live, stops = list(range(len(rooms))), set(ends)
         chosen = self._chosen(states.flatten(0, 1)[lasts])
@@ -63,7 +63,7 @@ class TreeDecoder:
 
     def _step(self, live: list[int], new: list[list[int]]) -> list[int]:
         """Reads the last new token of the rows that go on, and gives their next ones."""
-        slots = [0] * len(self.forest.ids)
+        slots = [0] * len(self.prefix_trees.ids)
         at = []
         for i in live:
             at.append((self._tree[i], slots[self._tree[i]]))
@@ -73,7 +73,7 @@ class TreeDecoder:
         ids = torch.zeros(len(slots), wide, dtype=torch.long)
         positions = torch.zeros_like(ids)
         ids[trees, places] = torch.tensor([new[i][-1] for i in live])
-        positions[trees, places] = torch.tensor([len(self.forest.places[i]) + len(new[i]) - 1 for i in live])
+        positions[trees, places] = torch.tensor([len(self.prefix_trees.places[i]) + len(new[i]) - 1 for i in live])
         own = torch.zeros(len(self._sees), wide, dtype=torch.bool)
         own[live, places] = True
         self._sees = torch.cat([self._sees, own], -1)

@@ -63,7 +63,7 @@ def resumes(model: PreTrainedModel, blocks: nn.ModuleList, start: int, values: i
 
     entered, expected = hooks.input_of(blocks[start], run), hooks.output_of(blocks[-1], run)
     try:
-        with hooks.replayed(blocks, start, entered, values):
+        with hooks.resumed(blocks, start, entered, values):
             found = hooks.output_of(blocks[-1], run)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
         return False

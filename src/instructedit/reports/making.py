@@ -77,7 +77,7 @@ class Judge:
 
     def _differ(self, before: Reply, after: Reply) -> bool:
         """Whether the first words of two replies differ, as many tokens as the target has."""
-        first, second = (self.lm.words(reply.words)[: reply.target_tokens] for reply in (before, after))
+        first, second = (self.lm.token_ids(reply.words)[: reply.target_tokens] for reply in (before, after))
         return first != second
 
 

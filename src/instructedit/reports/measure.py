@@ -87,7 +87,7 @@ def replies(
         nll = logits.logsumexp(-1) - own.squeeze(-1)
         return nll, (logits > own).sum(-1) + 1, logits.argmax(-1) == answers[at]
 
-    columns = lm.read(lm.states(tokens, edit, index, start), read)
+    columns = lm.scores.chunked_logits(lm.scores.states(tokens, edit, index, start), read)
     if columns[0].isnan().any():
         raise UserError(f"{lm.name}: its logits are not numbers (NaN), which is no score; try dtype float32")
     parts = [column.cpu().split(tokens.answer_sizes()) for column in columns]
@@ -129,19 +129,19 @@ def drifts(lm: FrozenLM, sample: TokenBatch, edit: Edit, start: int) -> list[Dri
         start: The lowest edited block.
     """
     n, count = len(edit), len(sample.answers)
-    before = lm.unedited_states(sample, start)
+    before = lm.scores.unedited_states(sample, start)
     tiled = sample.select(torch.arange(len(sample)).repeat(n))
     owners = torch.arange(n, device=lm.device).repeat_interleave(len(sample))
     answers = tiled.answers
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
         same = torch.arange(at.start, at.stop, device=lm.device) % count
-        p, q = (each.float().log_softmax(-1) for each in (lm.head(before[same]), logits))
+        p, q = (each.float().log_softmax(-1) for each in (lm.forward.head(before[same]), logits))
         kl = (p.exp() * (p - q)).sum(-1)
         own = answers[at].unsqueeze(-1)
         return kl, -p.gather(-1, own).squeeze(-1), -q.gather(-1, own).squeeze(-1)
 
-    columns = lm.read(lm.states(tiled, edit, owners, start), read)
+    columns = lm.scores.chunked_logits(lm.scores.states(tiled, edit, owners, start), read)
     means = torch.stack([column.view(n, count).mean(-1) for column in columns], -1).tolist()
     return [Drift(max(0.0, kl), _exp(old), _exp(new), count) for kl, old, new in means]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from instructedit.records import EditRequest
-from instructedit.tasks.tiny.world import Fact, Relation, World, world
+from instructedit.testbed.world import Fact, Relation, World, world
 
 #: Paraphrases that are drawn, and neighbours that ask something else about the subject.
 _PARAPHRASES, _ABOUT = 2, 2

@@ -53,14 +53,14 @@ def trimmed(lm: FrozenLM, edit: Edit, probes: Sequence[tuple[str, str]], rank: i
         UserError: If the edit is no change of weights, or there is no such rank.
     """
     if not isinstance(edit, LowRankEdit | DenseEdit):
-        raise UserError(f"an edit of the sort {edit.name!r} is no change of weights, so it has no rank")
+        raise UserError(f"an edit of the kind {edit.name!r} is no change of weights, so it has no rank")
     own = _rank(edit)
     tokens = lm.encode(probes)
-    expected = lm.predictions(tokens, edit).said
+    expected = lm.scores.predictions(tokens, edit).predicted
     ranks = [size for size in RANKS if size < own] + [own] if rank == "auto" else [rank]
     for size in ranks:
         small = _compressed(edit, size)
-        same = int((lm.predictions(tokens, small).said == expected).sum())
+        same = int((lm.scores.predictions(tokens, small).predicted == expected).sum())
         if same == len(expected):
             break
     return Trimmed(small, _rank(small), _error(edit, small), (same, len(expected)))

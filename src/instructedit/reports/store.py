@@ -168,7 +168,7 @@ def combined(edits: Sequence[Edit]) -> Edit:
     """
     for edit in edits:
         if not edit.is_weights or len(edit) != 1 or not edit.sites:
-            raise UserError(f"an edit of the sort {edit.name!r} cannot be added to others")
+            raise UserError(f"an edit of the kind {edit.name!r} cannot be added to others")
     if all(isinstance(edit, LowRankEdit) for edit in edits):  # however many: a kept edit is an adapter
         return functools.reduce(LowRankEdit.plus, edits)  # type: ignore[arg-type]
     return functools.reduce(DenseEdit.plus, map(to_dense, edits))

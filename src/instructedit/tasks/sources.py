@@ -48,7 +48,7 @@ def read_source(task: str, source: str, split: str) -> Source:
         UserError: If there is nothing to read, or what is there is no list of objects.
     """
     if source == "tiny":
-        from instructedit.tasks.tiny.datasets import raw_records
+        from instructedit.testbed.datasets import raw_records
 
         return _canonical(source, raw_records(task, split))
     try:

@@ -28,7 +28,7 @@ def read_texts(source: str = "tiny") -> Iterator[str]:
         UserError: If there is nothing to read, or a line is no such object; it names the file and the line.
     """
     if source == "tiny":
-        from instructedit.tasks.tiny.corpus import documents
+        from instructedit.testbed.corpus import documents
 
         return documents(seed=0, passes=10)
     path = Path(source).expanduser()

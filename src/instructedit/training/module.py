@@ -17,7 +17,7 @@ from instructedit.data.batch import EditBatch
 from instructedit.data.module import EditData
 from instructedit.editors import Editor, load_weights
 from instructedit.editors.losses import LossWeights
-from instructedit.editors.products import hold
+from instructedit.editors.factored_gradients import factor_gradients
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, Outcome, Watcher, evaluate_batch
 from instructedit.lm import FrozenLM, Loading
@@ -150,7 +150,7 @@ class EditingModule(L.LightningModule):
         factored = self.hparams["factored_gradients"]
         if factored and (self.trainer.world_size > 1 or self.trainer.precision == "16-mixed"):
             raise UserError("factored_gradients: not with several processes, which sum gradients, nor with 16-mixed")
-        hold(self.editor.parameters(), factored)
+        factor_gradients(self.editor.parameters(), factored)
         decay = {"network": self.hparams["weight_decay"], "edit_rates": 0.0}  # a logarithm has no zero to fall to
         optimizer = (ProductAdamW if factored else torch.optim.AdamW)(
             [{"params": p, "lr": rates[name], "weight_decay": decay[name], "name": name} for name, p in groups.items()],
@@ -183,7 +183,7 @@ class EditingModule(L.LightningModule):
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
         """The editor's outer loss on one batch of different edits."""
-        parts = self.editor.objective(batch, self.loss_weights)
+        parts = self.editor.training_loss(batch, self.loss_weights)
         loss = parts.pop("loss")
         truncated = batch.in_scope.tokens.truncated + (batch.locality.tokens.truncated if batch.locality else 0)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
@@ -268,7 +268,7 @@ class EditingModule(L.LightningModule):
             if chosen := [value for values in means.values() for value in values]:
                 self.log("val/score", torch.stack(chosen).mean(), prog_bar=True)
             if self.trainer.state.fn == TrainerFn.FITTING:
-                self.editor.validated({n: torch.stack(v).mean().item() for n, v in means.items() if v})
+                self.editor.on_validation_end({n: torch.stack(v).mean().item() for n, v in means.items() if v})
         for metric in self._own(stage).values():
             metric.reset()
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instructedit.editors.products import held
+from instructedit.editors.factored_gradients import held
 
 
 class ProductAdamW(torch.optim.AdamW):

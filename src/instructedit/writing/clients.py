@@ -274,7 +274,7 @@ class Local(Model):
         return {"local": self.lm.fingerprint, "temperature": self._temperature}
 
     def size(self, question: Question) -> int:
-        return len(self.lm.words(question.start))
+        return len(self.lm.token_ids(question.start))
 
     def ask(self, question: Question, room: int, tries: int) -> Reply:
         # A small context is shared; a question that leaves too little loses its beginning.
@@ -282,7 +282,7 @@ class Local(Model):
         how: dict[str, Any] = {"top_k": None, "top_p": 0.95, "temperature": self._temperature, "ends": True}
         with self._lock:
             (text,) = self.lm.sample([question.start], room, [question.seed], **how)
-        used = len(self.lm.words(text))
+        used = len(self.lm.token_ids(text))
         return Reply(text, cut=used >= room - 1, prompt_tokens=self.size(question), reply_tokens=used)
 
 
@@ -350,7 +350,7 @@ class Writer:
             self.ledger.count_cached()
             return Reply(**kept)
         size = self.model.size(question)
-        permit = self.ledger.admit(size, self.reply_tokens, self.tries)
+        permit = self.ledger.reserve(size, self.reply_tokens, self.tries)
         tries, prompt, reply, estimated = 0, 0, 0, False
         try:
             self._wait()
@@ -363,7 +363,7 @@ class Writer:
             tries = error.tries
             raise
         finally:
-            self.ledger.settle(permit, tries, prompt, reply, estimated)
+            self.ledger.commit(permit, tries, prompt, reply, estimated)
         if file:
             write_json(file, asdict(found) | {"retries": 0})
         return found

@@ -93,10 +93,10 @@ class State:
         try:
             state = cls(**kept)
         except TypeError as error:
-            raise UserError(f"{file}: not the state of a search; remove it, or give --fresh true") from error
+            raise UserError(f"{file}: not the state of a search; remove it, or give --force true") from error
         if changed := [name for name in identity if state.identity.get(name) != identity[name]]:
             raise UserError(
-                f"{file}: is of another search ({', '.join(changed)} differ); choose another --work, or --fresh true"
+                f"{file}: is of another search ({', '.join(changed)} differ); choose another --work, or --force true"
             )
         return state
 

@@ -22,7 +22,7 @@ def found(name, lm):
         layout = lm.applied.sites.layout
     except UserError as refusal:
         return row | {"refused": str(refusal).partition(": ")[2]}
-    prefix = lm.block_name(0).removesuffix(".0")
+    prefix = lm.forward.block_name(0).removesuffix(".0")
     row["blocks"] = prefix
     by_block = {}
     for site in layout.sites:

@@ -17,7 +17,7 @@ from instructedit.editors import build_editor, editor_names
 from instructedit.edits import Factors, LowRankEdit, load_edit
 from instructedit.errors import UserError
 from instructedit.lm.architectures import STATUS, architectures, markdown
-from instructedit.lm.forest import Forest
+from instructedit.lm.prefix_trees import PrefixTrees
 from instructedit.records import EditRequest
 
 KNOWN = architectures()
@@ -128,7 +128,7 @@ def test_sites_have_the_shape_of_their_weights(name):
     for block in {site.block for site in lm.sites}:
         own = [site for site in lm.sites if site.block == block]
         assert [site.output for site in own] == [False] * (len(own) - 1) + [True]
-        assert own[-1].out_features == lm.width
+        assert own[-1].out_features == lm.applied.sites.width
         assert all(site.name.startswith(f"{site.mlp}.") for site in own)
 
 
@@ -152,10 +152,10 @@ def test_the_words_are_those_of_the_merged_model(name):
     before = footprint(lm)
     said = lm.generate(PROMPTS, max_new_tokens=NEW)
     with lm.edited(edit):
-        worn = lm.generate(PROMPTS, max_new_tokens=NEW)
+        applied = lm.generate(PROMPTS, max_new_tokens=NEW)
     assert_untouched(lm, before)
     for i, prompt in enumerate(PROMPTS):
-        for model, text in ((lm.model, said[i]), (merged(name, i), worn[i])):
+        for model, text in ((lm.model, said[i]), (merged(name, i), applied[i])):
             ids = greedy(model, lm.tokenizer, prompt, NEW)
             ends = [j for j, token in enumerate(ids) if token == lm.tokenizer.eos_token_id]
             assert text == lm.tokenizer.decode(ids[: ends[0] if ends else NEW], skip_special_tokens=True)
@@ -195,9 +195,9 @@ def test_prompts_of_one_beginning_see_what_they_see_alone(name):
     lm, top = tiny_lm(name), len(tiny_lm(name).blocks) - 1
     batch = lm.encode([(f"{' it was so' * 8} {prompt}", answer) for prompt, answer in PAIRS])
     kept = batch.attention_mask.bool()
-    assert len(Forest.of(batch.unpadded()).ids) == 1
+    assert len(PrefixTrees.of(batch.unpadded()).ids) == 1
     lm.cache.clear()
-    torch.testing.assert_close(lm.prefix(batch, top)[kept], lm.forward.up_to_block(batch, top)[kept], **CLOSE)
+    torch.testing.assert_close(lm.prefixes.of(batch, top)[kept], lm.forward.up_to_block(batch, top)[kept], **CLOSE)
 
 
 @each
@@ -262,7 +262,7 @@ def test_every_editor_makes_an_edit_or_refuses_in_one_line(name, tmp_path, monke
         except UserError as refusal:
             refused[method] = str(refusal)
     assert not any("\n" in line for line in refused.values())
-    bare = {site.mlp for site in sites(name)} & {lm.block_name(i) for i in range(len(lm.blocks))}
+    bare = {site.mlp for site in sites(name)} & {lm.forward.block_name(i) for i in range(len(lm.forward.blocks))}
     assert refused.keys() == ({"calinet", "calinet_trained", "t_patcher"} if bare else set()), refused
     state = footprint(lm)
     assert_untouched(lm, before | {"random": state["random"]})

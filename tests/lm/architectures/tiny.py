@@ -10,8 +10,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from instructedit.lm import FrozenLM
-from instructedit.lm.pretrain import train_tokenizer
-from instructedit.tasks.tiny.corpus import documents
+from instructedit.testbed.pretrain import train_tokenizer
+from instructedit.testbed.corpus import documents
 
 HERE = Path(__file__).parent
 #: Config fields by what they measure, with the size that a tiny model gets.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from instructedit.tasks.tiny.world import Fact, Relation, World, frames, sentence, share, world
+from instructedit.testbed.world import Fact, Relation, World, frames, sentence, share, world
 
 #: Share of the documents with a preamble shaped like an instruction, and of those made of several sentences.
 PREAMBLE, SEVERAL = 0.25, 0.15

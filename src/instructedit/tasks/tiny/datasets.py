@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from instructedit.errors import UserError
-from instructedit.tasks.tiny.corpus import compose, reply
-from instructedit.tasks.tiny.world import Fact, World, frames, share, split_of, world
+from instructedit.testbed.corpus import compose, reply
+from instructedit.testbed.world import Fact, World, frames, share, split_of, world
 
 Json = dict[str, Any]
 #: Replies of each sentiment in a ConvSent record, as in the real data.
