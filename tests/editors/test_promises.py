@@ -17,7 +17,9 @@ from instructedit.registry import plugin
 #: What a random LM samples of itself takes long to make, and is no better than the embedded text.
 OPTIONS = {
     "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05},
+    "ridge_edit": {"rank": 6, "edit_rate": 0.5, "text": "tiny", "tokens": 2000},
     "rome": {"text": "tiny", "tokens": 5000}, "memit": {"text": "tiny", "tokens": 5000},
+    "alpha_edit": {"text": "tiny", "tokens": 5000, "contexts": 0},
     "grace": {"steps": 30}, "calinet": {"steps": 30}, "t_patcher": {"text": "tiny", "memory": 1000, "steps": 30},
 }  # fmt: skip
 #: Methods whose untrained edits change nothing: they are tested as if training had moved them.
@@ -173,10 +175,10 @@ def test_the_edit_teaches(name, lm, editor):
 @pytest.mark.parametrize("instructions", [True, False])
 def test_the_instruction_is_read_or_not(name, lm, instructions):
     editor = built(name, lm, instructions=instructions)
-    prompts = editor.requests(REQUESTS, editor.instructor()).prompts
-    for prompt, request in zip(prompts, REQUESTS, strict=True):
-        assert prompt.endswith(request.prompt)
-        assert prompt.startswith("Task: ") == instructions
+    batch = editor.requests(REQUESTS, editor.instructor())
+    for prompt, instruction, request in zip(batch.prompts, batch.instructions, REQUESTS, strict=True):
+        assert prompt == ("" if editor.INSTRUCTIONS_APART else instruction) + request.prompt
+        assert instruction.startswith("Task: ") == instructions
     assert len(editor.edit(REQUESTS)) == len(REQUESTS)
 
 

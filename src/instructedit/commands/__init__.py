@@ -40,7 +40,7 @@ def run_command(name: str, args: list[str]) -> None:
     try:
         command = auto_cli(
             module.main,
-            args=_listed(module.main, _switched_on(module.main, args)),
+            args=_listed(module.main, _switched_on(module.main, _underscored(args))),
             as_positional=positional,
             prog=f"instructedit {name}",
             exit_on_error=False,
@@ -62,6 +62,15 @@ def _renamed(names: dict[str, str], args: list[str]) -> list[str]:
             option = f"--{new}"
         found.append(option + sign + value)
     return found
+
+
+def _underscored(args: list[str]) -> list[str]:
+    """Arguments with options as they are called: ``--score-every 100`` is ``--score_every 100``."""
+    parts = [(arg[2:].partition("="), arg) for arg in args]
+    return [
+        f"--{name.replace('-', '_')}{sign}{value}" if arg.startswith("--") else arg
+        for (name, sign, value), arg in parts
+    ]
 
 
 def _switched_on(main: Any, args: list[str]) -> list[str]:

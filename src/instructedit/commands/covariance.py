@@ -1,4 +1,4 @@
-"""Measure what an LM's layers see over plain text, for ROME and MEMIT."""
+"""Measure what an LM's layers see over plain text, for ROME, MEMIT and AlphaEdit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 def main(
     lm: str | None = None,
-    editor: Literal["rome", "memit"] = "rome",
+    editor: Literal["rome", "memit", "alpha_edit"] = "rome",
     scale: str | None = None,
     text: str | None = None,
     tokens: int | None = None,
@@ -16,7 +16,7 @@ def main(
     dtype: str | None = None,
     device: str = "cpu",
 ) -> None:
-    """Computes the second moments C = E[u uᵀ] that ROME and MEMIT need, once; they are kept on disk.
+    """Computes the second moments C = E[u uᵀ] that ROME, MEMIT and AlphaEdit need, once; they are kept on disk.
 
     Kept under $INSTRUCTEDIT_CACHE (by default ~/.cache/instructedit), for each model, layer, text and number of tokens.
     The text is streamed, so any length fits. Editors with the same options find them there.

@@ -15,6 +15,7 @@ from instructedit.paths import check_writable
 
 if TYPE_CHECKING:
     from instructedit.editors import Editor
+    from instructedit.evaluation import EditSequence
     from instructedit.lm import FrozenLM
     from instructedit.reports import EditCase, EditReport
 
@@ -49,6 +50,12 @@ class EditCommand:
         neighbours: Prompts whose answers should stay; by default ten are drawn from the embedded facts.
         ask: Further prompts to ask before and after.
         joint: Make one edit of all requests.
+        sequential: Make one edit after another on a model that carries those before, and show how the metrics go over
+            the number of edits: right after each edit, and again at checkpoints.
+        score_every: Edits between two checkpoints of a sequence.
+        batch_size: Requests that one edit of a sequence serves.
+        sample: How many requests of a sequence are scored again at the checkpoints, at most; by default all.
+        out: Folder for the tables and the figure of a sequence.
         text: Plain text on which it is measured how far unrelated predictions moved: a file, a hub id, or sampled
             (what the model says itself); by default the embedded sentences.
         max_new_tokens: Length of the answers.
@@ -82,6 +89,11 @@ class EditCommand:
     neighbours: list[str] | None = None
     ask: list[str] | None = None
     joint: bool = False
+    sequential: bool = False
+    score_every: int = 100
+    batch_size: int = 1
+    sample: int | None = None
+    out: str | None = None
     text: str = "tiny"
     max_new_tokens: int = 12
     chat: bool = False
@@ -105,18 +117,22 @@ class EditCommand:
             if self.requests and not any(own)
             else [_case(self.requests, self.task, *own)]
         )
-        if self.merge and len(cases) > 1 and not self.joint:
+        if self.merge and len(cases) > 1 and not (self.joint or self.sequential):
             raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
+        _check_sequence(self)
         places = _places(self.keep, self.store, 1 if self.joint else len(cases))
         at = Scale.load(self.scale) if self.scale else None
         model = _model(at, self.lm, self.device, self.dtype, self.chat)
         method = _method(self.editor, model, self.options, at)
         if self.merge and not method.changes_weights:
             raise UserError(f"--merge: edits of {method.name!r} are no change of weights, so no model can hold them")
+        if self.sequential:
+            _finish_sequence(self, model, _sequence(self, model, method, cases))
+            return
         report = ie.edit(
             model, method, cases, joint=self.joint, ask=self.ask or (), text=self.text,
             max_new_tokens=self.max_new_tokens, description=self.description, instruction=self.instruction,
-            progress=_progress(method.name),
+            progress=_progress(f"{method.name} edits and asks"),
         )  # fmt: skip
         _show(report)
         for file, write in zip(reports, (report.save_json, report.save_html), strict=True):
@@ -166,11 +182,64 @@ def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None, scale: Sc
     return any_editor(editor, lm, own | (options or {}))
 
 
-def _progress(editor: str) -> Any:
+def _progress(what: str, unit: str = "batch") -> Any:
     """A bar on the terminal for what takes more than a second."""
     from tqdm import tqdm
 
-    return partial(tqdm, desc=f"{editor} edits and asks", unit=" batch", leave=False, delay=1, file=sys.stderr)
+    return partial(tqdm, desc=what, unit=f" {unit}", leave=False, delay=1, file=sys.stderr)
+
+
+def _check_sequence(asked: EditCommand) -> None:
+    """Finds out before the work whether what is asked for suits a sequence, and where its tables go."""
+    if asked.out and not asked.sequential:
+        raise UserError("--out is the folder of a sequence: add --sequential, or take --json or --html")
+    if asked.out:
+        check_writable(asked.out, "--out")
+    others = [name for name in ("joint", "json", "html", "keep", "rank", "ask") if getattr(asked, name)]
+    if asked.sequential and others:
+        raise UserError(
+            f"--sequential does not go with --{others[0]}; what a sequence leaves is --out, --save and --merge"
+        )
+
+
+def _sequence(asked: EditCommand, lm: FrozenLM, editor: Editor, cases: list[EditCase]) -> EditSequence:
+    """Makes one edit after another."""
+    import instructedit as ie
+    from instructedit.reports.sequences import case_records
+
+    settings = ie.Evaluation(
+        generate=False, fluency_tokens=0, description=asked.description, instruction=asked.instruction
+    )
+    return ie.edit_sequence(
+        lm, editor, case_records(lm, cases), score_every=asked.score_every, batch_size=asked.batch_size,
+        sample=asked.sample, settings=settings, progress=_progress(f"{editor.name} makes edit after edit", "edit"),
+    )  # fmt: skip
+
+
+def _finish_sequence(asked: EditCommand, lm: FrozenLM, found: EditSequence) -> None:
+    """Prints a sequence's table and writes what is wanted.
+
+    Raises:
+        UserError: After that, if the sequence ended early.
+    """
+    from instructedit.analysis.curves import curves_table
+
+    console().print(curves_table(found.curves))
+    costs = found.costs
+    print(
+        f"{costs['edits'].iloc[-1]} edits; {costs['seconds'].median():.2f} s each (median), "
+        f"{costs['bytes'].iloc[-1] / 1e6:.1f} MB carried"
+    )
+    if asked.out:
+        print(f"tables and figure: {found.save(asked.out)}")
+    if asked.save and found.edit is not None:
+        lm.save(found.edit, asked.save)
+        print(f"saved to {asked.save}: one edit that does what all did")
+    if asked.merge and found.edit is not None:
+        lm.merge(found.edit).save_pretrained(asked.merge)
+        lm.tokenizer.save_pretrained(asked.merge)
+    if found.stopped:
+        raise UserError(f"the sequence ended early: {found.stopped}")
 
 
 def _check_file(file: str | None, option: str) -> Path | None:

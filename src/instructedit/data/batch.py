@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch import Tensor
 from instructedit.instructions import Instructor, RenderedRecord, render_records
 from instructedit.lm import Text, TokenBatch
 from instructedit.records import EditRecord, EditRequest, Probe
+
+#: Share of the further in-scope probes that are asked plainly in training, where an editor reads the instruction apart.
+_PLAIN = 0.5
 
 
 @dataclass
@@ -23,18 +26,20 @@ class RequestBatch:
         requests: As the user said them.
         prompts: Their prompts as the editor reads them, the instruction in front where there is one.
         tokens: Prompts with targets, row i is request i.
+        instructions: Each one's instruction, empty for none.
     """
 
     requests: list[EditRequest]
     prompts: list[str]
     tokens: TokenBatch
+    instructions: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.requests)
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        return type(self)(self.requests, self.prompts, self.tokens.to(device))
+        return replace(self, tokens=self.tokens.to(device))
 
 
 @dataclass
@@ -82,26 +87,32 @@ class EditBatch:
 
 
 def batch_requests(
-    text: Text, requests: Sequence[EditRequest], prefixes: Sequence[str] = (), names: Sequence[str] = ()
-) -> RequestBatch:
+    text: Text, requests: Sequence[EditRequest], prefixes: Sequence[str] = (), names: Sequence[str] = (),
+    apart: bool = False,
+) -> RequestBatch:  # fmt: skip
     """Tokenises edit requests.
 
     Args:
         text: How prompts and answers become tokens.
         requests: The requests.
-        prefixes: The instruction in front of each one's prompt; none by default.
+        prefixes: The instruction of each one, in front of its prompt; none by default.
         names: What to call each in errors.
+        apart: Leave prompts plain: the editor reads instructions beside them.
     """
-    prompts = [prefix + r.prompt for prefix, r in zip(prefixes or [""] * len(requests), requests, strict=True)]
+    instructions = list(prefixes) or [""] * len(requests)
+    fronts = [""] * len(requests) if apart else instructions
+    prompts = [front + r.prompt for front, r in zip(fronts, requests, strict=True)]
     pairs = [(prompt, r.target) for prompt, r in zip(prompts, requests, strict=True)]
     names = names or [f"edit request {r.prompt!r}" for r in requests]
-    return RequestBatch(list(requests), prompts, text.encode(pairs, names))
+    return RequestBatch(list(requests), prompts, text.encode(pairs, names), instructions)
 
 
 def batch_rendered(text: Text, rendered: Sequence[RenderedRecord]) -> RequestBatch:
     """Tokenises the requests of records whose instructions are drawn."""
     names = [f"record {one.record.id}" for one in rendered]
-    return batch_requests(text, [one.record.request for one in rendered], [one.prefix for one in rendered], names)
+    apart = any(one.apart for one in rendered)
+    requests, prefixes = [one.record.request for one in rendered], [one.prefix for one in rendered]
+    return batch_requests(text, requests, prefixes, names, apart)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,7 @@ class Collator:
         text: How prompts and answers become tokens.
         instructor: Draws the instructions; None leaves prompts plain.
         rephrases: In-scope probes a record contributes beside its request, at most (drawn afresh each time).
+        portability: The same for probes of what follows from the edit.
         replies: The same for each side of ConvSent's replies.
         locality: Locality probes a record contributes, at most.
         seed: Of the draws.
@@ -123,6 +135,7 @@ class Collator:
     replies: int = 2
     locality: int = 2
     seed: int = 0
+    portability: int = 0
 
     def __call__(self, drawn: Sequence[tuple[int, EditRecord]]) -> EditBatch:
         """Tokenises a batch of (number of the draw, record)."""
@@ -135,13 +148,19 @@ class Collator:
     def _in_scope(
         self, rendered: list[RenderedRecord], requests: RequestBatch, rngs: list[random.Random]
     ) -> ProbeBatch:
-        most = {"generalization": self.rephrases, "wanted": self.replies, "opposite": self.replies}
+        most = {
+            "generalization": self.rephrases, "portability": self.portability,
+            "wanted": self.replies, "opposite": self.replies,
+        }  # fmt: skip
         chosen = _drawn(rendered, rngs, most)
+        plain = {(i, p) for i, p in chosen if rendered[i].apart and rngs[i].random() < _PLAIN}
+        # What an editor reads plainly is asked behind its instruction too.
+        chosen = [(i, one.record.reliability) for i, one in enumerate(rendered) if one.apart] + chosen
         request_index = torch.tensor([*range(len(rendered)), *(i for i, _ in chosen)])
         unwanted = torch.tensor([False] * len(rendered) + [p.kind == "opposite" for _, p in chosen])
         if not chosen:
             return ProbeBatch(requests.tokens, request_index, unwanted)
-        more = self._encode(rendered, chosen)
+        more = self._encode(rendered, chosen, plain)
         return ProbeBatch(TokenBatch.cat([requests.tokens, more]), request_index, unwanted)
 
     def _locality(self, rendered: list[RenderedRecord], rngs: list[random.Random]) -> ProbeBatch | None:
@@ -151,8 +170,10 @@ class Collator:
         request_index = torch.tensor([i for i, _ in chosen])
         return ProbeBatch(self._encode(rendered, chosen), request_index, torch.zeros(len(chosen), dtype=torch.bool))
 
-    def _encode(self, rendered: list[RenderedRecord], chosen: list[tuple[int, Probe]]) -> TokenBatch:
-        pairs = [(rendered[i].ask(p), p.answers[0]) for i, p in chosen]
+    def _encode(
+        self, rendered: list[RenderedRecord], chosen: list[tuple[int, Probe]], plain: Container[Any] = ()
+    ) -> TokenBatch:
+        pairs = [(p.prompt if (i, p) in plain else rendered[i].ask(p), p.answers[0]) for i, p in chosen]
         return self.text.encode(pairs, [f"record {rendered[i].record.id}, {p.kind} probe" for i, p in chosen])
 
 

@@ -78,6 +78,7 @@ class EditData(L.LightningDataModule):
         mixing: ``balanced``: tasks in the proportion of their weights, so that a large one such as ConvSent is
             subsampled; ``natural``: in the proportion of their sizes.
         rephrases: In-scope probes that a record adds to its request in the edit loss.
+        portability: Probes of what follows from the edit that a record adds; by default training sees none.
         replies: Replies of each sentiment that a ConvSent record adds.
         locality: Out-of-scope probes of a record in the locality loss.
         max_length: Tokens of a training row; the LM's own limit by default (paper: 96).
@@ -102,6 +103,7 @@ class EditData(L.LightningDataModule):
         val_size: int | None = 50,
         seed: int = 0,
         num_workers: int = 0,
+        portability: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -194,7 +196,7 @@ class EditData(L.LightningDataModule):
         text, instructor = self._encoding
         return Collator(
             text.within(options["max_length"]), instructor(seed=options["seed"]),
-            options["rephrases"], options["replies"], options["locality"], options["seed"],
+            options["rephrases"], options["replies"], options["locality"], options["seed"], options["portability"],
         )  # fmt: skip
 
     def _whole(self, part: str) -> DataLoader[Any]:

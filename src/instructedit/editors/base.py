@@ -22,7 +22,7 @@ from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor, is_place
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor, RenderedRecord
-from instructedit.lm import FrozenLM, Site
+from instructedit.lm import FrozenLM, Site, Text
 from instructedit.records import EditRequest
 from instructedit.registry import plugin, plugins
 from instructedit.renamed import Renamed
@@ -63,6 +63,9 @@ class Editor(nn.Module, ABC):
     #: Whether the method's own kind of layer is the MLP's output projection alone, rather than all its layers.
     OUTPUT_SITES: ClassVar[bool] = False
 
+    #: Whether instructions are read beside a request, rather than in front of its prompt.
+    INSTRUCTIONS_APART: ClassVar[bool] = False
+
     instructions: bool = False
     blocks: Sequence[int] | None = (-3, -2, -1)
     site_names: Sequence[str] | None = None
@@ -84,6 +87,11 @@ class Editor(nn.Module, ABC):
         if not self._lm:
             raise UserError(f"editor {self.name!r} is not bound to an LM yet: use build_editor or load_editor")
         return self._lm[0]
+
+    @property
+    def tokenization(self) -> Text:
+        """How requests, and the probes of a training step, become tokens."""
+        return self.lm.text
 
     def bind(self, lm: FrozenLM) -> Self:
         """Chooses the sites in the LM and builds what depends on their shapes.
@@ -120,6 +128,26 @@ class Editor(nn.Module, ABC):
     def compute_joint_edit(self, batch: RequestBatch) -> Edit:
         """N requests → one edit that serves them all. A method that solves for many at once says how."""
         return self.compute_edit(batch).joined()
+
+    def begin_sequence(self) -> Any:
+        """What the editor keeps over a sequence of edits, passed on from one to the next by `make_next`.
+
+        By default None: an edit depends on those before it only through the model, which carries them.
+        """
+        return None
+
+    def make_next(self, batch: RequestBatch, state: Any) -> tuple[Edit, Any]:
+        """The next edit of a sequence, made while the model has those before it on.
+
+        Args:
+            batch: N requests.
+            state: What `begin_sequence` or the last call gave.
+
+        Returns:
+            One edit that serves all of them, to be put on top of those before (`instructedit.edits.add`), and the
+            state for the next call.
+        """
+        return self.compute_joint_edit(batch), state
 
     def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
         """The outer loss of a training step, ``loss``, and the parts of it to be logged; scalars.
@@ -180,7 +208,7 @@ class Editor(nn.Module, ABC):
             with torch.inference_mode(False), torch.no_grad():
                 batch = self.requests(requests, self.instructor(description=description, instruction=instruction))
                 edit = (self.compute_joint_edit(batch) if together else self.compute_edit(batch)).detach()
-                _numbers(edit, self.name)
+                check_finite(edit, self.name)
                 if self.REMEDY:
                     self._report(edit, batch)
                 return edit
@@ -206,7 +234,7 @@ class Editor(nn.Module, ABC):
             UserError: If it takes none, and a free sentence is given.
         """
         if self.instructions:
-            return Instructor(split, description, seed, instruction)  # type: ignore[arg-type]
+            return Instructor(split, description, seed, instruction, self.INSTRUCTIONS_APART)  # type: ignore[arg-type]
         if instruction is not None:
             raise UserError(f"editor {self.name!r} reads no instructions (instructions: false), but one is given")
         return None
@@ -220,11 +248,11 @@ class Editor(nn.Module, ABC):
         keys = keys or [""] * len(requests)
         prefixes = [instructor.prefix(r, key=k) if instructor else "" for r, k in zip(requests, keys, strict=True)]
         names = [f"record {k}" for k in keys] if any(keys) else ()
-        return batch_requests(self.lm.text, requests, prefixes, names).to(self.lm.device)
+        return batch_requests(self.tokenization, requests, prefixes, names, self.INSTRUCTIONS_APART).to(self.lm.device)
 
     def rendered_requests(self, rendered: Sequence[RenderedRecord]) -> RequestBatch:
         """Tokenises the requests of rendered records for this editor's LM, on its device."""
-        return batch_rendered(self.lm.text, rendered).to(self.lm.device)
+        return batch_rendered(self.tokenization, rendered).to(self.lm.device)
 
     # -- disk -----------------------------------------------------------------------------------------------------
 
@@ -261,8 +289,8 @@ class Editor(nn.Module, ABC):
 Renamed.keep(Editor, **_OLD_METHODS)
 
 
-def _numbers(edit: Edit, editor: str) -> Edit:
-    """The edit.
+def check_finite(edit: Edit, editor: str) -> None:
+    """Makes sure that an edit holds numbers.
 
     Raises:
         UserError: If it holds NaN or infinities.
@@ -271,7 +299,6 @@ def _numbers(edit: Edit, editor: str) -> Edit:
         raise UserError(
             f"editor {editor!r}: the edit is not finite at {broken[0]}; try dtype float32, or a smaller rate"
         )
-    return edit
 
 
 def _plain(value: Any) -> Any:

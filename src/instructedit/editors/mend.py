@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +17,28 @@ from instructedit.editors.normalizer import RunningNorm
 from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
+from instructedit.lm import LayerGradients
 
 #: The paper's edit rate: what ``edit_rate: auto`` stands for until `fit` has measured a better one.
 PAPER_RATE = 1e-4
 
 
-class GradientNetwork(nn.Module):
-    """Maps normalised (u, δ) to pseudo-(ũ, δ̃); one network serves all sites of a shape (MEND, section 3.2).
+class ResidualLayers(nn.Module):
+    """Maps z to z of the same width, in layers that serve all sites of a shape (MEND, section 3.2).
 
-    z = [norm(u); norm(δ)]; in each layer z ← z + relu((U V z + b) ⊙ s + c) with rank-r factors U, V and a scale s and
-    shift c of the site's own. U starts at zero, so that the network starts as the identity.
+    In each layer z ← z + relu((U V z + b) ⊙ s + c) with rank-r factors U, V and a scale s and shift c of the site's
+    own. U starts at zero, so that the layers start as the identity.
 
     Args:
-        size_in, size_out: Width of u and of δ.
-        sites: How many sites share it.
-        rank: Of U V, at most ``size_in + size_out``.
+        size: Width of z.
+        sites: How many sites share them.
+        rank: Of U V, at most ``size``.
         hidden_layers: Layers beside the last.
     """
 
-    def __init__(self, size_in: int, size_out: int, sites: int, rank: int, hidden_layers: int) -> None:
+    def __init__(self, size: int, sites: int, rank: int, hidden_layers: int) -> None:
         super().__init__()
-        size, layers = size_in + size_out, hidden_layers + 1
-        self.split = (size_in, size_out)
-        rank = min(rank, size)
-        self.norm_u, self.norm_delta = RunningNorm(size_in), RunningNorm(size_out)
+        layers, rank = hidden_layers + 1, min(rank, size)
         # One parameter a layer: the gradient of a stack would be made in parts and then copied.
         self.up = nn.ParameterList(torch.zeros(rank, size) for _ in range(layers))
         self.down = nn.ParameterList(torch.randn(size, rank) for _ in range(layers))
@@ -47,15 +46,61 @@ class GradientNetwork(nn.Module):
         self.scale = nn.Parameter(torch.ones(layers, sites, size))
         self.shift = nn.Parameter(torch.zeros(layers, sites, size))
 
-    def forward(self, u: Tensor, delta: Tensor, site: Tensor) -> tuple[Tensor, Tensor]:
-        """Args: u [tokens, in], delta [tokens, out], site [tokens] number of each token's site. Returns (ũ, δ̃)."""
-        z = torch.cat([self.norm_u(u), self.norm_delta(delta)], -1)
-        for up, down, bias, scale, shift in zip(self.up, self.down, self.bias, self.scale, self.shift, strict=True):
+    def layers(self, z: Tensor, site: Tensor, film: Tensor | None = None, row: Tensor | None = None) -> Tensor:
+        """Applies the layers.
+
+        Args:
+            z: [tokens, size].
+            site: Number of each token's site, [tokens].
+            film: What each request adds to scales and shifts, [layers, 2, requests, size].
+            row: Request of each token, [tokens].
+
+        Returns:
+            [tokens, size].
+        """
+        for i, (up, down, bias) in enumerate(zip(self.up, self.down, self.bias, strict=True)):
+            scale, shift = self.scale[i][site], self.shift[i][site]
+            if film is not None:
+                scale, shift = scale + film[i, 0][row], shift + film[i, 1][row]
             mapped = linear(linear(z, down), up, bias)
             # clamp, unlike relu, has slope 1 at zero, where the identity start puts every unit
-            z = z + torch.addcmul(shift[site], mapped, scale[site]).clamp(min=0)
-        new_u, new_delta = z.split(self.split, -1)
+            z = z + torch.addcmul(shift, mapped, scale).clamp(min=0)
+        return z
+
+
+class GradientNetwork(ResidualLayers):
+    """Maps normalised (u, δ) to pseudo-(ũ, δ̃): z = [norm(u); norm(δ)] through residual layers (MEND, section 3.2).
+
+    Args:
+        size_in, size_out: Width of u and of δ.
+        sites: How many sites share it.
+        rank: Of its layers.
+        hidden_layers: Layers beside the last.
+    """
+
+    def __init__(self, size_in: int, size_out: int, sites: int, rank: int, hidden_layers: int) -> None:
+        super().__init__(size_in + size_out, sites, rank, hidden_layers)
+        self.split = (size_in, size_out)
+        self.norm_u, self.norm_delta = RunningNorm(size_in), RunningNorm(size_out)
+
+    def forward(self, u: Tensor, delta: Tensor, site: Tensor) -> tuple[Tensor, Tensor]:
+        """Args: u [tokens, in], delta [tokens, out], site [tokens] number of each token's site. Returns (ũ, δ̃)."""
+        new_u, new_delta = self.layers(torch.cat([self.norm_u(u), self.norm_delta(delta)], -1), site).split(
+            self.split, -1
+        )
         return new_u, new_delta
+
+
+class SiteTokens(NamedTuple):
+    """Tokens of several sites of one shape: `u` [tokens, in], `delta` [tokens, out], and whose they are.
+
+    `site` and `row`, both [tokens], number the sites of the group and the requests of the batch.
+    """
+
+    u: Tensor
+    delta: Tensor
+    site: Tensor
+    row: Tensor
 
 
 @options
@@ -125,19 +170,39 @@ class Mend(Editor):
         The networks see all tokens of all requests and of all sites that share a shape in one call. Tokens whose δ is
         zero (padding, and positions that the edit loss does not read) are dropped.
         """
-        names = [site.name for site in self.sites]
-        seen, alpha = self.lm.capture(batch.tokens, names), self.alpha
-        factors: dict[str, Factors] = {}
-        for group, network in zip(self.groups, self.networks, strict=True):
-            u = torch.stack([seen.u[names[i]] for i in group]).float()
-            delta = torch.stack([seen.delta[names[i]] for i in group]).float()
+        return LowRankEdit(self.factors(self.lm.capture(batch.tokens, self.names), self.pseudo))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the sites."""
+        return [site.name for site in self.sites]
+
+    def pseudo(self, group: int, tokens: SiteTokens) -> tuple[Tensor, Tensor]:
+        """What stands in the place of (u, δ) in an edit: (ũ, −α δ̃), for the tokens of a group of sites."""
+        new_u, new_delta = self.networks[group](tokens.u, tokens.delta, tokens.site)
+        alpha = self.alpha[torch.tensor(self.groups[group], device=new_u.device)]
+        return new_u, -alpha[tokens.site].unsqueeze(-1) * new_delta
+
+    def factors(
+        self, captured: LayerGradients, pseudo: Callable[[int, SiteTokens], tuple[Tensor, Tensor]]
+    ) -> dict[str, Factors]:
+        """What `pseudo` makes of the tokens that an edit loss depends on, as factors of each site.
+
+        Args:
+            captured: What the edit loss shows at the sites.
+            pseudo: Takes the number of a group of sites of one shape and their tokens; gives [tokens, in] and
+                [tokens, out].
+        """
+        names, factors = self.names, {}
+        for number, group in enumerate(self.groups):
+            u = torch.stack([captured.u[names[i]] for i in group]).float()
+            delta = torch.stack([captured.delta[names[i]] for i in group]).float()
             (site, row, at, slot), width = _slots((delta != 0).any(-1))
-            new_u, new_delta = network(u[site, row, at], delta[site, row, at], site)
-            new_delta = -alpha[torch.tensor(group, device=u.device)][site].unsqueeze(-1) * new_delta
+            new_u, new_delta = pseudo(number, SiteTokens(u[site, row, at], delta[site, row, at], site, row))
             a = u.new_zeros(*u.shape[:2], width, u.shape[-1]).index_put((site, row, slot), new_u)
             b = u.new_zeros(*u.shape[:2], width, delta.shape[-1]).index_put((site, row, slot), new_delta)
             factors |= {names[i]: Factors(a[j], b[j]) for j, i in enumerate(group)}
-        return LowRankEdit({name: factors[name] for name in names})
+        return {name: factors[name] for name in names}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"network": list(self.networks.parameters()), "edit_rates": [self.log_alpha]}

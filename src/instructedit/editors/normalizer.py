@@ -32,6 +32,10 @@ class RunningNorm(nn.Module):
         """Standardised x, [tokens, size]."""
         if self.training:
             self.update(x)
+        return self.standardised(x)
+
+    def standardised(self, x: Tensor) -> Tensor:
+        """Standardised x, [tokens, size], by what has been seen so far."""
         deviation = (self.squares / (self.count - 1).clamp(min=1)).sqrt().to(x.dtype)
         known = (self.count > 1) & (deviation > 0)
         return torch.where(known, (x - self.mean) / (deviation + self.eps), x - self.mean)

@@ -1,5 +1,6 @@
 """What an edit is: values that change the outputs of a model's sites. Knows no model."""
 
+from instructedit.edits.adding import add, to_dense
 from instructedit.edits.base import Edit, load_edit
 from instructedit.edits.codebook import CodebookEdit
 from instructedit.edits.context import ContextEdit, Gate
@@ -10,5 +11,5 @@ from instructedit.edits.slots import SlotEdit, Slots
 
 __all__ = [
     "ADAPTER", "CodebookEdit", "ContextEdit", "DenseEdit", "Edit", "Factors", "Gate", "LowRankEdit", "NoEdit",
-    "SlotEdit", "Slots", "load_edit", "stack",
+    "SlotEdit", "Slots", "add", "load_edit", "stack", "to_dense",
 ]  # fmt: skip

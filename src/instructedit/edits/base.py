@@ -54,6 +54,14 @@ class Edit(ABC):
     def joined(self) -> Self:
         """One edit that does what all n do, for a model that should know them all."""
 
+    def plus(self, other: Self) -> Self:
+        """One edit that does what this one does and then another of the same sort, each of length one.
+
+        Raises:
+            UserError: If edits of this sort cannot be put together.
+        """
+        raise UserError(f"edits of the sort {self.name!r} cannot be put together")
+
     @abstractmethod
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         """The output of a site with the edits on.

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from instructedit.edits.base import Edit, as_list
 from instructedit.errors import UserError
@@ -57,9 +58,24 @@ class CodebookEdit(Edit):
         one's ball; with another label both balls shrink to half their distance. A key that is there already with
         another label takes its place, so that the newer edit is heard.
         """
-        book: list[int] = []  # of all entries, those that are kept
+        return self._filled(0)
+
+    def plus(self, other: Self) -> Self:
+        """This one's entries with another's put in by the rules of `joined`."""
+        if self.site != other.site:
+            raise UserError(f"codebooks of {self.site} and of {other.site} do not go together")
+        width = max(self.labels.shape[2], other.labels.shape[2])
+        padded = [F.pad(each.labels, (0, width - each.labels.shape[2]), value=-1) for each in (self, other)]
+        pairs = ((self.keys, other.keys), (self.values, other.values), (self.radii, other.radii), padded)
+        both = type(self)(self.site, *(torch.cat([*pair], 1) for pair in pairs))
+        return both._filled(self.keys.shape[1])
+
+    def _filled(self, first: int) -> Self:
+        """One codebook of all entries, of which the first ones are in it already."""
         keys, radii, labels = self.keys.flatten(0, 1), self.radii.flatten().clone(), self.labels.flatten(0, 1)
-        for new in (radii >= 0).nonzero().flatten().tolist():
+        entries = (radii >= 0).nonzero().flatten().tolist()
+        book = [entry for entry in entries if entry < first]  # of all entries, those that are kept
+        for new in entries[len(book) :]:
             if book:
                 distances = (keys[book] - keys[new]).norm(dim=-1)
                 near = book[int(distances.argmin())]

@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from instructedit.edits.base import Edit, as_list
 from instructedit.edits.low_rank import LowRankEdit
@@ -79,6 +80,16 @@ class ContextEdit(Edit):
             )
         every = torch.cat(self.contexts(torch.arange(len(self))))
         return type(self)(every[None, None], torch.tensor([[len(every)]], device=every.device), self.adapter)
+
+    def plus(self, other: Self) -> Self:
+        """The contexts of both; they are taken to share adapter and gate, but for the gate's keys."""
+        width = max(self.ids.shape[2], other.ids.shape[2])
+        padded = [F.pad(each.ids, (0, width - each.ids.shape[2])) for each in (self, other)]
+        if self.gate and other.gate:
+            gate = self.gate._replace(keys=torch.cat([self.gate.keys, other.gate.keys], 1))
+            lengths = torch.cat([self.lengths, other.lengths], 1)
+            return type(self)(torch.cat(padded, 1), lengths, self.adapter, gate)
+        return type(self)(torch.cat(padded), torch.cat([self.lengths, other.lengths]), self.adapter).joined()
 
     def ungated(self) -> Self:
         """The same contexts and adapter for every prompt, whatever the gate says."""

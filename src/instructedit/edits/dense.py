@@ -49,8 +49,16 @@ class DenseEdit(Edit):
     def joined(self) -> Self:
         return type(self).of({site: self.delta(site).sum(0, keepdim=True) for site in self.sites})
 
+    def plus(self, other: Self) -> Self:
+        """The sum; a site may be in one of the two alone."""
+        sites = dict.fromkeys((*self.sites, *other.sites))
+        parts = {site: [edit.delta(site) for edit in (self, other) if site in edit.sites] for site in sites}
+        return type(self).of({site: sum(both[1:], start=both[0]) for site, both in parts.items()})
+
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         stored = self.changes[site].to(inputs.dtype)
+        if len(stored) == 1 < len(inputs):  # nothing to choose
+            return outputs + inputs @ stored[0].T
         which = (self.which if rows is None else self.which[rows]).expand(len(inputs))
         if len(which) <= len(stored):  # what is gathered takes no more room than what is stored
             return torch.baddbmm(outputs, inputs, stored[which].mT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
@@ -55,6 +55,12 @@ class LowRankEdit(Edit):
             {site: Factors(f.a.flatten(0, 1)[None], f.b.flatten(0, 1)[None]) for site, f in self.factors.items()}
         )
 
+    def plus(self, other: Self) -> Self:
+        """The sum; a site may be in one of the two alone."""
+        sites = dict.fromkeys((*self.sites, *other.sites))
+        parts = {site: [edit.factors[site] for edit in (self, other) if site in edit.sites] for site in sites}
+        return type(self)({site: Factors(*map(_rows, zip(*both, strict=True))) for site, both in parts.items()})
+
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         kind = product_dtype(inputs.dtype)
         a, b = (f.to(kind) for f in self.factors[site])
@@ -105,6 +111,10 @@ class LowRankEdit(Edit):
         super(LowRankEdit, edit).save_pretrained(folder, **meta)
         if len(edit) == 1:
             _save_lora(edit, Path(folder), meta.get("base_model", ""))
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts), 1)
 
 
 def stack(edits: list[LowRankEdit]) -> LowRankEdit:

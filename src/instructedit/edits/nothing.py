@@ -36,6 +36,9 @@ class NoEdit(Edit):
     def joined(self) -> Self:
         return type(self)(1)
 
+    def plus(self, other: Self) -> Self:
+        return type(self)(1)
+
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         return outputs
 

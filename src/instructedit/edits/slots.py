@@ -65,6 +65,13 @@ class SlotEdit(Edit):
         every = {site: Slots(*(t.flatten(0, 1)[None] for t in s)) for site, s in self.slots.items()}
         return type(self)(every, self.activation)
 
+    def plus(self, other: Self) -> Self:
+        if (self.sites, self.activation) != (other.sites, other.activation):
+            raise UserError(f"slots of {', '.join(self.sites)} and of {', '.join(other.sites)} do not go together")
+        pairs = {site: zip(self.slots[site], other.slots[site], strict=True) for site in self.sites}
+        both = {site: Slots(*(torch.cat(parts, 1) for parts in pair)) for site, pair in pairs.items()}
+        return type(self)(both, self.activation)
+
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         kind = product_dtype(inputs.dtype)
         inputs, keys, biases, values = (t.to(kind) for t in (inputs, *self.slots[site]))

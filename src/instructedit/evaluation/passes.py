@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from instructedit.edits import Edit
 from instructedit.lm.prefix_trees import in_parts
+
+
+def edit_numbers(edit: Edit | None, request_indices: Sequence[int]) -> list[int]:
+    """The number of the edit that rows of these request_indices have: the owner's own, or the only one."""
+    return [0] * len(request_indices) if edit is not None and len(edit) == 1 else list(request_indices)
 
 
 def passes(

@@ -74,7 +74,10 @@ def _alike(lm: FrozenLM, rendered: Sequence[RenderedRecord], settings: Evaluatio
     if settings.fluency_tokens:
         share = settings.text_tokens // settings.tokens
         beside = settings.fluency_tokens + lm.generation.row_tokens
-        texts = [math.ceil((len(ids) + beside) / share) for ids in lm.text.prompts([one.prompt for one in rendered])]
+        texts = [
+            math.ceil((len(ids) + beside) / share)
+            for ids in lm.text.prompts([one.ask(one.record.reliability) for one in rendered])
+        ]
         room = [max(r, text) if s else r for r, text, s in zip(room, texts, spoken, strict=True)]
     for kind in (True, False):
         numbers = [i for i, s in enumerate(spoken) if s == kind]
@@ -89,12 +92,26 @@ def _evaluated(
     edit = _edit(editor, rendered)
     for watcher in watchers:
         watcher([one.record for one in rendered], edit)
+    return ask(lm, edit, rendered, settings)
+
+
+def ask(lm: FrozenLM, edit: Edit, rendered: list[RenderedRecord], settings: Evaluation) -> list[Row]:
+    """Scores every probe of records under their edits: an edit for each record, or one that serves them all."""
     rows = scored(lm, edit, list(questions(rendered, settings.replies)), settings.tokens)
     if settings.generate:
         answer_freely(lm, edit, rows, rendered, settings.tokens)
     if settings.fluency_tokens:
         rows += fluency_rows(lm, edit, rendered, settings)
     return rows
+
+
+def ask_all(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], settings: Evaluation) -> list[Row]:
+    """Scores every probe of any number of records under one edit; rows are in the order of the records."""
+    rows: list[Row] = []
+    for numbers in _alike(lm, rendered, settings):
+        found = ask(lm, edit, [rendered[i] for i in numbers], settings)
+        rows += [row | {"request_index": numbers[row["request_index"]]} for row in found]
+    return sorted(rows, key=lambda row: row["request_index"])
 
 
 def _edit(editor: Editor, rendered: Sequence[RenderedRecord]) -> Edit:

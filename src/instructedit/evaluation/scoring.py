@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from instructedit.edits import Edit
-from instructedit.evaluation.passes import passes
+from instructedit.evaluation.passes import edit_numbers, passes
 from instructedit.evaluation.questions import Question
 from instructedit.lm import FrozenLM, TokenBatch, TokenScores
 from instructedit.metrics import agreement, exact_match, row_mean, token_accuracy
@@ -23,7 +23,7 @@ def scored(lm: FrozenLM, edit: Edit, asked: list[Question], size: int) -> list[R
 
     Args:
         lm: The model.
-        edit: An edit for each owner of a question.
+        edit: An edit for each owner of a question, or one for all.
         asked: The questions.
         size: Tokens in a pass, at most.
     """
@@ -54,6 +54,7 @@ def _predicted(
     lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, request_indices: list[int], start: int, size: int
 ) -> TokenScores:
     """How the model takes all answers, each row under its owner's edit, in passes of at most so many tokens."""
+    request_indices = edit_numbers(edit, request_indices)
     parts = passes(tokens.unpadded(), request_indices, size, trees=lm.prefixes.takes_trees)
     groups = [torch.tensor(sorted(part)) for part in parts]
     found = []

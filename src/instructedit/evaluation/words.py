@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from instructedit.edits import Edit
-from instructedit.evaluation.passes import passes
+from instructedit.evaluation.passes import edit_numbers, passes
 from instructedit.evaluation.questions import IN_SCOPE, REPLIES, Question
 from instructedit.evaluation.scoring import Row, row_of
 from instructedit.evaluation.settings import Evaluation
@@ -57,7 +57,7 @@ def _continued(
 
     Args:
         lm: The model.
-        edit: An edit for each request_index.
+        edit: An edit for each request_index, or one for all.
         these: Numbers of the prompts.
         request_indices: Of all prompts.
         prompts: All of them.
@@ -70,6 +70,7 @@ def _continued(
     applied = None if edit is None or edit.changes_nothing else edit
     ids = lm.text.prompts([prompts[i] for i in these])
     beside = [rooms[i] + lm.generation.row_tokens for i in these]
+    request_indices = edit_numbers(applied, request_indices)
     groups = [0 if applied is None else request_indices[i] for i in these]
     for places in passes(ids, groups, size, beside, trees and lm.generation.shares_prompts(applied)):
         chunk = [these[place] for place in places]
@@ -81,7 +82,7 @@ def _continued(
 def fluency_rows(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], settings: Evaluation) -> list[Row]:
     """Fluency of sampled text (top 5 tokens, as in ROME's measure) after the prompts of records with replies."""
     chosen = [i for i, one in enumerate(rendered) if one.record.of(*REPLIES)]
-    prompts = [rendered[i].prompt for i in chosen]
+    prompts = [rendered[i].ask(rendered[i].record.reliability) for i in chosen]
     tokens = min(settings.fluency_tokens, lm.max_length - max(map(len, lm.text.prompts(prompts)), default=0))
     seeds = [f"{settings.seed} {rendered[i].record.id}" for i in chosen]
 

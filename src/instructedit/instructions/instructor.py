@@ -26,6 +26,7 @@ class Instructor:
         seed: Another seed, other draws.
         sentence: Always use this free sentence instead of any description; or one for each task, by its name. Its
             slots are filled as a description's are.
+        apart: Whether the editor reads the instruction beside a request; the model is asked behind it all the same.
 
     Raises:
         UserError: If there is no such split, or both a description and a sentence are given.
@@ -35,6 +36,7 @@ class Instructor:
     description_id: str | None = None
     seed: int = 0
     sentence: str | Mapping[str, str] | None = None
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if self.description_id is not None and self.sentence is not None:

@@ -16,15 +16,17 @@ class RenderedRecord:
     Attributes:
         record: The record, in plain text.
         prefix: Its instruction, which stands in front of its in-scope prompts; empty for none.
+        apart: Whether the editor reads the instruction beside the request rather than in front of it.
     """
 
     record: EditRecord
     prefix: str = ""
+    apart: bool = False
 
     @property
     def prompt(self) -> str:
         """The request's prompt as the editor reads it."""
-        return self.prefix + self.record.request.prompt
+        return self.record.request.prompt if self.apart else self.prefix + self.record.request.prompt
 
     def ask(self, probe: Probe) -> str:
         """The probe's prompt as the model is asked: locality probes stand without an instruction."""
@@ -48,6 +50,6 @@ def render_records(
         return [RenderedRecord(record) for record in records]
     at = steps or [0] * len(records)
     return [
-        RenderedRecord(record, instructor.prefix(record.request, step, record.id))
+        RenderedRecord(record, instructor.prefix(record.request, step, record.id), instructor.apart)
         for record, step in zip(records, at, strict=True)
     ]

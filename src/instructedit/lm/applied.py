@@ -18,18 +18,27 @@ class Applied:
     """Holds what is applied to a model now, and applies edits to it.
 
     Attributes:
-        layers: How many edits the model's layers have now.
+        blocks: The lowest edited block of each edit that the model's layers have now; above all for one without sites.
         prompt_prefix: The edit that prepends contexts to prompts, with the edit of each row; None without one.
     """
 
     def __init__(self, sites: EditSites) -> None:
         self.sites, self.forward = sites, sites.forward
-        self.layers = 0
+        self.blocks: list[int] = []
         self.prompt_prefix: tuple[ContextEdit, Tensor | None] | None = None
 
     def __bool__(self) -> bool:
         """True while an edit is applied."""
         return bool(self.layers) or self.prompt_prefix is not None
+
+    @property
+    def layers(self) -> int:
+        """How many edits the model's layers have now."""
+        return len(self.blocks)
+
+    def reach_below(self, block: int) -> bool:
+        """True if an edit that layers have now may change the states that enter a block."""
+        return any(lowest < block for lowest in self.blocks)
 
     @property
     def device(self) -> torch.device:
@@ -55,15 +64,15 @@ class Applied:
     @contextmanager
     def at_layers(self, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
         """Applies edits to the layers alone inside a ``with`` block."""
-        if edit is not None:
-            self.sites.first_block(edit.sites)
+        changes = edit is not None and edit.sites
+        lowest = self.sites.first_block(edit.sites) if edit is not None and changes else len(self.forward.blocks)
         _ = self.forward.outputs_of_a_block  # found out while nothing is applied
         with hooks.applied(self.forward.model, edit, rows):
-            self.layers += 1
+            self.blocks.append(lowest)
             try:
                 yield
             finally:
-                self.layers -= 1
+                self.blocks.pop()
 
     def index(self, edit: Edit, rows: Tensor | None, count: int) -> Tensor:
         """Which edit is applied to each row, [rows]."""

@@ -85,7 +85,9 @@ def record_activations(
     return recorded
 
 
-def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str]) -> LayerGradients:
+def capture(
+    scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None
+) -> LayerGradients:
     """Takes the gradient of each row's edit loss at the sites.
 
     Only the blocks from the first site upward run forward and backward, and no weight gets a gradient.
@@ -94,6 +96,8 @@ def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str]) -> LayerGra
         scores: The model's rooms.
         batch: One edit request a row.
         sites: Names of the layers.
+        edit: The edits to apply.
+        rows: Which edit each row has.
     """
     forward = scores.forward
     u: dict[str, Tensor] = {}
@@ -105,10 +109,10 @@ def capture(scores: Scores, batch: TokenBatch, sites: Sequence[str]) -> LayerGra
     def apart(flat: Tensor) -> Tensor:
         return flat.reshape(len(batch), -1, flat.shape[-1])  # some MLPs see all rows as one
 
-    start = forward.resumed_from(scores.applied.sites.first_block(sites))
-    with torch.enable_grad(), forward.own_dtype(), ExitStack() as stack:
-        # A clone, since states that a cache gives may have been made in inference mode.
-        hidden = scores.prefix.of(batch, start).clone().requires_grad_()
+    start = forward.resumed_from(scores.applied.sites.first_block([*sites, *(edit.sites if edit else ())]))
+    # A clone, since states that a cache gives may have been made in inference mode.
+    hidden = scores.prefix.of(batch, start).clone().requires_grad_()
+    with torch.enable_grad(), forward.own_dtype(), scores.applied.at_layers(edit, rows), ExitStack() as stack:
         for site in sites:
             handle = forward.model.get_submodule(site).register_forward_hook(functools.partial(keep, site))
             stack.callback(handle.remove)

@@ -183,9 +183,11 @@ class FrozenLM:
         """Edit loss of each row: mean over its answer's tokens of −log p, [rows] (see `Scores.states`)."""
         return self.scores.losses(batch, edit, rows, start)
 
-    def capture(self, batch: TokenBatch, sites: Sequence[str]) -> LayerGradients:
+    def capture(
+        self, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None
+    ) -> LayerGradients:
         """Takes the gradient of each row's edit loss at the sites (see `capture.capture`)."""
-        return capture.capture(self.scores, batch, sites)
+        return capture.capture(self.scores, batch, sites, edit, rows)
 
     def record_activations(
         self, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None,

@@ -26,7 +26,7 @@ class PrefixStates:
 
     def of(self, batch: TokenBatch, block: int) -> Tensor:
         """The hidden states that enter a block, from the cache where they are known, [rows, seq, hidden]."""
-        if self.applied.layers:  # the caller's own edits may reach below the block
+        if self.applied.reach_below(block):
             return self.forward.up_to_block(batch, block)
         return self.cache.states(batch, block, functools.partial(self._unknown, block=block))
 

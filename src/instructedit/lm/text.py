@@ -42,18 +42,22 @@ class Text:
         max_length: Tokens that a row may have. A longer one loses the beginning of its prompt, not what opens it.
         joiner: What stands between a prompt and its answer; ``auto`` is a space or nothing (see `joining.joiner`).
         chat: Put the prompt into the user's turn of the tokenizer's own chat template, the answer into the model's.
+        ends: Let `encode` count the token that ends a text as an answer's last one.
 
     Raises:
-        UserError: With `chat`, if there is no template that takes a request.
+        UserError: With `chat`, if there is no template that takes a request; with `ends`, if no token ends a text.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     joiner: str = "auto"
     chat: bool = False
+    ends: bool = False
 
     def __post_init__(self) -> None:
         _ = self._turn
+        if self.ends and self.tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no token that ends a text, for answers to end with")
 
     def within(self, max_length: int | None) -> Self:
         """The same for rows of at most so many tokens."""
@@ -118,16 +122,17 @@ class Text:
         """
         rows: list[tuple[list[int], int]] = []
         truncated = 0
+        end = [self.tokenizer.eos_token_id] if self.ends else []
         for i, (tokens, size) in enumerate(self._answered(pairs, scored)):
-            room = self.max_length - len(self._kept(tokens.ids))
-            if not 0 < size < min(len(tokens.ids), room):
+            ids, room = tokens.ids + end, self.max_length - len(self._kept(tokens.ids))
+            if not 0 < size < min(len(tokens.ids), room - len(end)):
                 name = where[i] if where else repr(pairs[i][0][-60:])
                 raise UserError(
                     f"{name}: the answer {pairs[i][1][:40]!r} has {size} tokens, which leaves nothing of its prompt "
                     f"within max_length={self.max_length}"
                 )
-            truncated += len(tokens.ids) > self.max_length
-            rows.append((self._cut(tokens.ids, self.max_length), size))
+            truncated += len(ids) > self.max_length
+            rows.append((self._cut(ids, self.max_length), size + len(end)))
         if truncated:
             warnings.warn(f"{_CUT} (counted in data/truncated)", stacklevel=2)
         return TokenBatch.of(rows, truncated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -11,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from instructedit.edits import DenseEdit, Edit, LowRankEdit, load_edit, stack
+from instructedit.edits import DenseEdit, Edit, LowRankEdit, load_edit, to_dense
 from instructedit.edits.base import META
 from instructedit.errors import UserError, unknown
 from instructedit.lm import FrozenLM
@@ -170,14 +169,9 @@ def combined(edits: Sequence[Edit]) -> Edit:
     for edit in edits:
         if not edit.is_weights or len(edit) != 1 or not edit.sites:
             raise UserError(f"an edit of the kind {edit.name!r} cannot be added to others")
-    sites = list(dict.fromkeys(site for edit in edits for site in edit.sites))
-    if all(isinstance(edit, LowRankEdit) for edit in edits):
-        joined = {
-            site: stack([LowRankEdit({site: e.factors[site]}) for e in edits if site in e.sites]).joined()  # type: ignore[attr-defined]
-            for site in sites
-        }
-        return LowRankEdit({site: edit.factors[site] for site, edit in joined.items()})
-    return DenseEdit.of({s: torch.stack([e.delta(s)[0] for e in edits if s in e.sites]).sum(0)[None] for s in sites})
+    if all(isinstance(edit, LowRankEdit) for edit in edits):  # however many: a kept edit is an adapter
+        return functools.reduce(LowRankEdit.plus, edits)  # type: ignore[arg-type]
+    return functools.reduce(DenseEdit.plus, map(to_dense, edits))
 
 
 def report_on(lm: FrozenLM, edit: Edit, cases: Sequence[EditCase], name: str, options: Mapping[str, Any]) -> EditReport:

@@ -127,7 +127,7 @@ class EditingModule(L.LightningModule):
 
         Call this before the Trainer is given the two; the command line does it by itself.
         """
-        data.connect(self.lm.text, self.editor.instructor)
+        data.connect(self.editor.tokenization, self.editor.instructor)
         self._data = data
 
     @property

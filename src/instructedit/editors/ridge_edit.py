@@ -1,0 +1,292 @@
+"""RidgeEdit: a hypernetwork's values at ridge-regression keys, in two steps, for requests that are read plainly.
+
+The instruction conditions the hypernetwork in place of standing in front of the request, so that an edit holds however
+the model is asked. Values are MEND's (Mitchell et al. 2022), keys ROME's (Meng et al. 2022), the solve that joins them
+MALMEN's (Tan et al. 2024) with a prior over keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from instructedit.data.batch import RequestBatch
+from instructedit.editors.mend import Mend, ResidualLayers, SiteTokens
+from instructedit.editors.options import options
+from instructedit.edits import Factors, LowRankEdit
+from instructedit.lm import Text
+from instructedit.lm.covariance import covariances
+from instructedit.lm.own_text import text_for
+from instructedit.lm.tokens import TokenBatch, rows_of
+
+#: Where the weights λ₀ of the prior and λ₁ of the identity start, as shares of a key's squared size.
+PRIOR, IDENTITY = 1.0, 0.1
+
+
+class PriorKeys:
+    """Solves with C = λ₀ E[u uᵀ] + λ₁ I, in the eigenbasis of the second moment, so that gradients reach the λ.
+
+    Keys are measured in units of the root mean square of their coordinates over plain text.
+
+    Args:
+        moment: E[u uᵀ] of what the site sees over plain text, [in, in].
+    """
+
+    def __init__(self, moment: Tensor) -> None:
+        moment = moment.double()
+        self.unit = moment.diagonal().mean().sqrt().item()
+        values, basis = torch.linalg.eigh(moment / self.unit**2)
+        self.values, self.basis = values.clamp(min=0).float(), basis.float()
+
+    def solve(self, keys: Tensor, log_weights: Tensor) -> Tensor:
+        """C⁻¹ K of each request's keys K.
+
+        Args:
+            keys: What the site saw, in its unit, [n, tokens, in].
+            log_weights: Logarithms of λ₀ and λ₁, [2].
+        """
+        prior, identity = log_weights.exp()
+        return (keys @ self.basis / (prior * self.values + identity)) @ self.basis.T
+
+
+@dataclass(frozen=True)
+class PastKeys:
+    """C⁻¹ of one site over a sequence of edits, where C grows by Σ u uᵀ of the keys that were edited, [in, in]."""
+
+    inverse: Tensor
+
+    def and_these(self, keys: Tensor) -> PastKeys:
+        """With further keys [tokens, in], in the site's unit: C⁻¹ − C⁻¹ K (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ (Woodbury)."""
+        solved = keys @ self.inverse
+        return PastKeys(self.inverse - solved.T @ ridge(keys, solved, solved))
+
+
+def ridge(keys: Tensor, solved: Tensor, values: Tensor) -> Tensor:
+    """V (I + Kᵀ C⁻¹ K)⁻¹: what stands beside (C⁻¹ K)ᵀ in the solution ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹.
+
+    That is the least Σ_t ‖ΔW k_t − v_t‖² + tr(ΔW C ΔWᵀ) (see the tests); rows of zeros stay so.
+
+    Args:
+        keys: K of each request, [n, tokens, in].
+        solved: C⁻¹ K, [n, tokens, in].
+        values: V, [n, tokens, out].
+    """
+    gram = keys @ solved.mT
+    system = gram + torch.eye(gram.shape[-1], device=gram.device)
+    return torch.linalg.solve(system.mT, values)
+
+
+class Condition(nn.Module):
+    """What an instruction adds to the scales and shifts of residual layers (FiLM; Perez et al. 2018); nothing at first.
+
+    Args:
+        size_in: Width of the instruction's state.
+        rank: Width between the two.
+        sizes: Width of each group's layers.
+        layers: How many each has.
+    """
+
+    def __init__(self, size_in: int, rank: int, sizes: Sequence[int], layers: int) -> None:
+        super().__init__()
+        self.shapes = [(layers, 2, size) for size in sizes]
+        self.down = nn.Parameter(torch.randn(size_in, rank) / math.sqrt(size_in))
+        self.up = nn.ParameterList(torch.zeros(rank, math.prod(shape)) for shape in self.shapes)
+
+    def forward(self, states: Tensor) -> list[Tensor]:
+        """States of instructions [n, size_in] → for each group [layers, 2, n, size]."""
+        inner = states @ self.down
+        parts = [(inner @ up).view(len(states), *shape) for up, shape in zip(self.up, self.shapes, strict=True)]
+        return [part.permute(1, 2, 0, 3) for part in parts]
+
+
+@options
+class RidgeEdit(Mend):
+    """Makes ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ of a request's keys K, and values V that a hypernetwork reads off δ.
+
+    With C = λ₀ E[u uᵀ] + λ₁ I and v_t = −α (norm(u_t)ᵀ ũ_t / in) δ̃_t. A second step edits the edited model once more,
+    by what is left of the gradient and a smaller network. The first step reads the request without its instruction,
+    which scales and shifts the hypernetwork's layers instead.
+
+    Args:
+        steps: 1, or 2 with the second step.
+        second_rank: Of the second step's layers.
+        second_reads: What the second step's gradient is of: the ``plain`` request, or ``both``, the request behind
+            its instruction too.
+        ridge: Solve for the update; else it is MEND's Σ_t −α δ̃_t ũ_tᵀ.
+        film_rank: Width through which an instruction conditions the layers; 0 leaves instructions unread.
+        ends: Teach the model to end its text behind a target.
+        text: What E[u uᵀ] is of, see ROME's option.
+        tokens: So many tokens of it.
+    """
+
+    name: ClassVar[str] = "ridge_edit"
+    INSTRUCTIONS_APART: ClassVar[bool] = True
+
+    instructions: bool = True
+    steps: int = 2
+    second_rank: int = 64
+    second_reads: Literal["plain", "both"] = "both"
+    ridge: bool = True
+    film_rank: int = 64
+    ends: bool = True
+    text: str = "auto"
+    tokens: int = 20_000
+
+    def build(self) -> None:
+        """Builds the networks of both steps, their conditions, and the weights of the ridge."""
+        super().build()
+        self._tokenization = replace(self.lm.text, ends=True) if self.ends else self.lm.text
+        self._priors: dict[str, PriorKeys] = {}
+        self.text = text_for(self.lm, self.text)
+        sizes = [sum(self.sites[group[0]].shape) for group in self.groups]
+        layers = self.hidden_layers + 1
+        self.further = nn.ModuleList(
+            ResidualLayers(size, len(group), self.second_rank, self.hidden_layers)
+            for size, group in zip(sizes, self.groups, strict=True)
+            if self.steps > 1
+        )
+        self.conditions = nn.ModuleList(
+            Condition(2 * self.lm.applied.sites.width, self.film_rank, sizes, layers)
+            for _ in range(self.steps if self.film_rank else 0)
+        )
+        self.log_alpha_second = nn.Parameter(self.log_alpha.detach().clone())
+        start = torch.tensor([PRIOR, IDENTITY]) * torch.tensor([[site.shape[0]] for site in self.sites])
+        self.log_ridge = nn.Parameter(start.log())
+
+    @property
+    def tokenization(self) -> Text:
+        return self._tokenization
+
+    @torch.no_grad()
+    def start_at(self, rate: float) -> None:
+        super().start_at(rate)
+        self.log_alpha_second.fill_(math.log(rate))
+
+    def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
+        """N requests → n edits; with two steps their factors stand one behind the other."""
+        return self._made(batch, len(batch))[0]
+
+    def compute_joint_edit(self, batch: RequestBatch) -> LowRankEdit:
+        """N requests → the one ridge solution for the keys of all of them."""
+        return self._made(batch, 1)[0]
+
+    def begin_sequence(self) -> dict[str, PastKeys]:
+        """C⁻¹ of each site, before any edit."""
+        weights = self.log_ridge.detach().float()
+        found = {}
+        for name, log_weights in zip(self.names, weights, strict=True):
+            size = self.prior(name).values.numel()
+            found[name] = PastKeys(self.prior(name).solve(torch.eye(size, device=weights.device), log_weights))
+        return found
+
+    def make_next(self, batch: RequestBatch, state: dict[str, PastKeys]) -> tuple[LowRankEdit, dict[str, PastKeys]]:
+        """Solves with the keys of all edits before in C: what is edited leaves them as they are."""
+        edit, keys = self._made(batch, 1, state)
+        return edit, {name: past.and_these(keys[name][0].detach()) for name, past in state.items()}
+
+    def _made(
+        self, batch: RequestBatch, edits: int, past: Mapping[str, PastKeys] | None = None
+    ) -> tuple[LowRankEdit, dict[str, Tensor]]:
+        """Makes edits of a batch, one for each request or one for all; beside them the keys of the last step."""
+        states = self._instruction_states(batch)
+        made: LowRankEdit | None = None
+        for step in range(self.steps):
+            tokens = self._readings(batch) if step else batch.tokens
+            rows = torch.arange(len(tokens), device=tokens.device) % len(batch)
+            films = self.conditions[step](states[rows]) if self.film_rank else [None] * len(self.groups)
+            captured = self.lm.capture(tokens, self.names, made and made.detach(), rows % edits if made else None)
+            found = {
+                name: _gathered(factors, edits)
+                for name, factors in self.factors(captured, partial(self._values, step, films)).items()
+            }
+            keys = {name: factors.a / self.prior(name).unit for name, factors in found.items()} if self.ridge else {}
+            if self.ridge:
+                found = {name: self._solved(name, keys[name], factors.b, past) for name, factors in found.items()}
+            made = LowRankEdit(found) if made is None else _behind(made, found)
+        assert made is not None
+        return made, keys
+
+    def _readings(self, batch: RequestBatch) -> TokenBatch:
+        """What the second step's gradient is of: request i is row i, and where it is read twice also row n + i."""
+        if self.second_reads == "plain" or not any(batch.instructions):
+            return batch.tokens
+        pairs = zip(batch.instructions, batch.requests, strict=True)
+        instructed = self.tokenization.encode([(text + r.prompt, r.target) for text, r in pairs]).to(
+            batch.tokens.device
+        )
+        return TokenBatch.cat([batch.tokens, instructed])
+
+    def _values(
+        self, step: int, films: Sequence[Tensor | None], group: int, tokens: SiteTokens
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of a group's tokens; without ridge MEND's pseudo-(ũ, −α δ̃)."""
+        network = self.networks[group]
+        norms = (network.norm_u, network.norm_delta)
+        # What is left after the first step is measured by the first step's statistics: less is left, less is changed.
+        u, delta = (
+            norm(x) if step == 0 else norm.standardised(x)
+            for norm, x in zip(norms, (tokens.u, tokens.delta), strict=True)
+        )
+        layers = network if step == 0 else self.further[group]
+        new = layers.layers(torch.cat([u, delta], -1), tokens.site, films[group], tokens.row)
+        new_u, new_delta = new.split(network.split, -1)
+        rates = (self.log_alpha if step == 0 else self.log_alpha_second).exp()
+        alpha = rates[torch.tensor(self.groups[group], device=u.device)][tokens.site].unsqueeze(-1)
+        if not self.ridge:
+            return new_u, -alpha * new_delta
+        return tokens.u, -alpha * (u * new_u).mean(-1, keepdim=True) * new_delta
+
+    def prior(self, site: str) -> PriorKeys:
+        """The prior over the keys of a site."""
+        if not self._priors:
+            moments = covariances(self.lm, self.names, self.text, self.tokens)
+            self._priors = {name: PriorKeys(moment.to(self.lm.device)) for name, moment in moments.items()}
+        return self._priors[site]
+
+    def _solved(self, site: str, keys: Tensor, values: Tensor, past: Mapping[str, PastKeys] | None) -> Factors:
+        """The ridge solutions at a site, as factors."""
+        if past is None:
+            solved = self.prior(site).solve(keys, self.log_ridge[self.names.index(site)])
+        else:
+            solved = keys @ past[site].inverse
+        return Factors(solved / self.prior(site).unit, ridge(keys, solved, values))
+
+    @torch.no_grad()
+    def _instruction_states(self, batch: RequestBatch) -> Tensor:
+        """What the frozen LM makes of each request's instruction, [n, 2 · hidden]; zeros where there is none."""
+        states = torch.zeros(len(batch), 2 * self.lm.applied.sites.width, device=self.lm.device)
+        if not self.film_rank or not (different := sorted({text for text in batch.instructions if text})):
+            return states
+        rows = rows_of(self.lm.text.prompts(different)).to(self.lm.device)
+        found = self.lm.context.scope_embedding(rows, self.lm.first_block(self.names)).float()
+        for number, text in enumerate(batch.instructions):
+            if text:
+                states[number] = found[different.index(text)]
+        return states
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        rates = [self.log_alpha, self.log_alpha_second, self.log_ridge]
+        known = {id(rate) for rate in rates}
+        return {"network": [p for p in self.parameters() if id(p) not in known], "edit_rates": rates}
+
+
+def _gathered(factors: Factors, edits: int) -> Factors:
+    """Puts factors of the rows that an edit serves one behind the other, [rows, rank, …] → [edits, more, …]."""
+    a, b = (f.unflatten(0, (-1, edits)).transpose(0, 1).flatten(1, 2) for f in factors)
+    return Factors(a, b)
+
+
+def _behind(first: LowRankEdit, second: dict[str, Factors]) -> LowRankEdit:
+    """Two changes of the same requests as one."""
+    return LowRankEdit(
+        {
+            site: Factors(*(torch.cat(both, 1) for both in zip(factors, second[site], strict=True)))
+            for site, factors in first.factors.items()
+        }
+    )
