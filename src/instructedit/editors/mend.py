@@ -193,7 +193,8 @@ class Mend(Editor):
             pseudo: Takes the number of a group of sites of one shape and their tokens; gives [tokens, in] and
                 [tokens, out].
         """
-        names, factors = self.names, {}
+        names = self.names
+        factors: dict[str, Factors] = {}
         for number, group in enumerate(self.groups):
             u = torch.stack([captured.u[names[i]] for i in group]).float()
             delta = torch.stack([captured.delta[names[i]] for i in group]).float()

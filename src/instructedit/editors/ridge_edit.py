@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -226,14 +226,14 @@ class RidgeEdit(Mend):
         self, step: int, films: Sequence[Tensor | None], group: int, tokens: SiteTokens
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of a group's tokens; without ridge MEND's pseudo-(ũ, −α δ̃)."""
-        network = self.networks[group]
+        network: Any = self.networks[group]
         norms = (network.norm_u, network.norm_delta)
         # What is left after the first step is measured by the first step's statistics: less is left, less is changed.
         u, delta = (
             norm(x) if step == 0 else norm.standardised(x)
             for norm, x in zip(norms, (tokens.u, tokens.delta), strict=True)
         )
-        layers = network if step == 0 else self.further[group]
+        layers: Any = network if step == 0 else self.further[group]
         new = layers.layers(torch.cat([u, delta], -1), tokens.site, films[group], tokens.row)
         new_u, new_delta = new.split(network.split, -1)
         rates = (self.log_alpha if step == 0 else self.log_alpha_second).exp()
