@@ -15,7 +15,7 @@ import torch
 from instructedit.analysis.curves import curves_figure, sequence_curves
 from instructedit.drawing import save_figure
 from instructedit.editors import Editor
-from instructedit.editors.base import check_finite
+from instructedit.editors.report import check_finite
 from instructedit.edits import ContextEdit, Edit, add
 from instructedit.errors import UserError
 from instructedit.evaluation.runner import ask_all

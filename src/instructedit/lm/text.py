@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +56,12 @@ class Text:
 
     def __post_init__(self) -> None:
         _ = self._turn
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells tokenizers apart by their vocabulary (sha256, hex)."""
+        words = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
     def within(self, max_length: int | None) -> Self:
         """The same for rows of at most so many tokens."""
