@@ -155,6 +155,7 @@ class _Run:
         self.carried: Edit | None = None
         self.rows: list[Row] = []
         self.costs: list[dict[str, float]] = []
+        self.scored = 0  # edits at the last checkpoint
         self.stopped = ""
 
     def step(self, start: int, stop: int, score_every: int) -> bool:
@@ -168,12 +169,17 @@ class _Run:
                 raise
             self.carried = before
             self.stopped = f"edit {stop} (record {self.rendered[start].record.id}): {error}"
-            if start % score_every:
-                self._ask(self.again, start, again=True)
+            self._checkpoint(start)
             return False
         if stop // score_every > start // score_every or stop == len(self.rendered):
-            self._ask(self.again, stop, again=True)
+            self._checkpoint(stop)
         return True
+
+    def _checkpoint(self, edits: int) -> None:
+        """Scores records again, if that was not done at so many edits."""
+        if edits != self.scored:
+            self._ask(self.again, edits, again=True)
+            self.scored = edits
 
     def _edit(self, start: int, stop: int) -> None:
         began = time.perf_counter()
