@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,16 +164,16 @@ class _Run:
         try:
             self._edit(start, stop)
             self._ask(range(start, stop), stop, again=False)
+            if stop // score_every > start // score_every or stop == len(self.rendered):
+                self._checkpoint(stop)
         except UserError as error:
             if before is None:
                 raise
             self.carried = before
             self.stopped = f"edit {stop} (record {self.rendered[start].record.id}): {error}"
-            self._checkpoint(start)
-            return False
-        if stop // score_every > start // score_every or stop == len(self.rendered):
-            self._checkpoint(stop)
-        return True
+            with suppress(UserError):  # as far as the model before still has scores
+                self._checkpoint(start)
+        return not self.stopped
 
     def _checkpoint(self, edits: int) -> None:
         """Scores records again, if that was not done at so many edits."""
