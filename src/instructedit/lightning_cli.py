@@ -19,7 +19,8 @@ from torch import Tensor
 from instructedit.callbacks import DataReport, EditingAreaDump, EditRateSweep, Guards, PredictionTable, ResultTables
 from instructedit.configs import expanded, shown
 from instructedit.data.module import EditData
-from instructedit.editors.base import PACKAGE, Editor, load_weights, read_folder
+from instructedit.editors.base import PACKAGE, Editor, load_weights
+from instructedit.editors.saved import read_folder
 from instructedit.editors.sources import find_editor
 from instructedit.errors import UserError
 from instructedit.paths import DEFAULTS
@@ -198,7 +199,7 @@ def _saved_editor(found: Path) -> tuple[dict[str, Any], dict[str, Tensor] | None
         UserError: If it is damaged, or a checkpoint of something else.
     """
     if found.is_dir():
-        name, options, weights = read_folder(found)
+        name, options, weights, _ = read_folder(found)
         cls = plugin(Editor, PACKAGE, name)
         return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}, weights
     try:

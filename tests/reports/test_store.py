@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tests.conftest import random_lm
 from tests.reference import plain_model, random_factors, relative
 
@@ -150,6 +151,27 @@ def test_a_dense_edit_becomes_an_adapter_that_peft_reads(lm, tmp_path):
     assert full.error < 1e-5
 
 
+@pytest.mark.parametrize("rank", [4, 40])
+def test_an_adapter_passes_vllms_checks(lm, tmp_path, rank):
+    """What vllm/lora/peft_helper.py and vllm/lora/utils.py ask of the two files."""
+    lm.save(trimmed(lm, low_rank(lm, rank), PROBES, 16).edit, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert {"r", "lora_alpha", "target_modules"} <= config.keys()
+    assert 0 < config["r"] <= 16  # the server's max_lora_rank, unless it is told another
+    assert config["lora_alpha"] / config["r"] == 1  # the scaling that it applies
+    assert config["bias"] == "none"
+    refused = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "trainable_token_indices")
+    assert not any(config.get(name) for name in refused)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        front, _, part = name.removesuffix(".weight").rpartition(".")
+        assert front.startswith("base_model.model.")
+        assert part in ("lora_A", "lora_B")
+        assert front.removeprefix("base_model.model.") in config["target_modules"]
+        assert tensor.shape[0 if part == "lora_A" else 1] == config["r"]
+    assert len(tensors) == 2 * len(config["target_modules"])
+
+
 def test_more_rows_than_the_matrix_has_are_kept_exactly(lm, tmp_path):
     edit = low_rank(lm, 60)  # of matrices that are 32 wide
     found = trimmed(lm, edit, PROBES, 512)
@@ -195,6 +217,18 @@ def test_the_commands_of_a_store(kept, capsys):
     assert "of the 13 prompts that both were asked" in run(capsys, "diff", "rome", "both")
     assert main(["edits", "show", "rom"]) == 2
     assert "did you mean 'rome'?" in capsys.readouterr().err
+
+
+def test_edits_are_solved_again_together(kept, capsys):
+    said = run(capsys, "combine", "rome", "lima", "solved", "--solve", "ft_l")
+    assert said.count("took") >= 1
+    parts = [store.kept_edit(name, kept / "edits").report for name in ("rome", "solved", "both")]
+    assert [part["editor"] for part in parts] == ["ft_l", "ft_l", "sum"]
+    assert parts[1]["options"] == parts[0]["options"]
+    assert len(parts[1]["requests"]) == 2
+    lm = ie.FrozenLM.from_pretrained("tiny")
+    solved, total = (store.kept_edit(name, kept / "edits").load(lm) for name in ("solved", "both"))
+    assert not torch.allclose(solved.delta(solved.sites[0]), total.delta(total.sites[0]), atol=1e-3)
 
 
 def test_an_edit_leaves_as_an_adapter_and_as_a_model(kept, capsys, tmp_path):

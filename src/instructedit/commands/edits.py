@@ -9,6 +9,7 @@ from instructedit.errors import UserError
 from instructedit.paths import check_writable
 
 if TYPE_CHECKING:
+    from instructedit.editors import Editor
     from instructedit.lm import FrozenLM
     from instructedit.reports.store import KeptEdit
 
@@ -105,16 +106,22 @@ def undo(name: str, store: str | None = None) -> None:
     print(f"{edits.undo(name, edits.store_folder(store))} is removed; the model is what it was")
 
 
-def combine(first: str, second: str, keep: str, more: list[str] | None = None, store: str | None = None) -> None:
-    """Adds edits up to one, asks it all that its parts were asked, and keeps it.
+def combine(
+    first: str, second: str, keep: str, more: list[str] | None = None, solve: str | None = None,
+    store: str | None = None,
+) -> None:  # fmt: skip
+    """Adds edits up to one, or makes one of all their requests, asks it all that they were asked, and keeps it.
 
     Args:
         first: Name of an edit, or its folder.
         second: The same of another.
         keep: Name of the new edit.
         more: Further ones.
+        solve: An editor that makes one edit of all requests together instead, such as memit: the name of a method, with
+            the options that the first edit was made with if that is its method, or a trained editor.
         store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
     """
+    from instructedit.reports import edit
     from instructedit.reports import store as edits
     from instructedit.reports.table import tables
 
@@ -122,9 +129,12 @@ def combine(first: str, second: str, keep: str, more: list[str] | None = None, s
     edits.free_place(keep, folder)
     parts = [_kept(name, store) for name in (first, second, *(more or []))]
     model = _model(parts[0], None)
-    edit = edits.combined([part.load(model) for part in parts])
+    each = [part.load(model) for part in parts]  # refused where one was made for another model
     cases = [case for part in parts for case in part.cases]
-    report = edits.report_on(model, edit, cases, "sum", {"of": [part.name for part in parts]})
+    if solve:
+        report = edit(model, _editor(solve, model, parts[0]), cases, joint=True)
+    else:
+        report = edits.report_on(model, edits.combined(each), cases, "sum", {"of": [part.name for part in parts]})
     for table in tables(report):
         console().print(table)
     print(f"kept as {edits.keep(model, report, keep, folder)}")
@@ -176,6 +186,13 @@ def _model(kept: KeptEdit, lm: str | None) -> FrozenLM:
     import instructedit as ie
 
     return ie.FrozenLM.from_pretrained(lm or kept.model["name"])
+
+
+def _editor(source: str, lm: FrozenLM, kept: KeptEdit) -> Editor:
+    """A trained editor, or a method by its name, as it was when it made an edit."""
+    from instructedit.editors import any_editor
+
+    return any_editor(source, lm, kept.report["options"] if kept.report["editor"] == source else None)
 
 
 def _probes(kept: KeptEdit) -> list[tuple[str, str]]:

@@ -8,16 +8,18 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from instructedit.data.batch import EditBatch, RequestBatch, batch_rendered, batch_requests
+from instructedit.editors.card import model_card
 from instructedit.editors.losses import LossWeights, editing_loss
 from instructedit.editors.options import options
-from instructedit.editors.report import TargetReport, target_report
+from instructedit.editors.report import TargetReport, check_finite, target_report
+from instructedit.editors.saved import check_made_for, made_for, read_editor
 from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor, is_place
 from instructedit.edits import Edit
 from instructedit.errors import UserError
@@ -26,6 +28,9 @@ from instructedit.lm import FrozenLM, Site, Text
 from instructedit.records import EditRequest
 from instructedit.registry import plugin, plugins
 from instructedit.renamed import Renamed
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 PACKAGE = "instructedit.editors"
 _OLD_METHODS = {
@@ -260,17 +265,30 @@ class Editor(nn.Module, ABC):
         """The constructor arguments as plain values; a subclass keeps each under its own name."""
         return {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the editor, never the LM: ``editor.json`` and ``editor.safetensors``."""
+    def save_pretrained(self, folder: str | Path, results: DataFrame | None = None, place: str = "") -> None:
+        """Writes the editor, never the LM: ``editor.json``, ``editor.safetensors`` and a model card.
+
+        Args:
+            folder: Made if need be.
+            results: Its scores for the card, as `Scores.summary` or a test run's table ``summary``.
+            place: Where it will be loaded from, for the card.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
-        card = {"editor": self.name, "options": self.options(), "lm": self.lm.name, "sites": self.shapes()}
+        card = {"editor": self.name, "options": self.options(), **self.made_for()}
         (folder / CONFIG).write_text(json.dumps(card, indent=2) + "\n")
-        (folder / "README.md").write_text(_model_card(self))
+        text = model_card(self.lm, self.name, self.options(), results, place)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
-    def push_to_hub(self, repo_id: str, private: bool = False) -> None:
-        """Uploads the saved editor to the hub (the user's own token)."""
+    def push_to_hub(self, repo_id: str, private: bool = False, results: DataFrame | None = None) -> None:
+        """Uploads the saved editor to the hub (the user's own token).
+
+        Args:
+            repo_id: ``owner/name``.
+            private: Show it to nobody else.
+            results: Its scores for the model card (see `save_pretrained`).
+        """
         import tempfile
 
         from huggingface_hub import HfApi
@@ -278,8 +296,24 @@ class Editor(nn.Module, ABC):
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, results, repo_id)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, lm: FrozenLM) -> Self:
+        """A trained editor of this method, from a folder, a checkpoint, a run or the hub (see `load_editor`).
+
+        Raises:
+            UserError: See `load_editor`; or if it is one of another method.
+        """
+        editor = load_editor(source, lm)
+        if not isinstance(editor, cls):
+            raise UserError(f"{source}: holds an editor {editor.name!r}, not {cls.name!r}")
+        return editor
+
+    def made_for(self) -> dict[str, Any]:
+        """What its weights fit: the LM's name, its tokenizer, and the shapes of the sites."""
+        return made_for(self.lm, self.shapes())
 
     def shapes(self) -> dict[str, list[int]]:
         """Site → [in, out]: what an editor's weights fit."""
@@ -289,31 +323,10 @@ class Editor(nn.Module, ABC):
 Renamed.keep(Editor, **_OLD_METHODS)
 
 
-def check_finite(edit: Edit, editor: str) -> None:
-    """Makes sure that an edit holds numbers.
-
-    Raises:
-        UserError: If it holds NaN or infinities.
-    """
-    if broken := [name for name, t in edit.state().items() if t.is_floating_point() and not t.isfinite().all()]:
-        raise UserError(
-            f"editor {editor!r}: the edit is not finite at {broken[0]}; try dtype float32, or a smaller rate"
-        )
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def _model_card(editor: Editor) -> str:
-    return (
-        f"---\nlibrary_name: instructedit\ntags: [knowledge-editing]\n---\n\n# {editor.name} for {editor.lm.name}\n\n"
-        f"A knowledge editor for `{editor.lm.name}`; the language model itself is not included.\n\n"
-        "```python\nimport instructedit as ie\n\n"
-        f'lm = ie.FrozenLM.from_pretrained("{editor.lm.name}")\neditor = ie.load_editor("this folder", lm)\n```\n'
-    )
 
 
 def editor_names() -> list[str]:
@@ -370,41 +383,14 @@ def load_editor(source: str | Path, lm: FrozenLM) -> Editor:
         lm: The LM to bind it to.
 
     Raises:
-        UserError: If nothing is there, or it was trained for an LM of other shapes.
+        UserError: If nothing is there, or it was trained for an LM of other shapes or another tokenizer.
     """
     found = find_editor(source)
-    return _from_checkpoint(found, lm) if found.is_file() else _from_folder(found, lm)
-
-
-def read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """A saved editor's name, options and weights.
-
-    Raises:
-        UserError: If the folder holds none, or a damaged one.
-    """
-    try:
-        card = json.loads((folder / CONFIG).read_text())
-        return card["editor"], dict(card["options"]), load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise UserError(f"{folder}: damaged editor: {error}") from error
-
-
-def _from_folder(folder: Path, lm: FrozenLM) -> Editor:
-    name, options, weights = read_folder(folder)
-    return load_weights(build_editor(name, lm, **options), weights, str(folder)).eval()
-
-
-def _from_checkpoint(file: Path, lm: FrozenLM) -> Editor:
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        config = saved["hyper_parameters"]["editor"]
-        options = dict(config.get("init_args", {}))
-        name = config["class_path"].rsplit(".", 1)[-1]
-        weights = {k.removeprefix("editor."): v for k, v in saved["state_dict"].items() if k.startswith("editor.")}
-    except Exception as error:
-        raise UserError(f"{file}: not a checkpoint of an editor ({type(error).__name__}: {error})") from error
+    saved = read_editor(found)
     classes = {cls.__name__: key for key, cls in plugins(Editor, PACKAGE).items()}
-    return load_weights(build_editor(classes.get(name, name), lm, **options), weights, str(file)).eval()
+    editor = build_editor(classes.get(saved.name, saved.name), lm, **saved.options)
+    check_made_for(saved.made_for, editor.made_for(), str(found))
+    return load_weights(editor, saved.weights, str(found)).eval()
 
 
 def load_weights(editor: Editor, weights: dict[str, Tensor], source: str) -> Editor:

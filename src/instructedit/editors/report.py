@@ -8,6 +8,7 @@ import torch
 
 from instructedit.data.batch import RequestBatch
 from instructedit.edits import Edit
+from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 
 _NAMED = 3  # requests that a message names
@@ -52,3 +53,15 @@ def target_report(lm: FrozenLM, edit: Edit, batch: RequestBatch) -> TargetReport
     right = (scores.predicted == tokens.answers).split(sizes)
     losses = [part.mean().item() for part in scores.nll.split(sizes)]
     return TargetReport(tuple(losses), tuple(bool(part.all()) for part in right))
+
+
+def check_finite(edit: Edit, editor: str) -> None:
+    """Makes sure that an edit holds numbers.
+
+    Raises:
+        UserError: If it holds NaN or infinities.
+    """
+    if broken := [name for name, t in edit.state().items() if t.is_floating_point() and not t.isfinite().all()]:
+        raise UserError(
+            f"editor {editor!r}: the edit is not finite at {broken[0]}; try dtype float32, or a smaller rate"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from instructedit.analysis.curves import curves_figure, sequence_curves
 from instructedit.drawing import save_figure
 from instructedit.editors import Editor
-from instructedit.editors.base import check_finite
+from instructedit.editors.report import check_finite
 from instructedit.edits import ContextEdit, Edit, add
 from instructedit.errors import UserError
 from instructedit.evaluation.runner import ask_all
@@ -155,6 +155,7 @@ class _Run:
         self.carried: Edit | None = None
         self.rows: list[Row] = []
         self.costs: list[dict[str, float]] = []
+        self.scored = 0  # edits at the last checkpoint
         self.stopped = ""
 
     def step(self, start: int, stop: int, score_every: int) -> bool:
@@ -163,17 +164,22 @@ class _Run:
         try:
             self._edit(start, stop)
             self._ask(range(start, stop), stop, again=False)
+            if stop // score_every > start // score_every or stop == len(self.rendered):
+                self._checkpoint(stop)
         except UserError as error:
             if before is None:
                 raise
             self.carried = before
             self.stopped = f"edit {stop} (record {self.rendered[start].record.id}): {error}"
-            if start % score_every:
-                self._ask(self.again, start, again=True)
-            return False
-        if stop // score_every > start // score_every or stop == len(self.rendered):
-            self._ask(self.again, stop, again=True)
-        return True
+            with suppress(UserError):  # as far as the model before still has scores
+                self._checkpoint(start)
+        return not self.stopped
+
+    def _checkpoint(self, edits: int) -> None:
+        """Scores records again, if that was not done at so many edits."""
+        if edits != self.scored:
+            self._ask(self.again, edits, again=True)
+            self.scored = edits
 
     def _edit(self, start: int, stop: int) -> None:
         began = time.perf_counter()

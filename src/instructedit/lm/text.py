@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +60,12 @@ class Text:
         _ = self._turn
         if self.ends and self.tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no token that ends a text, for answers to end with")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells tokenizers apart by their vocabulary (sha256, hex)."""
+        words = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
     def within(self, max_length: int | None) -> Self:
         """The same for rows of at most so many tokens."""

@@ -14,7 +14,8 @@ from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 from instructedit.reports.report import EditReport
 
-#: Values that vLLM's ``max_lora_rank`` may have: a server takes adapters of up to one of these.
+#: Values that vLLM's ``max_lora_rank`` may have, but for 1 (``MaxLoRARanks`` in its vllm/config/lora.py; the default is
+#: 16). A server takes adapters of up to one of these (``validate_legal`` in its vllm/lora/peft_helper.py).
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 

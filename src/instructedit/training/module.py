@@ -18,6 +18,7 @@ from instructedit.data.module import EditData
 from instructedit.editors import Editor, load_weights
 from instructedit.editors.factored_gradients import factor_gradients
 from instructedit.editors.losses import LossWeights
+from instructedit.editors.saved import check_made_for
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, Outcome, Watcher, evaluate_batch
 from instructedit.lm import FrozenLM, Loading
@@ -203,10 +204,15 @@ class EditingModule(L.LightningModule):
         self.log_dict(logged, batch_size=len(batch))
         return loss
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says which model the editor fits."""
+        checkpoint["made_for"] = self.editor.made_for()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights of another architecture in one line."""
         weights = {k.removeprefix("editor."): v for k, v in checkpoint["state_dict"].items() if k.startswith("editor.")}
         trained_on = checkpoint["hyper_parameters"].get("lm", {}).get("name", "?")
+        check_made_for(checkpoint.get("made_for", {}), self.editor.made_for(), "the checkpoint")
         load_weights(self.editor, weights, f"the checkpoint (trained on {trained_on})")
         if self.editor.upgrade(weights):  # what the optimiser knew is of other numbers
             for state in checkpoint.get("optimizer_states", ()):

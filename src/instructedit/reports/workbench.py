@@ -1,0 +1,151 @@
+"""What the page to play with does: edits, reports, keeps, undoes and packs, for several people at once."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
+
+from instructedit.editors import any_editor
+from instructedit.errors import UserError
+from instructedit.lm import FrozenLM
+from instructedit.records import EditRequest
+from instructedit.reports.cases import EditCase
+from instructedit.reports.making import edit
+from instructedit.reports.ranks import served
+from instructedit.reports.report import EditReport
+from instructedit.reports.store import keep, undo, write_edit
+
+
+@dataclass
+class Visit:
+    """What one visitor has made.
+
+    Attributes:
+        report: Of the last edit; None before the first.
+        kept: Names of the edits that this visitor keeps.
+    """
+
+    report: EditReport | None = None
+    kept: list[str] = field(default_factory=list)
+
+    def last(self) -> EditReport:
+        """The report of the last edit.
+
+        Raises:
+            UserError: If there is none yet.
+        """
+        if self.report is None:
+            raise UserError("there is no edit yet: make one first")
+        return self.report
+
+
+class Workbench:
+    """Edits models for visitors of a page; one of them is served at a time, each with what they made themselves.
+
+    Args:
+        store: Folder that edits are kept in.
+        models: Models that visitors may choose, by name.
+    """
+
+    def __init__(self, store: Path, models: Sequence[str]) -> None:
+        self.store, self.models = store, tuple(models)
+        self._loaded: dict[str, FrozenLM] = {}
+        self._lock = threading.Lock()  # a model has one edit on at a time
+
+    def edit(
+        self, visit: Visit, lm: str, editor: str, prompt: str, target: str, task: str = "", subject: str = "",
+        neighbours: str = "",
+    ) -> str:  # fmt: skip
+        """Makes an edit and asks the model of it.
+
+        Args:
+            visit: Gets the report.
+            lm: One of the models.
+            editor: What `any_editor` takes.
+            prompt: What the model is asked.
+            target: What it should say.
+            task: Name of the task, for editors that read instructions; may be empty.
+            subject: Whom it is about; may be empty.
+            neighbours: Prompts whose answers should stay, one a line; drawn where there is none.
+
+        Returns:
+            The report as a page.
+
+        Raises:
+            UserError: If there is no such model or editor, or the request does not suit it.
+        """
+        if lm not in self.models:
+            raise UserError(f"no model {lm!r} on this page; there are: {', '.join(self.models)}")
+        request = EditRequest(prompt, target, task.strip() or None, subject.strip() or None)
+        case = EditCase(request, neighbours=tuple(line for line in neighbours.splitlines() if line.strip()))
+        with self._lock:
+            model = self._model(lm)
+            visit.report = edit(model, any_editor(editor.strip(), model), case)
+        return page_of(visit.report)
+
+    def keep(self, visit: Visit, name: str) -> str:
+        """Keeps the visitor's last edit in the store, and says so.
+
+        Raises:
+            UserError: If there is none, or the name is taken or none for a folder.
+        """
+        with self._lock:
+            report, small = served(self._model(visit.last().lm), visit.last(), None)
+            keep(self._model(report.lm), report, name.strip(), self.store)
+        visit.kept.append(name.strip())
+        return f"kept as {name.strip()}" + (f", {small}" if small else "")
+
+    def undo(self, visit: Visit, name: str) -> str:
+        """Removes an edit that the visitor kept, and says so.
+
+        Raises:
+            UserError: If this visitor kept none of that name.
+        """
+        if name not in visit.kept:
+            raise UserError(
+                f"you kept no edit {name!r}" + (f"; you have: {', '.join(visit.kept)}" if visit.kept else "")
+            )
+        with self._lock:
+            undo(name, self.store)
+        visit.kept.remove(name)
+        return f"{name} is removed; the model is what it was"
+
+    def pack(self, visit: Visit) -> str:
+        """Writes the visitor's last edit to a zip file: an adapter where it is of low rank, its report, its requests.
+
+        Returns:
+            The file, in a temporary folder of its own.
+
+        Raises:
+            UserError: If there is none.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="instructedit-"))
+        with self._lock:
+            model = self._model(visit.last().lm)
+            report, _ = served(model, visit.last(), None)
+            write_edit(model, report, folder / "edit")
+        file = folder / "edit.zip"
+        with ZipFile(file, "w", ZIP_DEFLATED) as packed:
+            for each in sorted((folder / "edit").iterdir()):
+                packed.write(each, each.name)
+        return str(file)
+
+    def _model(self, name: str) -> FrozenLM:
+        if name not in self._loaded:
+            self._loaded[name] = FrozenLM.from_pretrained(name)
+        return self._loaded[name]
+
+
+def page_of(report: EditReport) -> str:
+    """A report as a frame, whose style is its own and in which nothing runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "report.html")
+        report.save_html(file)
+        page = file.read_text(encoding="utf-8")
+    look = "width: 100%; height: 44rem; border: 0"
+    return f'<iframe title="edit report" sandbox="" style="{look}" srcdoc="{escape(page)}"></iframe>'
