@@ -6,7 +6,7 @@ from tests.reference import gradients, oriented, relative
 
 from instructedit.editors import build_editor
 from instructedit.editors.scales import NEUTRAL_PROMPTS, layer_scale
-from instructedit.editors.ultra_edit import least_squares
+from instructedit.editors.ultra_edit import UltraEdit, least_squares
 from instructedit.edits import LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
@@ -102,7 +102,7 @@ def test_a_rate_is_derived_from_what_a_layer_gives(lm):
     auto = built(lm, rate="auto").edit(REQUESTS)
     fixed = built(lm, rate=1.0).edit(REQUESTS)
     for site in built(lm).sites:
-        rate = 0.3 * layer_scale(lm, site.name).outputs / site.in_features
+        rate = UltraEdit.AUTO_RATE * layer_scale(lm, site.name).outputs / site.in_features
         torch.testing.assert_close(auto.delta(site.name), rate * fixed.delta(site.name), rtol=1e-3, atol=1e-7)
 
 

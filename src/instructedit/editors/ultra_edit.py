@@ -59,8 +59,8 @@ class UltraEdit(Editor):
 
     name: ClassVar[str] = "ultra_edit"
     PAPER_BLOCKS = (tuple(range(18, 27)), 28)
-    #: What ``auto`` is as a share of what a layer gives.
-    AUTO_RATE = 0.3
+    #: What ``auto`` is as a share of what a layer gives, see the docstring.
+    AUTO_RATE = 0.1
 
     rate: float | Literal["auto"] = AUTO
     blocks: Sequence[int] | None = None
