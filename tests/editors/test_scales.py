@@ -9,7 +9,7 @@ from instructedit.editors import build_editor
 from instructedit.editors.calinet import CaliNet
 from instructedit.editors.ft_l import FtL
 from instructedit.editors.grace import Grace
-from instructedit.editors.scales import _PROMPTS, layer_scale, weight_size
+from instructedit.editors.scales import NEUTRAL_PROMPTS, layer_scale, weight_size
 from instructedit.editors.t_patcher import TPatcher
 from instructedit.records import EditRequest
 
@@ -21,7 +21,7 @@ def vectors(lm, layer):
     model, seen = plain_model(lm), []
     model.get_submodule(layer).register_forward_hook(lambda _, args, out: seen.append((args[0][0, -1], out[0, -1])))
     with torch.no_grad():
-        for prompt in _PROMPTS:
+        for prompt in NEUTRAL_PROMPTS:
             model(torch.tensor([lm.tokenizer(prompt)["input_ids"]]))
     return [torch.stack(part) for part in zip(*seen, strict=True)]
 

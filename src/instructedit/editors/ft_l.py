@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -56,20 +56,24 @@ class FtL(Editor):
 
     def compute_edit(self, batch: RequestBatch) -> DenseEdit:
         """One dense ΔW for each request and site."""
-        return self._tuned(batch, together=False)
+        return self._tuned(row_losses(self._loss(), batch.tokens, DenseEdit.of, together=False), len(batch))
 
     def compute_joint_edit(self, batch: RequestBatch) -> DenseEdit:
         """One ΔW, tuned on the mean loss of all requests."""
-        return self._tuned(batch, together=True)
+        return self._tuned(row_losses(self._loss(), batch.tokens, DenseEdit.of, together=True), 1)
 
-    def _tuned(self, batch: RequestBatch, together: bool) -> DenseEdit:
-        loss = self._at_last_prompt_token if self.loss == "last_prompt" else self.lm.losses
-        count = 1 if together else len(batch)
+    def _loss(self) -> Callable[[TokenBatch, Edit], Tensor]:
+        """The loss of each row under its edit, [rows]."""
+        of_rows = self._at_last_prompt_token if self.loss == "last_prompt" else self.lm.losses
+        return partial(of_rows, rows=None)
+
+    def _tuned(self, losses: Callable[[Values, Tensor], Tensor], count: int, rounds: int = 1) -> DenseEdit:
+        """Matrices that minimise losses (see `optimise`), so many of them, in so many times the steps."""
         start = {s.name: torch.zeros(count, s.out_features, s.in_features, device=self.lm.device) for s in self.sites}
         sizes = {site.name: weight_size(self.lm, site) for site in self.sites}
         lr = {name: self.AUTO_LR * size for name, size in sizes.items()} if self.lr == AUTO else self.lr
         found = optimise(
-            start, row_losses(loss, batch.tokens, DenseEdit.of, together), self.steps, lr, self.optimizer,
+            start, losses, self.steps * rounds, lr, self.optimizer,
             stop_below=self.stop_below, project=partial(self._project, sizes),
         )  # fmt: skip
         return DenseEdit.of(found)

@@ -46,17 +46,23 @@ class RunningNorm(nn.Module):
             buffer.zero_()
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Adds tokens [tokens, size]; under data parallelism those of every process."""
+    def update(self, x: Tensor, everywhere: bool = True) -> None:
+        """Adds tokens.
+
+        Args:
+            x: [tokens, size].
+            everywhere: Under data parallelism those of every process; else this one's alone.
+        """
+        several = everywhere and _several()
         count = torch.full((), len(x), dtype=torch.float64, device=x.device)
         total = x.sum(0).double()
-        if _several():
+        if several:
             both = torch.cat([count[None], total])
             distributed.all_reduce(both)
             count, total = both[0], both[1:]
         mean = total / count.clamp(min=1)  # no token at all changes nothing, without a look at how many there are
         squares = (x.double() - mean).square().sum(0)
-        if _several():
+        if several:
             distributed.all_reduce(squares)
         shift = mean - self.mean
         both_counts = self.count + count

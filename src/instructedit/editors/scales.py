@@ -13,7 +13,7 @@ from torch import Tensor
 from instructedit.lm import FrozenLM, Site
 
 #: Beginnings of sentences that have nothing to do with one another.
-_PROMPTS = (
+NEUTRAL_PROMPTS = (
     "The capital of Norway is", "My grandmother always used to say that", "Water begins to boil when",
     "The committee will publish its report", "In the second half of the match", "She closed the door and",
     "Plants turn sunlight into", "The price of wheat has", "He was born in the city of", "To install the program,",
@@ -47,7 +47,7 @@ def layer_scale(lm: FrozenLM, layer: str) -> LayerScale:
         lm: The unedited model.
         layer: Name of a site or feed-forward module.
     """
-    batch = lm.encode([(prompt, "it") for prompt in _PROMPTS]).prompts()
+    batch = lm.encode([(prompt, "it") for prompt in NEUTRAL_PROMPTS]).prompts()
     seen = lm.record_activations(batch, [layer])[layer]
     last = (torch.arange(len(batch)), torch.tensor(batch.lengths) - 1)
     inputs, outputs = seen.inputs[last].float(), seen.outputs[last].float()
