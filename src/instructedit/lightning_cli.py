@@ -32,6 +32,8 @@ NAMED = {
     "--scale": "the LM, trainer and data of configs/scale/NAME.yaml, or of a file of your own; --config and options "
     "override",
     "--editor": "the editor's config at that scale: configs/editor/, or a file of your own",
+    "--task": "the one task to train, validate and test on: its name, or a folder with a task.yaml "
+    "(instructedit new-task)",
     "--callbacks": "further callbacks or other options of those that every run has: configs/callbacks/, or a file",
     "--logger": "where metrics go: configs/logger/, or a file",
     "--debug": "a way to be careful: configs/debug/, or a file",

@@ -56,7 +56,8 @@ def main(
         prompt: What the model is asked.
         target: What it should say.
         requests: Instead of a prompt and a target, a file of several (.json, .jsonl or .csv with a header): prompt,
-            target, and if wanted subject, task, rephrase, neighbours, ask. Each is an edit of its own.
+            target, and if wanted subject, task, rephrase, neighbours, ask; or the folder of a task of your own, whose
+            test records these are. Each is an edit of its own.
         options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by
             default those of its config at the scale; without a scale the published ones, with step sizes and radii
             that follow the model's own scales.
@@ -65,7 +66,7 @@ def main(
             scale's, or tiny.
         device: Where the LM lives, e.g. cuda; by default the CPU.
         dtype: Of the LM's weights, e.g. bfloat16; by default float32.
-        task: Name of the editing task, for editors that read instructions.
+        task: Name of the editing task, or its folder with a task.yaml, for editors that read instructions.
         subject: The entity in the prompt that the edit is about, for ROME and MEMIT.
         description: Id of the instruction's description; by default one that training uses, always the same.
         instruction: A sentence of your own in the description's place, for editors that read instructions; its slots
@@ -91,9 +92,11 @@ def main(
         merge: Folder to save a plain transformers model with the edit in its weights to.
     """
     import instructedit as ie
+    from instructedit.tasks import task_name
 
     _check_targets(save, merge)
     reports = [_check_file(file, option) for file, option in ((json, "--json"), (html, "--html"))]
+    task = task_name(task) if task else None
     own = (prompt, target, subject, slots, rephrase, neighbours)
     cases = _cases(requests, task) if requests and not any(own) else [_case(requests, task, *own)]
     if merge and len(cases) > 1 and not joint:

@@ -24,7 +24,7 @@ from instructedit.errors import UserError
 from instructedit.instructions import Instructor, RenderedRecord
 from instructedit.lm import FrozenLM, Site
 from instructedit.records import EditRequest
-from instructedit.registry import plugin, plugins
+from instructedit.registry import names, plugin, plugins
 
 PACKAGE = "instructedit.editors"
 
@@ -279,7 +279,7 @@ def _model_card(editor: Editor) -> str:
 
 def editor_names() -> list[str]:
     """Names that `build_editor` knows."""
-    return list(plugins(Editor, PACKAGE))
+    return names(Editor, PACKAGE)
 
 
 def build_editor(name: str, lm: FrozenLM, **options: Any) -> Editor:

@@ -107,6 +107,7 @@ class Runner:
 
     def _run(self, name: str, seed: int) -> RunResult:
         from instructedit.callbacks.editor_model import best_checkpoint
+        from instructedit.tasks import task_name
 
         of, tags, checkpoint = self.experiment.grid.rows[name].of, {}, None
         if of:
@@ -119,7 +120,10 @@ class Runner:
             raise
         data, run_id, client = cli.datamodule, cli.trainer.logger.run_id, self.parent.experiment
         tags |= {_TITLES: json.dumps(data.titles)}
-        tags |= {f"tasks.{stage}": ",".join(source.name for source in data.sources[stage]) for stage in ("fit", "test")}
+        tags |= {
+            f"tasks.{stage}": ",".join(task_name(source.name) for source in data.sources[stage])
+            for stage in ("fit", "test")
+        }
         if self.experiment.grid.rows[name].fitted:
             tags[_CHECKPOINT] = os.path.relpath(best_checkpoint(cli.trainer), self.experiment.root)
         for key, value in tags.items():
