@@ -105,6 +105,7 @@ class Flat(Task):
             report.note(f"record without {kind}")
             return
         value = raw.data[name]
+        asked: Iterator[tuple[str, str, Answers]]
         if isinstance(value, dict):
             asked = ((group, *_asked(item)) for group, items in raw.groups(name).items() for item in items)
         elif isinstance(value, list) and any(isinstance(each, dict) for each in value):

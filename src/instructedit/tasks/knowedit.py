@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal
 
 from instructedit.records import EditRecord, EditRequest, Probe
@@ -25,7 +25,7 @@ class KnowEdit(Task):
     stay in portability too, where KnowEdit puts them.
     """
 
-    fields = (
+    fields: Collection[str] = (
         "subject", "prompt", "target_new", "ground_truth", *_REPHRASES, *_GROUPS, "case_id", "id", "pred", "cond",
     )  # fmt: skip
 
