@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,9 +164,7 @@ def run_row(experiment: Plan, name: str, seed: int, parent: MLflowTracker, check
     place = logger_options(f"{experiment.name}/{name}/seed-{seed}", tags, parent, experiment.root)
     arguments = [*experiment.arguments(name, seed), *place]
     if not experiment.grid.rows[name].fitted:
-        with warnings.catch_warnings():  # a test in a run of its own is meant
-            warnings.filterwarnings("ignore", "The dirpath has changed.*")
-            return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])
+        return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])
     cli = run(arguments, callbacks=[EditorModel()])
     cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=best_checkpoint(cli.trainer), verbose=False)
     return cli
