@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
+import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ import instructedit as ie
 from instructedit.cli import main
 from instructedit.lm.pretrain import Recipe, new_model
 from instructedit.run_names import next_command, run_name, run_tags
-from instructedit.tracking import load_table, recent_runs
+from instructedit.tracking import artifact_path, load_table, recent_runs
 
 QUIET = [
     "--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.enable_progress_bar=false",
@@ -59,6 +61,17 @@ def test_a_task_of_ones_own_is_trained_and_tested(place):
     assert re.search("Task: mytask\nDescription: .*\nInput: ", "".join(table["prompt"]))
 
 
+def test_data_and_tables_are_where_the_ui_shows_them(place):
+    test, fit = recent_runs(place / "mlruns")
+    shown = [(one.dataset.name, one.tags[0].value) for one in fit.inputs.dataset_inputs]
+    assert sorted(shown) == [("mytask/train", "train"), ("mytask/val", "val")]
+    read = {one.dataset.name: one.dataset for one in test.inputs.dataset_inputs}["mytask/test"]
+    assert json.loads(read.profile) == {"num_records": 12}
+    tables = artifact_path(test.info.run_id, "tables", place / "mlruns")
+    whole = pd.read_parquet(tables / "probes.parquet")
+    assert list(pd.read_csv(tables / "probes.csv")["prompt"]) == list(whole["prompt"])
+
+
 def test_the_table_has_scores_and_the_next_command(place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("COLUMNS", "200")
@@ -83,7 +96,7 @@ def test_the_next_command_of_a_fit_runs(place, monkeypatch):
     _, fit = recent_runs("mlruns")
     words = shlex.split(next_command(fit.info.run_id, "FINISHED", fit.data.tags))
     assert words[:2] == ["instructedit", "test"]
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main([*words[1:], "--print_config"])
 
 

@@ -16,7 +16,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from instructedit.callbacks import DataReport, EditingAreaDump, EditRateSweep, Guards, PredictionTable, ResultTables
+from instructedit.callbacks import (
+    DataReport,
+    EditingAreaDump,
+    EditRateSweep,
+    Guards,
+    Pace,
+    PredictionTable,
+    ResultTables,
+)
 from instructedit.configs import expanded, shown
 from instructedit.data.module import EditData
 from instructedit.editors.base import PACKAGE, Editor, load_weights, read_folder
@@ -101,6 +109,7 @@ class EditingCLI(LightningCLI):
         parser.add_lightning_class_args(EditRateSweep, "edit_rate")  # before the guards, which see where rates start
         parser.add_lightning_class_args(Guards, "guards")
         parser.add_lightning_class_args(DataReport, "data_report")
+        parser.add_lightning_class_args(Pace, "pace")
         parser.add_lightning_class_args(ResultTables, "results")
         parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(EditingAreaDump, "areas")

@@ -9,12 +9,13 @@ The store is ``mlruns/mlflow.db``; artifacts lie under ``mlruns/artifacts/<exper
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _LONGEST_VALUE = 6000  # characters that MLflow keeps of a parameter
 _LARGEST_BATCH = 100  # parameters, and tags, that MLflow takes at once
+_LONGEST_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 _DATABASE = "mlflow.db"
 _PARENT = "mlflow.parentRunId"
 _KIND = "mlflow.experimentKind"  # which of its two faces the UI shows
@@ -159,6 +161,24 @@ class MLflowTracker(Artifacts, MLFlowLogger):
     def log_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
         """Logs which data the run used, as tags ``data.<name>``: ``{"counterfact/train": "<sha256>"}``."""
         self._log(self.experiment, {}, {f"data.{name}": value for name, value in fingerprints.items()})
+
+    @rank_zero_only
+    def log_datasets(self, datasets: Sequence[Mapping[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=f"{each['task']}/{each['split']}", digest=each["fingerprint"][:_LONGEST_DIGEST],
+                    source_type="records", source=json.dumps({"source": each["source"]}),
+                    profile=json.dumps({"num_records": each["kept"]}),
+                ),
+                [InputTag("mlflow.data.context", each["split"])],
+            )
+            for each in datasets
+        ]  # fmt: skip
+        if inputs:
+            self.experiment.log_inputs(self.run_id, inputs)
 
     @rank_zero_only
     def log_file(self, path: str | Path, folder: str | None = None) -> None:

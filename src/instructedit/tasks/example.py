@@ -30,8 +30,8 @@ splits:  # split to file, or a part of one; also three files: {{train: train.jso
 """
 
 _BANK = """\
-# What the task edits, each time in other words: one sentence stands in front of a request. Training draws from those
-# marked train; test uses the heldout one.
+# What the task edits, each time in other words: one sentence stands in front of a request. Training and tests draw from
+# those marked train; --model.evaluation.descriptions heldout tests with the other.
 task: {title}
 version: 1
 descriptions:
