@@ -46,7 +46,7 @@ def everything(keeper, tmp_path):
 
 FILES = {
     "areas/a.txt", "config.yaml", "data.fit.json", "figures/empty.png", "figures/empty.svg", "given/inner/a.txt",
-    "tables/numbers.parquet",
+    "tables/numbers.csv", "tables/numbers.parquet",
 }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_tensorboard_shows_figures(tmp_path, monkeypatch):
     keeper.log_figure(figure, "metrics")
     keeper.log_table(pd.DataFrame({"x": [1]}), "summary")
     assert shown == [("metrics", figure, 7, False)]
-    assert files(tmp_path / "board") == {"tables/summary.parquet"}
+    assert files(tmp_path / "board") == {"tables/summary.parquet", "tables/summary.csv"}
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def place(tmp_path_factory, tokenizer):
         (root / f"{name}.json").write_text(json.dumps(value))
     (root / "wrong.json").write_text('[\n{"prompt": "a",}\n]')
     (root / "binary.json").write_bytes(b"\xff\xfe\x00")
-    (root / "table.csv").write_text("a,b\n")
+    (root / "table.tsv").write_text("a,b\n")
     (root / "syntax.yaml").write_text("model: [1\n")
     (root / "misspelt.yaml").write_text("model:\n  lerning_rate: 1\n")
     (root / "text.ckpt").write_text("hello")
@@ -106,7 +106,7 @@ def fit(place, *more, command="fit", editor=MEND, data="good", task="counterfact
 DATA = {
     "missing": ("absent.json", "absent.json: no such file"),
     "unreadable": ("binary.json", "binary.json: not UTF-8 text at byte 0"),
-    "another format": ("table.csv", "table.csv: not a .json"),
+    "another format": ("table.tsv", "table.tsv: not a .json"),
     "wrong JSON": ("wrong", "wrong.json: wrong JSON at line 2, column 16"),
     "no list": ("no-list", "no-list.json: expected a list"),
     "nothing in it": ("nothing", "nothing.json"),

@@ -318,7 +318,7 @@ def test_what_is_not_there_is_one_line_that_says_what_is(root: Path, tmp_path: P
         (lambda: load_table("nope", "edits", root), rf"no run 'nope'; there are: {run_id} \(only\)"),
         (
             lambda: load_table(run_id, "nope", root),
-            "no artifact 'tables/nope.parquet'; there are: tables/edits.parquet",
+            "no artifact 'tables/nope.parquet'; there are: tables/edits.csv, tables/edits.parquet",
         ),
         (lambda: MLflowTracker(root=root, run_id="nope").experiment, "no run 'nope'"),
     ]

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+_SHOWN = 500  # rows of a table that a browser of artifacts shows
 
 
 class Artifacts(ABC):
@@ -39,11 +41,17 @@ class Artifacts(ABC):
 
     @rank_zero_only
     def log_table(self, df: DataFrame, name: str) -> None:
-        """Logs a table as ``tables/<name>.parquet``."""
-        path = Path("tables", f"{name}.parquet")
+        """Logs a table as ``tables/<name>.parquet``, and its first rows as CSV, which browsers of artifacts show.
+
+        That file is ``<name>.csv``, or ``<name>.first-500.csv`` where there are more.
+        """
+        path = Path("tables", name)
+        shown = f"{path.name}.csv" if len(df) <= _SHOWN else f"{path.name}.first-{_SHOWN}.csv"
         with tempfile.TemporaryDirectory() as folder:
-            df.to_parquet(Path(folder, path.name))
-            self.log_file(Path(folder, path.name), path.parent.as_posix())
+            df.to_parquet(Path(folder, f"{path.name}.parquet"))
+            df.head(_SHOWN).to_csv(Path(folder, shown), index=False)
+            for file in (f"{path.name}.parquet", shown):
+                self.log_file(Path(folder, file), path.parent.as_posix())
 
     @rank_zero_only
     def log_figure(self, figure: Figure, name: str) -> None:
@@ -68,6 +76,14 @@ class Artifacts(ABC):
     def log_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
         """Logs which data the run used: ``{"counterfact/train": "<sha256>"}``."""
         self.log_json(dict(fingerprints), "fingerprints")
+
+    @rank_zero_only
+    def log_datasets(self, datasets: Sequence[Mapping[str, Any]]) -> None:  # most have no such place
+        """Shows which records a run read, where a logger has a place for it; all keep them as ``data.<stage>.json``.
+
+        Args:
+            datasets: ``task, split, source, kept, fingerprint`` of each.
+        """
 
 
 class FolderArtifacts(Artifacts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from instructedit.errors import UserError, unknown
 
 T = TypeVar("T")
 
-SCALE, EDITOR, CONFIG = "--scale", "--editor", ("--config", "-c")
+SCALE, EDITOR, TASK, CONFIG = "--scale", "--editor", "--task", ("--config", "-c")
 
 #: Folders of ``configs/`` with an option of their name, for what is the same at every scale.
 GROUPS = ("callbacks", "logger", "debug")
@@ -129,9 +130,10 @@ def config_files(scale: str | None, editor: str | None) -> list[Path]:
 
 
 def expanded(args: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Replaces ``--scale``, ``--editor`` and `GROUPS` in a command line by the configs that they mean.
+    """Replaces ``--scale``, ``--editor``, ``--task`` and `GROUPS` in a command line by what they mean.
 
-    These come right behind the command, in this order, so that explicit configs and options override them. Configs that
+    Configs come right behind the command, in this order, so that explicit configs and options override them. A task
+    takes the place of all tasks that any of these name. Configs that
     ship are found by their path in the repository (``configs/lm/tiny.yaml``) from any folder.
 
     Args:
@@ -149,8 +151,10 @@ def expanded(args: Sequence[str]) -> tuple[list[str], list[Path]]:
     for group in GROUPS:
         name, rest = _taken(rest, f"--{group}")
         files += [_named(group, name, [_group(group)])] if name else []
+    task, rest = _taken(rest, TASK)
+    own = [f"--data.{part}={json.dumps([{'name': task}])}" for part in ("train", "val", "test")] if task else []
     rest = located(rest)
-    return [*rest[:1], *(f"--config={file}" for file in files), *rest[1:]], files
+    return [*rest[:1], *(f"--config={file}" for file in files), *rest[1:], *own], files
 
 
 def located(args: Sequence[str]) -> list[str]:

@@ -16,7 +16,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from instructedit.callbacks import DataReport, EditingAreaDump, EditRateSweep, Guards, PredictionTable, ResultTables
+from instructedit.callbacks import (
+    DataReport,
+    EditingAreaDump,
+    EditRateSweep,
+    Guards,
+    Pace,
+    PredictionTable,
+    ResultTables,
+)
 from instructedit.configs import expanded, shown
 from instructedit.data.module import EditData
 from instructedit.editors.base import PACKAGE, Editor, load_weights
@@ -25,7 +33,8 @@ from instructedit.editors.sources import find_editor
 from instructedit.errors import UserError
 from instructedit.paths import DEFAULTS
 from instructedit.registry import plugin, plugins
-from instructedit.tracking import SaveConfig
+from instructedit.run_names import next_command, run_name, run_tags
+from instructedit.tracking import MLflowTracker, SaveConfig
 from instructedit.training.module import EditingModule
 
 #: Options that stand for several configs.
@@ -33,6 +42,8 @@ NAMED = {
     "--scale": "the LM, trainer and data of configs/scale/NAME.yaml, or of a file of your own; --config and options "
     "override",
     "--editor": "the editor's config at that scale: configs/editor/, or a file of your own",
+    "--task": "the one task to train, validate and test on: its name, or a folder with a task.yaml "
+    "(instructedit new-task)",
     "--callbacks": "further callbacks or other options of those that every run has: configs/callbacks/, or a file",
     "--logger": "where metrics go: configs/logger/, or a file",
     "--debug": "a way to be careful: configs/debug/, or a file",
@@ -83,7 +94,13 @@ class Checkpoint(ModelCheckpoint):
 
 
 class EditingCLI(LightningCLI):
-    """The parser of `fit`, `validate`, `test` and `predict`."""
+    """The parser of `fit`, `validate`, `test` and `predict`.
+
+    Attributes:
+        typed: The command line as it was given, before names of configs were replaced by their files.
+    """
+
+    typed: tuple[str, ...] = ()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Configs by name, for the help alone (`expanded` reads them), and every run's callbacks with their options."""
@@ -93,13 +110,21 @@ class EditingCLI(LightningCLI):
         parser.add_lightning_class_args(EditRateSweep, "edit_rate")  # before the guards, which see where rates start
         parser.add_lightning_class_args(Guards, "guards")
         parser.add_lightning_class_args(DataReport, "data_report")
+        parser.add_lightning_class_args(Pace, "pace")
         parser.add_lightning_class_args(ResultTables, "results")
         parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(EditingAreaDump, "areas")
 
     def fit(self, **options: Any) -> None:
-        """Runs `Trainer.fit`."""
+        """Runs `Trainer.fit`, and says what comes next."""
         self._call(self.trainer.fit, options)
+        for logger in self._trackers():
+            if not logger.is_child:
+                then = next_command(str(logger.run_id), "FINISHED", run_tags(self.typed))
+                rank_zero_info(f"next: {then}\nand:  instructedit edit --editor {logger.run_id} --prompt … --target …")
+
+    def _trackers(self) -> list[MLflowTracker]:
+        return [logger for logger in self.trainer.loggers if isinstance(logger, MLflowTracker)]
 
     def validate(self, **options: Any) -> None:
         """Runs `Trainer.validate`."""
@@ -180,8 +205,16 @@ class EditingCLI(LightningCLI):
             rank_zero_info(f"the checkpoint's own editor is used: {', '.join(changed)}")
 
     def after_instantiate_classes(self) -> None:
-        """Introduces the module and its data to each other, and puts the weights of a saved editor in place."""
+        """Introduces module and data to each other, names the run, and puts the weights of a saved editor in place."""
         self.model.connect(self.datamodule)
+        config = self.config[self.config.subcommand]
+        checkpoint = config.get("ckpt_path") if self.config.subcommand != "fit" else None
+        editor = type(self.model.editor).__name__
+        for logger in self._trackers():
+            logger.describe(
+                run_name(self.config.subcommand, editor, config.model.lm.name, config.seed_everything),
+                run_tags(self.typed, checkpoint),
+            )
         if self._weights is not None:
             load_weights(self.model.editor, self._weights, "--ckpt_path")
 
@@ -235,12 +268,13 @@ def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defau
     """
     plugins(Editor, PACKAGE)  # imports every editing method, so that its class name alone resolves
     _quiet()
+    typed = tuple(args)
     args, files = expanded(args)
     if files:
         rank_zero_info(f"configs: {' '.join(map(shown, files))}")
     raising = {"exit_on_error": False}
     first = raising | {"default_config_files": [str(DEFAULTS)]}
-    cls = _of_one_command(cls, args[0] if args else "")
+    cls = _of_one_command(cls, args[0] if args else "", typed)
     return cls(
         EditingModule,
         EditData,
@@ -253,11 +287,13 @@ def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defau
     )
 
 
-def _of_one_command(cls: type[EditingCLI], command: str) -> type[EditingCLI]:
+def _of_one_command(cls: type[EditingCLI], command: str, typed: tuple[str, ...]) -> type[EditingCLI]:
     """The same command line with the parser of one command alone, since a parser takes half a second to build."""
     every = cls.subcommands()
     chosen = {command: every[command]} if command in every else every
-    return type(cls.__name__, (cls,), {"subcommands": staticmethod(lambda: chosen), "__doc__": cls.__doc__})
+    return type(
+        cls.__name__, (cls,), {"subcommands": staticmethod(lambda: chosen), "__doc__": cls.__doc__, "typed": typed}
+    )
 
 
 def _class_names() -> list[str]:
@@ -271,7 +307,11 @@ def _quiet() -> None:
         ".*is an instance of `nn.Module` and is already saved during checkpointing.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
         ".*args parameter is intended to run from within Python.*",
+        "The dirpath has changed.*",  # a test has a run of its own
     ):
         warnings.filterwarnings("ignore", message)
-    # Lightning's advertisements come as log messages.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "💡" not in record.getMessage())
+    # Lightning's advertisements, and the devices that are not there, come as log messages.
+    silent = ("💡", "GPU available: False", "TPU available: False")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not any(words in record.getMessage() for words in silent)
+    )

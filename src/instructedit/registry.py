@@ -1,12 +1,14 @@
-"""Plug-ins found by importing the folder they live in: a new file is enough to add one."""
+"""Plug-ins found by importing the folder they live in, or by the entry points of other packages."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
-from instructedit.errors import unknown
+from instructedit.errors import UserError, unknown
 
 T = TypeVar("T")
 
@@ -30,12 +32,36 @@ def plugins(base: type[T], package: str) -> dict[str, type[T]]:
 
 
 def plugin(base: type[T], package: str, name: str) -> type[T]:
-    """The subclass of `base` called `name`.
+    """The subclass of `base` called `name`; one of another package is imported now, by its entry point.
 
     Raises:
-        UserError: If there is none; the message lists those that exist.
+        UserError: If there is none (the message lists those that exist), or another package's cannot be used.
     """
     found = plugins(base, package)
+    if name not in found and name in _brought(package):
+        return _loaded(base, _brought(package)[name])
     if name not in found:
-        raise unknown(base.__name__.lower(), name, list(found))
+        raise unknown(base.__name__.lower(), name, names(base, package))
     return found[name]
+
+
+def names(base: type[T], package: str) -> list[str]:
+    """The names of all plug-ins in order, those of other packages too, which are not imported for it."""
+    return sorted({*plugins(base, package), *_brought(package)})
+
+
+@cache  # reading every installed package's metadata takes a while
+def _brought(package: str) -> dict[str, EntryPoint]:
+    """What other packages bring: entry points whose group is called like our own package of such plug-ins."""
+    return {point.name: point for point in entry_points(group=package)}
+
+
+def _loaded(base: type[T], point: EntryPoint) -> type[T]:
+    where = f"entry point {point.name!r} of group {point.group!r} ({point.value})"
+    try:
+        found = point.load()
+    except Exception as error:  # any: it is another package's code
+        raise UserError(f"{where}: cannot be loaded: {type(error).__name__}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base) and found.__dict__.get("name") == point.name):
+        raise UserError(f"{where}: is no subclass of {base.__name__} with the name {point.name!r}")
+    return found

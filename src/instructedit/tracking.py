@@ -9,11 +9,13 @@ The store is ``mlruns/mlflow.db``; artifacts lie under ``mlruns/artifacts/<exper
 from __future__ import annotations
 
 import atexit
+import json
+import logging
 import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 _LONGEST_VALUE = 6000  # characters that MLflow keeps of a parameter
 _LARGEST_BATCH = 100  # parameters, and tags, that MLflow takes at once
+_LONGEST_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
 _DATABASE = "mlflow.db"
 _PARENT = "mlflow.parentRunId"
 _KIND = "mlflow.experimentKind"  # which of its two faces the UI shows
@@ -114,6 +117,17 @@ class MLflowTracker(Artifacts, MLFlowLogger):
                     self._experiment_name, self._artifact_location, {_KIND: "custom_model_development"}
                 )
 
+    def describe(self, name: str, tags: Mapping[str, str]) -> None:
+        """Gives a run, before it starts, a name if it has none, and further tags; one to continue keeps its own."""
+        if self._run_id is None:
+            self._run_name = self._run_name or name
+            self.tags = {**tags, **(self.tags or {})}
+
+    @property
+    def is_child(self) -> bool:
+        """Whether the run is one of several that belong together, such as the rows of an experiment."""
+        return _PARENT in (self.tags or {})
+
     def _log(self, client: MlflowClient, params: dict[str, str], tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
@@ -147,6 +161,24 @@ class MLflowTracker(Artifacts, MLFlowLogger):
     def log_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
         """Logs which data the run used, as tags ``data.<name>``: ``{"counterfact/train": "<sha256>"}``."""
         self._log(self.experiment, {}, {f"data.{name}": value for name, value in fingerprints.items()})
+
+    @rank_zero_only
+    def log_datasets(self, datasets: Sequence[Mapping[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=f"{each['task']}/{each['split']}", digest=each["fingerprint"][:_LONGEST_DIGEST],
+                    source_type="records", source=json.dumps({"source": each["source"]}),
+                    profile=json.dumps({"num_records": each["kept"]}),
+                ),
+                [InputTag("mlflow.data.context", each["split"])],
+            )
+            for each in datasets
+        ]  # fmt: skip
+        if inputs:
+            self.experiment.log_inputs(self.run_id, inputs)
 
     @rank_zero_only
     def log_file(self, path: str | Path, folder: str | None = None) -> None:
@@ -242,12 +274,28 @@ def finished_runs(root: str | Path = "mlruns") -> list[tuple[str, str]]:
     """
     if not (Path(root).expanduser() / _DATABASE).is_file():
         return []
-    client = _client(root)
-    found = client.search_runs(
-        [each.experiment_id for each in client.search_experiments()], "attributes.status = 'FINISHED'",
-        max_results=_MOST_RUNS, order_by=["attributes.end_time DESC"],
-    )  # fmt: skip
+    found = _search(root, "attributes.status = 'FINISHED'", "attributes.end_time DESC")
     return [(run.info.run_id, run.info.run_name) for run in found]
+
+
+def recent_runs(root: str | Path = "mlruns", children: bool = False) -> list[Run]:
+    """Lists the runs of all experiments in a local store, the one that began last first.
+
+    Args:
+        root: Folder of the store.
+        children: Also the runs that stand under another, such as the rows of an experiment.
+
+    Raises:
+        UserError: If there is no such store.
+    """
+    found = _search(root, "", "attributes.start_time DESC")
+    return [run for run in found if children or _PARENT not in run.data.tags]
+
+
+def _search(root: str | Path, wanted: str, order: str) -> list[Run]:
+    client = _client(root)
+    every = [each.experiment_id for each in client.search_experiments()]
+    return list(client.search_runs(every, wanted, max_results=_MOST_RUNS, order_by=[order]))
 
 
 def artifact_path(run_id: str, name: str, root: str | Path = "mlruns") -> Path:
@@ -297,10 +345,18 @@ def _local_store(root: Path) -> str:
 
 
 def _make_database(file: Path) -> None:
-    """Makes an empty database with MLflow's tables."""
+    """Makes an empty database with MLflow's tables, without its lines about every one of them."""
     from mlflow import MlflowClient
 
-    MlflowClient(f"sqlite:///{file}")
+    noisy = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
+    levels = [logger.level for logger in noisy]
+    try:
+        for logger in noisy:
+            logger.setLevel(logging.WARNING)
+        MlflowClient(f"sqlite:///{file}")
+    finally:
+        for logger, level in zip(noisy, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _client(root: str | Path) -> MlflowClient:

@@ -99,7 +99,7 @@ def test_a_folder_that_does_not_settle_the_file(names: list[str], problem: str, 
         ("a.json.gz", LIST, ": cannot be read: "),
         ("a.json.xz", LIST, ": cannot be read: "),
         ("a.json.gz", gzip.compress(LIST)[:-9], ": cannot be read: "),
-        ("a.csv", b"prompt,target_new", ": not a .json or .jsonl file"),
+        ("a.tsv", b"prompt,target_new", ": not a .json or .jsonl file"),
         ("a.json", b'[{"prompt": "x"}]', ", record 0: field 'target_new' is missing"),
     ],
 )

@@ -4,7 +4,8 @@ from instructedit.callbacks.areas import EditingAreaDump
 from instructedit.callbacks.data_report import DataReport
 from instructedit.callbacks.edit_rates import EditRateSweep
 from instructedit.callbacks.guards import Guards
+from instructedit.callbacks.pace import Pace
 from instructedit.callbacks.predictions import PredictionTable
 from instructedit.callbacks.results import ResultTables
 
-__all__ = ["DataReport", "EditRateSweep", "EditingAreaDump", "Guards", "PredictionTable", "ResultTables"]
+__all__ = ["DataReport", "EditRateSweep", "EditingAreaDump", "Guards", "Pace", "PredictionTable", "ResultTables"]

@@ -11,10 +11,11 @@ from instructedit.artifacts import artifacts
 
 
 class DataReport(L.Callback):
-    """Logs each dataset's fingerprint as a tag and its reading report as ``data.json``."""
+    """Logs each dataset, its fingerprint as a tag, and its reading report as ``data.<stage>.json``."""
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         data = pl_module.data
         for keeper in artifacts(trainer):
             keeper.log_fingerprints(data.fingerprints)
+            keeper.log_datasets([vars(report) for report in data.reports])
             keeper.log_json([vars(report) for report in data.reports], f"data.{TrainerFn(stage).value}")

@@ -23,7 +23,8 @@ from instructedit.renamed import warn_renamed
 
 def commands() -> dict[str, ModuleType]:
     """Name → module of each command. They import what they need when they run."""
-    return {m.name: importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)}
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return {name.replace("_", "-"): importlib.import_module(f"{__name__}.{name}") for name in names}
 
 
 def run_command(name: str, args: list[str]) -> None:

@@ -30,7 +30,8 @@ class EditCommand:
         prompt: What the model is asked.
         target: What it should say.
         requests: Instead of a prompt and a target, a file of several (.json, .jsonl or .csv with a header): prompt,
-            target, and if wanted subject, task, rephrase, neighbours, ask. Each is an edit of its own.
+            target, and if wanted subject, task, rephrase, neighbours, ask; or the folder of a task of your own, whose
+            test records these are. Each is an edit of its own.
         options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by
             default those of its config at the scale; without a scale the published ones, with step sizes and radii
             that follow the model's own scales.
@@ -39,7 +40,7 @@ class EditCommand:
             scale's, or tiny.
         device: Where the LM lives, e.g. cuda; by default the CPU.
         dtype: Of the LM's weights, e.g. bfloat16; by default float32.
-        task: Name of the editing task, for editors that read instructions.
+        task: Name of the editing task, or its folder with a task.yaml, for editors that read instructions.
         subject: The entity in the prompt that the edit is about, for ROME and MEMIT.
         description: Id of the instruction's description; by default one that training uses, always the same.
         instruction: A sentence of your own in the description's place, for editors that read instructions; its slots
@@ -108,15 +109,13 @@ class EditCommand:
     def __call__(self) -> None:
         """Runs the command."""
         import instructedit as ie
+        from instructedit.tasks import task_name
 
         _check_targets(self.save, self.merge)
         reports = [_check_file(file, option) for file, option in ((self.json, "--json"), (self.html, "--html"))]
+        task = task_name(self.task) if self.task else None
         own = (self.prompt, self.target, self.subject, self.slots, self.rephrase, self.neighbours)
-        cases = (
-            _cases(self.requests, self.task)
-            if self.requests and not any(own)
-            else [_case(self.requests, self.task, *own)]
-        )
+        cases = _cases(self.requests, task) if self.requests and not any(own) else [_case(self.requests, task, *own)]
         if self.merge and len(cases) > 1 and not (self.joint or self.sequential):
             raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
         _check_sequence(self)

@@ -18,6 +18,7 @@ def main(
     out: str | None = None,
     overrides: list[str] | None = None,
     force: bool = False,
+    task: str | None = None,
 ) -> None:
     """Runs the rows of ``experiments/<name>/grid.yaml`` and puts them side by side.
 
@@ -35,7 +36,13 @@ def main(
             outputs/<name>-<scale>.
         overrides: Further options for every run, e.g. '["--trainer.max_steps=20"]'.
         force: Run everything anew, for instance because a dataset or a local LM has changed.
+        task: Train, validate and test every row on this one task instead: its name, or a folder with a task.yaml.
     """
     from instructedit.experiments import Experiment
 
+    if task:
+        from instructedit.tasks import task_name
+
+        out = out or f"outputs/{name}-{scale}-{task_name(task)}"
+        overrides = [*(overrides or []), f"--task={task}"]
     Experiment.load(name, scale, seeds, rows, root, out, overrides, force, data).run()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L  # noqa: N812
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from instructedit.data.batch import Collator, EditBatch
@@ -19,7 +20,7 @@ from instructedit.instructions import Instructor
 from instructedit.lm import Text
 from instructedit.records import EditRecord
 from instructedit.renamed import renamed_names
-from instructedit.tasks import LoadReport, load_records, task_title
+from instructedit.tasks import LoadReport, load_records, task_name, task_title
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class TaskSource:
     """Where the records of a task are.
 
     Attributes:
-        name: Of the task.
+        name: Of the task, or the path of a folder with a ``task.yaml``.
         source: ``tiny`` (embedded), a file, a folder with a file for each split, or a hub id ``owner/name``; by default
-            the task's place (see `EditData`), and ``tiny`` without one.
+            the task's place (see `EditData`), and without one its own folder or ``tiny``.
         split: Which split to read, by default the one of the stage. ``train[:-50]`` and ``train[-50:]`` or
             ``train[:90%]`` are parts of one, for data without validation records of their own.
         size: Take so many records, chosen at random; all by default.
@@ -56,7 +57,7 @@ class DataLocation:
         test: Which one to test on.
     """
 
-    source: str = "tiny"
+    source: str | None = None
     train: str = "train"
     val: str = "val"
     test: str = "test"
@@ -129,25 +130,51 @@ class EditData(L.LightningDataModule):
         for part in wanted:
             if part not in self.records:
                 self.records[part] = self._read(part)
+        self._warn_of_shared(wanted[-1])
 
     def _read(self, part: str) -> dict[str, list[EditRecord]]:
         if not self.sources[part]:
             raise UserError(f"data: no task to {part}: give data.{'train' if part == 'fit' else part}")
         found: dict[str, list[EditRecord]] = {}
-        size = self.hparams["val_size"] if part == "validate" else None
-        split = {"fit": "train", "validate": "val", "test": "test"}[part]
         for source in self.sources[part]:
-            if source.name in found:
-                raise UserError(f"data: task {source.name!r} is listed twice for {part}")
-            place = (
-                self.places.get(source.name, DataLocation()) if source.source is None else DataLocation(source.source)
-            )
-            whole, bounds = _split(source.split or getattr(place, split))
-            records, report = load_records(source.name, place.source, whole, **dict(source.options))
+            if (name := task_name(source.name)) in found:
+                raise UserError(f"data: task {name!r} is listed twice for {part}")
+            found[name], report = self._load(source, part)
             self.reports.append(report)
             rank_zero_info(report.line())
-            found[source.name] = self._subsample(_part(records, bounds), source.size or size)
         return found
+
+    def _load(self, source: TaskSource, part: str) -> tuple[list[EditRecord], LoadReport]:
+        place = self._place(source)
+        split = source.split or getattr(place, {"fit": "train", "validate": "val", "test": "test"}[part])
+        records, report = load_records(source.name, place.source, split, **dict(source.options))
+        return self._subsample(
+            records, source.size or (self.hparams["val_size"] if part == "validate" else None)
+        ), report
+
+    def _place(self, source: TaskSource) -> DataLocation:
+        return self.places.get(source.name, DataLocation()) if source.source is None else DataLocation(source.source)
+
+    def _warn_of_shared(self, part: str) -> None:
+        """Warns of records that are trained on, too, with their number."""
+        for source in self.sources[part]:
+            name = task_name(source.name)
+            trained = {_edit(record) for record in self._trained(name)}
+            if shared := sum(_edit(record) in trained for record in self.records[part][name]):
+                rank_zero_warn(
+                    f"data: {shared} of {len(self.records[part][name])} records of {name!r} to {part} are trained on, "
+                    "too (same prompt and target): give parts that do not overlap, such as train[:80%] and train[80%:]"
+                )
+
+    def _trained(self, name: str) -> list[EditRecord]:
+        """The training records of a task; a test, which does not need them, reads them for this if they are at hand."""
+        if "fit" in self.records:
+            return self.records["fit"].get(name, [])
+        for source in self.sources["fit"]:
+            if task_name(source.name) == name and Path(self._place(source).source or source.name).exists():
+                with suppress(UserError):  # that a test's training records cannot be read is no fault of the test
+                    return self._load(source, "fit")[0]
+        return []
 
     def _subsample(self, records: list[EditRecord], size: int | None) -> list[EditRecord]:
         if size is None or size >= len(records):
@@ -163,10 +190,10 @@ class EditData(L.LightningDataModule):
     @property
     def titles(self) -> dict[str, str]:
         """Test task → its name in tables, with a word for those that are held out of training."""
-        trained = {source.name for source in self.sources["fit"]}
+        trained = {task_name(source.name) for source in self.sources["fit"]}
+        titles = {task_name(source.name): task_title(source.name) for source in self.sources["test"]}
         return {
-            source.name: task_title(source.name) + ("" if source.name in trained or not trained else " (held out)")
-            for source in self.sources["test"]
+            name: title + (" (held out)" if trained and name not in trained else "") for name, title in titles.items()
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -235,23 +262,9 @@ class EditData(L.LightningDataModule):
         self.batches_used = state_dict["batches_used"]
 
 
-def _split(text: str) -> tuple[str, tuple[str, str]]:
-    """``train[:90%]`` → the split and the bounds of the part."""
-    match = re.fullmatch(r"(\w+)(?:\[(-?\d*%?):(-?\d*%?)\])?", text)
-    if not match:
-        raise UserError(f"data: {text!r} is no split; for instance train, train[:90%] or train[-50:]")
-    return match[1], (match[2] or "", match[3] or "")
-
-
-def _part(records: list[EditRecord], bounds: tuple[str, str]) -> list[EditRecord]:
-    """Whole clusters only, so that no topic stands in two parts."""
-    clusters = list(dict.fromkeys(r.cluster for r in records))
-
-    def bound(text: str) -> int | None:
-        return None if not text else len(clusters) * int(text[:-1]) // 100 if text.endswith("%") else int(text)
-
-    chosen = set(clusters[bound(bounds[0]) : bound(bounds[1])])
-    return [r for r in records if r.cluster in chosen]
+def _edit(record: EditRecord) -> tuple[str, str]:
+    """What two splits must not share."""
+    return record.request.prompt.casefold(), record.request.target.casefold()
 
 
 class _Drawn(Dataset[tuple[int, EditRecord]]):

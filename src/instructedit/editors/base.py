@@ -26,7 +26,7 @@ from instructedit.errors import UserError
 from instructedit.instructions import Instructor, RenderedRecord
 from instructedit.lm import FrozenLM, Site, Text
 from instructedit.records import EditRequest
-from instructedit.registry import plugin, plugins
+from instructedit.registry import names, plugin, plugins
 from instructedit.renamed import Renamed
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ def _plain(value: Any) -> Any:
 
 def editor_names() -> list[str]:
     """Names that `build_editor` knows."""
-    return list(plugins(Editor, PACKAGE))
+    return names(Editor, PACKAGE)
 
 
 def build_editor(name: str, lm: FrozenLM, **options: Any) -> Editor:

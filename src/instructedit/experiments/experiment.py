@@ -19,6 +19,8 @@ from instructedit.registry import plugins
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+    from instructedit.tracking import MLflowTracker
+
 
 @dataclass(frozen=True)
 class Experiment(Plan):
@@ -66,9 +68,32 @@ class Experiment(Plan):
         titles = shared_titles([children[0].titles for children in found.values()])
         results = Results(self.name, self.grid, self.scale, found, self.published, titles, trials)
         trouble += report(self, results, runner.parent, trouble)
+        self._name_best(results, runner.parent)
         if trouble:
             raise UserError("; ".join(trouble))
         return results.summary
+
+    def _name_best(self, results: Results, parent: MLflowTracker) -> None:
+        """Tags the experiment's run with its best row, and prints how to edit with what that row trained.
+
+        The best has the highest mean of the metrics that ``val/score`` is made of, all tasks alike.
+        """
+        from instructedit.metrics import editing_metrics
+
+        chosen_by = [name for name, metric in editing_metrics().items() if metric.chooses]
+        summary = results.summary
+        means = summary[summary["metric"].isin(chosen_by)].groupby("method")["mean"].mean()
+        if means.empty:
+            return
+        best = str(means.idxmax())
+        for key, value in (("best.row", best), ("best.score", f"{means[best]:.1f}")):
+            parent.experiment.set_tag(parent.run_id, key, value)
+        if self.grid.rows[best].fitted:
+            run = results.rows[best][0]
+            folder = next(self.root.glob(f"*/{run.run_id}"), run.run_id)
+            at = "" if self.scale.name == "tiny" else f" --scale {self.scale.option}"
+            line = f'next: instructedit edit --editor {folder}{at} --prompt "The capital of France is" --target Rome'
+            console().print(f"{line} --task counterfact", markup=False, highlight=False, soft_wrap=True)
 
     def _run_row(self, number: int, name: str, runner: Runner) -> bool:
         """Whether all seeds went through."""

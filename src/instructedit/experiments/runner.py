@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import re
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +106,7 @@ class Runner:
 
     def _run(self, name: str, seed: int) -> RunResult:
         from instructedit.callbacks.editor_model import best_checkpoint
+        from instructedit.tasks import task_name
 
         of, tags, checkpoint = self.experiment.grid.rows[name].of, {}, None
         if of:
@@ -119,7 +119,10 @@ class Runner:
             raise
         data, run_id, client = cli.datamodule, cli.trainer.logger.run_id, self.parent.experiment
         tags |= {_TITLES: json.dumps(data.titles)}
-        tags |= {f"tasks.{stage}": ",".join(source.name for source in data.sources[stage]) for stage in ("fit", "test")}
+        tags |= {
+            f"tasks.{stage}": ",".join(task_name(source.name) for source in data.sources[stage])
+            for stage in ("fit", "test")
+        }
         if self.experiment.grid.rows[name].fitted:
             tags[_CHECKPOINT] = os.path.relpath(best_checkpoint(cli.trainer), self.experiment.root)
         for key, value in tags.items():
@@ -161,9 +164,7 @@ def run_row(experiment: Plan, name: str, seed: int, parent: MLflowTracker, check
     place = logger_options(f"{experiment.name}/{name}/seed-{seed}", tags, parent, experiment.root)
     arguments = [*experiment.arguments(name, seed), *place]
     if not experiment.grid.rows[name].fitted:
-        with warnings.catch_warnings():  # a test in a run of its own is meant
-            warnings.filterwarnings("ignore", "The dirpath has changed.*")
-            return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])
+        return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])
     cli = run(arguments, callbacks=[EditorModel()])
     cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=best_checkpoint(cli.trainer), verbose=False)
     return cli

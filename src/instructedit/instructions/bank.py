@@ -24,6 +24,8 @@ SLOTS: tuple[str, ...] = ("LABEL", "TOPIC")
 SLOT = re.compile(r"\[([^\[\]]*)\]")
 VERSION = 1
 BANKS = Path(__file__).parent / "banks"
+#: Banks of tasks that do not ship, by the task's name (see `add_bank`).
+_ADDED: dict[str, InstructionBank] = {}
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,12 @@ class InstructionBank:
 
     @classmethod
     def for_task(cls, name: str) -> InstructionBank:
-        """The packaged bank of a task, whose file is called by the task's name in lower case.
+        """The bank of a task: one that was added, else the packaged one, whose file is called by the task's name.
 
         Raises:
             UserError: If there is none (the message lists those there are), or its file is wrong.
         """
-        return _packaged(name.lower())
+        return _ADDED.get(name) or _packaged(name.lower())
 
     def split(self, name: Split) -> tuple[Description, ...]:
         """The descriptions of one split; empty if the bank has none.
@@ -140,9 +142,14 @@ class InstructionBank:
         return rng.choice(pool)
 
 
+def add_bank(task: str, bank: InstructionBank) -> None:
+    """Makes the bank of a task of one's own known by the task's name, in this process; the last one counts."""
+    _ADDED[task] = bank
+
+
 def bank_names() -> tuple[str, ...]:
-    """Names of the tasks that have a packaged bank, sorted."""
-    return tuple(sorted(path.stem for path in BANKS.glob("*.yaml")))
+    """Names of the tasks that have a bank, packaged or added, sorted."""
+    return tuple(sorted({path.stem for path in BANKS.glob("*.yaml")} | _ADDED.keys()))
 
 
 def check_split(name: str) -> None:
@@ -159,7 +166,10 @@ def check_split(name: str) -> None:
 def _packaged(name: str) -> InstructionBank:
     # Looked up in the listing rather than opened by name, so that a name with slashes finds nothing.
     if name not in bank_names():
-        raise UserError(f"no instruction bank for task {name!r}; there are: {', '.join(bank_names())}")
+        raise UserError(
+            f"no instruction bank for task {name!r}; there are: {', '.join(bank_names())} (a task folder's task.yaml "
+            "names its own under 'bank:')"
+        )
     return InstructionBank.load(BANKS / f"{name}.yaml")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +9,9 @@ from typing import Self
 
 from instructedit.errors import UserError, unknown
 from instructedit.records import EditRecord, EditRequest
+from instructedit.tasks import load_records
+from instructedit.tasks.folder import FILE as TASK_FILE
+from instructedit.tasks.folder import recognised
 from instructedit.tasks.raw import Raw
 from instructedit.tasks.sources import read_source
 
@@ -27,8 +28,6 @@ FIELDS = {
 }
 #: Fields of datasets that a report has no use for: what the model said before is asked of the model.
 UNUSED = ("id", "case_id", "ground_truth", "answers", "pred", "cond", "locality_ground_truth", "loc_ans")
-#: Parts the prompts of one CSV cell.
-SEPARATOR = "|"
 _MENDS = "New Question"  # what MEND's portability asks
 _LISTS = tuple(name for field in ("rephrase", "neighbours", "ask") for name in FIELDS[field])
 
@@ -62,14 +61,16 @@ class EditCase:
 
 
 def read_cases(path: str | Path, task: str | None = None) -> list[EditCase]:
-    """Reads requests from a file.
+    """Reads requests from a file, or the test records of a task's folder.
 
     A record has ``prompt`` and ``target``, and may have ``subject``, ``task``, ``rephrase``, ``neighbours``, ``ask``
     (each of the last three one text or a list; in a CSV cell parted by ``|``) and ``slots``. The names that KnowEdit's,
-    EasyEdit's and MEND's datasets have for these are read, too.
+    EasyEdit's and MEND's datasets have for these are read, too, and so are files of ROME's CounterFact, MQuAKE,
+    RippleEdits and ConvSent.
 
     Args:
-        path: A ``.csv`` file with a header, a ``.json`` file with a list of objects, or a ``.jsonl`` file.
+        path: A ``.csv`` file with a header, a ``.json`` file with a list of objects, a ``.jsonl`` file, or a folder
+            with a ``task.yaml``.
         task: The task of records that name none.
 
     Raises:
@@ -77,36 +78,22 @@ def read_cases(path: str | Path, task: str | None = None) -> list[EditCase]:
             request has. The message names the file, the record (counted from 0) and the field.
     """
     file = Path(path).expanduser()
+    if (file / TASK_FILE).is_file() or file.name == TASK_FILE:
+        return _of_records(str(path), None)
     if not file.is_file():
         raise UserError(f"{path}: no such file of requests (.json, .jsonl or .csv)")
-    records = _csv(file) if file.suffix.lower() == ".csv" else read_source("requests", str(file), "").objects
+    records = read_source("requests", str(file), "", _LISTS).objects
+    if records and not set(FIELDS["prompt"]) & set(records[0]) and (form := recognised(records[0])):
+        return _of_records(form, str(file))
     cases = [_case(Raw(record, str(path), number), task) for number, record in enumerate(records)]
     if not cases:
         raise UserError(f"{path}: no requests in it")
     return cases
 
 
-def _csv(file: Path) -> list[dict[str, object]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
-    try:
-        rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if any(map(str.strip, row))]
-    except csv.Error as error:
-        raise UserError(f"{file}: wrong CSV: {error}") from error
-    header = [name.strip() for name in rows[0]] if rows else []
-    if twice := {name for name in header if header.count(name) > 1}:
-        raise UserError(f"{file}: column {min(twice)!r} stands twice in the header")
-    return [_cells(Raw({}, str(file), number), header, row) for number, row in enumerate(rows[1:])]
-
-
-def _cells(raw: Raw, header: list[str], row: list[str]) -> dict[str, object]:
-    """One line as a record: an empty cell is a missing field."""
-    if len(row) != len(header):
-        raise raw.error(f"has {len(row)} cells where the header has {len(header)}; quote a cell that holds a comma")
-    filled = {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
-    return {n: [t for t in cell.split(SEPARATOR) if t.strip()] if n in _LISTS else cell for n, cell in filled.items()}
+def _of_records(task: str, source: str | None) -> list[EditCase]:
+    """The cases of a dataset's test records."""
+    return [EditCase.of(record) for record in load_records(task, source, "test")[0]]
 
 
 def _case(raw: Raw, task: str | None) -> EditCase:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Self
 
-from instructedit import registry
-from instructedit.errors import UserError
 from instructedit.records import EditRecord
 from instructedit.tasks.raw import Raw
-from instructedit.tasks.sources import read_source
-
-_PACKAGE = "instructedit.tasks"
 
 
 @dataclass
@@ -77,10 +71,32 @@ class Task(ABC):
     Attributes:
         name: The task's name in the registry and in record ids, lower case.
         title: The task's name as it stands in an instruction.
+        fields: Names that the fields of its records may have; others are counted. Empty where the reader does not say.
+        lists: Those of them that hold several texts in one CSV cell.
     """
 
-    name: ClassVar[str]
-    title: ClassVar[str]
+    name: str
+    title: str
+    fields: Collection[str] = ()
+    lists: Collection[str] = ()
+
+    @classmethod
+    def recognises(cls, data: Mapping[str, object]) -> bool:
+        """Says whether a record of unknown origin has this format, by its fields."""
+        return False
+
+    def locate(self, source: str | None, split: str) -> tuple[str, str]:
+        """Says where a split's records lie: their source, and which part of it they are (``[:80%]``, or empty)."""
+        return source or "tiny", ""
+
+    def reader(self, raws: Sequence[Raw]) -> Task:
+        """The task that reads these records: this one, but where the format is known only from the records."""
+        return self
+
+    def called(self, name: str, title: str) -> Self:
+        """Gives this task another name and title, for a dataset of one's own in its format."""
+        self.name, self.title = name, title
+        return self
 
     @abstractmethod
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
@@ -95,63 +111,3 @@ class Task(ABC):
                 if first is not record:
                     report.drop("duplicate edit")
         return list(records.values())
-
-
-_TASK: type[Task] = Task
-
-
-def load_records(
-    task: str | Task, source: str = "tiny", split: str = "train", **options: Any
-) -> tuple[list[EditRecord], LoadReport]:
-    """Reads one split of a dataset.
-
-    Args:
-        task: A task's name, or a task.
-        source: "tiny" (the embedded data); a local .json or .jsonl file, plain or packed as .gz or .xz; a local folder
-            with one such file for the split; a dataset's ``owner/name`` on the hub.
-        split: "train", "val" or "test".
-        **options: Constructor options of the task, where it is given by name.
-
-    Returns:
-        The records in the order of the source, and the report of what was read, kept and left out.
-
-    Raises:
-        UserError: If the task is unknown, the source cannot be read, a record is not as the task expects, or no
-            record is left.
-    """
-    reader = _reader(task, options)
-    found = read_source(reader.name, source, split)
-    raws = [Raw(data, found.name, number) for number, data in enumerate(found.objects)]
-    report = LoadReport(reader.name, found.name, split, read=len(raws), fingerprint=found.fingerprint)
-    records = reader.build(raws, report)
-    report.kept = len(records)
-    if not records:
-        raise UserError(f"no records left: {report}")
-    return records, report
-
-
-def task_names() -> list[str]:
-    """The names of all tasks, in alphabetical order."""
-    return list(registry.plugins(_TASK, _PACKAGE))
-
-
-def _reader(task: str | Task, options: dict[str, Any]) -> Task:
-    if isinstance(task, Task):
-        if options:
-            raise UserError(f"task {task.name!r}: options go to its constructor: {', '.join(options)}")
-        return task
-    made = registry.plugin(_TASK, _PACKAGE, task)
-    try:
-        inspect.signature(made).bind(**options)
-    except TypeError as error:
-        raise UserError(f"task {task!r}: {error}") from error
-    return made(**options)
-
-
-def task_title(name: str) -> str:
-    """What a task is called in tables and instructions.
-
-    Raises:
-        UserError: If there is no such task.
-    """
-    return registry.plugin(_TASK, _PACKAGE, name).title

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -33,6 +33,12 @@ class ConvSent(Task):
 
     name = "convsent"
     title = "ConvSent"
+    fields = ("ent", *_FIELDS.values(), "id", "case_id")
+
+    @classmethod
+    def recognises(cls, data: Mapping[str, object]) -> bool:
+        """An entity and replies about it."""
+        return {"ent", *_FIELDS.values()} <= data.keys()
 
     def __init__(self, cases: int = 10, labels: Literal["hash", "positive", "negative", "both"] = "hash") -> None:
         if cases < 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from instructedit.tasks.knowedit import KnowEdit
 
 
@@ -10,3 +12,8 @@ class CounterFact(KnowEdit):
 
     name = "counterfact"
     title = "CounterFact"
+
+    @classmethod
+    def recognises(cls, data: Mapping[str, object]) -> bool:
+        """KnowEdit's form; Recent and ZsRE have it, too, and say so by their names."""
+        return cls.has_form(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Literal
 
 from instructedit.records import EditRecord, EditRequest, Probe
@@ -14,6 +14,7 @@ Answers = list[list[str]]
 
 _ALIASING = "Subject_Aliasing"
 _REPHRASES = ("rephrase", "rephrase_prompt")
+_GROUPS = ("portability", "locality")
 
 
 class KnowEdit(Task):
@@ -24,6 +25,15 @@ class KnowEdit(Task):
     stay in portability too, where KnowEdit puts them.
     """
 
+    fields: Collection[str] = (
+        "subject", "prompt", "target_new", "ground_truth", *_REPHRASES, *_GROUPS, "case_id", "id", "pred", "cond",
+    )  # fmt: skip
+
+    @staticmethod
+    def has_form(data: Mapping[str, object]) -> bool:
+        """Says whether a record's probes stand in groups, as they do here."""
+        return "target_new" in data and any(isinstance(data.get(name), dict) for name in _GROUPS)
+
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
         """The record's edit, unless its target is the old answer."""
         target = raw.text("target_new")
@@ -32,7 +42,7 @@ class KnowEdit(Task):
         if restates(target, old, report):
             return
         portability = list(self._grouped(raw, "portability", target, report))
-        general = list(rephrasings(raw, target, report)) or list(_restated(portability, target, report))
+        general = list(rephrasings(raw, target, report)) or list(restated(portability, target, report))
         probes = (*general, *portability, *self._grouped(raw, "locality", target, report))
         report.note("probe that comes again in its record", len(probes) - len(set(probes)))
         yield EditRecord(report.record_id(raw), request, probes)
@@ -98,7 +108,7 @@ def rephrasings(raw: Raw, target: str, report: LoadReport) -> Iterator[Probe]:
                 report.drop("blank rephrase")
 
 
-def _restated(probes: list[Probe], target: str, report: LoadReport) -> Iterator[Probe]:
+def restated(probes: list[Probe], target: str, report: LoadReport) -> Iterator[Probe]:
     """Generalization probes from Subject_Aliasing; the edit's target comes first among their answers."""
     for probe in probes:
         if probe.group == _ALIASING:

@@ -8,14 +8,15 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from instructedit.errors import UserError
+from instructedit.tasks.csv_files import rows
 
 _UNPACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.decompress, ".xz": lzma.decompress}
-_DATA_FILE = re.compile(r"(?P<stem>.+)(?P<format>\.jsonl?)(?P<packing>\.gz|\.xz|)", re.IGNORECASE)
+_DATA_FILE = re.compile(r"(?P<stem>.+)(?P<format>\.jsonl?|\.csv)(?P<packing>\.gz|\.xz|)", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _LISTED = 20  # names that an error lists: it stays one readable line
@@ -35,14 +36,15 @@ def is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(source)) and not _DATA_FILE.fullmatch(source) and not source.lower().endswith(text)
 
 
-def read_source(task: str, source: str, split: str) -> Source:
+def read_source(task: str, source: str, split: str, lists: Collection[str] = ()) -> Source:
     """Reads the raw records of one split.
 
     Args:
         task: Name of the task, which the embedded data ("tiny") go by.
-        source: "tiny"; a file (.json with a list, or .jsonl, each also as .gz or .xz); a folder with one such file
-            for the split; else ``owner/name`` on the hub.
+        source: "tiny"; a file (.json with a list, .jsonl, or .csv with a header, each also as .gz or .xz); a folder
+            with one such file for the split; else ``owner/name`` on the hub.
         split: "train", "val" or "test". A single file is read whole, whatever the split.
+        lists: Columns of a CSV file whose cells hold several texts.
 
     Raises:
         UserError: If there is nothing to read, or what is there is no list of objects.
@@ -57,7 +59,7 @@ def read_source(task: str, source: str, split: str) -> Source:
     except (OSError, RuntimeError) as error:  # a folder that may not be entered; the home of an unknown user
         raise UserError(f"{source}: cannot be read: {_why(error)}") from error
     if is_there:
-        return _read_file(_file_for(path, split) if is_folder else path)
+        return _read_file(_file_for(path, split) if is_folder else path, lists)
     if is_hub_id(source):
         return _read_hub(source, split)
     raise UserError(f"{source}: no such file or folder")
@@ -65,6 +67,8 @@ def read_source(task: str, source: str, split: str) -> Source:
 
 def _file_for(folder: Path, split: str) -> Path:
     """The folder's one file for the split: named after it, else starting with it, else with the split in its name.
+
+    A table (.csv) counts where no other file fits.
 
     Raises:
         UserError: If there is none, or several of the first of these sorts that there is.
@@ -77,8 +81,9 @@ def _file_for(folder: Path, split: str) -> Path:
     # A split's name counts where a word starts: "eval" is not "val".
     word = re.compile(rf"(?<![A-Za-z]){re.escape(split)}", re.IGNORECASE)
     found: list[str] = []
-    for fits in (split.__eq__, word.match, word.search):
-        found = found or [name for name, stem in stems.items() if fits(stem)]
+    for table in (False, True):
+        for fits in (split.__eq__, word.match, word.search):
+            found = found or [n for n, stem in stems.items() if fits(stem) and (".csv" in n.lower()) is table]
     if len(found) != 1:
         problem = f"more than one file for split {split!r}" if found else f"no file for split {split!r}"
         listed = ", ".join((found or names)[:_LISTED]) + (", ..." if len(found or names) > _LISTED else "")
@@ -86,10 +91,10 @@ def _file_for(folder: Path, split: str) -> Path:
     return folder / found[0]
 
 
-def _read_file(path: Path) -> Source:
+def _read_file(path: Path, lists: Collection[str] = ()) -> Source:
     match = _DATA_FILE.fullmatch(path.name)
     if not match:
-        raise UserError(f"{path}: not a .json or .jsonl file (nor one of these as .gz or .xz)")
+        raise UserError(f"{path}: not a .json or .jsonl file, nor a .csv (nor one of these as .gz or .xz)")
     try:
         content = path.read_bytes()
         text = _UNPACK[match["packing"].lower()](content).decode("utf-8-sig")
@@ -97,7 +102,10 @@ def _read_file(path: Path) -> Source:
         raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {_why(error)}") from error
-    if match["format"].lower() == ".json":
+    parsed: object
+    if match["format"].lower() == ".csv":
+        parsed = rows(text, str(path), lists)
+    elif match["format"].lower() == ".json":
         parsed = _parse(text, str(path))
     else:  # only \n ends a line: JSON texts may hold the other characters that str.splitlines splits at
         lines = enumerate(text.split("\n"), start=1)
@@ -111,12 +119,26 @@ def _why(error: Exception) -> str:
 
 def _parse(text: str, name: str, line: int = 1) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}, column {error.colno}"
         raise UserError(f"{name}: wrong JSON at {where}: {error.msg}") from error
+    except _TwiceError as error:
+        raise UserError(f"{name}: JSON from line {line}: field {str(error)!r} stands twice in one object") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested without end
         raise UserError(f"{name}: JSON from line {line} cannot be read: {error}") from error
+
+
+class _TwiceError(ValueError):
+    """Names a field that an object has twice, of which JSON readers keep the last."""
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _objects(parsed: object, name: str) -> list[dict[str, object]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from instructedit.records import EditRecord, EditRequest, Probe
 from instructedit.tasks.base import LoadReport
@@ -18,6 +18,12 @@ class ZsRE(KnowEdit):
 
     name = "zsre"
     title = "ZsRE"
+    fields = (*KnowEdit.fields, "src", "alt", "answers", "loc", "loc_ans")
+
+    @classmethod
+    def recognises(cls, data: Mapping[str, object]) -> bool:
+        """MEND's form."""
+        return {"src", "alt"} <= data.keys()
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
         """The record's edit, in either form, unless its target is already an answer."""

@@ -1,0 +1,41 @@
+"""Records in CSV files: a header with the fields' names, then one record a line."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection
+
+from instructedit.errors import UserError
+from instructedit.tasks.raw import Raw
+
+#: Parts the texts of one cell.
+SEPARATOR = "|"
+
+
+def rows(text: str, name: str, lists: Collection[str] = ()) -> list[dict[str, object]]:
+    """The records of a CSV text; an empty cell is a missing field.
+
+    Args:
+        text: The whole file.
+        name: Of the file, for errors.
+        lists: Columns whose cells hold several texts, parted by ``|``.
+
+    Raises:
+        UserError: If it is no CSV, a column stands twice, or a line has another number of cells than the header.
+    """
+    try:
+        found = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if any(map(str.strip, row))]
+    except csv.Error as error:
+        raise UserError(f"{name}: wrong CSV: {error}") from error
+    header = [column.strip() for column in found[0]] if found else []
+    if twice := {column for column in header if header.count(column) > 1}:
+        raise UserError(f"{name}: column {min(twice)!r} stands twice in the header")
+    return [_record(Raw({}, name, number), header, row, lists) for number, row in enumerate(found[1:])]
+
+
+def _record(raw: Raw, header: list[str], row: list[str], lists: Collection[str]) -> dict[str, object]:
+    if len(row) != len(header):
+        raise raw.error(f"has {len(row)} cells where the header has {len(header)}; quote a cell that holds a comma")
+    filled = {name: cell for name, cell in zip(header, row, strict=True) if cell.strip()}
+    return {n: [t for t in cell.split(SEPARATOR) if t.strip()] if n in lists else cell for n, cell in filled.items()}

@@ -1,0 +1,143 @@
+"""The flat form: one field a thing, as EasyEdit's data, QAEdit and tables of one's own have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+from instructedit.errors import unknown
+from instructedit.records import EditRecord, EditRequest, Probe
+from instructedit.tasks.base import LoadReport, Task
+from instructedit.tasks.knowedit import Answers, KnowEdit, filled, flat, restates
+from instructedit.tasks.raw import Raw
+
+#: What each field may be called; the first name is the documented one, the others are those of public datasets.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "src"),
+    "target": ("target", "target_new", "alt"),
+    "subject": ("subject",),
+    "old": ("old", "ground_truth", "target_true"),
+    "rephrase": ("rephrase", "rephrases", "rephrase_prompt", "rephrase_prompts", "paraphrases"),
+    "locality": ("locality", "locality_prompt", "locality_prompts", "neighbours", "neighbors"),
+    "locality_answer": ("locality_answer", "locality_answers", "locality_ground_truth"),
+    "portability": ("portability", "portability_prompt", "portability_prompts"),
+    "portability_answer": ("portability_answer", "portability_answers", "portability_ground_truth"),
+    "slots": ("slots",),
+}
+#: Fields that hold several texts: a list, or one CSV cell.
+LISTS = ("rephrase", "locality", "locality_answer", "portability", "portability_answer")
+#: Fields that say where a record is from, and what else it is called: known, and of no use here.
+UNUSED = ("id", "case_id", "source", "task", "relation_id", "relation", "pred", "cond")
+_PROMPT, _ANSWER = ("prompt", "loc"), ("answer", "answers", "ground_truth", "loc_ans")
+
+Kind = Literal["locality", "portability"]
+
+
+class Flat(Task):
+    """Reader of ``prompt, target, [subject], [old], [rephrase], [locality, locality_answer], …``.
+
+    Probes stand in two fields, prompts and their answers in the same order, or in one: a list of ``{prompt, answer}``,
+    or groups of such lists by name.
+
+    Args:
+        fields: Field to what the records call it, one name or several, for those that have names of their own.
+
+    Raises:
+        UserError: If there is no such field.
+    """
+
+    name = FORMAT = "flat"
+    title = "Facts"
+
+    def __init__(self, fields: Mapping[str, str | list[str]] | None = None) -> None:
+        own = {key: (value,) if isinstance(value, str) else tuple(value) for key, value in (fields or {}).items()}
+        for key in own:
+            if key not in FIELDS:
+                raise unknown("field", key, list(FIELDS))
+        self.names = FIELDS | own
+        self.fields = {*UNUSED, *(name for names in self.names.values() for name in names)}
+        self.lists = {name for field in LISTS for name in self.names[field]}
+
+    @classmethod
+    def recognises(cls, data: Mapping[str, object]) -> bool:
+        """A prompt and a target, and no groups of probes as KnowEdit has them."""
+        there = all(any(name in data for name in FIELDS[field]) for field in ("prompt", "target"))
+        return there and not KnowEdit.has_form(data) and "src" not in data
+
+    def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
+        """The record's edit, unless its target is the old answer."""
+        target = raw.text(self._name(raw, "target"))
+        old = raw.answers(name) if raw.has(name := self._name(raw, "old")) else []
+        if restates(target, old, report):
+            return
+        request = EditRequest(
+            raw.text(self._name(raw, "prompt")), target, task=self.name,
+            subject=raw.optional_text(self._name(raw, "subject")), slots=self._slots(raw),
+        )  # fmt: skip
+        probes = (
+            *(Probe("generalization", prompt, (target,), "rephrase") for prompt in self._rephrasings(raw, report)),
+            *self._probes(raw, "portability", report),
+            *self._probes(raw, "locality", report),
+        )
+        report.note("probe that comes again in its record", len(probes) - len(set(probes)))
+        yield EditRecord(report.record_id(raw), request, probes)
+
+    def _name(self, raw: Raw, field: str) -> str:
+        """What the record calls a field.
+
+        Raises:
+            UserError: If it has it twice.
+        """
+        there = [name for name in self.names[field] if raw.has(name)]
+        if len(there) > 1:
+            raise raw.error(f"fields {there[0]!r} and {there[1]!r} mean the same: leave one out")
+        return there[0] if there else self.names[field][0]
+
+    def _rephrasings(self, raw: Raw, report: LoadReport) -> Iterator[str]:
+        name = self._name(raw, "rephrase")
+        prompts = [prompt for same in raw.answers(name) for prompt in same] if raw.has(name) else []
+        report.drop("blank rephrase", prompts.count(""))
+        yield from filter(None, prompts)
+
+    def _probes(self, raw: Raw, kind: Kind, report: LoadReport) -> Iterator[Probe]:
+        name = self._name(raw, kind)
+        if not raw.has(name):
+            report.note(f"record without {kind}")
+            return
+        value = raw.data[name]
+        asked: Iterator[tuple[str, str, Answers]]
+        if isinstance(value, dict):
+            asked = ((group, *_asked(item)) for group, items in raw.groups(name).items() for item in items)
+        elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
+            asked = (("", *_asked(item)) for item in raw.objects(name))
+        else:
+            asked = self._paired(raw, kind, name)
+        for group, prompt, answers in asked:
+            if left := filled(answers, report):
+                yield Probe(kind, prompt, flat(left, report), group)
+            else:
+                report.drop("probe without an answer")
+
+    def _paired(self, raw: Raw, kind: Kind, name: str) -> Iterator[tuple[str, str, Answers]]:
+        """Prompts and their answers from two fields."""
+        prompts = [prompt for same in raw.answers(name) for prompt in same]
+        field = self._name(raw, f"{kind}_answer")
+        answers = raw.answers(field) if raw.has(field) else []
+        if len(prompts) == 1 and len(answers) > 1:  # one prompt with aliases
+            answers = [[alias for aliases in answers for alias in aliases]]
+        if len(prompts) != len(answers):
+            raise raw.error(f"field {name!r} has {len(prompts)} prompts and {field!r} {len(answers)} answers: one each")
+        if "" in prompts:
+            raise raw.error(f"field '{name}[{prompts.index('')}]' is empty")
+        yield from (("", prompt, [aliases]) for prompt, aliases in zip(prompts, answers, strict=True))
+
+    def _slots(self, raw: Raw) -> dict[str, str]:
+        name = self._name(raw, "slots")
+        slots = raw.child(name) if raw.has(name) else None
+        return {slot: slots.text(slot) for slot in slots.data} if slots else {}
+
+
+def _asked(item: Raw) -> tuple[str, Answers]:
+    """Prompt and answers of an object, by any of their names."""
+    prompt, answer = (next(filter(item.has, names), names[0]) for names in (_PROMPT, _ANSWER))
+    return item.text(prompt), item.answers(answer)

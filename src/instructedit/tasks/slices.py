@@ -1,0 +1,48 @@
+"""Parts of a split: ``train[:80%]``, ``facts.csv[-50:]``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from instructedit.errors import UserError
+from instructedit.records import EditRecord
+
+_PART = re.compile(r"\[((?:-?\d+%?)?):((?:-?\d+%?)?)\]")
+
+
+def parted(text: str) -> tuple[str, str]:
+    """Parts ``facts.csv[:80%]`` into what stands before the brackets, and these; the second is empty without any."""
+    bracket = text.rfind("[")
+    return (text[:bracket], text[bracket:]) if bracket > 0 and _PART.fullmatch(text[bracket:]) else (text, "")
+
+
+def split_and_part(text: str) -> tuple[str, str]:
+    """Parts ``train[:80%]`` into the split and its part.
+
+    Raises:
+        UserError: If the text is no split.
+    """
+    split, part = parted(text)
+    if not re.fullmatch(r"\w+", split):
+        raise UserError(f"data: {text!r} is no split; for instance train, train[:90%] or train[-50:]")
+    return split, part
+
+
+def part_of(records: Sequence[EditRecord], part: str) -> list[EditRecord]:
+    """The records of a part, whole clusters only, so that no topic stands in two parts.
+
+    Args:
+        records: Of a split, in order.
+        part: ``[:80%]``, ``[-50:]`` or the like, in clusters (for most tasks a record is one); empty for all.
+    """
+    match = _PART.fullmatch(part)
+    if not match:
+        return list(records)
+    clusters = list(dict.fromkeys(record.cluster for record in records))
+
+    def bound(text: str) -> int | None:
+        return None if not text else len(clusters) * int(text[:-1]) // 100 if text.endswith("%") else int(text)
+
+    chosen = set(clusters[bound(match[1]) : bound(match[2])])
+    return [record for record in records if record.cluster in chosen]
