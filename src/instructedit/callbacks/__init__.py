@@ -6,5 +6,8 @@ from instructedit.callbacks.edit_rates import EditRateSweep
 from instructedit.callbacks.guards import Guards
 from instructedit.callbacks.predictions import PredictionTable
 from instructedit.callbacks.results import ResultTables
+from instructedit.callbacks.tested_editor import TestedEditor
 
-__all__ = ["DataReport", "EditRateSweep", "EditingAreaDump", "Guards", "PredictionTable", "ResultTables"]
+__all__ = [
+    "DataReport", "EditRateSweep", "EditingAreaDump", "Guards", "PredictionTable", "ResultTables", "TestedEditor",
+]  # fmt: skip

@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from instructedit.data.batch import EditBatch, RequestBatch, batch_rendered, batch_requests
 from instructedit.editors.losses import LossWeights, editing_loss
-from instructedit.editors.options import options
+from instructedit.editors.options import check_numbers, options
 from instructedit.editors.report import TargetReport, target_report
+from instructedit.editors.saved import read_checkpoint, read_folder
 from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor, is_place
 from instructedit.edits import Edit
-from instructedit.errors import UserError
+from instructedit.edits.checksums import CHECKSUM, file_checksum
+from instructedit.errors import UserError, unknown
 from instructedit.instructions import Instructor, RenderedRecord
 from instructedit.lm import FrozenLM, Site
 from instructedit.records import EditRequest
@@ -64,6 +66,7 @@ class Editor(nn.Module, ABC):
 
     def __post_init__(self) -> None:
         super().__init__()
+        check_numbers(self)
         self.sites: tuple[Site, ...] = ()
         #: Of the last call of `edit`, where the method optimises.
         self.report: TargetReport | None = None
@@ -229,6 +232,7 @@ class Editor(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
         card = {"editor": self.name, "options": self.options(), "lm": self.lm.name, "sites": self.shapes()}
+        card[CHECKSUM] = file_checksum(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(card, indent=2) + "\n")
         (folder / "README.md").write_text(_model_card(self))
 
@@ -337,35 +341,27 @@ def load_editor(source: str | Path, lm: FrozenLM) -> Editor:
     return _from_checkpoint(found, lm) if found.is_file() else _from_folder(found, lm)
 
 
-def read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
-    """A saved editor's name, options and weights.
-
-    Raises:
-        UserError: If the folder holds none, or a damaged one.
-    """
-    try:
-        card = json.loads((folder / CONFIG).read_text())
-        return card["editor"], dict(card["options"]), load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise UserError(f"{folder}: damaged editor: {error}") from error
-
-
 def _from_folder(folder: Path, lm: FrozenLM) -> Editor:
-    name, options, weights = read_folder(folder)
-    return load_weights(build_editor(name, lm, **options), weights, str(folder)).eval()
+    saved = read_folder(folder)
+    return load_weights(build_editor(saved.name, lm, **saved.options), saved.weights, str(folder)).eval()
 
 
 def _from_checkpoint(file: Path, lm: FrozenLM) -> Editor:
-    try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-        config = saved["hyper_parameters"]["editor"]
-        options = dict(config.get("init_args", {}))
-        name = config["class_path"].rsplit(".", 1)[-1]
-        weights = {k.removeprefix("editor."): v for k, v in saved["state_dict"].items() if k.startswith("editor.")}
-    except Exception as error:
-        raise UserError(f"{file}: not a checkpoint of an editor ({type(error).__name__}: {error})") from error
-    classes = {cls.__name__: key for key, cls in plugins(Editor, PACKAGE).items()}
-    return load_weights(build_editor(classes.get(name, name), lm, **options), weights, str(file)).eval()
+    saved = read_checkpoint(file)
+    editor = build_editor(editor_class(saved.name).name, lm, **saved.options)
+    return load_weights(editor, saved.weights, str(file)).eval()
+
+
+def editor_class(name: str) -> type[Editor]:
+    """The editing method whose class has a name. Nothing is imported for it but the package's own methods.
+
+    Raises:
+        UserError: If no method that is known here has such a class.
+    """
+    classes = {cls.__name__: cls for cls in plugins(Editor, PACKAGE).values()}
+    if name not in classes:
+        raise unknown("editor", name, list(classes))
+    return classes[name]
 
 
 def load_weights(editor: Editor, weights: dict[str, Tensor], source: str) -> Editor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
+from instructedit.editors.processes import several
+
 
 class RunningNorm(nn.Module):
     """Standardises each coordinate by a running mean and deviation over tokens.
@@ -46,13 +48,13 @@ class RunningNorm(nn.Module):
         """Adds tokens [tokens, size]; under data parallelism those of every process."""
         count = torch.full((), len(x), dtype=torch.float64, device=x.device)
         total = x.sum(0).double()
-        if _several():
+        if several():
             both = torch.cat([count[None], total])
             distributed.all_reduce(both)
             count, total = both[0], both[1:]
         mean = total / count.clamp(min=1)  # no token at all changes nothing, without a look at how many there are
         squares = (x.double() - mean).square().sum(0)
-        if _several():
+        if several():
             distributed.all_reduce(squares)
         shift = mean - self.mean
         both_counts = self.count + count
@@ -60,7 +62,3 @@ class RunningNorm(nn.Module):
         self.squares += (squares + shift.square() * self.count * share).float()
         self.mean += (shift * share).float()
         self.count.copy_(both_counts)
-
-
-def _several() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from instructedit.edits import ContextEdit, Edit, LowRankEdit
-from instructedit.errors import UserError
+from instructedit.errors import UserError, at_least
 from instructedit.lm import capture, generation, merging
 from instructedit.lm.applied import Applied
 from instructedit.lm.capture import Captured, Seen
@@ -72,6 +72,8 @@ class FrozenLM:
         joiner: str = "auto",
         chat: bool = False,
     ) -> None:
+        at_least(1, max_length=max_length)
+        at_least(0, cache_bytes=cache_bytes)
         self.model = model.eval().requires_grad_(False)
         for config in (model.config, model.config.get_text_config(decoder=True)):
             config.return_dict = True  # outputs are asked for by name

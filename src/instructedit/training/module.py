@@ -18,6 +18,7 @@ from instructedit.data.module import EditData
 from instructedit.editors import Editor, load_weights
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.products import hold
+from instructedit.editors.saved import check_checkpoint, seal_checkpoint
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, Outcome, Watcher, evaluate_batch
 from instructedit.lm import FrozenLM, Loading
@@ -104,6 +105,7 @@ class EditingModule(L.LightningModule):
         self._data: EditData | None = None
         self.scores = nn.ModuleDict()
         self.watchers: list[Watcher] = []  # of the edits of `test`
+        self.editor_folder: str | None = None  # that the editor was loaded from, where that was no checkpoint
 
     @property
     def lm(self) -> FrozenLM:
@@ -186,13 +188,18 @@ class EditingModule(L.LightningModule):
         parts = self.editor.objective(batch, self.loss_weights)
         loss = parts.pop("loss")
         truncated = batch.in_scope.tokens.truncated + (batch.locality.tokens.truncated if batch.locality else 0)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         logged = {f"train/{name}": value for name, value in parts.items()} | {"data/truncated": float(truncated)}
-        self.log_dict(logged, batch_size=len(batch))
+        self.log_dict(logged, batch_size=len(batch), sync_dist=True)
         return loss
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds a checksum, by which a checkpoint that is damaged at rest is told."""
+        seal_checkpoint(checkpoint)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights of another architecture in one line."""
+        """Refuses a damaged checkpoint, and weights of another architecture, in one line."""
+        check_checkpoint(checkpoint, "the checkpoint")
         weights = {k.removeprefix("editor."): v for k, v in checkpoint["state_dict"].items() if k.startswith("editor.")}
         trained_on = checkpoint["hyper_parameters"].get("lm", {}).get("name", "?")
         load_weights(self.editor, weights, f"the checkpoint (trained on {trained_on})")
@@ -222,11 +229,14 @@ class EditingModule(L.LightningModule):
 
     def predict_step(self, batch: list[EditRecord], batch_idx: int) -> list[dict[str, Any]]:
         """The model's words before and after each edit of a batch."""
-        return [r for r in evaluate_batch(self.lm, self.editor, batch, self.evaluation).rows if r["main"]]
+        rows = evaluate_batch(self.lm, self.editor, batch, self.evaluation).rows if batch else []
+        return [row for row in rows if row["main"]]
 
     def _evaluate(
         self, stage: str, batch: list[EditRecord], settings: Evaluation, watchers: Sequence[Watcher] = ()
     ) -> Outcome:
+        if not batch:  # of a process that has no record
+            return Outcome([])
         outcome = evaluate_batch(self.lm, self.editor, batch, settings, watchers)
         every = editing_metrics()
         for key, metric in self._metrics(stage).items():
