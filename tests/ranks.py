@@ -33,8 +33,8 @@ def forked(work, count, seconds=240):
 def _child(work, number, folder):
     try:
         torch.set_num_threads(1)
-        torch.save(work(number), Path(folder, f".{number}"))
-        Path(folder, f".{number}").rename(Path(folder, str(number)))
+        torch.save(work(number), Path(folder, f"part-{number}"))
+        Path(folder, f"part-{number}").rename(Path(folder, str(number)))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import warnings
 from pathlib import Path
 
@@ -70,12 +71,13 @@ def test_a_last_state_is_kept_between_validations(tmp_path):
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_a_resumed_run_remembers_the_best_score(tmp_path, elsewhere):
     _, folder = fit(tmp_path / "a", {3: 9.0}, steps=3)
+    start = shutil.copy(folder / "last.ckpt", tmp_path / "start.ckpt")
     there = tmp_path / ("b" if elsewhere else "a")
-    kept, own = fit(there, {6: 5.0, 9: 4.0}, 9, resume=folder / "last.ckpt")
+    kept, own = fit(there, {6: 5.0, 9: 4.0}, 9, resume=start)
     assert (kept.best_model_path, float(kept.best_model_score)) == (str(folder / "step-3.ckpt"), 9.0)
     assert steps_of(own)["last"] == 9
     assert "step-6" not in steps_of(own)
-    kept, own = fit(tmp_path / "c", {6: 10.0}, 6, resume=folder / "last.ckpt")
+    kept, own = fit(tmp_path / "c", {6: 10.0}, 6, resume=start)
     assert Path(kept.best_model_path) == own / "step-6.ckpt"
     assert (folder / "step-3.ckpt").is_file()  # of the other run, and so not thrown away
 
@@ -85,6 +87,19 @@ def test_a_best_checkpoint_that_is_gone_is_not_the_best(tmp_path):
     (folder / "step-3.ckpt").unlink()
     kept, _ = fit(tmp_path, {6: 5.0}, 6, resume=folder / "last.ckpt")
     assert Path(kept.best_model_path).stem == "step-6"
+
+
+def test_a_run_that_is_killed_in_a_validation_validates_that_step_again(tmp_path):
+    class Dies(dict):
+        def __getitem__(self, step):
+            raise KeyError(step)
+
+    with pytest.raises(KeyError):
+        fit(tmp_path, Dies(), 9, every=1)
+    folder = tmp_path / "checkpoints"
+    assert steps_of(folder) == {"last": 2}  # the step before the one that was to be validated
+    kept, _ = fit(tmp_path, {3: 7.0}, 3, resume=folder / "last.ckpt", every=1)
+    assert Path(kept.best_model_path).stem == "step-3"
 
 
 # -- whole files ----------------------------------------------------------------------------------------------------

@@ -59,6 +59,12 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _validates_next(trainer: Any) -> bool:
+    """Whether a validation follows the training batch that has just ended; `on_validation_end` comes after it."""
+    loop = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
 class Checkpoint(ModelCheckpoint):
     """Keeps the editor with the best validation score, and the last one. The LM is in neither.
 
@@ -92,7 +98,9 @@ class Checkpoint(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
-        if self.every and trainer.global_step % self.every == 0 and trainer.global_step != self._kept:
+        due = self.every and trainer.global_step % self.every == 0 and trainer.global_step != self._kept
+        # A run that resumed from a state before its validation would never validate that step.
+        if due and not _validates_next(trainer):
             self._keep_last(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
