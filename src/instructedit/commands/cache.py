@@ -39,8 +39,8 @@ def warm(
         cache_dir: Folder of the cache; by default the configs' model.lm.cache_dir, else "prefix" in $INSTRUCTEDIT_CACHE
             (~/.cache/instructedit).
         batch_size: Rows in one forward pass.
-        shard: Which part of the rows to compute, of how many: 1/4 and 2/4, 3/4, 4/4 in further processes, at once or one
-            after another, on one folder.
+        shard: Which part of the rows to compute, of how many: 1/4, and 2/4, 3/4, 4/4 in further processes, at once or
+            one after another, on one folder.
     """
     import torch
     from tqdm import tqdm
