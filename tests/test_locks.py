@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from instructedit import tracking
 from instructedit.errors import UserError
+from instructedit.experiments import search
 from instructedit.locks import Alive, dead_runs, one_at_a_time
 from instructedit.redaction import redacted
 from instructedit.tracking import MLflowTracker, _client, unfinished_run
@@ -75,6 +78,19 @@ def test_one_at_a_time(tmp_path, place, capsys):
     kill(pid)
     assert os.waitpid(began, 0)[1] == 0
     assert (tmp_path / "in").exists()
+
+
+def test_a_search_holds_the_lock_of_its_store(tmp_path, monkeypatch):
+    """So that a second one does not take the first one's trials for lost ones."""
+
+    def searched(searching):
+        with (tmp_path / "searches.lock").open() as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return "table"
+
+    monkeypatch.setattr(search, "_searched", searched)
+    experiment = SimpleNamespace(root=tmp_path, grid=SimpleNamespace(search=object()))
+    assert search.search(experiment, None) == "table"
 
 
 # -- in the store --------------------------------------------------------------------------------------------------

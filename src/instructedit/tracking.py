@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
@@ -155,8 +156,16 @@ class MLflowTracker(Artifacts, MLFlowLogger):
 
     @rank_zero_only
     def log_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
-        """Logs which data the run used, as tags ``data.<name>``: ``{"counterfact/train": "<sha256>"}``."""
-        self._log(self.experiment, {}, {f"data.{name}": value for name, value in fingerprints.items()})
+        """Logs which data the run used, as tags ``data.<name>``: ``{"counterfact/train": "<sha256>"}``.
+
+        Warns where a run that goes on reads other data than it began with.
+        """
+        tags = {f"data.{name}": value for name, value in fingerprints.items()}
+        began = self.experiment.get_run(str(self.run_id)).data.tags
+        for name, value in tags.items():
+            if began.get(name, value) != value:
+                warnings.warn(f"{name}: the run began with other data (sha256 {began[name][:12]})", stacklevel=2)
+        self._log(self.experiment, {}, tags)
 
     @rank_zero_only
     def log_file(self, path: str | Path, folder: str | None = None) -> None:

@@ -36,5 +36,6 @@ def _licences() -> None:
 
     for found in sorted(distributions(), key=lambda each: each.name.lower()):
         classified = [c.split(" :: ")[-1] for c in found.metadata.get_all("Classifier", []) if c.startswith("License")]
-        said = found.metadata.get("License-Expression") or ", ".join(classified) or found.metadata.get("License") or "?"
+        own = {name: found.metadata[name] for name in ("License-Expression", "License") if name in found.metadata}
+        said = own.get("License-Expression") or ", ".join(classified) or own.get("License") or "?"
         print(f"{found.name} {found.version}: {said.splitlines()[0]}")

@@ -44,4 +44,4 @@ def check_numbers(made: Any) -> None:
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             raise UserError(f"editor {made.name!r}: {option} must be a number, got {value!r}")
         if int in kinds:
-            at_least(0, **{f"editor {made.name!r}: {option}": value})
+            at_least(0, **{f"editor {made.name!r}: {option}": float(value)})

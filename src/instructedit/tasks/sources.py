@@ -10,11 +10,11 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
 from instructedit.errors import UserError
 
-_OPEN: dict[str, Callable[..., IO[bytes]]] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+_OPEN: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 _LARGEST = 4 << 30  # bytes of an unpacked file: a small packed one can hold more than memory does
 _DATA_FILE = re.compile(r"(?P<stem>.+)(?P<format>\.jsonl?)(?P<packing>\.gz|\.xz|)", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
