@@ -9,8 +9,8 @@ ended; the next life resumes from the last checkpoint. Lives follow one another 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
+import itertools
 import os
 import random
 import shutil
@@ -37,8 +37,6 @@ from instructedit.tasks.tiny.corpus import documents
 from instructedit.tracking import runs
 
 STEPS, EVERY, VALIDATE = 6, 1, 2
-#: Seconds that a life may take, for those that are killed at a point in time.
-_LONGEST = 240.0
 _PROGRESS = "progress"
 Act = Callable[[], None]
 
@@ -109,10 +107,15 @@ def life(folder: Path, lm: Path, act: Act, after: float | None = None) -> int:
             print(type(error).__name__, error, flush=True)
         finally:
             os._exit(status)
-    if after is not None:
-        time.sleep(after)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    if after is None:
+        return os.waitpid(pid, 0)[1]
+    end = time.monotonic() + after
+    while time.monotonic() < end:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
     return os.waitpid(pid, 0)[1]
 
 
@@ -191,14 +194,16 @@ def main(kills: int, seed: int, folder: Path, at_once: int = 4) -> Counter[str]:
     """Brings about so many ends; raises AssertionError where something was lost."""
     rng = random.Random(seed)
     prepare(folder)
-    began = time.monotonic()
     reference = folder / "reference"
     reference.mkdir()
+    began = time.monotonic()
     status = life(reference, folder / "lm", lambda: None)
     assert status == 0, (reference / "log").read_text()[-2000:]
     whole, expected, ends = time.monotonic() - began, outcome(reference), Counter()
+    numbers = itertools.count()
     while ends.total() < kills:
-        place = folder / f"trial-{ends.total()}"
+        # Never the same folder: what this process has open of a store would be open in the lives.
+        place = folder / f"trial-{next(numbers)}"
         place.mkdir()
         ends += trial(place, folder / "lm", rng, whole, min(at_once, kills - ends.total()))
         assert_same(expected, outcome(place))

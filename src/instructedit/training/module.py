@@ -235,11 +235,12 @@ class EditingModule(L.LightningModule):
     def _evaluate(
         self, stage: str, batch: list[EditRecord], settings: Evaluation, watchers: Sequence[Watcher] = ()
     ) -> Outcome:
+        metrics = self._metrics(stage)
         if not batch:  # of a process that has no record
             return Outcome([])
         outcome = evaluate_batch(self.lm, self.editor, batch, settings, watchers)
         every = editing_metrics()
-        for key, metric in self._metrics(stage).items():
+        for key, metric in metrics.items():
             _, task, name = key.split("/")
             declared = every[name]
             rows = [r for r in outcome.rows if r["task"] == task and r["kind"] in declared.probes and r["main"]]
