@@ -13,6 +13,7 @@ import instructedit as ie
 from instructedit import configs
 from instructedit.cli import main
 from instructedit.data.module import EditData, TaskSource
+from instructedit.edits import DenseEdit
 from instructedit.evaluation import Evaluation
 from instructedit.paths import check_database
 from instructedit.tasks import load_records, sources
@@ -109,7 +110,7 @@ def test_other_numbers(tokenizer):
 @pytest.mark.parametrize("option", ["--config", "--scale"])
 def test_yaml(refused, tmp_path, option):
     contents = {
-        "empty": ("", "empty.yaml"), "list": ("- 1\n", "list.yaml"), "deep": ("a: " + "[" * 1500, "deep.yaml"),
+        "empty": ("", "empty.yaml"), "list": ("- 1\n", "list.yaml"), "deep": ("a: " + "[" * 500, "deep.yaml"),
         "twice": ("lm: tiny\nlm: other\n", "twice.yaml: not YAML: the key 'lm' stands twice"),
         "itself": ("a: &a [*a]\nb: *a\n", "itself.yaml"),
     }  # fmt: skip
@@ -148,7 +149,7 @@ def test_a_small_packed_file_does_not_fill_memory(tmp_path, monkeypatch):
 # -- edits of another model -----------------------------------------------------------------------------------------
 
 
-def test_an_edit_of_a_model_of_other_sizes(tokenizer, tmp_path):
+def test_an_edit_of_another_model(tokenizer, tmp_path):
     lm, other = random_lm("gpt2", tokenizer), random_lm("llama", tokenizer)
     edit = ie.build_editor("ft_l", lm, steps=1, lr=0.1).edit([ie.EditRequest("The capital of France is", "Rome")])
     for use in (
@@ -156,6 +157,9 @@ def test_an_edit_of_a_model_of_other_sizes(tokenizer, tmp_path):
         lambda: other.save(edit, tmp_path / "saved"),
         lambda: other.generate("France", max_new_tokens=1, edit=edit),
     ):
-        with pytest.raises(ie.UserError):
+        with pytest.raises(ie.UserError, match="has no edit site"):
             use()
     assert not (tmp_path / "saved").exists()
+    wider = DenseEdit.of({name: torch.nn.functional.pad(edit.delta(name), (0, 1)) for name in edit.sites})
+    with pytest.raises(ie.UserError, match="of another model"):
+        lm.merge(wider)

@@ -34,12 +34,18 @@ def merge(lm: FrozenLM, edit: Edit) -> PreTrainedModel:
     kept = [t for module in lm.model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     model = copy.deepcopy(lm.model, {id(tensor): tensor.detach().clone() for tensor in kept})
     for site in sites:
-        add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
+        change = edit.delta(site.name)[0]
+        if tuple(change.shape) != (expected := tuple(reversed(site.shape))):
+            raise UserError(
+                f"{lm.name}: the edit's {site.name} is {tuple(change.shape)}, the model's {expected}: of another model?"
+            )
+        add_to_weight(model.get_submodule(site.name), site, change)
     return model
 
 
 def save(lm: FrozenLM, edit: Edit, folder: str | Path) -> None:
     """Writes an edit, and where PEFT reads it back its adapter, to a folder (see `FrozenLM.save`)."""
+    lm.first_block(edit.sites)  # refuses an edit of another model
     edit.save_pretrained(folder, base_model=lm.source, lm=lm.name)
     written = [file for name in ADAPTER if (file := Path(folder) / name).is_file()]
     if not written:
