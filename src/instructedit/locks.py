@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 _ALIVE = "running"
 
@@ -47,6 +48,7 @@ class Alive:
 
     def __init__(self, root: Path, run_id: str) -> None:
         self._place = root / _ALIVE / run_id
+        self._file: TextIO | None = None
         part = self._place.with_name(f".{run_id}")
         with suppress(OSError):  # a file system without locks: the run is never taken for dead
             part.parent.mkdir(exist_ok=True)
@@ -58,6 +60,7 @@ class Alive:
         """Says that the run is over."""
         with suppress(OSError):
             self._place.unlink(missing_ok=True)
+        if self._file is not None:
             self._file.close()
 
 
