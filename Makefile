@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real gpu test test-all check lint types format docs ui clean
+.PHONY: help install demo demo-real gpu test test-all check lint types format docs ui faults fuzz load audit-deps licences clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,25 @@ docs: $(READY)  ## build the documentation into site/; warnings are errors
 
 ui: $(READY)  ## open the runs in the MLflow UI at http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --workers 1
+
+KILLS ?= 1000
+faults: $(READY)  ## kill a fit KILLS times (1000) at random points, resume it, and compare: hours
+	$(BIN)/python -m tests.faults.harness --kills $(KILLS)
+
+FUZZ ?= 1000000
+fuzz: $(READY)  ## give FUZZ files (1000000), changed at random, to whatever reads files of strangers: hours
+	FUZZ_COUNT=$$(( $(FUZZ) / 15 + 1 )) $(BIN)/python -m pytest -q tests/fuzz
+
+EDITS ?= 100000
+load: $(READY)  ## score EDITS edits (100000) in flat memory, and fit in 8 processes on one store and one cache
+	$(BIN)/python -m tests.load --edits $(EDITS)
+
+audit-deps: $(READY)  ## look up the installed packages in the database of known holes (network)
+	$(BIN)/pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --local --progress-spinner off
+
+licences: $(READY)  ## list the installed packages with their licences
+	@$(BIN)/instructedit env --licences
 
 clean:  ## remove the environment and caches; runs under mlruns/ stay
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis outputs site

@@ -195,3 +195,13 @@ def test_what_cannot_be_warmed_is_one_line(place, said, tmp_path, monkeypatch):
     monkeypatch.setattr(partition.Path, "write_bytes", full)
     with pytest.warns(UserWarning, match="No space left"):
         assert "took no more" in said(*warm(place), status=2)
+
+
+def test_parts_of_the_rows_are_computed_by_several_processes(said, place):
+    parts = [warmed(said(*warm(place), f"--shard={part}/3")) for part in (2, 1, 3)]
+    rows, _, there = warmed(said(*warm(place)))
+    assert rows == 0
+    assert there == sum(part[0] + part[2] for part in parts)
+    assert min(part[0] for part in parts) > 0
+    for wrong in ("0/2", "3/2", "2", "a/b", "1/-1"):
+        assert f"--shard '{wrong}': expected a part" in said("warm", f"--shard={wrong}", status=2)

@@ -21,14 +21,14 @@ TREES = {file.relative_to(SOURCE).as_posix(): ast.parse(file.read_text()) for fi
 
 #: The floors of the package, from the top down; a floor imports from itself and from those after it.
 FLOORS = (
-    "cli", "training", "callbacks", "writing", "reports", "evaluation", "editors", "data", "lm", "analysis", "tasks",
-    "testbed", "instructions", "edits", "metrics", "tracking", "records",
+    "cli", "audit", "training", "callbacks", "writing", "reports", "evaluation", "editors", "data", "lm", "analysis",
+    "tasks", "testbed", "instructions", "edits", "metrics", "tracking", "records",
 )  # fmt: skip
 #: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
 TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli")
 GROUND = (
-    "artifacts", "registry", "run_names", "provenance", "drawing", "pages", "console", "configs", "paths",
-    "renamed", "errors",
+    "artifacts", "registry", "run_names", "provenance", "locks", "redaction", "drawing", "pages", "console", "configs",
+    "paths", "renamed", "errors",
 )  # fmt: skip
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))

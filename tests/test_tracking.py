@@ -251,7 +251,8 @@ def test_parameters_beyond_one_batch_without_the_noise(root: Path) -> None:
 def test_fingerprints_of_the_data(root: Path) -> None:
     with MLflowTracker(root=root) as tracker:
         tracker.log_fingerprints({"counterfact/train": "ab12", "zsre/test": "cd34"})
-        tracker.log_fingerprints({"counterfact/train": "ef56"})
+        with pytest.warns(UserWarning, match=r"data\.counterfact/train: the run began with other data \(sha256 ab12\)"):
+            tracker.log_fingerprints({"counterfact/train": "ef56"})
     tags = stored(root, tracker.run_id).data.tags
     assert (tags["data.counterfact/train"], tags["data.zsre/test"]) == ("ab12", "cd34")
     assert tags["changed.data.counterfact/train"] == "ef56"

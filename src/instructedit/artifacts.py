@@ -77,8 +77,8 @@ class Artifacts(ABC):
         """Logs which data the run used: ``{"counterfact/train": "<sha256>"}``."""
         self.log_json(dict(fingerprints), "fingerprints")
 
-    @rank_zero_only
-    def log_datasets(self, datasets: Sequence[Mapping[str, Any]]) -> None:  # most have no such place
+    @rank_zero_only  # noqa: B027  # most loggers have no such place
+    def log_datasets(self, datasets: Sequence[Mapping[str, Any]]) -> None:
         """Shows which records a run read, where a logger has a place for it; all keep them as ``data.<stage>.json``.
 
         Args:

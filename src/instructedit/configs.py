@@ -16,6 +16,7 @@ from instructedit.errors import UserError, unknown
 
 T = TypeVar("T")
 
+_LARGEST = 1_000_000  # values that a file may make
 SCALE, EDITOR, TASK, CONFIG = "--scale", "--editor", "--task", ("--config", "-c")
 
 #: Folders of ``configs/`` with an option of their name, for what is the same at every scale.
@@ -171,10 +172,54 @@ def located(args: Sequence[str]) -> list[str]:
             file = next((file for file in (Path(path), paths.SHARED / path) if file.is_file()), None)
             if file is None:
                 raise UserError(f"--config {path}: no such file")
-            read_yaml(file, "--config ")
+            content = read_yaml(file, "--config ")
+            if not isinstance(content, dict):
+                raise UserError(f"--config {path}: {'is empty' if content is None else 'expected keys and values'}")
             arg = f"--config={file}"
         found.append(arg)
     return found
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Reads YAML and refuses a key that stands twice, of which else the last would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text: str) -> Any:
+    """Reads YAML: plain values alone, no key twice, and no aliases that multiply to more than a million values.
+
+    Raises:
+        yaml.YAMLError: If it is none, or too large or too deep.
+    """
+    try:
+        value = yaml.load(text, _UniqueKeys)
+        _check_size(value, {})
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deep") from error
+    except ValueError as error:  # a date that there is not, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from error
+    return value
+
+
+def _check_size(value: Any, known: dict[int, int]) -> int:
+    """How many values one is made of, those that several names share counted for each."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _LARGEST + 1  # of one that holds itself
+        inner = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_check_size(each, known) for each in inner)
+    if known[id(value)] > _LARGEST:
+        raise yaml.YAMLError(f"its aliases make more than {_LARGEST:,} values")
+    return known[id(value)]
 
 
 def read_yaml(file: Path, what: str = "") -> Any:
@@ -184,7 +229,7 @@ def read_yaml(file: Path, what: str = "") -> Any:
         UserError: If it is not YAML, with `what` before its name.
     """
     try:
-        return yaml.safe_load(file.read_text())
+        return load_yaml(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{what}{file}: not YAML: {error}") from error
 

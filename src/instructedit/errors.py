@@ -14,6 +14,21 @@ class UserError(ValueError):
     """
 
 
+def at_least(low: float, **values: float | None) -> None:
+    """Refuses values that are too small, or no numbers; None is no value.
+
+    Args:
+        low: The smallest value that is allowed.
+        values: Them by their names.
+
+    Raises:
+        UserError: For the first that is.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= low:
+            raise UserError(f"{name} must be at least {low}, got {value}")
+
+
 def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
     """The error for a name that is not there: one line with the nearest of those that are, and all of them."""
     near = get_close_matches(name, known, n=1)

@@ -9,10 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -24,17 +21,19 @@ from instructedit.callbacks import (
     Pace,
     PredictionTable,
     ResultTables,
+    TestedEditor,
 )
+from instructedit.callbacks.checkpoint import Checkpoint
 from instructedit.configs import expanded, shown
 from instructedit.data.module import EditData
-from instructedit.editors.base import PACKAGE, Editor, load_weights
-from instructedit.editors.saved import read_folder
-from instructedit.editors.sources import find_editor
+from instructedit.editors.base import PACKAGE, Editor, editor_class, load_weights
+from instructedit.editors.saved import read_checkpoint, read_folder
+from instructedit.editors.sources import check_run_id, find_editor
 from instructedit.errors import UserError
-from instructedit.paths import DEFAULTS
+from instructedit.paths import DEFAULTS, check_database, check_writable
 from instructedit.registry import plugin, plugins
 from instructedit.run_names import next_command, run_name, run_tags
-from instructedit.tracking import MLflowTracker, SaveConfig
+from instructedit.tracking import DATABASE, MLflowTracker, SaveConfig, unfinished_run
 from instructedit.training.module import EditingModule
 
 #: Options that stand for several configs.
@@ -53,44 +52,9 @@ NAMED = {
 LIGHTNINGS_OWN = ("best", "last", "hpc")
 
 
-class Checkpoint(ModelCheckpoint):
-    """Keeps the editor with the best validation score, and the last one. The LM is in neither.
-
-    Args:
-        monitor: What to keep the best of; without validation only the last one is kept.
-        save_last: Also keep the last state, to resume from.
-        every_n_train_steps: Save after so many steps, beside every validation.
-    """
-
-    def __init__(
-        self, monitor: str | None = "val/score", save_last: bool = True, every_n_train_steps: int | None = None
-    ) -> None:
-        super().__init__(
-            monitor=monitor, mode="max", save_last=False, every_n_train_steps=every_n_train_steps,
-            filename="step-{step}", auto_insert_metric_name=False, enable_version_counter=False,
-        )  # fmt: skip
-        self.keeps_last, self.every, self._kept = save_last, every_n_train_steps, 0
-
-    def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        super().on_train_batch_end(trainer, *args, **kwargs)
-        if self.every and trainer.global_step % self.every == 0 and trainer.global_step != self._kept:
-            self._keep_last(trainer)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        super().on_validation_end(trainer, pl_module)
-        self._keep_last(trainer)
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._keep_last(trainer)
-
-    def _keep_last(self, trainer: Any) -> None:
-        """Lightning's own `save_last` writes the last state only together with a new best one."""
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.fast_dev_run
-        if self.keeps_last and fitting:
-            self._kept = trainer.global_step
-            # Before it is saved, for the path is part of the state.
-            self.last_model_path = self.format_checkpoint_name(trainer.callback_metrics, self.CHECKPOINT_NAME_LAST)
-            trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
+#: Parts of a checkpoint that Lightning reads: to score it, and to go on training.
+_VERSION = ("pytorch-lightning_version",)
+_NEEDED = (_VERSION, (*_VERSION, "optimizer_states", "lr_schedulers", "epoch", "global_step"))
 
 
 class EditingCLI(LightningCLI):
@@ -112,6 +76,7 @@ class EditingCLI(LightningCLI):
         parser.add_lightning_class_args(DataReport, "data_report")
         parser.add_lightning_class_args(Pace, "pace")
         parser.add_lightning_class_args(ResultTables, "results")
+        parser.add_lightning_class_args(TestedEditor, "tested_editor")
         parser.add_lightning_class_args(PredictionTable, "predictions")
         parser.add_lightning_class_args(EditingAreaDump, "areas")
 
@@ -188,21 +153,35 @@ class EditingCLI(LightningCLI):
             found = find_editor(asked, _store(config))
             if found.is_dir() and self.config.subcommand == "fit":
                 raise UserError(f"{found}: holds a trained editor alone; training goes on from a checkpoint (.ckpt)")
-            saved, self._weights = _saved_editor(found)
+            saved, self._weights = _saved_editor(found, _NEEDED[self.config.subcommand == "fit"])
         except UserError as error:
             raise UserError(f"--ckpt_path {error}") from error
         config["ckpt_path"] = str(found)
+        if self.config.subcommand == "fit":
+            _go_on(config, found)
         self._take(saved)
 
     def _take(self, saved: dict[str, Any]) -> None:
         """Puts a saved editor's class and options in the place of the command line's."""
         before = _flat(self.config[self.config.subcommand].model.editor)
         taken = {self.config.subcommand: {"model": {"editor": saved}}}
-        self.config = self.parser.parse_object(taken, self.config)
+        try:
+            self.config = self.parser.parse_object(taken, self.config)
+        except ArgumentError as error:
+            raise UserError(f"--ckpt_path: options of its editor: {' '.join(str(error).split())}") from error
         now = _flat(self.config[self.config.subcommand].model.editor)
         changed = [f"{k} = {now[k]} (not {before[k]})" for k in before if k in now and before[k] != now[k]]
         if changed:
             rank_zero_info(f"the checkpoint's own editor is used: {', '.join(changed)}")
+
+    def before_instantiate_classes(self) -> None:
+        """Looks at the local store before anything is made: jsonargparse would hide what is wrong with it."""
+        config = self.config[self.config.subcommand]
+        if getattr(config.trainer.logger, "class_path", "").endswith(f".{MLflowTracker.__name__}"):
+            options = config.trainer.logger.init_args
+            if not options.get("tracking_uri"):
+                check_database(check_writable(_store(config), "trainer.logger.root") / DATABASE)
+                check_run_id(options.get("run_id"))
 
     def after_instantiate_classes(self) -> None:
         """Introduces module and data to each other, names the run, and puts the weights of a saved editor in place."""
@@ -217,6 +196,7 @@ class EditingCLI(LightningCLI):
             )
         if self._weights is not None:
             load_weights(self.model.editor, self._weights, "--ckpt_path")
+            self.model.editor_folder = self.config_init[self.config_init.subcommand].ckpt_path
 
 
 def _store(config: Any) -> str:
@@ -225,23 +205,26 @@ def _store(config: Any) -> str:
     return str(options.get("root") or "mlruns")
 
 
-def _saved_editor(found: Path) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+def _go_on(config: Any, checkpoint: Path) -> None:
+    """A run that was killed, or failed, goes on as the same run; one that was finished is the start of a new one."""
+    options = getattr(config.trainer.logger, "init_args", None)
+    if options is None or options.get("run_id", "") is not None:  # another logger, or told which run
+        return
+    if run_id := unfinished_run(checkpoint, _store(config)):
+        rank_zero_info(f"run {run_id} goes on")
+        options["run_id"] = run_id
+
+
+def _saved_editor(found: Path, needed: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """Class and options of a saved editor as the parser has them; and its weights, if it is no checkpoint.
 
     Raises:
         UserError: If it is damaged, or a checkpoint of something else.
     """
-    if found.is_dir():
-        name, options, weights, _ = read_folder(found)
-        cls = plugin(Editor, PACKAGE, name)
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": options}, weights
-    try:
-        saved = torch.load(found, map_location="cpu", weights_only=True)
-        assert {"state_dict", "hyper_parameters"} <= set(saved)
-        editor: dict[str, Any] = saved["hyper_parameters"]["editor"]
-    except Exception as error:
-        raise UserError(f"{found}: not a checkpoint of an editor ({type(error).__name__})") from error
-    return editor, None
+    saved = read_folder(found) if found.is_dir() else read_checkpoint(found, needed)
+    cls = plugin(Editor, PACKAGE, saved.name) if found.is_dir() else editor_class(saved.name)
+    editor = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": saved.options}
+    return editor, saved.weights if found.is_dir() else None
 
 
 def _flat(config: Any, prefix: str = "editor") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from instructedit.errors import UserError
 
+_SQLITE = b"SQLite format 3\0"  # begins every database
 _HERE = Path(__file__).resolve().parent
 
 #: The folder with ``configs/`` and ``experiments/``: in an installed package what the wheel brought (setup.py), in a
@@ -46,3 +47,20 @@ def check_writable(folder: str | Path, option: str) -> Path:
     except OSError as error:
         raise UserError(f"{option} {folder}: {there} cannot be written ({error.strerror})") from error
     return path
+
+
+def check_database(file: Path) -> None:
+    """Finds out before any work whether an SQLite database, if it is there, can be used.
+
+    Raises:
+        UserError: If it is damaged, or cannot be written.
+    """
+    if not file.exists():
+        return
+    try:
+        with file.open("r+b") as opened:
+            sound = opened.read(len(_SQLITE)) == _SQLITE
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from error
+    if not sound:
+        raise UserError(f"{file}: damaged: not a database; move it away to begin anew")

@@ -19,6 +19,11 @@ def stripped(prompt: str) -> str:
     return prompt.lstrip().rstrip(" \t\r\f\v\u00a0\u3000")
 
 
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: JSON may hold half a surrogate pair, which no tokenizer reads."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 @dataclass(frozen=True)
 class EditRequest:
     """One change that a user wants: after the edit the model continues ``prompt`` with ``target``.
@@ -45,6 +50,8 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise UserError(f"edit request: {name} must be a non-empty string, got {value!r}")
+            if not is_text(value):
+                raise UserError(f"edit request: {name} holds half a surrogate pair, which is no text: {value!r}")
         object.__setattr__(self, "prompt", stripped(self.prompt))
         object.__setattr__(self, "target", self.target.strip())
 
@@ -74,6 +81,8 @@ class Probe:
             raise UserError(f"{self.kind} probe: empty prompt")
         if not self.answers or not all(a.strip() for a in self.answers):
             raise UserError(f"{self.kind} probe {self.prompt!r}: empty answer")
+        if not all(map(is_text, (self.prompt, *self.answers))):
+            raise UserError(f"{self.kind} probe {self.prompt!r}: holds half a surrogate pair, which is no text")
         object.__setattr__(self, "prompt", stripped(self.prompt))
         object.__setattr__(self, "answers", tuple(answer.strip() for answer in self.answers))
 

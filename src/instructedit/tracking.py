@@ -12,8 +12,10 @@ import atexit
 import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -30,7 +32,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from instructedit.artifacts import Artifacts, artifacts
 from instructedit.errors import UserError
+from instructedit.locks import Alive, dead_runs, one_at_a_time
 from instructedit.provenance import provenance
+from instructedit.redaction import redacted
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -41,9 +45,10 @@ if TYPE_CHECKING:
 _LONGEST_VALUE = 6000  # characters that MLflow keeps of a parameter
 _LARGEST_BATCH = 100  # parameters, and tags, that MLflow takes at once
 _LONGEST_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
-_DATABASE = "mlflow.db"
+DATABASE = "mlflow.db"
 _PARENT = "mlflow.parentRunId"
 _KIND = "mlflow.experimentKind"  # which of its two faces the UI shows
+_MAKING = ".making-"  # begins the name of a folder in which a store is made
 _MOST_RUNS = 50_000  # that MLflow finds at once
 _LISTED = 20  # names that an error lists: it stays one readable line
 
@@ -87,6 +92,8 @@ class MLflowTracker(Artifacts, MLFlowLogger):
         tags = (tags or {}) | ({_PARENT: parent_run_id} if parent_run_id else {})
         super().__init__(experiment_name, run_name, tracking_uri, tags, artifact_location=artifacts, run_id=run_id)
         self._running = False
+        self._local = artifacts is not None
+        self._alive: Alive | None = None
 
     @property
     @rank_zero_experiment
@@ -101,11 +108,15 @@ class MLflowTracker(Artifacts, MLFlowLogger):
             self._running = True
             atexit.register(self._abandon)
         client: MlflowClient = super().experiment
+        if self._local and self._running and self._alive is None:
+            self._alive = Alive(self._root, str(self._run_id))
         return client
 
     def _start(self, facts: dict[str, str]) -> None:
         from mlflow.exceptions import MlflowException
 
+        if self._local:
+            _mark_dead(self._mlflow_client, self._root)
         self.tags = facts | (self.tags or {})
         if self._run_id is not None:
             _run(self._mlflow_client, self._run_id, self._tracking_uri)
@@ -159,8 +170,16 @@ class MLflowTracker(Artifacts, MLFlowLogger):
 
     @rank_zero_only
     def log_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
-        """Logs which data the run used, as tags ``data.<name>``: ``{"counterfact/train": "<sha256>"}``."""
-        self._log(self.experiment, {}, {f"data.{name}": value for name, value in fingerprints.items()})
+        """Logs which data the run used, as tags ``data.<name>``: ``{"counterfact/train": "<sha256>"}``.
+
+        Warns where a run that goes on reads other data than it began with.
+        """
+        tags = {f"data.{name}": value for name, value in fingerprints.items()}
+        began = self.experiment.get_run(str(self.run_id)).data.tags
+        for name, value in tags.items():
+            if began.get(name, value) != value:
+                warnings.warn(f"{name}: the run began with other data (sha256 {began[name][:12]})", stacklevel=2)
+        self._log(self.experiment, {}, tags)
 
     @rank_zero_only
     def log_datasets(self, datasets: Sequence[Mapping[str, Any]]) -> None:
@@ -195,6 +214,9 @@ class MLflowTracker(Artifacts, MLFlowLogger):
             status = "interrupted"
         super().finalize(_STATUS.get(status, status))
         self._running = False
+        if self._alive is not None:
+            self._alive.end()
+            self._alive = None
 
     def _abandon(self) -> None:
         if self._running:
@@ -217,7 +239,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Logs the configuration; `fast_dev_run` has no such logger. Called on rank zero only."""
-        text = self.parser.dump(self.config, skip_unset=False)
+        text = redacted(self.parser.dump(self.config, skip_unset=False))
         for keeper in artifacts(trainer):
             # A `test` in the run of its `fit` must not take the place of the fit's configuration.
             again = keeper.has(self.config_filename)
@@ -272,7 +294,7 @@ def finished_runs(root: str | Path = "mlruns") -> list[tuple[str, str]]:
     Returns:
         (run id, name) of each; none where there is no store.
     """
-    if not (Path(root).expanduser() / _DATABASE).is_file():
+    if not (Path(root).expanduser() / DATABASE).is_file():
         return []
     found = _search(root, "attributes.status = 'FINISHED'", "attributes.end_time DESC")
     return [(run.info.run_id, run.info.run_name) for run in found]
@@ -296,6 +318,18 @@ def _search(root: str | Path, wanted: str, order: str) -> list[Run]:
     client = _client(root)
     every = [each.experiment_id for each in client.search_experiments()]
     return list(client.search_runs(every, wanted, max_results=_MOST_RUNS, order_by=[order]))
+
+
+def find_run(run: str, root: str | Path = "mlruns") -> Run:
+    """Finds a run in a local store by its id, or by the name of a finished run.
+
+    Raises:
+        UserError: If there is no such store or run, or the name is that of several finished runs.
+    """
+    named = [run_id for run_id, name in finished_runs(root) if name == run]
+    if len(named) > 1:
+        raise UserError(f"{run}: {len(named)} finished runs have this name; give the id of one: {', '.join(named)}")
+    return _run(_client(root), named[0] if named else run, str(root))
 
 
 def artifact_path(run_id: str, name: str, root: str | Path = "mlruns") -> Path:
@@ -326,14 +360,24 @@ def load_table(run_id: str, name: str, root: str | Path = "mlruns") -> DataFrame
 
 
 def _local_store(root: Path) -> str:
-    """Makes the store when it is not there."""
-    database = root / _DATABASE
-    if not database.exists():
+    """Makes the store when it is not there, and tidies up after a process that was killed while it made it."""
+    database = root / DATABASE
+    if not database.exists() or any(root.glob(f"{_MAKING}*")):
         root.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(root):
+            for left in root.glob(f"{_MAKING}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            _make_store(root)
+    return f"sqlite:///{database}"
+
+
+def _make_store(root: Path) -> None:
+    database = root / DATABASE
+    if not database.exists():
         # MLflow migrates a new database for seconds, without a lock: a second process, or an end in between, would
         # leave it broken for good. So it is made aside, and whoever is first puts a whole one in place.
-        with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as folder:
-            made = Path(folder, _DATABASE)
+        with tempfile.TemporaryDirectory(dir=root, prefix=_MAKING, ignore_cleanup_errors=True) as folder:
+            made = Path(folder, DATABASE)
             _make_database(made)
             try:
                 os.link(made, database)
@@ -341,7 +385,29 @@ def _local_store(root: Path) -> str:
                 pass
             except OSError:  # a file system without hard links
                 made.rename(database)
-    return f"sqlite:///{database}"
+
+
+def _mark_dead(client: MlflowClient, root: Path) -> None:
+    """Marks the runs whose process was killed, which else would be RUNNING for ever."""
+    from mlflow.exceptions import MlflowException
+
+    for run_id in dead_runs(root):
+        with suppress(MlflowException):  # of a store that was replaced
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_terminated(run_id, status="KILLED")
+
+
+def unfinished_run(checkpoint: Path, root: str | Path = "mlruns") -> str | None:
+    """The id of the run in a local store that a checkpoint is of, if it ended before it was finished."""
+    folder = Path(root).expanduser().absolute()
+    try:
+        _, run_id, *_ = checkpoint.absolute().relative_to(folder).parts
+        client = _client(folder)
+        _mark_dead(client, folder)
+        status = _run(client, run_id, str(root)).info.status
+    except ValueError:  # it lies elsewhere, or there is no such run or store
+        return None
+    return run_id if status in ("KILLED", "FAILED") else None
 
 
 def _make_database(file: Path) -> None:
@@ -361,8 +427,8 @@ def _make_database(file: Path) -> None:
 
 def _client(root: str | Path) -> MlflowClient:
     folder = Path(root).expanduser().absolute()
-    if not (folder / _DATABASE).is_file():
-        raise UserError(f"{root}: no MLflow store ({_DATABASE}) in this folder")
+    if not (folder / DATABASE).is_file():
+        raise UserError(f"{root}: no MLflow store ({DATABASE}) in this folder")
     from mlflow import MlflowClient
 
     return MlflowClient(_local_store(folder))
@@ -378,4 +444,5 @@ def _run(client: MlflowClient, run_id: str, store: str) -> Run:
             raise
         every = client.search_runs([each.experiment_id for each in client.search_experiments()])
         names = [f"{run.info.run_id} ({run.info.run_name})" for run in every]
+        store = redacted(store)
         raise UserError(f"{store}: no run {run_id!r}; there are: {', '.join(names[:_LISTED]) or 'none'}") from error

@@ -242,3 +242,20 @@ def test_batches_of_any_size_give_the_same_rows(one_lm, texts, rows, tokens):
         patch.setattr(own_text, "read_texts", lambda source: iter(texts))
         found = sample_inputs(one_lm, name, "tiny", tokens)
     assert_same_rows(found, seen_by(one_lm, [name], texts, tokens)[name])
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(lm, file, tmp_path, monkeypatch):
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(tmp_path / "taken"))
+    monkeypatch.setattr(covariance, "_inputs", lambda *_: pytest.fail("it was computed"))
+    with pytest.raises(UserError, match=r"\$INSTRUCTEDIT_CACHE .*taken is a file, not a folder"):
+        covariances(lm, names_of(lm), str(file), 10)
+
+
+def test_moments_that_are_no_numbers_are_refused(lm, file):
+    (name,) = names_of(lm)[:1]
+    covariances(lm, [name], str(file), 10)
+    kept = covariance_file(lm, name, str(file), 10)
+    covariance._save(load_file(kept)["second_moment"] * float("nan"), kept)
+    with pytest.raises(UserError, match=r"damaged \(it holds NaN or infinities\); remove it"):
+        covariances(lm, [name], str(file), 10)

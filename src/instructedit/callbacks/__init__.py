@@ -7,5 +7,9 @@ from instructedit.callbacks.guards import Guards
 from instructedit.callbacks.pace import Pace
 from instructedit.callbacks.predictions import PredictionTable
 from instructedit.callbacks.results import ResultTables
+from instructedit.callbacks.tested_editor import TestedEditor
 
-__all__ = ["DataReport", "EditRateSweep", "EditingAreaDump", "Guards", "Pace", "PredictionTable", "ResultTables"]
+__all__ = [
+    "DataReport", "EditRateSweep", "EditingAreaDump", "Guards", "Pace", "PredictionTable", "ResultTables",
+    "TestedEditor",
+]  # fmt: skip

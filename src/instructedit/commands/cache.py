@@ -22,6 +22,7 @@ def warm(
     overrides: list[str] | None = None,
     cache_dir: str | None = None,
     batch_size: int = 32,
+    shard: str = "1/1",
 ) -> None:
     """Computes the states that training with these configs can ask for, once; what is there already is left out.
 
@@ -38,6 +39,8 @@ def warm(
         cache_dir: Folder of the cache; by default the configs' model.lm.cache_dir, else "prefix" in $INSTRUCTEDIT_CACHE
             (~/.cache/instructedit).
         batch_size: Rows in one forward pass.
+        shard: Which part of the rows to compute, of how many: 1/4, and 2/4, 3/4, 4/4 in further processes, at once or
+            one after another, on one folder.
     """
     import torch
     from tqdm import tqdm
@@ -45,6 +48,7 @@ def warm(
     from instructedit.configs import config_files
     from instructedit.lightning_cli import Built, run
 
+    part, parts = _shard(shard)
     first, last = [_option(_folder(None))], [_option(Path(cache_dir))] if cache_dir else []
     files = [*config_files(scale, editor), *(configs or ())]
     options = [*first, *(f"--config={path}" for path in files), *(overrides or ()), *last]
@@ -61,7 +65,7 @@ def warm(
     work += [(block, pairs, lambda batch: lm.prefixes.of(batch, block))] if block else []  # else nothing lies below it
     rows = tokens = there = 0
     for entered, wanted, compute in reversed(work):  # what leaves the last block is computed from the prefix
-        wanted = sorted(wanted, key=lambda pair: sum(map(len, pair)))
+        wanted = sorted(wanted, key=lambda pair: sum(map(len, pair)))[part - 1 :: parts]
         bar = tqdm(range(0, len(wanted), batch_size), desc=f"{lm.name} below block {entered}", unit=" batches")
         for start in bar:
             batch = text.encode(wanted[start : start + batch_size]).to(lm.device)
@@ -134,6 +138,18 @@ def _folder(given: str | None) -> Path:
     from instructedit.paths import cache_folder
 
     return Path(given).expanduser() if given else cache_folder() / "prefix"
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """``2/4`` → (2, 4).
+
+    Raises:
+        UserError: If it is no part of a whole.
+    """
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise UserError(f"--shard {text!r}: expected a part of a whole, such as 1/4 or 4/4")
+    return int(part), int(parts)
 
 
 def _option(folder: Path) -> str:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 
-def main() -> None:
-    """Prints software versions, the device, threads, folders and the variables that are set, one a line."""
+def main(licences: bool = False) -> None:
+    """Prints software versions, the device, threads, folders and the variables that are set, one a line.
+
+    Args:
+        licences: Print instead the installed packages with their versions and licences.
+    """
+    if licences:
+        _licences()
+        return
     import os
 
     import torch
@@ -21,3 +28,14 @@ def main() -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")
+
+
+def _licences() -> None:
+    """One package a line; a licence as the package itself names it."""
+    from importlib.metadata import distributions
+
+    for found in sorted(distributions(), key=lambda each: each.name.lower()):
+        classified = [c.split(" :: ")[-1] for c in found.metadata.get_all("Classifier", []) if c.startswith("License")]
+        own = {name: found.metadata[name] for name in ("License-Expression", "License") if name in found.metadata}
+        said = own.get("License-Expression") or ", ".join(classified) or own.get("License") or "?"
+        print(f"{found.name} {found.version}: {said.splitlines()[0]}")

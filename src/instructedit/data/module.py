@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from instructedit.data.batch import Collator, EditBatch
 from instructedit.data.mixture import MixtureSampler
-from instructedit.errors import UserError
+from instructedit.errors import UserError, at_least
 from instructedit.instructions import Instructor
 from instructedit.lm import Text
 from instructedit.records import EditRecord
@@ -44,6 +44,10 @@ class TaskSource:
     size: int | None = None
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least(1, **{f"size of task {self.name!r}": self.size})
+        at_least(1e-9, **{f"weight of task {self.name!r}": self.weight})
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,8 @@ class EditData(L.LightningDataModule):
         portability: int = 0,
     ) -> None:
         super().__init__()
+        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
+        at_least(0, num_workers=num_workers, rephrases=rephrases, replies=replies, locality=locality, val_size=val_size)
         self.save_hyperparameters()
         self.sources = {"fit": train or [], "validate": val or train or [], "test": test or train or []}
         self.places = places or {}
@@ -227,10 +233,16 @@ class EditData(L.LightningDataModule):
         )  # fmt: skip
 
     def _whole(self, part: str) -> DataLoader[Any]:
-        """All records of all tasks, each process its share; nothing is repeated to make the shares equal."""
+        """All records of all tasks, each process its share; nothing is repeated to make the shares equal.
+
+        A process without a share has one empty batch, for without any it would not meet the others at the end.
+        """
         records = [record for task in self.records[part].values() for record in task]
         rank, world = self._process()
-        return DataLoader(_Records(records[rank::world]), batch_size=self.hparams["eval_batch_size"], collate_fn=list)
+        share = _Records(records[rank::world])
+        if not len(share):
+            return DataLoader(share, batch_sampler=[[]], collate_fn=list)
+        return DataLoader(share, batch_size=self.hparams["eval_batch_size"], collate_fn=list)
 
     def _process(self) -> tuple[int, int]:
         """Which process this is, of how many."""

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from instructedit.data.batch import EditBatch, RequestBatch, batch_rendered, batch_requests
 from instructedit.editors.card import model_card
 from instructedit.editors.losses import LossWeights, editing_loss
-from instructedit.editors.options import options
+from instructedit.editors.options import check_numbers, options
 from instructedit.editors.report import TargetReport, check_finite, target_report
 from instructedit.editors.saved import check_made_for, made_for, read_editor
 from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor, is_place
 from instructedit.edits import Edit
-from instructedit.errors import UserError
+from instructedit.edits.checksums import CHECKSUM, file_checksum
+from instructedit.errors import UserError, unknown
 from instructedit.instructions import Instructor, RenderedRecord
 from instructedit.lm import FrozenLM, Site, Text
 from instructedit.records import EditRequest
@@ -77,6 +78,7 @@ class Editor(nn.Module, ABC):
 
     def __post_init__(self) -> None:
         super().__init__()
+        check_numbers(self)
         self.sites: tuple[Site, ...] = ()
         #: Of the last call of `edit`, where the method optimises.
         self.report: TargetReport | None = None
@@ -277,6 +279,7 @@ class Editor(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
         card = {"editor": self.name, "options": self.options(), **self.made_for()}
+        card[CHECKSUM] = file_checksum(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(card, indent=2) + "\n")
         text = model_card(self.lm, self.name, self.options(), results, place)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -387,10 +390,22 @@ def load_editor(source: str | Path, lm: FrozenLM) -> Editor:
     """
     found = find_editor(source)
     saved = read_editor(found)
-    classes = {cls.__name__: key for key, cls in plugins(Editor, PACKAGE).items()}
-    editor = build_editor(classes.get(saved.name, saved.name), lm, **saved.options)
+    name = editor_class(saved.name).name if found.is_file() else saved.name
+    editor = build_editor(name, lm, **saved.options)
     check_made_for(saved.made_for, editor.made_for(), str(found))
     return load_weights(editor, saved.weights, str(found)).eval()
+
+
+def editor_class(name: str) -> type[Editor]:
+    """The editing method whose class has a name. Nothing is imported for it but the package's own methods.
+
+    Raises:
+        UserError: If no method that is known here has such a class.
+    """
+    classes = {cls.__name__: cls for cls in plugins(Editor, PACKAGE).values()}
+    if name not in classes:
+        raise unknown("editor", name, list(classes))
+    return classes[name]
 
 
 def load_weights(editor: Editor, weights: dict[str, Tensor], source: str) -> Editor:

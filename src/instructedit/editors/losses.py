@@ -9,9 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from instructedit.data.batch import EditBatch, ProbeBatch
+from instructedit.editors.processes import mean_over_processes
 from instructedit.edits import Edit
 from instructedit.lm import FrozenLM
 from instructedit.metrics import row_mean
+
+_FEWEST = 1e-9  # requests with locality probes: where no process has any, the loss is 0 / this
 
 
 class LossWeights(NamedTuple):
@@ -27,6 +30,8 @@ class LossWeights(NamedTuple):
 
 class EditingLoss(NamedTuple):
     """Mean losses over the requests of a batch, scalars.
+
+    Of several processes each has its own; their mean is the loss of all their requests as one batch.
 
     Attributes:
         edit: L_e of the in-scope probes under the edited model; with unwanted replies SERAC's, where their
@@ -49,8 +54,6 @@ def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch, unlikelihood: float
         unlikelihood: Weight of the unwanted replies beside the wanted ones (SERAC: 1).
     """
     edit_loss = scope_loss(lm, edit, batch.in_scope, len(batch), weight=unlikelihood)
-    if batch.locality is None:
-        return EditingLoss(edit_loss, edit_loss.new_zeros(()))
     return EditingLoss(edit_loss, locality_loss(lm, edit, batch.locality, len(batch)))
 
 
@@ -80,8 +83,20 @@ def _unlikelihood(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.logsumexp(-1) - others.logsumexp(-1)
 
 
-def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int) -> Tensor:
-    """Mean over the requests that have such probes of KL(unedited ‖ edited) per answer position, in nats."""
+def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: int) -> Tensor:
+    """Mean over the requests that have such probes of KL(unedited ‖ edited) per answer position, in nats.
+
+    Several processes divide by how many such requests each has on average: the mean of their gradients is then that of
+    one batch, however unevenly the probes fall.
+    """
+    total, count = _divergences(lm, edit, probes, requests)
+    return total / mean_over_processes(count).clamp(min=_FEWEST)
+
+
+def _divergences(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: int) -> tuple[Tensor, Tensor]:
+    """Sum of the divergences of the requests that have locality probes, and the number of these requests."""
+    if probes is None:
+        return torch.zeros((), device=lm.device), torch.zeros((), device=lm.device)
     tokens = probes.tokens
     before = lm.scores.unedited_states(tokens, lm.first_block(edit.sites))
 
@@ -92,7 +107,7 @@ def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int) -
     (divergence,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), read)
     per_row = row_mean(divergence, tokens.rows, len(tokens))
     means, counts = _per_request(per_row, probes.request_index, torch.ones_like(probes.request_index), requests)
-    return means.sum() / (counts > 0).sum()
+    return means.sum(), (counts > 0).sum().to(means.dtype)
 
 
 def _per_request(values: Tensor, request_index: Tensor, chosen: Tensor, requests: int) -> tuple[Tensor, Tensor]:

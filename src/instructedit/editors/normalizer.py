@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
+from instructedit.editors.processes import several
+
 
 class RunningNorm(nn.Module):
     """Standardises each coordinate by a running mean and deviation over tokens.
@@ -53,16 +55,16 @@ class RunningNorm(nn.Module):
             x: [tokens, size].
             everywhere: Under data parallelism those of every process; else this one's alone.
         """
-        several = everywhere and _several()
+        together = everywhere and several()
         count = torch.full((), len(x), dtype=torch.float64, device=x.device)
         total = x.sum(0).double()
-        if several:
+        if together:
             both = torch.cat([count[None], total])
             distributed.all_reduce(both)
             count, total = both[0], both[1:]
         mean = total / count.clamp(min=1)  # no token at all changes nothing, without a look at how many there are
         squares = (x.double() - mean).square().sum(0)
-        if several:
+        if together:
             distributed.all_reduce(squares)
         shift = mean - self.mean
         both_counts = self.count + count
@@ -70,7 +72,3 @@ class RunningNorm(nn.Module):
         self.squares += (squares + shift.square() * self.count * share).float()
         self.mean += (shift * share).float()
         self.count.copy_(both_counts)
-
-
-def _several() -> bool:
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar, dataclass_transform, get_type_hints
+from numbers import Real
+from types import NoneType
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
+
+from instructedit.errors import UserError, at_least
 
 T = TypeVar("T")
 
@@ -22,3 +27,21 @@ def options(cls: type[T]) -> type[T]:
     hints = get_type_hints(made)
     made.__init__.__annotations__ = {field.name: hints[field.name] for field in fields(made)} | {"return": None}
     return made
+
+
+def check_numbers(made: Any) -> None:
+    """Refuses options of an editor that should be numbers and are not; whole numbers are counts, none below zero.
+
+    Raises:
+        UserError: For the first of them.
+    """
+    for option, kind in type(made).__init__.__annotations__.items():
+        kinds = get_args(kind) or (kind,)
+        value = getattr(made, option, None)
+        words = [word for each in kinds for word in get_args(each)]  # of a Literal
+        if not {int, float}.intersection(kinds) or value in words or (value is None and NoneType in kinds):
+            continue
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            raise UserError(f"editor {made.name!r}: {option} must be a number, got {value!r}")
+        if int in kinds:
+            at_least(0, **{f"editor {made.name!r}: {option}": float(value)})

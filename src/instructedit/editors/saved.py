@@ -1,9 +1,9 @@
-"""What is on disk of a trained editor: what it is, its weights, and the model that it was trained for."""
+"""Reads saved editors: plain values and tensors, checked, and the model that they fit; nothing is imported for it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +12,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from instructedit.editors.sources import CONFIG, WEIGHTS
+from instructedit.edits.checksums import CHECKSUM, check_sound, file_checksum, tensors_checksum
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
+
+_PREFIX = "editor."
+_PARTS = ("state_dict", "optimizer_states")  # of a checkpoint, that hold tensors
 
 
 class SavedEditor(NamedTuple):
     """A trained editor as it lies on disk.
 
     Attributes:
-        name: Registry name of the method, or in a checkpoint the name of its class.
-        options: Its constructor arguments.
+        name: The method's name, or in a checkpoint the name of its class (its module is not looked at).
+        options: The constructor's arguments.
         weights: Name → tensor.
         made_for: What `made_for` said of the model; what an older version saved may lack any of it.
     """
@@ -71,29 +75,80 @@ def read_editor(place: Path) -> SavedEditor:
     Raises:
         UserError: If it is damaged, or something else.
     """
-    return _checkpoint(place) if place.is_file() else read_folder(place)
+    return read_checkpoint(place) if place.is_file() else read_folder(place)
 
 
 def read_folder(folder: Path) -> SavedEditor:
-    """Reads a folder that `Editor.save_pretrained` wrote.
+    """Reads what `Editor.save_pretrained` wrote.
 
     Raises:
-        UserError: If it holds no editor, or a damaged one.
+        UserError: If the folder holds none, or a damaged one: not what was saved, or with NaN or infinities.
     """
     try:
         card = json.loads((folder / CONFIG).read_text())
-        name, options = card.pop("editor"), dict(card.pop("options"))
-        return SavedEditor(name, options, load_file(folder / WEIGHTS), card)
+        name, options = str(card.pop("editor")), dict(card.pop("options"))
+        saved = SavedEditor(name, options, load_file(folder / WEIGHTS), card)
+        found = file_checksum(folder / WEIGHTS)
     except Exception as error:
         raise UserError(f"{folder}: damaged editor: {error}") from error
+    check_sound(saved.weights, found, card.pop(CHECKSUM, None), str(folder))
+    return saved
 
 
-def _checkpoint(file: Path) -> SavedEditor:
+def read_checkpoint(file: Path, needed: Sequence[str] = ()) -> SavedEditor:
+    """Reads the editor of a checkpoint that a fit wrote.
+
+    Args:
+        file: The checkpoint.
+        needed: Further parts that it must have.
+
+    Raises:
+        UserError: If it is no checkpoint of an editor, or a damaged one, or lacks a part.
+    """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         config = saved["hyper_parameters"]["editor"]
-        name = config["class_path"].rsplit(".", 1)[-1]
-        weights = {k.removeprefix("editor."): v for k, v in saved["state_dict"].items() if k.startswith("editor.")}
-        return SavedEditor(name, dict(config.get("init_args", {})), weights, dict(saved.get("made_for", {})))
+        name, options = config["class_path"].rsplit(".", 1)[-1], dict(config.get("init_args") or {})
+        check_checkpoint(saved, str(file))
+        weights = {k.removeprefix(_PREFIX): v for k, v in saved["state_dict"].items() if k.startswith(_PREFIX)}
+        fits = dict(saved.get("made_for", {}))
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{file}: not a checkpoint of an editor ({type(error).__name__}: {error})") from error
+    if missing := [part for part in needed if part not in saved]:
+        raise UserError(f"{file}: the checkpoint has no {missing[0]!r}: Lightning cannot read it for this")
+    return SavedEditor(name, options, weights, fits)
+
+
+def seal_checkpoint(checkpoint: dict[str, Any]) -> None:
+    """Adds checksums of the editor's tensors and the optimiser's to a checkpoint that is about to be written."""
+    checkpoint[CHECKSUM] = {part: tensors_checksum(_tensors(checkpoint[part])) for part in _PARTS if part in checkpoint}
+
+
+def check_checkpoint(checkpoint: Mapping[str, Any], where: str) -> None:
+    """Refuses a damaged checkpoint.
+
+    Raises:
+        UserError: If it is not what was saved, or tensors in it are not finite.
+    """
+    expected = checkpoint.get(CHECKSUM) or {}
+    for part in _PARTS:
+        if part in checkpoint:
+            tensors = _tensors(checkpoint[part])
+            check_sound(tensors, tensors_checksum(tensors) if part in expected else "", expected.get(part), where)
+
+
+def _tensors(part: Any) -> dict[str, Tensor]:
+    """The tensors in a part of a checkpoint, by their places."""
+    found: dict[str, Tensor] = {}
+    todo = [("", part)]
+    while todo:
+        place, value = todo.pop()
+        if isinstance(value, Tensor):
+            found[place] = value
+        elif isinstance(value, Mapping):
+            todo += [(f"{place}/{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            todo += [(f"{place}/{i}", inner) for i, inner in enumerate(value)]
+    return {place.removeprefix("/"): tensor for place, tensor in found.items()}

@@ -42,6 +42,16 @@ def find_editor(source: str | Path, root: str | Path = "mlruns") -> Path:
     return checkpoints[-1]
 
 
+def check_run_id(run_id: str | None) -> None:
+    """Refuses what cannot be the id of a run.
+
+    Raises:
+        UserError: If it is none.
+    """
+    if run_id is not None and not _RUN_ID.fullmatch(run_id):
+        raise UserError(f"run_id {run_id!r}: not the id of a run, which has 32 hexadecimal digits")
+
+
 def is_place(source: str, root: str | Path = "mlruns") -> bool:
     """Whether a word means a file, a folder, a run or a hub id, rather than a method by its name.
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from instructedit.edits.checksums import CHECKSUM, check_sound, file_checksum
 from instructedit.errors import UserError
 from instructedit.registry import plugin
 
@@ -122,6 +123,7 @@ class Edit(ABC):
         state = {k: v.detach().cpu().contiguous() for k, v in self.state().items()}
         save_file(state, folder / TENSORS)
         card = {"edit": self.name, "edits": len(self), "tensors": list(state), **meta}
+        card[CHECKSUM] = file_checksum(folder / TENSORS)
         (folder / META).write_text(json.dumps(card, indent=2) + "\n")
 
 
@@ -129,14 +131,17 @@ def load_edit(folder: str | Path) -> Edit:
     """Reads edits that `Edit.save_pretrained` wrote.
 
     Raises:
-        UserError: If the folder holds none, or damaged ones.
+        UserError: If the folder holds none, or damaged ones: not what was saved, or with NaN or infinities.
     """
     folder = Path(folder)
     try:
         meta = json.loads((folder / META).read_text())
         kind = plugin(Edit, "instructedit.edits", meta["edit"])
         tensors = load_file(folder / TENSORS)
+        check_sound(tensors, file_checksum(folder / TENSORS), meta.get(CHECKSUM), str(folder))
         return kind.from_state({name: tensors[name] for name in meta["tensors"]})  # in the order of the sites
+    except UserError as error:
+        raise error if str(error).startswith(str(folder)) else UserError(f"{folder}: damaged edit: {error}") from error
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no saved edit here ({Path(error.filename or TENSORS).name} is missing)") from error
     except Exception as error:

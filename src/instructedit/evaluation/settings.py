@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from instructedit.errors import at_least
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -32,6 +34,10 @@ class Evaluation:
     seed: int = 0
     tokens: int = 8192
     kv_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        at_least(0, fluency_tokens=self.fluency_tokens, replies=self.replies)
+        at_least(1, tokens=self.tokens)
 
     @property
     def text_tokens(self) -> int:

@@ -14,6 +14,7 @@ import yaml
 from instructedit.console import console, report_error
 from instructedit.errors import UserError
 from instructedit.experiments.fingerprint import fingerprint
+from instructedit.locks import one_at_a_time
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 #: In the store's folder: what was tried, for going on after a kill.
 DATABASE = "searches.db"
+
+#: Beside it; held by the process that searches: a second one would take the trials of the first for lost ones.
+_LOCK = "searches.lock"
 
 _ERROR, _STEPS, _RUN, _AGAIN = "error", "steps", "run_id", "run_again"  # what is kept beside a score
 _WHOLE = {"COMPLETE": "complete", "PRUNED": "pruned"}
@@ -44,6 +48,12 @@ def search(experiment: Plan, parent: MLflowTracker) -> DataFrame:
     """
     assert experiment.grid.search is not None
     searching = _Searching(experiment, experiment.grid.search, parent)
+    root = experiment.root.expanduser().absolute()
+    with one_at_a_time(root / _LOCK, f"another process searches in {experiment.root}: waiting until it is through"):
+        return _searched(searching)
+
+
+def _searched(searching: _Searching) -> DataFrame:
     study = searching.study()
     left = max(searching.search.count - sum(trial.state.name in _WHOLE for trial in study.trials), 0)
     console().rule(f"search: {left} of {searching.search.count} trials to run")

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from instructedit.configs import load_yaml
 from instructedit.errors import UserError
 
 Split = Literal["train", "heldout", "unseen"]
@@ -175,7 +176,7 @@ def _packaged(name: str) -> InstructionBank:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -17,7 +17,7 @@ from instructedit.errors import UserError
 from instructedit.lm.frozen import FrozenLM
 from instructedit.lm.own_text import AUTO, documents_of, text_for
 from instructedit.lm.tokens import TokenBatch, rows_of
-from instructedit.paths import cache_folder
+from instructedit.paths import cache_folder, check_writable
 
 #: Texts in one forward pass, and in one sum of squares in float32.
 _ROWS = 64
@@ -56,6 +56,7 @@ def covariances(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: in
     files = {site: covariance_file(lm, site, text, tokens) for site in sites}
     missing = [site for site, file in files.items() if not file.is_file()]
     if missing:
+        check_writable(files[missing[0]].parent, "$INSTRUCTEDIT_CACHE")  # else minutes of work could not be kept
         print(f"{lm.name}: second moments over {tokens} tokens of {_called(lm, text)}", file=sys.stderr)
         sums: dict[str, Tensor] = {}
         seen = 0
@@ -119,7 +120,10 @@ def _rows(lm: FrozenLM, documents: Iterator[str], tokens: int) -> list[list[int]
 
 def _load(file: Path) -> Tensor:
     try:
-        return load_file(file)["second_moment"]
+        moment = load_file(file)["second_moment"]
+        if not moment.isfinite().all():
+            raise ValueError("it holds NaN or infinities")
+        return moment
     except Exception as error:
         raise UserError(f"{file}: damaged ({error}); remove it, and it is computed anew") from error
 

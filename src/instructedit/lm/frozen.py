@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from instructedit.edits import Edit
-from instructedit.errors import UserError
+from instructedit.errors import UserError, at_least
 from instructedit.lm import capture, merging
 from instructedit.lm.applied import Applied
 from instructedit.lm.cache import DiskCache, PrefixCache
@@ -65,6 +65,8 @@ class FrozenLM:
         cache_dtype: str = "float32", cache_disk_bytes: int = 64 << 30, activation_checkpointing: bool = False,
         joiner: str = "auto", chat: bool = False,
     ) -> None:  # fmt: skip
+        at_least(1, max_length=max_length)
+        at_least(0, cache_bytes=cache_bytes)
         self.model = model.eval().requires_grad_(False)
         model.config.return_dict = model.config.get_text_config(decoder=True).return_dict = True  # asked for by name
         self.tokenizer, self.name, self._device_mapped = tokenizer, name, False

@@ -42,7 +42,11 @@ def merge(own: EditSites, edit: Edit) -> PreTrainedModel:
     kept = [t for module in plain.modules() for t in vars(module).values() if isinstance(t, Tensor)]
     model = copy.deepcopy(plain, {id(tensor): tensor.detach().clone() for tensor in kept})
     for site in sites:
-        add_to_weight(model.get_submodule(site.name), site, edit.delta(site.name)[0])
+        change = edit.delta(site.name)[0]
+        if tuple(change.shape) != (expected := tuple(reversed(site.shape))):
+            found = f"{own.name}: the edit's {site.name} is {tuple(change.shape)}"
+            raise UserError(f"{found}, the model's {expected}: of another model?")
+        add_to_weight(model.get_submodule(site.name), site, change)
     return model
 
 
@@ -53,6 +57,7 @@ def save(applied: Applied, edit: Edit, folder: str | Path) -> None:
     make something else of it (it maps the names of some layers to those of fused experts).
     """
     model = applied.forward.model
+    applied.sites.first_block(edit.sites)  # refuses an edit of another model
     edit.save_pretrained(folder, base_model=source_of(model), lm=applied.sites.name)
     written = [file for name in ADAPTER if (file := Path(folder) / name).is_file()]
     if not written:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from instructedit.errors import UserError
+from instructedit.records import is_text
 
 
 class Raw:
@@ -97,6 +98,8 @@ class Raw:
     def _text(self, value: object, field: str) -> str:
         if not isinstance(value, str):
             raise self._expected("text", value, field)
+        if not is_text(value):
+            raise self.error(f"field {self._full(field)!r} holds half a surrogate pair, which is no text")
         return value.strip()
 
     def _list(self, value: object, field: str, what: str = "a list") -> list[object]:

@@ -10,12 +10,13 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from instructedit.errors import UserError
 from instructedit.tasks.csv_files import rows
 
-_UNPACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.decompress, ".xz": lzma.decompress}
+_OPEN: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+_LARGEST = 4 << 30  # bytes of an unpacked file: a small packed one can hold more than memory does
 _DATA_FILE = re.compile(r"(?P<stem>.+)(?P<format>\.jsonl?|\.csv)(?P<packing>\.gz|\.xz|)", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -97,7 +98,11 @@ def _read_file(path: Path, lists: Collection[str] = ()) -> Source:
         raise UserError(f"{path}: not a .json or .jsonl file, nor a .csv (nor one of these as .gz or .xz)")
     try:
         content = path.read_bytes()
-        text = _UNPACK[match["packing"].lower()](content).decode("utf-8-sig")
+        with _OPEN[match["packing"].lower()](path, "rb") as opened:
+            unpacked = opened.read(_LARGEST + 1)
+        if len(unpacked) > _LARGEST:
+            raise UserError(f"{path}: more than {_LARGEST >> 30} GiB unpacked: split it")
+        text = unpacked.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:

@@ -18,7 +18,7 @@ from instructedit.data.module import EditData
 from instructedit.editors import Editor, load_weights
 from instructedit.editors.factored_gradients import factor_gradients
 from instructedit.editors.losses import LossWeights
-from instructedit.editors.saved import check_made_for
+from instructedit.editors.saved import check_checkpoint, check_made_for, seal_checkpoint
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, Outcome, Watcher, evaluate_batch
 from instructedit.lm import FrozenLM, Loading
@@ -117,6 +117,7 @@ class EditingModule(L.LightningModule):
         self._data: EditData | None = None
         self.scores = nn.ModuleDict()
         self.watchers: list[Watcher] = []  # of the edits of `test`
+        self.editor_folder: str | None = None  # that the editor was loaded from, where that was no checkpoint
 
     @property
     def lm(self) -> FrozenLM:
@@ -199,17 +200,19 @@ class EditingModule(L.LightningModule):
         parts = self.editor.training_loss(batch, self.loss_weights)
         loss = parts.pop("loss")
         truncated = batch.in_scope.tokens.truncated + (batch.locality.tokens.truncated if batch.locality else 0)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         logged = {f"train/{name}": value for name, value in parts.items()} | {"data/truncated": float(truncated)}
-        self.log_dict(logged, batch_size=len(batch))
+        self.log_dict(logged, batch_size=len(batch), sync_dist=True)
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Says which model the editor fits."""
+        """Says which model the editor fits, and adds a checksum, by which a checkpoint damaged at rest is told."""
         checkpoint["made_for"] = self.editor.made_for()
+        seal_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights of another architecture in one line."""
+        """Refuses a damaged checkpoint, and weights of another architecture, in one line."""
+        check_checkpoint(checkpoint, "the checkpoint")
         weights = {k.removeprefix("editor."): v for k, v in checkpoint["state_dict"].items() if k.startswith("editor.")}
         trained_on = checkpoint["hyper_parameters"].get("lm", {}).get("name", "?")
         check_made_for(checkpoint.get("made_for", {}), self.editor.made_for(), "the checkpoint")
@@ -240,14 +243,18 @@ class EditingModule(L.LightningModule):
 
     def predict_step(self, batch: list[EditRecord], batch_idx: int) -> list[dict[str, Any]]:
         """The model's words before and after each edit of a batch."""
-        return [r for r in evaluate_batch(self.lm, self.editor, batch, self.evaluation).rows if r["main"]]
+        rows = evaluate_batch(self.lm, self.editor, batch, self.evaluation).rows if batch else []
+        return [row for row in rows if row["main"]]
 
     def _evaluate(
         self, stage: str, batch: list[EditRecord], settings: Evaluation, watchers: Sequence[Watcher] = ()
     ) -> Outcome:
+        metrics = self._metrics(stage)
+        if not batch:  # of a process that has no record
+            return Outcome([])
         outcome = evaluate_batch(self.lm, self.editor, batch, settings, watchers)
         every = editing_metrics()
-        for key, metric in self._metrics(stage).items():
+        for key, metric in metrics.items():
             _, task, name = key.split("/")
             declared = every[name]
             rows = [r for r in outcome.rows if r["task"] == task and r["kind"] in declared.probes and r["main"]]

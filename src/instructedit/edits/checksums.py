@@ -1,0 +1,49 @@
+"""Checksums of saved tensors: a file that is damaged at rest is refused, not loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from instructedit.errors import UserError
+
+#: Key of a checksum in a saved editor's or edit's JSON card and in a checkpoint.
+CHECKSUM = "sha256"
+
+
+def file_checksum(file: Path) -> str:
+    """sha256 (hex) of a file's bytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) of tensors: their names, dtypes, shapes and bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_sound(tensors: Mapping[str, Tensor], found: str, expected: object, where: str) -> None:
+    """Refuses tensors that are not what was saved, or no numbers.
+
+    Args:
+        tensors: What was read.
+        found: Checksum of what was read.
+        expected: Checksum that was saved with it; None in what older versions saved.
+        where: The file or folder, for errors.
+
+    Raises:
+        UserError: If the checksums differ, or a tensor holds NaN or infinities.
+    """
+    if expected is not None and found != expected:
+        raise UserError(f"{where}: damaged: its tensors are not those that were saved (checksum)")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{where}: {name} holds NaN or infinities")

@@ -1,0 +1,74 @@
+"""Locks between processes: who makes or searches something, and which runs are alive.
+
+A lock is a file that a living process holds (flock); the system lets go of it when the process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_ALIVE = "running"
+
+
+@contextmanager
+def one_at_a_time(place: Path, waiting: str = "") -> Iterator[None]:
+    """Holds a lock, and waits for it while another process does.
+
+    Args:
+        place: A folder, which is locked itself; or the lock's own file, made when it is not there.
+        waiting: What to print before waiting.
+    """
+    descriptor = os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                print(waiting, flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Alive:
+    """Tells other processes that a run is alive, for as long as this process is.
+
+    Args:
+        root: Folder of the store.
+        run_id: Of the run.
+    """
+
+    def __init__(self, root: Path, run_id: str) -> None:
+        self._place = root / _ALIVE / run_id
+        part = self._place.with_name(f".{run_id}")
+        with suppress(OSError):  # a file system without locks: the run is never taken for dead
+            part.parent.mkdir(exist_ok=True)
+            self._file = part.open("w")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.rename(self._place)  # never there without its lock
+
+    def end(self) -> None:
+        """Says that the run is over."""
+        with suppress(OSError):
+            self._place.unlink(missing_ok=True)
+            self._file.close()
+
+
+def dead_runs(root: Path) -> Iterator[str]:
+    """Ids of the runs that began (`Alive`), were not ended, and whose process is gone."""
+    folder = root / _ALIVE
+    for place in sorted(folder.glob("[!.]*")):
+        try:
+            with place.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield place.name
+                place.unlink(missing_ok=True)
+        except OSError:  # held: it is alive; or told by another process in the meantime
+            continue
