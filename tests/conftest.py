@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from instructedit import tracking
+from instructedit import stores
 from instructedit.lm import FrozenLM
 from instructedit.testbed.corpus import documents
 from instructedit.testbed.pretrain import Recipe, new_model, train_tokenizer
@@ -36,7 +36,7 @@ def one_thread():
 @pytest.fixture(autouse=True, scope="session")
 def quick_stores(tmp_path_factory):
     """MLflow migrates a new database, and reads all of its migrations at each opening, for seconds: once is enough."""
-    make = tracking._make_database
+    make = stores.make_database
 
     @functools.cache
     def template():
@@ -48,7 +48,7 @@ def quick_stores(tmp_path_factory):
         return file
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "_make_database", lambda file: shutil.copy(template(), file))
+        patch.setattr(stores, "make_database", lambda file: shutil.copy(template(), file))
         yield
 
 

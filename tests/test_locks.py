@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from instructedit import tracking
+from instructedit import stores, tracking
 from instructedit.errors import UserError
 from instructedit.experiments import search
 from instructedit.locks import Alive, dead_runs, one_at_a_time
@@ -103,7 +103,7 @@ def test_a_killed_run_is_marked_when_the_next_starts(tmp_path):
         (tmp_path / "id").write_text(tracker.run_id)
         return tracker
 
-    tracking._local_store(tmp_path)  # before the fork
+    stores.local_store(tmp_path)  # before the fork
     pid = child(begun)
     run_id = (tmp_path / "id").read_text()
     status = lambda: _client(tmp_path).get_run(run_id).info.status  # noqa: E731
@@ -127,7 +127,7 @@ def test_a_finished_run_does_not_go_on(tmp_path):
 
 
 def test_a_process_killed_while_it_made_the_store_leaves_nothing(tmp_path, monkeypatch):
-    made = tracking._make_database
+    made = stores.make_database
 
     def slow(file):
         file.write_bytes(b"half")
@@ -135,18 +135,18 @@ def test_a_process_killed_while_it_made_the_store_leaves_nothing(tmp_path, monke
         time.sleep(60)
 
     read, write = os.pipe()
-    monkeypatch.setattr(tracking, "_make_database", slow)
+    monkeypatch.setattr(stores, "make_database", slow)
     pid = os.fork()
     if not pid:
         try:
-            tracking._local_store(tmp_path)
+            stores.local_store(tmp_path)
         finally:
             os._exit(1)
     os.read(read, 1)
     kill(pid)
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr(tracking, "_make_database", made)
-    tracking._local_store(tmp_path)
+    monkeypatch.setattr(stores, "make_database", made)
+    stores.local_store(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 

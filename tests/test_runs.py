@@ -112,8 +112,8 @@ def test_what_comes_next():
 
 
 def test_a_new_store_says_nothing(tmp_path, capfd):
-    from instructedit import tracking
+    from instructedit import stores
 
-    tracking._make_database(tmp_path / "a.db")
+    stores.make_database(tmp_path / "a.db")
     assert "INFO" not in "".join(capfd.readouterr())
     assert ie.__version__

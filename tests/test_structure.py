@@ -27,8 +27,8 @@ FLOORS = (
 #: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
 TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli")
 GROUND = (
-    "artifacts", "registry", "run_names", "provenance", "locks", "redaction", "drawing", "pages", "console", "configs",
-    "paths", "renamed", "errors",
+    "artifacts", "registry", "run_names", "provenance", "stores", "locks", "redaction", "drawing", "pages", "console",
+    "configs", "paths", "renamed", "errors",
 )  # fmt: skip
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))

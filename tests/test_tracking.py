@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import instructedit.provenance
-from instructedit import tracking
+from instructedit import stores
 from instructedit.errors import UserError
 from instructedit.provenance import provenance
 from instructedit.tracking import MLflowTracker, SaveConfig, artifact_path, load_table, runs
@@ -69,7 +69,7 @@ class Toy(LightningModule):
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated database."""
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    tracking._make_database(file)
+    stores.make_database(file)
     return file
 
 
@@ -138,7 +138,7 @@ def test_the_store_is_made_where_there_is_none(
     def refuse(*_: Path) -> None:
         raise PermissionError("no hard links here")
 
-    monkeypatch.setattr(tracking, "_make_database", migrate)
+    monkeypatch.setattr(stores, "make_database", migrate)
     monkeypatch.chdir(tmp_path)
     if not hard_links:
         monkeypatch.setattr("os.link", refuse)
@@ -160,7 +160,7 @@ def test_of_two_first_runs_at_once_the_first_store_stays(
         MlflowClient(f"sqlite:///{root}/mlflow.db").create_experiment("theirs")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking, "_make_database", migrate_second)
+        patch.setattr(stores, "make_database", migrate_second)
         MLflowTracker(root=root)
     assert runs("theirs", root).empty
 

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import atexit
 import json
-import logging
-import os
-import shutil
 import sys
-import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -32,9 +28,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from instructedit.artifacts import Artifacts, artifacts
 from instructedit.errors import UserError
-from instructedit.locks import Alive, dead_runs, one_at_a_time
+from instructedit.locks import Alive, dead_runs
 from instructedit.provenance import provenance
 from instructedit.redaction import redacted
+from instructedit.stores import DATABASE, local_store
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -45,10 +42,8 @@ if TYPE_CHECKING:
 _LONGEST_VALUE = 6000  # characters that MLflow keeps of a parameter
 _LARGEST_BATCH = 100  # parameters, and tags, that MLflow takes at once
 _LONGEST_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
-DATABASE = "mlflow.db"
 _PARENT = "mlflow.parentRunId"
 _KIND = "mlflow.experimentKind"  # which of its two faces the UI shows
-_MAKING = ".making-"  # begins the name of a folder in which a store is made
 _MOST_RUNS = 50_000  # that MLflow finds at once
 _LISTED = 20  # names that an error lists: it stays one readable line
 
@@ -87,7 +82,7 @@ class MLflowTracker(Artifacts, MLFlowLogger):
         self._root = Path(root).expanduser().absolute()
         artifacts = None
         if tracking_uri is None:
-            tracking_uri = _local_store(self._root)
+            tracking_uri = local_store(self._root)
             artifacts = (self._root / "artifacts" / experiment_name).as_uri()
         tags = (tags or {}) | ({_PARENT: parent_run_id} if parent_run_id else {})
         super().__init__(experiment_name, run_name, tracking_uri, tags, artifact_location=artifacts, run_id=run_id)
@@ -359,34 +354,6 @@ def load_table(run_id: str, name: str, root: str | Path = "mlruns") -> DataFrame
     return read_parquet(artifact_path(run_id, f"tables/{name}.parquet", root))
 
 
-def _local_store(root: Path) -> str:
-    """Makes the store when it is not there, and tidies up after a process that was killed while it made it."""
-    database = root / DATABASE
-    if not database.exists() or any(root.glob(f"{_MAKING}*")):
-        root.mkdir(parents=True, exist_ok=True)
-        with one_at_a_time(root):
-            for left in root.glob(f"{_MAKING}*"):
-                shutil.rmtree(left, ignore_errors=True)
-            _make_store(root)
-    return f"sqlite:///{database}"
-
-
-def _make_store(root: Path) -> None:
-    database = root / DATABASE
-    if not database.exists():
-        # MLflow migrates a new database for seconds, without a lock: a second process, or an end in between, would
-        # leave it broken for good. So it is made aside, and whoever is first puts a whole one in place.
-        with tempfile.TemporaryDirectory(dir=root, prefix=_MAKING, ignore_cleanup_errors=True) as folder:
-            made = Path(folder, DATABASE)
-            _make_database(made)
-            try:
-                os.link(made, database)
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without hard links
-                made.rename(database)
-
-
 def _mark_dead(client: MlflowClient, root: Path) -> None:
     """Marks the runs whose process was killed, which else would be RUNNING for ever."""
     from mlflow.exceptions import MlflowException
@@ -410,28 +377,13 @@ def unfinished_run(checkpoint: Path, root: str | Path = "mlruns") -> str | None:
     return run_id if status in ("KILLED", "FAILED") else None
 
 
-def _make_database(file: Path) -> None:
-    """Makes an empty database with MLflow's tables, without its lines about every one of them."""
-    from mlflow import MlflowClient
-
-    noisy = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
-    levels = [logger.level for logger in noisy]
-    try:
-        for logger in noisy:
-            logger.setLevel(logging.WARNING)
-        MlflowClient(f"sqlite:///{file}")
-    finally:
-        for logger, level in zip(noisy, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _client(root: str | Path) -> MlflowClient:
     folder = Path(root).expanduser().absolute()
     if not (folder / DATABASE).is_file():
         raise UserError(f"{root}: no MLflow store ({DATABASE}) in this folder")
     from mlflow import MlflowClient
 
-    return MlflowClient(_local_store(folder))
+    return MlflowClient(local_store(folder))
 
 
 def _run(client: MlflowClient, run_id: str, store: str) -> Run:

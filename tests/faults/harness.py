@@ -28,7 +28,7 @@ import lightning as L  # noqa: N812
 import torch
 from tests.faults.places import PLACES, counted, full, kill, limit_files
 
-from instructedit import tracking
+from instructedit import stores
 from instructedit.editors.saved import read_checkpoint
 from instructedit.lightning_cli import run
 from instructedit.lm import disk_cache
@@ -52,9 +52,9 @@ def prepare(folder: Path) -> None:
 
     utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
     disk_cache.SEGMENT_BYTES = 1  # every row is written at once
-    make, template = tracking._make_database, folder / "template.db"
+    make, template = stores.make_database, folder / "template.db"
     make(template)
-    tracking._make_database = lambda file: shutil.copy(template, file) and None
+    stores.make_database = lambda file: shutil.copy(template, file) and None
 
 
 class Progress(L.Callback):

@@ -13,7 +13,7 @@ from pathlib import Path
 import sqlalchemy
 import torch
 
-from instructedit import tracking
+from instructedit import stores, tracking
 from instructedit.callbacks import checkpoint
 from instructedit.training.module import EditingModule
 
@@ -87,14 +87,14 @@ def _transaction(end: End) -> None:
 
 def _half_store(end: End) -> None:
     """While MLflow's database is made."""
-    make = tracking._make_database
+    make = stores.make_database
 
     def ending(file: Path) -> None:
         make(file)
         os.truncate(file, file.stat().st_size // 2)
         end()
 
-    tracking._make_database = ending
+    stores.make_database = ending
 
 
 #: Name → what puts an end there, and how often a process of `harness` comes there at most.

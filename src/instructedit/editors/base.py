@@ -20,14 +20,14 @@ from instructedit.editors.losses import LossWeights, editing_loss
 from instructedit.editors.options import check_numbers, options
 from instructedit.editors.report import TargetReport, check_finite, target_report
 from instructedit.editors.saved import check_made_for, made_for, read_editor
-from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor, is_place
+from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor
 from instructedit.edits import Edit
 from instructedit.edits.checksums import CHECKSUM, file_checksum
 from instructedit.errors import UserError, unknown
 from instructedit.instructions import Instructor, RenderedRecord
 from instructedit.lm import FrozenLM, Site, Text
 from instructedit.records import EditRequest
-from instructedit.registry import names, plugin, plugins
+from instructedit.registry import plugin, plugins
 from instructedit.renamed import Renamed
 
 if TYPE_CHECKING:
@@ -332,11 +332,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
-def editor_names() -> list[str]:
-    """Names that `build_editor` knows."""
-    return names(Editor, PACKAGE)
-
-
 def build_editor(name: str, lm: FrozenLM, **options: Any) -> Editor:
     """A new editor, bound to an LM.
 
@@ -353,28 +348,6 @@ def build_editor(name: str, lm: FrozenLM, **options: Any) -> Editor:
         return cls(**options).bind(lm).eval()
     except TypeError as error:
         raise UserError(f"editor {name!r}: {error}") from error
-
-
-def any_editor(source: str | Path, lm: FrozenLM, options: Mapping[str, Any] | None = None) -> Editor:
-    """An editor that can edit as it is: a method that needs no training by its name, or a trained editor.
-
-    Args:
-        source: The method's name, or what `load_editor` takes.
-        lm: What it edits.
-        options: Hyper-parameters of a method by its name.
-
-    Raises:
-        UserError: If there is no such editor, the method must be trained first, or a trained one is given options.
-    """
-    name = str(source)
-    if name not in editor_names() and is_place(name):
-        if options:
-            raise UserError(f"editor {name!r} is a trained one, which has its own options: leave out --options")
-        return load_editor(source, lm)
-    method = build_editor(name, lm, **options or {})
-    if method.trainable:
-        raise UserError(f"editor {name!r} must be trained first: give a run's folder, id or name, or latest")
-    return method
 
 
 def load_editor(source: str | Path, lm: FrozenLM) -> Editor:

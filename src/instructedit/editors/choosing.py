@@ -1,0 +1,40 @@
+"""Chooses an editor by what a user calls it: a method's name, or the place of a trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from instructedit.editors.base import PACKAGE, Editor, build_editor, load_editor
+from instructedit.editors.sources import is_place
+from instructedit.errors import UserError
+from instructedit.lm import FrozenLM
+from instructedit.registry import names
+
+
+def editor_names() -> list[str]:
+    """Names that `build_editor` knows."""
+    return names(Editor, PACKAGE)
+
+
+def any_editor(source: str | Path, lm: FrozenLM, options: Mapping[str, Any] | None = None) -> Editor:
+    """An editor that can edit as it is: a method that needs no training by its name, or a trained editor.
+
+    Args:
+        source: The method's name, or what `load_editor` takes.
+        lm: What it edits.
+        options: Hyper-parameters of a method by its name.
+
+    Raises:
+        UserError: If there is no such editor, the method must be trained first, or a trained one is given options.
+    """
+    name = str(source)
+    if name not in editor_names() and is_place(name):
+        if options:
+            raise UserError(f"editor {name!r} is a trained one, which has its own options: leave out --options")
+        return load_editor(source, lm)
+    method = build_editor(name, lm, **options or {})
+    if method.trainable:
+        raise UserError(f"editor {name!r} must be trained first: give a run's folder, id or name, or latest")
+    return method
