@@ -105,7 +105,7 @@ def test_the_second_of_two_independent_edits_is_that_edit_alone(lm, independent)
     torch.manual_seed(0)
     editor = FirstElsewhere(**EDITORS["mend"]).bind(lm)
     second = records(2)[1].request
-    shown = lm.capture(editor.requests([second], None).tokens, list(editor.shapes()))
+    shown = lm.capture(editor.requests([second], None).tokens, list(editor.made_for()["sites"]))
 
     def direction(rows):
         _, _, directions = torch.linalg.svd(rows[0])  # all of the space, what the rows span first

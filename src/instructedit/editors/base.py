@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from instructedit.data.batch import EditBatch, RequestBatch, batch_rendered, batch_requests
@@ -19,10 +18,9 @@ from instructedit.editors.card import model_card
 from instructedit.editors.losses import LossWeights, editing_loss
 from instructedit.editors.options import check_numbers, options
 from instructedit.editors.report import TargetReport, check_finite, target_report
-from instructedit.editors.saved import check_made_for, made_for, read_editor
-from instructedit.editors.sources import CONFIG, WEIGHTS, find_editor
+from instructedit.editors.saved import SavedEditor, check_made_for, made_for, read_editor, upload, write_folder
+from instructedit.editors.sources import find_editor
 from instructedit.edits import Edit
-from instructedit.edits.checksums import CHECKSUM, file_checksum
 from instructedit.errors import UserError, unknown
 from instructedit.instructions import Instructor, RenderedRecord
 from instructedit.lm import FrozenLM, Site, Text
@@ -68,7 +66,6 @@ class Editor(nn.Module, ABC):
     REMEDY: ClassVar[str] = ""
     #: Whether the method's own kind of layer is the MLP's output projection alone, rather than all its layers.
     OUTPUT_SITES: ClassVar[bool] = False
-
     #: Whether instructions are read beside a request, rather than in front of its prompt.
     INSTRUCTIONS_APART: ClassVar[bool] = False
 
@@ -275,32 +272,12 @@ class Editor(nn.Module, ABC):
             results: Its scores for the card, as `Scores.summary` or a test run's table ``summary``.
             place: Where it will be loaded from, for the card.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, folder / WEIGHTS)
-        card = {"editor": self.name, "options": self.options(), **self.made_for()}
-        card[CHECKSUM] = file_checksum(folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(card, indent=2) + "\n")
         text = model_card(self.lm, self.name, self.options(), results, place)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        write_folder(Path(folder), SavedEditor(self.name, self.options(), self.state_dict(), self.made_for()), text)
 
     def push_to_hub(self, repo_id: str, private: bool = False, results: DataFrame | None = None) -> None:
-        """Uploads the saved editor to the hub (the user's own token).
-
-        Args:
-            repo_id: ``owner/name``.
-            private: Show it to nobody else.
-            results: Its scores for the model card (see `save_pretrained`).
-        """
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, results, repo_id)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        """Uploads the saved editor to ``owner/name`` on the hub (the user's own token); see `save_pretrained`."""
+        upload(repo_id, private, partial(self.save_pretrained, results=results, place=repo_id))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, lm: FrozenLM) -> Self:
@@ -315,12 +292,8 @@ class Editor(nn.Module, ABC):
         return editor
 
     def made_for(self) -> dict[str, Any]:
-        """What its weights fit: the LM's name, its tokenizer, and the shapes of the sites."""
-        return made_for(self.lm, self.shapes())
-
-    def shapes(self) -> dict[str, list[int]]:
-        """Site → [in, out]: what an editor's weights fit."""
-        return {site.name: list(site.shape) for site in self.sites}
+        """What its weights fit: the LM's name, its tokenizer, and the sites' shapes."""
+        return made_for(self.lm, {site.name: list(site.shape) for site in self.sites})
 
 
 Renamed.keep(Editor, **_OLD_METHODS)

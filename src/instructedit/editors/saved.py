@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from instructedit.editors.sources import CONFIG, WEIGHTS
@@ -93,6 +93,29 @@ def read_folder(folder: Path) -> SavedEditor:
         raise UserError(f"{folder}: damaged editor: {error}") from error
     check_sound(saved.weights, found, card.pop(CHECKSUM, None), str(folder))
     return saved
+
+
+def write_folder(folder: Path, saved: SavedEditor, card: str) -> None:
+    """Writes what `read_folder` reads, and a model card beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in saved.weights.items()}, folder / WEIGHTS)
+    facts = {"editor": saved.name, "options": saved.options, **saved.made_for}
+    facts[CHECKSUM] = file_checksum(folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def upload(repo_id: str, private: bool, write: Callable[[str], None]) -> None:
+    """Makes a repository of the hub where there is none, and uploads the folder that `write` fills."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write(folder)
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
 
 
 def read_checkpoint(file: Path, needed: Sequence[str] = ()) -> SavedEditor:
