@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from numbers import Real
-from types import NoneType
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from instructedit.errors import UserError, at_least
 
@@ -36,7 +36,7 @@ def check_numbers(made: Any) -> None:
         UserError: For the first of them.
     """
     for option, kind in type(made).__init__.__annotations__.items():
-        kinds = get_args(kind) or (kind,)
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         value = getattr(made, option, None)
         words = [word for each in kinds for word in get_args(each)]  # of a Literal
         if not {int, float}.intersection(kinds) or value in words or (value is None and NoneType in kinds):
