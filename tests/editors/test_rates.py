@@ -1,5 +1,6 @@
 """The sweep of MEND's edit rate: its losses by the plain formulas, what it leaves alone, and rates as logarithms."""
 
+import json
 import math
 
 import pytest
@@ -133,7 +134,7 @@ def test_auto_is_the_default_and_stands_for_the_papers_rate_until_it_is_measured
 
 @pytest.mark.parametrize("rate", [0, -1e-4, math.nan, math.inf])
 def test_a_rate_without_a_logarithm_is_refused(lm, rate):
-    with pytest.raises(UserError, match="editor 'mend': edit_rate must be a number above zero, or auto"):
+    with pytest.raises(UserError, match="editor 'mend': edit_rate must be a number"):
         new_editor(lm, edit_rate=rate)
 
 
@@ -161,6 +162,8 @@ def test_rates_of_an_older_editor_are_found_and_their_signs_dropped(lm, tmp_path
     editor.save_pretrained(tmp_path)
     rates = [1e-4, -2e-3, 0.3, 5e-5]
     save_file(old_style(editor, rates), tmp_path / "editor.safetensors")
+    card = json.loads((tmp_path / "editor.json").read_text())
+    (tmp_path / "editor.json").write_text(json.dumps({k: v for k, v in card.items() if k != "sha256"}))
     found = load_editor(tmp_path, lm)
     torch.testing.assert_close(found.alpha, torch.tensor(rates).abs())
     assert "alpha" not in found.state_dict()

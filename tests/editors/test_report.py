@@ -16,6 +16,7 @@ OPTIMISING = {
     "ft_l": {"lr": 0.02, "bound": None, "steps": 40}, "calinet": {"lr": 0.05}, "grace": {"steps": 60},
     "t_patcher": {"text": "tiny", "memory": 100, "m": 0.1}, "rome": {"text": "tiny", "tokens": 2000, "contexts": 0},
     "memit": {"text": "tiny", "tokens": 2000, "contexts": 0},
+    "alpha_edit": {"text": "tiny", "tokens": 2000, "contexts": 0}, "loc_ft": {"lr": 0.02, "steps": 40},
 }  # fmt: skip
 
 

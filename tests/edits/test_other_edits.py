@@ -381,7 +381,7 @@ def test_an_edit_without_one_of_its_tensors_is_refused(sort, tmp_path):
     for name in tensors:
         left = {key: tensor for key, tensor in tensors.items() if key != name}
         save_file(left, tmp_path / "edit.safetensors")
-        with pytest.raises(UserError, match=f"{tmp_path}: damaged edit"):
+        with pytest.raises(UserError, match=f"{tmp_path}: damaged"):
             load_edit(tmp_path)
 
 

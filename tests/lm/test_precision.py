@@ -125,7 +125,7 @@ def test_losses_are_taken_in_float32(half):
     batch, names = training_batch(half, CASES), [site.name for site in half.sites[-2:]]
     edit = LowRankEdit({n: Factors(*f) for n, f in random_factors(half.sites[-2:], 2, 2).items()})
 
-    def exact(tokens, applied, request_index, start=0):
+    def exact(tokens, applied, request_index, start=None):
         with torch.no_grad():
             return half.logits(tokens, applied, request_index, start).double().log_softmax(-1)
 
@@ -147,7 +147,7 @@ def test_losses_are_taken_in_float32(half):
     close(scope_loss(half, edit, batch.in_scope, len(CASES)).double(), of_requests(applied, request_index))
     tokens, request_index = batch.locality.tokens, batch.locality.request_index
     # Rows and trees of bfloat16 are rounded otherwise: both sides take the states that the loss takes.
-    p, q = half.head(half.unedited_states(tokens)).double().log_softmax(-1), exact(tokens, edit, request_index)
+    p, q = half.head(half.scores.unedited_states(tokens, half.first_block(edit.sites))).double().log_softmax(-1), exact(tokens, edit, request_index)
     kl = row_means(tokens, (p.exp() * (p - q)).sum(-1))
     close(locality_loss(half, edit, batch.locality, len(CASES)).double(), of_requests(kl, request_index))
 

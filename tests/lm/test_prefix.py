@@ -155,7 +155,7 @@ def test_many_rows_are_written_as_one_file_when_enough_wait(lm, tmp_path, monkey
 def test_block_zero_and_edited_passes_are_not_written(lm, tmp_path):
     cached = opened(lm, tmp_path)
     asked(cached, block=0)
-    cached.applied.layers = 1
+    cached.applied.blocks.append(0)
     asked(cached)
     cached.cache.flush()
     assert shards(tmp_path) == []

@@ -65,7 +65,7 @@ class FtL(Editor):
     def _loss(self) -> Callable[[TokenBatch, Edit], Tensor]:
         """The loss of each row under its edit, [rows]."""
         of_rows = self._at_last_prompt_token if self.loss == "last_prompt" else self.lm.losses
-        return partial(of_rows, rows=None)
+        return of_rows
 
     def _tuned(self, losses: Callable[[Values, Tensor], Tensor], count: int, rounds: int = 1) -> DenseEdit:
         """Matrices that minimise losses (see `optimise`), so many of them, in so many times the steps."""
