@@ -31,7 +31,8 @@ PAIRS = [(case.prompt, case.target) for case in CASES]
 REQUESTS = [EditRequest(c.prompt, c.target, task="counterfact", subject=c.prompt.split()[-2:][0]) for c in CASES]
 #: Fewer steps than the methods' own, where they have any.
 FAST = {
-    "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05}, "ft_l": {"steps": 3},
+    "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05},
+    "ridge_edit": {"rank": 6, "edit_rate": 0.5, "text": "tiny", "tokens": 2000}, "ft_l": {"steps": 3},
     "rome": {"steps": 3, "contexts": 2, "text": "tiny", "tokens": 2000},
     "memit": {"steps": 3, "contexts": 2, "text": "tiny", "tokens": 2000},
     "grace": {"steps": 3}, "calinet": {"steps": 3}, "t_patcher": {"steps": 3, "text": "tiny", "memory": 1000},
@@ -147,7 +148,10 @@ def test_losses_are_taken_in_float32(half):
     close(scope_loss(half, edit, batch.in_scope, len(CASES)).double(), of_requests(applied, request_index))
     tokens, request_index = batch.locality.tokens, batch.locality.request_index
     # Rows and trees of bfloat16 are rounded otherwise: both sides take the states that the loss takes.
-    p, q = half.head(half.scores.unedited_states(tokens, half.first_block(edit.sites))).double().log_softmax(-1), exact(tokens, edit, request_index)
+    p, q = (
+        half.head(half.scores.unedited_states(tokens, half.first_block(edit.sites))).double().log_softmax(-1),
+        exact(tokens, edit, request_index),
+    )
     kl = row_means(tokens, (p.exp() * (p - q)).sum(-1))
     close(locality_loss(half, edit, batch.locality, len(CASES)).double(), of_requests(kl, request_index))
 

@@ -163,7 +163,8 @@ def test_dtypes_go_by_name_and_as_torch_has_them(folder):
 
 
 @pytest.mark.parametrize(
-    ("option", "said"), [("devcie_map", "did you mean 'device_map'"), ("xyzzy", "there are: activation_checkpointing, attn")]
+    ("option", "said"),
+    [("devcie_map", "did you mean 'device_map'"), ("xyzzy", "there are: activation_checkpointing, attn")],
 )
 def test_an_unknown_option_is_one_line_with_those_there_are(folder, option, said):
     with pytest.raises(UserError, match=f"unknown option '{option}': .*{said}"):
