@@ -180,7 +180,7 @@ def nudge(monkeypatch):
         torch.manual_seed(0)
         return ie.build_editor("mend", lm, rank=4, edit_rate=30.0)
 
-    monkeypatch.setattr("instructedit.editors.base.load_editor", load)
+    monkeypatch.setattr("instructedit.editors.choosing.load_editor", load)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-llama", "folder", "by pip"])

@@ -200,8 +200,8 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
 WRONG = {
     "scale": (["--scale=tinny"], "unknown scale 'tinny' (did you mean 'tiny'?); there are: gemma-3-270m, gpt2-xl, "),
     "scale's file": (["--scale=no.yaml"], "scale no.yaml: no such file"),
-    "editor": (["--scale=tiny", "--editor=mendd"], "unknown editor 'mendd' (did you mean 'mend'?); there are: ca"),
-    "editor alone": (["--editor=nosuch"], "unknown editor 'nosuch'; there are: calinet, calinet_trained, ft_l, "),
+    "editor": (["--scale=tiny", "--editor=mendd"], "unknown editor 'mendd' (did you mean 'mend'?); there are: alpha_edit"),
+    "editor alone": (["--editor=nosuch"], "unknown editor 'nosuch'; there are: alpha_edit, calinet, "),
     "way to debug": (["--debug=overfitt"], "unknown debug 'overfitt' (did you mean 'overfit'?); there are: anomaly, "),
     "no value": (["--scale"], "--scale: expected a name or a file"),
 }  # fmt: skip

@@ -314,7 +314,7 @@ def test_no_pass_has_more_tokens_than_it_may(lengths, tokens):
 
 @pytest.mark.parametrize("tokens", [80, 200])
 def test_requests_take_half_of_the_tokens_of_a_pass(lm, factors, records, tokens, monkeypatch):
-    made, make = [], Given.make
+    made, make = [], Given.compute_edit
     monkeypatch.setattr(Given, "compute_edit", lambda self, batch: made.append(batch.tokens) or make(self, batch))
     settings = Evaluation(generate=False, fluency_tokens=0, tokens=tokens)
     evaluate_batch(lm, Given(factors, records).bind(lm), records, settings)

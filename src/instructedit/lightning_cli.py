@@ -221,8 +221,10 @@ def _saved_editor(found: Path, needed: Sequence[str]) -> tuple[dict[str, Any], d
     Raises:
         UserError: If it is damaged, or a checkpoint of something else.
     """
-    saved = read_folder(found) if found.is_dir() else read_checkpoint(found, needed)
+    saved = read_folder(found) if found.is_dir() else read_checkpoint(found)
     cls = plugin(Editor, PACKAGE, saved.name) if found.is_dir() else editor_class(saved.name)
+    if found.is_file() and (missing := [part for part in needed if part not in saved.parts]):
+        raise UserError(f"{found}: the checkpoint has no {missing[0]!r}: Lightning cannot read it for this")
     editor = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": saved.options}
     return editor, saved.weights if found.is_dir() else None
 

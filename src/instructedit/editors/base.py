@@ -104,19 +104,13 @@ class Editor(nn.Module, ABC):
             UserError: If the LM has no such sites.
         """
         self._lm = [lm]
-        self.sites = lm.select(self.site_names, self._blocks(lm), self.EVERY_LAYER)
+        self.sites = lm.select(self.site_names, _blocks(self, lm), self.EVERY_LAYER)
         if self.OUTPUT_SITES and self.site_names is None:
             self.sites = tuple(site for site in self.sites if site.output)
         if not self.sites:
             raise UserError(f"editor {self.name!r}: {lm.name} has no layer of the kind that it edits in these blocks")
         self.build()
         return self.to(lm.device)
-
-    def _blocks(self, lm: FrozenLM) -> Sequence[int] | None:
-        if self.blocks is not None or self.PAPER_BLOCKS is None:
-            return self.blocks
-        blocks, depth = self.PAPER_BLOCKS
-        return sorted({block * len(lm.forward.blocks) // depth for block in blocks})
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -297,6 +291,14 @@ class Editor(nn.Module, ABC):
 
 
 Renamed.keep(Editor, **_OLD_METHODS)
+
+
+def _blocks(editor: Editor, lm: FrozenLM) -> Sequence[int] | None:
+    """The blocks that an editor edits: those it is told, or as far up as in its paper; None for all."""
+    if editor.blocks is not None or editor.PAPER_BLOCKS is None:
+        return editor.blocks
+    blocks, depth = editor.PAPER_BLOCKS
+    return sorted({block * len(lm.forward.blocks) // depth for block in blocks})
 
 
 def _plain(value: Any) -> Any:

@@ -37,7 +37,9 @@ def check_numbers(made: Any) -> None:
     """
     for option, kind in type(made).__init__.__annotations__.items():
         kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        value = getattr(made, option, None)
+        if not hasattr(made, option):  # a constructor of its own, which has not got so far
+            continue
+        value = getattr(made, option)
         words = [word for each in kinds for word in get_args(each)]  # of a Literal
         if not {int, float}.intersection(kinds) or value in words or (value is None and NoneType in kinds):
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,12 +28,14 @@ class SavedEditor(NamedTuple):
         options: The constructor's arguments.
         weights: Name → tensor.
         made_for: What `made_for` said of the model; what an older version saved may lack any of it.
+        parts: What else a checkpoint holds.
     """
 
     name: str
     options: dict[str, Any]
     weights: dict[str, Tensor]
     made_for: dict[str, Any]
+    parts: frozenset[str] = frozenset()
 
 
 def made_for(lm: FrozenLM, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
@@ -118,15 +120,11 @@ def upload(repo_id: str, private: bool, write: Callable[[str], None]) -> None:
         api.upload_folder(repo_id=repo_id, folder_path=folder)
 
 
-def read_checkpoint(file: Path, needed: Sequence[str] = ()) -> SavedEditor:
+def read_checkpoint(file: Path) -> SavedEditor:
     """Reads the editor of a checkpoint that a fit wrote.
 
-    Args:
-        file: The checkpoint.
-        needed: Further parts that it must have.
-
     Raises:
-        UserError: If it is no checkpoint of an editor, or a damaged one, or lacks a part.
+        UserError: If it is no checkpoint of an editor, or a damaged one.
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -139,9 +137,7 @@ def read_checkpoint(file: Path, needed: Sequence[str] = ()) -> SavedEditor:
         raise
     except Exception as error:
         raise UserError(f"{file}: not a checkpoint of an editor ({type(error).__name__}: {error})") from error
-    if missing := [part for part in needed if part not in saved]:
-        raise UserError(f"{file}: the checkpoint has no {missing[0]!r}: Lightning cannot read it for this")
-    return SavedEditor(name, options, weights, fits)
+    return SavedEditor(name, options, weights, fits, frozenset(saved))
 
 
 def seal_checkpoint(checkpoint: dict[str, Any]) -> None:
