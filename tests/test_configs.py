@@ -200,7 +200,7 @@ def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
 WRONG = {
     "scale": (["--scale=tinny"], "unknown scale 'tinny' (did you mean 'tiny'?); there are: gemma-3-270m, gpt2-xl, "),
     "scale's file": (["--scale=no.yaml"], "scale no.yaml: no such file"),
-    "editor": (["--scale=tiny", "--editor=mendd"], "unknown editor 'mendd' (did you mean 'mend'?); there are: alpha_edit"),
+    "editor": (["--scale=tiny", "--editor=mendd"], "unknown editor 'mendd' (did you mean 'mend'?); there are: alpha"),
     "editor alone": (["--editor=nosuch"], "unknown editor 'nosuch'; there are: alpha_edit, calinet, "),
     "way to debug": (["--debug=overfitt"], "unknown debug 'overfitt' (did you mean 'overfit'?); there are: anomaly, "),
     "no value": (["--scale"], "--scale: expected a name or a file"),

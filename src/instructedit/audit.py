@@ -38,7 +38,7 @@ class Finding:
     agrees: bool = True
 
     def __str__(self) -> str:
-        return f"{'ok     ' if self.agrees else 'DIFFERS'} {self.what}: {self.predicted}"
+        return f"{'ok     ' if self.agrees else 'DIFFERS'} {self.what}: {self.said}"
 
 
 def audit(run: str, root: str | Path = "mlruns") -> list[Finding]:

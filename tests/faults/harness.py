@@ -31,7 +31,7 @@ from tests.faults.places import PLACES, counted, full, kill, limit_files
 from instructedit import stores
 from instructedit.editors.saved import read_checkpoint
 from instructedit.lightning_cli import run
-from instructedit.lm import disk_cache
+from instructedit.lm.cache import partition
 from instructedit.testbed.corpus import documents
 from instructedit.testbed.pretrain import Recipe, new_model, train_tokenizer
 from instructedit.tracking import runs
@@ -51,7 +51,7 @@ def prepare(folder: Path) -> None:
     from mlflow.store.db import utils
 
     utils._get_latest_schema_revision = functools.cache(utils._get_latest_schema_revision)
-    disk_cache.SEGMENT_BYTES = 1  # every row is written at once
+    partition.SHARD_BYTES = 1  # every row is written at once
     make, template = stores.make_database, folder / "template.db"
     make(template)
     stores.make_database = lambda file: shutil.copy(template, file) and None

@@ -9,8 +9,8 @@ from tests.faults import harness
 @pytest.mark.parametrize("kills", [3, 20])
 def test_kills(tmp_path, kills, monkeypatch):
     from instructedit import stores
-    from instructedit.lm import disk_cache
+    from instructedit.lm.cache import partition
 
-    for owner, name in ((stores, "make_database"), (disk_cache, "SEGMENT_BYTES")):
+    for owner, name in ((stores, "make_database"), (partition, "SHARD_BYTES")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # what the harness sets is taken back
     assert harness.main(kills, 0, tmp_path).total() == kills

@@ -254,7 +254,7 @@ def test_unknown_description() -> None:
 
 @pytest.mark.parametrize("task", [None, "poetry", "../banks/zsre"])
 def test_request_without_a_bank_lists_those_there_are(task: str | None) -> None:
-    with pytest.raises(UserError, match=f"there are: {', '.join(bank_names())}$"):
+    with pytest.raises(UserError, match=f"there are: {', '.join(bank_names())}"):
         Instructor().prefix(EditRequest("a", "b", task=task))
 
 
