@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from instructedit.artifacts import Artifacts, artifacts
 from instructedit.errors import UserError
-from instructedit.locks import Alive, dead_runs, one_at_a_time
+from instructedit.locks import Alive, dead, one_at_a_time
 from instructedit.provenance import provenance
 from instructedit.redaction import redacted
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _LONGEST_VALUE = 6000  # characters that MLflow keeps of a parameter
 _LARGEST_BATCH = 100  # parameters, and tags, that MLflow takes at once
 DATABASE = "mlflow.db"
+_PROCESS = "process"  # tag: what the file in running/ of the process that logs the run is called
 _PARENT = "mlflow.parentRunId"
 _KIND = "mlflow.experimentKind"  # which of its two faces the UI shows
 _MAKING = ".making-"  # begins the name of a folder in which a store is made
@@ -105,21 +107,23 @@ class MLflowTracker(Artifacts, MLFlowLogger):
             self._running = True
             atexit.register(self._abandon)
         client: MlflowClient = super().experiment
-        if self._local and self._running and self._alive is None:
-            self._alive = Alive(self._root, str(self._run_id))
         return client
 
     def _start(self, facts: dict[str, str]) -> None:
         from mlflow.exceptions import MlflowException
 
+        self.tags = facts | (self.tags or {})
+        process = secrets.token_hex(16)
         if self._local:
             _mark_dead(self._mlflow_client, self._root)
-        self.tags = facts | (self.tags or {})
+            self._alive = Alive(self._root, process)  # before there is a run that could be taken for dead
         if self._run_id is not None:
             _run(self._mlflow_client, self._run_id, self._tracking_uri)
+            self._mlflow_client.set_tag(self._run_id, _PROCESS, process)
             self._mlflow_client.update_run(self._run_id, status="RUNNING")
             self._log(self._mlflow_client, {}, self.tags)
         else:
+            self.tags[_PROCESS] = process
             with suppress(MlflowException):  # of several first runs at once, all but one find the experiment there
                 self._mlflow_client.create_experiment(
                     self._experiment_name, self._artifact_location, {_KIND: "custom_model_development"}
@@ -341,12 +345,11 @@ def _make_store(root: Path) -> None:
 
 def _mark_dead(client: MlflowClient, root: Path) -> None:
     """Marks the runs whose process was killed, which else would be RUNNING for ever."""
-    from mlflow.exceptions import MlflowException
-
-    for run_id in dead_runs(root):
-        with suppress(MlflowException):  # of a store that was replaced
-            if client.get_run(run_id).info.status == "RUNNING":
-                client.set_terminated(run_id, status="KILLED")
+    for process in dead(root):
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        for run in client.search_runs(experiments, f"tags.{_PROCESS} = '{process}'"):
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, status="KILLED")
 
 
 def unfinished_run(checkpoint: Path, root: str | Path = "mlruns") -> str | None:
