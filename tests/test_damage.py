@@ -32,6 +32,7 @@ def saved(small, tmp_path):
     config = {"class_path": "instructedit.editors.mend.Mend", "init_args": editor.options()}
     momentum = [{"state": {0: {"exp_avg": torch.ones(3)}}}]
     checkpoint = {"state_dict": state, "hyper_parameters": {"editor": config}, "optimizer_states": momentum}
+    checkpoint["pytorch-lightning_version"] = "2.6.0"
     seal_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "last.ckpt")
     return {

@@ -15,7 +15,7 @@ import yaml
 from instructedit import stores, tracking
 from instructedit.errors import UserError
 from instructedit.experiments import search
-from instructedit.locks import Alive, dead_runs, one_at_a_time
+from instructedit.locks import Alive, dead, one_at_a_time
 from instructedit.redaction import redacted
 from instructedit.tracking import MLflowTracker, _client, unfinished_run
 
@@ -44,10 +44,10 @@ def kill(pid):
 def test_a_run_is_dead_when_its_process_is(tmp_path):
     own = Alive(tmp_path, "own")
     pid = child(lambda: Alive(tmp_path, "other"))
-    assert list(dead_runs(tmp_path)) == []
+    assert list(dead(tmp_path)) == []
     kill(pid)
-    assert list(dead_runs(tmp_path)) == ["other"]
-    assert list(dead_runs(tmp_path)) == []  # told once
+    assert list(dead(tmp_path)) == ["other"]
+    assert list(dead(tmp_path)) == []  # told once
     own.end()
     assert not list((tmp_path / "running").iterdir())
 
@@ -55,7 +55,7 @@ def test_a_run_is_dead_when_its_process_is(tmp_path):
 def test_a_run_that_is_about_to_begin_is_not_dead(tmp_path):
     (tmp_path / "running").mkdir()
     (tmp_path / "running" / ".new").touch()  # made, and not locked yet
-    assert list(dead_runs(tmp_path)) == []
+    assert list(dead(tmp_path)) == []
 
 
 @pytest.mark.parametrize("place", ["folder", "file"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import instructedit
 from instructedit.commands import commands, run_command
-from instructedit.errors import UserError, unknown
+from instructedit.errors import UserError, one_line, unknown
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 DEBUG = "INSTRUCTEDIT_DEBUG"
@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _say(error: UserError) -> int:
     if os.environ.get(DEBUG):
         raise error
-    print(f"instructedit: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"instructedit: error: {one_line(error)}", file=sys.stderr)
     return 2
 
 

@@ -6,7 +6,7 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
-from instructedit.errors import UserError
+from instructedit.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,4 +23,4 @@ def report_error(what: str, error: Exception) -> None:
     """Prints one line about what failed, below the traceback unless the user is to blame."""
     if not isinstance(error, UserError):
         traceback.print_exception(error)
-    print(f"instructedit: error: {what}: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"instructedit: error: {what}: {one_line(error)}", file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+_LONGEST = 2000  # characters of a line
+
 
 class UserError(ValueError):
     """A problem with what the user gave: a file, a field, a name, a checkpoint.
@@ -12,6 +14,12 @@ class UserError(ValueError):
     Its message is one line that says what is wrong and where. The command line prints that line and exits
     with status 2, without a traceback.
     """
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line that is no longer than somebody reads; files of strangers can be quoted in it."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 4 :]}"
 
 
 def at_least(low: float, **values: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Locks between processes: who makes or searches something, and which runs are alive.
+"""Locks between processes: who makes or searches something, and who is alive.
 
 A lock is a file that a living process holds (flock); the system lets go of it when the process ends, however it ends.
 """
@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 _ALIVE = "running"
 
@@ -38,33 +39,37 @@ def one_at_a_time(place: Path, waiting: str = "") -> Iterator[None]:
 
 
 class Alive:
-    """Tells other processes that a run is alive, for as long as this process is.
+    """Tells other processes that somebody is alive, for as long as this process is.
 
     Args:
         root: Folder of the store.
-        run_id: Of the run.
+        name: Of whoever it is; no name comes again.
     """
 
-    def __init__(self, root: Path, run_id: str) -> None:
-        self._place = root / _ALIVE / run_id
-        part = self._place.with_name(f".{run_id}")
-        with suppress(OSError):  # a file system without locks: the run is never taken for dead
+    def __init__(self, root: Path, name: str) -> None:
+        self._place = root / _ALIVE / name
+        self._file: TextIO | None = None
+        part = self._place.with_name(f".{name}")
+        with suppress(OSError):  # a file system without locks: nobody is ever taken for dead
             part.parent.mkdir(exist_ok=True)
             self._file = part.open("w")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.rename(self._place)  # never there without its lock
 
     def end(self) -> None:
-        """Says that the run is over."""
+        """Says that it is over."""
         with suppress(OSError):
             self._place.unlink(missing_ok=True)
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
 
 
-def dead_runs(root: Path) -> Iterator[str]:
-    """Ids of the runs that began (`Alive`), were not ended, and whose process is gone."""
-    folder = root / _ALIVE
-    for place in sorted(folder.glob("[!.]*")):
+def dead(root: Path) -> Iterator[str]:
+    """Names of those that were `Alive`, did not end, and whose process is gone.
+
+    A name is told again until whoever is told of it has done what is to be done, and asks for the next.
+    """
+    for place in sorted((root / _ALIVE).glob("[!.]*")):
         try:
             with place.open("r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

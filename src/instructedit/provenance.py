@@ -6,7 +6,11 @@ import hashlib
 import importlib.metadata
 import platform
 import subprocess
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = ("torch", "lightning", "transformers", "mlflow", "instructedit")
 _HERE = Path(__file__).resolve().parent
@@ -60,3 +64,19 @@ def _device() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
+
+
+def flat_parameters(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested parameters by paths with slashes: keys of mappings and dataclasses, numbers in lists of mappings."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    elif isinstance(value, Namespace):
+        value = vars(value)
+    elif isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {name: value}
+    prefix = f"{name}/" if name else ""
+    return {
+        path: leaf for key, inner in value.items() for path, leaf in flat_parameters(inner, f"{prefix}{key}").items()
+    }

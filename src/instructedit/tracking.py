@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import atexit
 import json
+import secrets
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,8 +28,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from instructedit.artifacts import Artifacts, artifacts
 from instructedit.errors import UserError
-from instructedit.locks import Alive, dead_runs
-from instructedit.provenance import provenance
+from instructedit.locks import Alive, dead
+from instructedit.provenance import flat_parameters, provenance
 from instructedit.redaction import redacted
 from instructedit.stores import DATABASE, local_store
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _LONGEST_VALUE = 6000  # characters that MLflow keeps of a parameter
 _LARGEST_BATCH = 100  # parameters, and tags, that MLflow takes at once
 _LONGEST_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
+_PROCESS = "process"  # tag: what the file in running/ of the process that logs the run is called
 _PARENT = "mlflow.parentRunId"
 _KIND = "mlflow.experimentKind"  # which of its two faces the UI shows
 _MOST_RUNS = 50_000  # that MLflow finds at once
@@ -103,21 +104,23 @@ class MLflowTracker(Artifacts, MLFlowLogger):
             self._running = True
             atexit.register(self._abandon)
         client: MlflowClient = super().experiment
-        if self._local and self._running and self._alive is None:
-            self._alive = Alive(self._root, str(self._run_id))
         return client
 
     def _start(self, facts: dict[str, str]) -> None:
         from mlflow.exceptions import MlflowException
 
+        self.tags = facts | (self.tags or {})
+        process = secrets.token_hex(16)
         if self._local:
             _mark_dead(self._mlflow_client, self._root)
-        self.tags = facts | (self.tags or {})
+            self._alive = Alive(self._root, process)  # before there is a run that could be taken for dead
         if self._run_id is not None:
             _run(self._mlflow_client, self._run_id, self._tracking_uri)
+            self._mlflow_client.set_tag(self._run_id, _PROCESS, process)
             self._mlflow_client.update_run(self._run_id, status="RUNNING")
             self._log(self._mlflow_client, {}, self.tags)
         else:
+            self.tags[_PROCESS] = process
             with suppress(MlflowException):  # of several first runs at once, all but one find the experiment there
                 self._mlflow_client.create_experiment(
                     self._experiment_name, self._artifact_location, {_KIND: "custom_model_development"}
@@ -158,7 +161,7 @@ class MLflowTracker(Artifacts, MLFlowLogger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Logs parameters, nested ones as ``a/b``. MLflow keeps a first value: a changed one becomes a tag."""
-        flat = _flat(params)
+        flat = flat_parameters(params)
         # LightningCLI leaves `_instantiator` among the hyper-parameters.
         new = {k: str(v)[:_LONGEST_VALUE] for k, v in flat.items() if k.split("/")[-1] != "_instantiator"}
         self._log(self.experiment, new, {})
@@ -239,20 +242,6 @@ class SaveConfig(SaveConfigCallback):
             # A `test` in the run of its `fit` must not take the place of the fit's configuration.
             again = keeper.has(self.config_filename)
             keeper.log_text(text, f"config.{TrainerFn(stage).value}.yaml" if again else self.config_filename)
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested parameters by paths with slashes: keys of mappings and dataclasses, numbers in lists of mappings."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    elif isinstance(value, Namespace):
-        value = vars(value)
-    elif isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
-        value = dict(enumerate(value))
-    if not isinstance(value, Mapping):
-        return {name: value}
-    prefix = f"{name}/" if name else ""
-    return {path: leaf for key, inner in value.items() for path, leaf in _flat(inner, f"{prefix}{key}").items()}
 
 
 def runs(experiment: str = "instructedit", root: str | Path = "mlruns") -> DataFrame:
@@ -356,12 +345,11 @@ def load_table(run_id: str, name: str, root: str | Path = "mlruns") -> DataFrame
 
 def _mark_dead(client: MlflowClient, root: Path) -> None:
     """Marks the runs whose process was killed, which else would be RUNNING for ever."""
-    from mlflow.exceptions import MlflowException
-
-    for run_id in dead_runs(root):
-        with suppress(MlflowException):  # of a store that was replaced
-            if client.get_run(run_id).info.status == "RUNNING":
-                client.set_terminated(run_id, status="KILLED")
+    for process in dead(root):
+        experiments = [each.experiment_id for each in client.search_experiments()]
+        for run in client.search_runs(experiments, f"tags.{_PROCESS} = '{process}'"):
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, status="KILLED")
 
 
 def unfinished_run(checkpoint: Path, root: str | Path = "mlruns") -> str | None:

@@ -15,6 +15,7 @@ from instructedit.configs import Scale, located
 from instructedit.editors.saved import read_checkpoint, read_folder, seal_checkpoint
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.edits.checksums import CHECKSUM, file_checksum
+from instructedit.errors import one_line
 from instructedit.instructions.bank import InstructionBank
 from instructedit.reports.cases import read_cases
 from instructedit.tasks import load_records
@@ -77,8 +78,9 @@ def outcome(read: Read, file: Path) -> str:
     try:
         read(file)
     except ie.UserError as error:
-        line = " ".join(str(error).split())  # as the command line prints it
+        line = one_line(error)
         assert file.name in line or str(file.parent) in line, f"names no file: {line}"
+        assert "\n" not in line
         assert len(line) <= LONGEST, f"{len(line)} characters: {line[:200]}"
         return line
     return "read"
