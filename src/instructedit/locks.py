@@ -67,7 +67,7 @@ class Alive:
 def dead(root: Path) -> Iterator[str]:
     """Names of those that were `Alive`, did not end, and whose process is gone.
 
-    A name is told again until whoever is told of it has done what is to be done, and asks for the next.
+    A name comes again until whoever got it has done what is to be done, and asks for the next.
     """
     for place in sorted((root / _ALIVE).glob("[!.]*")):
         try:
@@ -75,5 +75,5 @@ def dead(root: Path) -> Iterator[str]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield place.name
                 place.unlink(missing_ok=True)
-        except OSError:  # held: it is alive; or told by another process in the meantime
+        except OSError:  # held: it is alive; or found by another process in the meantime
             continue

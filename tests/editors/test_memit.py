@@ -21,14 +21,7 @@ from instructedit.records import EditRequest
 OPTIONS = {"text": "tiny", "tokens": TOKENS, "contexts": 0, "blocks": [0, 1, 2], "steps": 8, "weight_decay": 0.0}
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    return tmp_path_factory.mktemp("moments")
-
-
-@pytest.fixture(autouse=True)
-def cache(kept, monkeypatch):
-    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(kept))
+pytestmark = pytest.mark.usefixtures("kept_covariances")
 
 
 def built(lm, **options):

@@ -8,7 +8,7 @@ from tests.reference import Case, gradients, relative, training_batch
 
 from instructedit.data.batch import Collator
 from instructedit.editors import build_editor
-from instructedit.editors.ridge_edit import PastKeys, PriorKeys, ridge
+from instructedit.editors.ridge import PastKeys, PriorKeys, ridge
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor

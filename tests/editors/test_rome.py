@@ -24,14 +24,7 @@ TOKENS = 1500
 OPTIONS = {"text": "tiny", "tokens": TOKENS, "contexts": 0, "blocks": [1], "steps": 8, "weight_decay": 0.0}
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    return tmp_path_factory.mktemp("moments")
-
-
-@pytest.fixture(autouse=True)
-def cache(kept, monkeypatch):
-    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(kept))
+pytestmark = pytest.mark.usefixtures("kept_covariances")
 
 
 def built(lm, **options):

@@ -100,8 +100,7 @@ def batch_requests(
         apart: Leave prompts plain: the editor reads instructions beside them.
     """
     instructions = list(prefixes) or [""] * len(requests)
-    fronts = [""] * len(requests) if apart else instructions
-    prompts = [front + r.prompt for front, r in zip(fronts, requests, strict=True)]
+    prompts = [r.prompt if apart else prefix + r.prompt for prefix, r in zip(instructions, requests, strict=True)]
     pairs = [(prompt, r.target) for prompt, r in zip(prompts, requests, strict=True)]
     names = names or [f"edit request {r.prompt!r}" for r in requests]
     return RequestBatch(list(requests), prompts, text.encode(pairs, names), instructions)

@@ -79,6 +79,7 @@ class Editor(nn.Module, ABC):
         self.sites: tuple[Site, ...] = ()
         #: Of the last call of `edit`, where the method optimises.
         self.report: TargetReport | None = None
+        self._tokenization: Text | None = None  # where a method reads text in its own way
         self._lm: list[FrozenLM] = []  # in a list, so that the LM is no submodule: never saved, trained or moved
 
     @property
@@ -95,7 +96,7 @@ class Editor(nn.Module, ABC):
     @property
     def tokenization(self) -> Text:
         """How requests, and the probes of a training step, become tokens."""
-        return self.lm.text
+        return self._tokenization or self.lm.text
 
     def bind(self, lm: FrozenLM) -> Self:
         """Chooses the sites in the LM and builds what depends on their shapes.
@@ -294,7 +295,7 @@ Renamed.keep(Editor, **_OLD_METHODS)
 
 
 def _blocks(editor: Editor, lm: FrozenLM) -> Sequence[int] | None:
-    """The blocks that an editor edits: those it is told, or as far up as in its paper; None for all."""
+    """The blocks that an editor edits: those of its options, or as far up as in its paper; None for all."""
     if editor.blocks is not None or editor.PAPER_BLOCKS is None:
         return editor.blocks
     blocks, depth = editor.PAPER_BLOCKS

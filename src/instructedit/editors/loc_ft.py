@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -16,7 +15,7 @@ from instructedit.editors.optimisation import Values
 from instructedit.editors.options import options
 from instructedit.edits import DenseEdit, Edit
 from instructedit.errors import UserError
-from instructedit.lm import Text, TokenBatch
+from instructedit.lm import TokenBatch
 
 #: Stands for the loss of a mini-batch that had no turn yet: no mean with it is low.
 _UNKNOWN = 1e9
@@ -58,11 +57,7 @@ class LocFt(FtL):
         """
         if self.batch_size < 1:
             raise UserError(f"editor {self.name!r}: batch_size must be at least 1, got {self.batch_size}")
-        self._text = replace(self.lm.text, ends=True) if self.ends else self.lm.text
-
-    @property
-    def tokenization(self) -> Text:
-        return self._text
+        self._tokenization = self.lm.text.ended(self.ends)
 
     def compute_joint_edit(self, batch: RequestBatch) -> DenseEdit:
         """One ΔW, tuned on mini-batches of the requests in turn."""

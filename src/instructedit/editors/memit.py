@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.key_value import KeyValueEditor
 from instructedit.editors.options import options
+from instructedit.editors.ridge import ridge
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.lm import Site
 
@@ -65,7 +65,7 @@ def _single_keys(keys: Tensor, solved: Tensor) -> Tensor:
 
 def _all_keys(keys: Tensor, solved: Tensor) -> Tensor:
     """Kᵀ (M + K Kᵀ)⁻¹ = (1 + Kᵀ M⁻¹ K)⁻¹ Kᵀ M⁻¹ for all keys at once, [1, n, in]: n × n, not in × in."""
-    return torch.linalg.solve(torch.eye(len(keys)).to(keys) + keys @ solved.T, solved)[None]
+    return ridge(keys, solved, solved)[None]
 
 
 @options

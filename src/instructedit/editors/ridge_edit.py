@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -19,67 +18,14 @@ from torch import Tensor, nn
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.mend import Mend, ResidualLayers, SiteTokens
 from instructedit.editors.options import options
+from instructedit.editors.ridge import PastKeys, PriorKeys, ridge
 from instructedit.edits import Factors, LowRankEdit
-from instructedit.lm import Text
 from instructedit.lm.covariance import covariances
 from instructedit.lm.own_text import text_for
 from instructedit.lm.tokens import TokenBatch, rows_of
 
 #: Where the weights λ₀ of the prior and λ₁ of the identity start, as shares of a key's squared size.
 PRIOR, IDENTITY = 1.0, 0.1
-
-
-class PriorKeys:
-    """Solves with C = λ₀ E[u uᵀ] + λ₁ I, in the eigenbasis of the second moment, so that gradients reach the λ.
-
-    Keys are measured in units of the root mean square of their coordinates over plain text.
-
-    Args:
-        moment: E[u uᵀ] of what the site sees over plain text, [in, in].
-    """
-
-    def __init__(self, moment: Tensor) -> None:
-        moment = moment.double()
-        self.unit = moment.diagonal().mean().sqrt().item()
-        values, basis = torch.linalg.eigh(moment / self.unit**2)
-        self.values, self.basis = values.clamp(min=0).float(), basis.float()
-
-    def solve(self, keys: Tensor, log_weights: Tensor) -> Tensor:
-        """C⁻¹ K of each request's keys K.
-
-        Args:
-            keys: What the site saw, in its unit, [n, tokens, in].
-            log_weights: Logarithms of λ₀ and λ₁, [2].
-        """
-        prior, identity = log_weights.exp()
-        return (keys @ self.basis / (prior * self.values + identity)) @ self.basis.T
-
-
-@dataclass(frozen=True)
-class PastKeys:
-    """C⁻¹ of one site over a sequence of edits, where C grows by Σ u uᵀ of the keys that were edited, [in, in]."""
-
-    inverse: Tensor
-
-    def and_these(self, keys: Tensor) -> PastKeys:
-        """With further keys [tokens, in], in the site's unit: C⁻¹ − C⁻¹ K (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ (Woodbury)."""
-        solved = keys @ self.inverse
-        return PastKeys(self.inverse - solved.T @ ridge(keys, solved, solved))
-
-
-def ridge(keys: Tensor, solved: Tensor, values: Tensor) -> Tensor:
-    """V (I + Kᵀ C⁻¹ K)⁻¹: what stands beside (C⁻¹ K)ᵀ in the solution ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹.
-
-    That is the least Σ_t ‖ΔW k_t − v_t‖² + tr(ΔW C ΔWᵀ) (see the tests); rows of zeros stay so.
-
-    Args:
-        keys: K of each request, [n, tokens, in].
-        solved: C⁻¹ K, [n, tokens, in].
-        values: V, [n, tokens, out].
-    """
-    gram = keys @ solved.mT
-    system = gram + torch.eye(gram.shape[-1], device=gram.device)
-    return torch.linalg.solve(system.mT, values)
 
 
 class Condition(nn.Module):
@@ -141,7 +87,7 @@ class RidgeEdit(Mend):
     def build(self) -> None:
         """Builds the networks of both steps, their conditions, and the weights of the ridge."""
         super().build()
-        self._tokenization = replace(self.lm.text, ends=True) if self.ends else self.lm.text
+        self._tokenization = self.lm.text.ended(self.ends)
         self._priors: dict[str, PriorKeys] = {}
         self.text = text_for(self.lm, self.text)
         sizes = [sum(self.sites[group[0]].shape) for group in self.groups]
@@ -158,10 +104,6 @@ class RidgeEdit(Mend):
         self.log_alpha_second = nn.Parameter(self.log_alpha.detach().clone())
         start = torch.tensor([PRIOR, IDENTITY]) * torch.tensor([[site.shape[0]] for site in self.sites])
         self.log_ridge = nn.Parameter(start.log())
-
-    @property
-    def tokenization(self) -> Text:
-        return self._tokenization
 
     @torch.no_grad()
     def start_at(self, rate: float) -> None:
@@ -208,7 +150,8 @@ class RidgeEdit(Mend):
             keys = {name: factors.a / self.prior(name).unit for name, factors in found.items()} if self.ridge else {}
             if self.ridge:
                 found = {name: self._solved(name, keys[name], factors.b, past) for name, factors in found.items()}
-            made = LowRankEdit(found) if made is None else _behind(made, found)
+            edit = LowRankEdit(found)
+            made = edit if made is None else made.plus(edit)
         assert made is not None
         return made, keys
 
@@ -280,13 +223,3 @@ def _gathered(factors: Factors, edits: int) -> Factors:
     """Puts factors of the rows that an edit serves one behind the other, [rows, rank, …] → [edits, more, …]."""
     a, b = (f.unflatten(0, (-1, edits)).transpose(0, 1).flatten(1, 2) for f in factors)
     return Factors(a, b)
-
-
-def _behind(first: LowRankEdit, second: dict[str, Factors]) -> LowRankEdit:
-    """Two changes of the same requests as one."""
-    return LowRankEdit(
-        {
-            site: Factors(*(torch.cat(both, 1) for both in zip(factors, second[site], strict=True)))
-            for site, factors in first.factors.items()
-        }
-    )

@@ -13,7 +13,7 @@ from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.normalizer import RunningNorm
 from instructedit.editors.options import AUTO, options
-from instructedit.editors.ridge_edit import ridge
+from instructedit.editors.ridge import ridge
 from instructedit.editors.scales import NEUTRAL_PROMPTS, layer_scale
 from instructedit.edits import Factors, LowRankEdit, stack
 from instructedit.errors import UserError

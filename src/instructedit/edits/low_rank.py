@@ -56,7 +56,7 @@ class LowRankEdit(Edit):
         )
 
     def plus(self, other: Self) -> Self:
-        """The sum; a site may be in one of the two alone."""
+        """The sum, edit by edit; a site may be in one of the two alone."""
         sites = dict.fromkeys((*self.sites, *other.sites))
         parts = {site: [edit.factors[site] for edit in (self, other) if site in edit.sites] for site in sites}
         return type(self)({site: Factors(*map(_rows, zip(*both, strict=True))) for site, both in parts.items()})

@@ -65,8 +65,8 @@ class EditSequence:
         folder.mkdir(parents=True, exist_ok=True)
         for name, frame in (("curves", self.curves), ("probes", self.table), ("costs", self.costs)):
             frame.to_csv(folder / f"{name}.csv", index=False)
-        told = self.about | {"stopped": self.stopped, "curves": json.loads(self.curves.to_json(orient="records"))}
-        text = json.dumps(told, indent=2, ensure_ascii=False)
+        facts = self.about | {"stopped": self.stopped, "curves": json.loads(self.curves.to_json(orient="records"))}
+        text = json.dumps(facts, indent=2, ensure_ascii=False)
         (folder / "sequence.json").write_text(text + "\n", encoding="utf-8")
         if len(self.curves):
             title = f"{self.about.get('editor', '')} on {self.about.get('lm', '')}, edit after edit"

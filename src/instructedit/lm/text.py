@@ -71,6 +71,10 @@ class Text:
         """The same for rows of at most so many tokens."""
         return replace(self, max_length=min(max_length or self.max_length, self.max_length))
 
+    def ended(self, ends: bool = True) -> Self:
+        """The same, where the token that ends a text is an answer's last one, or is not."""
+        return self if self.ends == ends else replace(self, ends=ends)
+
     @functools.cached_property
     def _turn(self) -> Turn | None:
         return chat_turn(self.tokenizer) if self.chat else None

@@ -206,7 +206,7 @@ class EditingModule(L.LightningModule):
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Says which model the editor fits, and adds a checksum, by which a checkpoint damaged at rest is told."""
+        """Says which model the editor fits, and adds a checksum, by which one that is damaged at rest is recognised."""
         checkpoint["made_for"] = self.editor.made_for()
         seal_checkpoint(checkpoint)
 

@@ -1,0 +1,61 @@
+"""Ridge regression from keys to values, with a prior over keys: ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class PriorKeys:
+    """Solves with C = λ₀ E[u uᵀ] + λ₁ I, in the eigenbasis of the second moment, so that gradients reach the λ.
+
+    Keys are measured in units of the root mean square of their coordinates over plain text.
+
+    Args:
+        moment: E[u uᵀ] of what the site sees over plain text, [in, in].
+    """
+
+    def __init__(self, moment: Tensor) -> None:
+        moment = moment.double()
+        self.unit = moment.diagonal().mean().sqrt().item()
+        values, basis = torch.linalg.eigh(moment / self.unit**2)
+        self.values, self.basis = values.clamp(min=0).float(), basis.float()
+
+    def solve(self, keys: Tensor, log_weights: Tensor) -> Tensor:
+        """C⁻¹ K of each request's keys K.
+
+        Args:
+            keys: What the site saw, in its unit, [n, tokens, in].
+            log_weights: Logarithms of λ₀ and λ₁, [2].
+        """
+        prior, identity = log_weights.exp()
+        return (keys @ self.basis / (prior * self.values + identity)) @ self.basis.T
+
+
+@dataclass(frozen=True)
+class PastKeys:
+    """C⁻¹ of one site over a sequence of edits, where C grows by Σ u uᵀ of the keys that were edited, [in, in]."""
+
+    inverse: Tensor
+
+    def and_these(self, keys: Tensor) -> PastKeys:
+        """With further keys [tokens, in], in the site's unit: C⁻¹ − C⁻¹ K (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ (Woodbury)."""
+        solved = keys @ self.inverse
+        return PastKeys(self.inverse - solved.T @ ridge(keys, solved, solved))
+
+
+def ridge(keys: Tensor, solved: Tensor, values: Tensor) -> Tensor:
+    """V (I + Kᵀ C⁻¹ K)⁻¹: what stands beside (C⁻¹ K)ᵀ in the solution ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹.
+
+    That is the least Σ_t ‖ΔW k_t − v_t‖² + tr(ΔW C ΔWᵀ) (see the tests); rows of zeros stay so.
+
+    Args:
+        keys: K of each request, [n, tokens, in].
+        solved: C⁻¹ K, [n, tokens, in].
+        values: V, [n, tokens, out].
+    """
+    gram = keys @ solved.mT
+    system = gram + torch.eye(gram.shape[-1], device=gram.device)
+    return torch.linalg.solve(system.mT, values)
