@@ -110,6 +110,15 @@ def test_a_first_step_is_the_ridge_solution_for_the_normalised_gradient(lm):
         assert relative(last.delta(name)[0].double(), expected) < 1e-3
 
 
+def test_without_ridge_a_sequence_keeps_no_keys(lm):
+    editor = new_editor(lm, ridge=False)
+    batch = editor.requests(REQUESTS, editor.instructor())
+    edit, state = editor.make_next(batch, editor.begin_sequence())
+    assert state == {}
+    for name in editor.names:
+        assert relative(edit.delta(name)[0], editor.compute_joint_edit(batch).delta(name)[0]) < 1e-6
+
+
 def test_the_second_step_edits_the_edited_model(lm):
     one, two = (shaken(new_editor(lm, steps=steps, second_reads="plain")) for steps in (1, 2))
     two.load_state_dict(one.state_dict(), strict=False)

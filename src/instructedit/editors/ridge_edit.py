@@ -119,7 +119,9 @@ class RidgeEdit(Mend):
         return self._made(batch, 1)[0]
 
     def begin_sequence(self) -> dict[str, PastKeys]:
-        """C⁻¹ of each site, before any edit."""
+        """C⁻¹ of each site, before any edit; nothing without ridge."""
+        if not self.ridge:
+            return {}
         weights = self.log_ridge.detach().float()
         found = {}
         for name, log_weights in zip(self.names, weights, strict=True):
