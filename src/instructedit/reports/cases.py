@@ -9,7 +9,7 @@ from typing import Self
 
 from instructedit.errors import UserError, unknown
 from instructedit.records import EditRecord, EditRequest
-from instructedit.tasks import load_records
+from instructedit.tasks import flat, load_records
 from instructedit.tasks.folder import FILE as TASK_FILE
 from instructedit.tasks.folder import recognised
 from instructedit.tasks.raw import Raw
@@ -17,14 +17,11 @@ from instructedit.tasks.sources import read_source
 
 #: What a file may call each field; the first name is the documented one, the others are those of public datasets.
 FIELDS = {
-    "prompt": ("prompt", "src"),
-    "target": ("target", "target_new", "alt"),
-    "subject": ("subject",),
+    **{field: flat.FIELDS[field] for field in ("prompt", "target", "subject", "slots")},
     "task": ("task",),
     "rephrase": ("rephrase", "rephrases", "rephrase_prompt", "paraphrases"),
     "neighbours": ("neighbours", "neighbors", "locality", "locality_prompt", "loc"),
     "ask": ("ask", "portability"),
-    "slots": ("slots",),
 }
 #: Fields of datasets that a report has no use for: what the model said before is asked of the model.
 UNUSED = ("id", "case_id", "ground_truth", "answers", "pred", "cond", "locality_ground_truth", "loc_ans")

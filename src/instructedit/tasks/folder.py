@@ -100,19 +100,14 @@ class TaskFolder(Task):
         """
         if self.spec.fields or not raws:
             return self.flat
-        readers = registry.plugins(_TASK, _PACKAGE)
-        if self.spec.format != AUTO:
-            made = registry.plugin(_TASK, _PACKAGE, self.spec.format)
-        else:
-            found = [reader for reader in readers.values() if reader.recognises(raws[0].data)]
-            if not found:
-                names = ", ".join(list(raws[0].data)[:_LISTED]) or "none"
-                raise raws[0].error(
-                    f"fields of no known format ({names}): {self.file} can say under 'fields:' which is which, "
-                    f"or under 'format:' which of {', '.join(readers)} it is"
-                )
-            made = found[0]
-        return self._with_options(made)
+        form = recognised(raws[0].data) if self.spec.format == AUTO else self.spec.format
+        if form is None:
+            names = ", ".join(list(raws[0].data)[:_LISTED]) or "none"
+            raise raws[0].error(
+                f"fields of no known format ({names}): {self.file} can say under 'fields:' which is which, "
+                f"or under 'format:' which of {', '.join(registry.plugins(_TASK, _PACKAGE))} it is"
+            )
+        return self._with_options(registry.plugin(_TASK, _PACKAGE, form))
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
         """The edits of one record, by the reader of its format."""
