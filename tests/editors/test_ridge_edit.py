@@ -136,6 +136,16 @@ def test_the_second_step_edits_the_edited_model(lm):
         torch.testing.assert_close(found.delta[name][:1, :size], alone.delta[name], rtol=1e-3, atol=1e-6)
 
 
+def test_only_the_first_step_adds_to_the_statistics(lm):
+    one, two = (new_editor(lm, steps=steps).train() for steps in (1, 2))
+    for editor in (one, two):
+        editor.compute_edit(editor.requests(REQUESTS, editor.instructor()))
+    for ours, theirs in zip(one.networks, two.networks, strict=True):
+        assert theirs.norm_delta.count > 0
+        for name, value in ours.norm_delta.state_dict().items():
+            assert torch.equal(value, theirs.norm_delta.state_dict()[name]), name
+
+
 def test_the_instruction_conditions_the_editor_and_stands_nowhere(lm):
     editor = new_editor(lm, second_reads="plain")
     descriptions = [editor.edit(REQUESTS, description=None), editor.edit(REQUESTS, instruction="Do as you like.")]
