@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from tests.conftest import ARCHITECTURES, random_lm
+from tests.quick import QUICK
 from tests.reference import Case, assert_untouched, footprint, random_factors, training_batch
 
 from instructedit.cli import main
@@ -29,14 +30,6 @@ CASES = [
 ]
 PAIRS = [(case.prompt, case.target) for case in CASES]
 REQUESTS = [EditRequest(c.prompt, c.target, task="counterfact", subject=c.prompt.split()[-2:][0]) for c in CASES]
-#: Fewer steps than the methods' own, where they have any.
-FAST = {
-    "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05},
-    "ridge_edit": {"rank": 6, "edit_rate": 0.5, "text": "tiny", "tokens": 2000}, "ft_l": {"steps": 3},
-    "rome": {"steps": 3, "contexts": 2, "text": "tiny", "tokens": 2000},
-    "memit": {"steps": 3, "contexts": 2, "text": "tiny", "tokens": 2000},
-    "grace": {"steps": 3}, "calinet": {"steps": 3}, "t_patcher": {"steps": 3, "text": "tiny", "memory": 1000},
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +46,7 @@ def trainable():
 
 def built(name, lm):
     torch.manual_seed(0)
-    return build_editor(name, lm, **FAST.get(name, {}))
+    return build_editor(name, lm, **QUICK.get(name, {}))
 
 
 def logits(lm, edit):

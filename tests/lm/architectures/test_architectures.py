@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.lm.architectures.survey import PAGE, found
 from tests.lm.architectures.tiny import CLASSES, NAMES, NOT_TRIED, tiny_lm
+from tests.quick import QUICK
 from tests.reference import assert_untouched, footprint, greedy, oriented, plain_model, random_factors
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -233,15 +234,6 @@ def test_a_saved_adapter_is_the_edit(name, tmp_path):
     torch.testing.assert_close(lm.logits(batch, load_edit(tmp_path)), plain_logits(merged(name, 1), batch, 0), **CLOSE)
 
 
-#: Options that make each method quick; the number of blocks, where the method has none of its own, is the test's.
-QUICK = {
-    "mend": {"rank": 4}, "instructedit": {"rank": 4}, "ke": {}, "ft_l": {"steps": 2}, "grace": {"steps": 2},
-    "calinet": {"steps": 2, "slots": 2}, "calinet_trained": {"slots": 2},
-    "t_patcher": {"steps": 2, "memory": 40, "text": "tiny"},
-    "rome": {"steps": 2, "tokens": 400, "contexts": 1, "text": "tiny"},
-    "memit": {"steps": 2, "tokens": 400, "contexts": 1, "text": "tiny"},
-    "ike": {"sources": {}}, "serac": {"rank": 2, "embedding": 4}, "unedited": {},
-}  # fmt: skip
 REQUESTS = [EditRequest(prompt, target, task="counterfact", subject=prompt.split()[-2]) for prompt, target in PAIRS[:1]]
 
 
