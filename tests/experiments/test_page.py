@@ -62,6 +62,7 @@ def made_page(made, tmp_path_factory):
     spec = GRID | {
         "title": f"A try {EVIL}",
         "note": f"Why {EVIL}?",
+        "seeds": [3],
         "rows": rows,
         "compare": [["MEND <i>", "unedited"]],
     }
@@ -79,8 +80,8 @@ def test_the_page_of_a_run(made_page):
     read = only_itself(text)
     assert "<i>" not in text.replace("<img", "")
     for said in (
-        f"A try {EVIL}", f"Why {EVIL}?", "instructedit experiment try --scale one --seeds '[3, 4]'", "MEND <i>",
-        "one", "3, 4", "torch ", "commit ", "Reliability", "p (Holm)", "paper: published figures for Big",
+        f"A try {EVIL}", f"Why {EVIL}?", "instructedit experiment try --scale one --seeds '[3]'", "MEND <i>",
+        "one", "torch ", "commit ", "Reliability", "p (Holm)", "paper: published figures for Big",
         "config of MEND <i>", "class_path: instructedit.editors.mend.Mend", "finished",
     ):  # fmt: skip
         assert said in read.text, said
