@@ -65,8 +65,8 @@ class Judge:
         """Role, prompt and group of all that is asked of a case."""
         prompt = case.request.prompt
         yield "request", prompt, ""
-        if self.instructor and (instructed := self.instructor.front(case.request)(prompt)) != prompt:
-            yield "instructed", instructed, ""
+        if self.instructor and (instruction := self.instructor.prefix(case.request)):
+            yield "instructed", instruction + prompt, ""
         yield from (("paraphrase", each, "given") for each in case.paraphrases)
         if not case.paraphrases:
             yield from (("paraphrase", each, "drawn") for each in draw_paraphrases(case.request))
