@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from instructedit.console import console
@@ -10,6 +12,7 @@ from instructedit.paths import check_writable
 
 if TYPE_CHECKING:
     from instructedit.editors import Editor
+    from instructedit.edits import Edit
     from instructedit.lm import FrozenLM
     from instructedit.reports.store import KeptEdit
 
@@ -141,15 +144,17 @@ def combine(
 
 
 def export(
-    name: str, adapter: str | None = None, merge: str | None = None, rank: int | Literal["auto"] = "auto",
-    lm: str | None = None, store: str | None = None,
+    name: str, adapter: str | None = None, merge: str | None = None, gguf: str | None = None,
+    rank: int | Literal["auto"] = "auto", lm: str | None = None, store: str | None = None,
 ) -> None:  # fmt: skip
-    """Writes a kept edit for others to load: a LoRA adapter, or a whole model.
+    """Writes a kept edit for others to load: a LoRA adapter, a whole model, or a GGUF file.
 
     Args:
         name: Of the edit, or its folder.
         adapter: Folder for a LoRA adapter in PEFT's layout, of a rank that can be served.
         merge: Folder for a plain transformers model with the edit in its weights.
+        gguf: File for a copy of the GGUF file that the model came from, with the edit in its weights, for llama.cpp
+            and Ollama. The file of a model that pip brings is downloaded again.
         rank: The adapter's largest rank; auto is the smallest of 8, 16, 32, 64, … with which all predicted tokens
             on what the edit was asked stay.
         lm: The model; by default the one that the edit was made for.
@@ -157,8 +162,8 @@ def export(
     """
     from instructedit.reports.ranks import trimmed
 
-    if not (adapter or merge):
-        raise UserError("edits export: say where to, by --adapter FOLDER or --merge FOLDER")
+    if not (adapter or merge or gguf):
+        raise UserError("edits export: say where to, by --adapter FOLDER, --merge FOLDER or --gguf FILE")
     for folder, option in ((adapter, "--adapter"), (merge, "--merge")):
         if folder and any(check_writable(folder, option).glob("*.json")):
             raise UserError(f"{option} {folder}: holds a model or an adapter already: another folder")
@@ -173,6 +178,25 @@ def export(
         model.merge(edit).save_pretrained(merge)
         model.tokenizer.save_pretrained(merge)
         print(f"{merge}: {model.name} with the edit in its weights")
+    if gguf:
+        _export_gguf(model, edit, lm or kept.model["name"], gguf)
+        print(f"{gguf}: the model's GGUF file with the edit in its weights")
+
+
+def _export_gguf(model: FrozenLM, edit: Edit, source: str, out: str) -> None:
+    from instructedit.lm import pretrained
+    from instructedit.lm.gguf_export import write_edited
+
+    if Path(out).exists():
+        raise UserError(f"--gguf {out}: there is such a file already: another name")
+    if source in pretrained.known():
+        with tempfile.TemporaryDirectory(dir=Path(out).absolute().parent) as folder:
+            pretrained.download_gguf(source, file := Path(folder) / "source.gguf")
+            write_edited(model, edit, file, out)
+    elif source.endswith(".gguf"):
+        write_edited(model, edit, source, out)
+    else:
+        raise UserError(f"--gguf: {source} came from no GGUF file; --lm FILE.gguf names one of the same weights")
 
 
 def _kept(name: str, store: str | None) -> KeptEdit:

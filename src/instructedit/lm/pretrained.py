@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -176,6 +177,17 @@ def _install(model: Pretrained) -> None:
     (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     shutil.rmtree(model.folder, ignore_errors=True)  # damaged, or made of another file
     made.rename(model.folder)
+
+
+def download_gguf(name: str, file: Path) -> None:
+    """Downloads the GGUF file of a model, checked against its hash.
+
+    Raises:
+        UserError: If it cannot be had.
+    """
+    model = known()[name]
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        _assemble(model, _download(model, Path(folder)), file)
 
 
 def _check_room(model: Pretrained) -> None:
