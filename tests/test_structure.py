@@ -267,7 +267,7 @@ ROOMS = (
     ("scores", "generation"),
     ("capture",),
     ("frozen",),
-    ("own_text",),
+    ("own_text", "gguf_export"),
     ("covariance",),
 )  # fmt: skip
 

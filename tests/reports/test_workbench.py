@@ -3,13 +3,19 @@
 import builtins
 import threading
 import zipfile
+from collections import Counter
 
 import pytest
 
+from instructedit.analysis import EditingAreas, cosines
 from instructedit.cli import main
+from instructedit.editors import build_editor
 from instructedit.errors import UserError
-from instructedit.reports import workbench
+from instructedit.lm import FrozenLM
+from instructedit.reports import area_map, workbench
+from instructedit.reports.area_map import LANDMARKS, OF_EACH, YOURS
 from instructedit.reports.workbench import Visit, Workbench
+from instructedit.tasks import load_records, task_title
 
 FACT = ("tiny", "ft_l", "The capital of France is", "Rome")
 
@@ -45,6 +51,38 @@ def test_what_a_visitor_types_is_text(bench, monkeypatch):
     found = bench.edit(visit, "tiny", "unedited", 'The </iframe><script>x</script> "capital" is', "Rome")
     assert "<script>" not in found
     assert found.count("<iframe") == found.count("</iframe>") == 1
+
+
+def test_an_edit_has_its_place_on_the_map(bench, tmp_path):
+    """Its own request made again lies where it lies; the areas of an editor are made once for a visit's edit."""
+    lm = FrozenLM.from_pretrained("tiny")
+    editor = build_editor("mend", lm, rank=4, edit_rate=0.01)
+    editor.save_pretrained(tmp_path / "mend")
+    records, _ = load_records("recent", "tiny", "test")
+    visit, request = Visit(), records[0].request
+    bench.edit(visit, "tiny", str(tmp_path / "mend"), request.prompt, request.target)
+    figure = bench.map(visit)
+    known = visit.known
+    assert Counter(known.tasks) == dict.fromkeys(map(task_title, LANDMARKS), OF_EACH)
+    assert len(figure.axes) == len(visit.report.edits[0].sites)
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(legend) == {*map(task_title, LANDMARKS), YOURS}
+    for axes in figure.axes:
+        spots = {each.get_label(): each.get_offsets() for each in axes.collections}
+        yours = spots[YOURS]
+        assert len(yours) == 1
+    again = EditingAreas.concat([known, area_map._areas(visit.report.edits[0], [YOURS], YOURS)])
+    near = cosines(again, again.site_names[0])[-1, :-1].argmax()
+    assert again.ids[near] == records[0].id
+    assert bench.map(visit) is not figure
+    assert visit.known is known
+
+
+def test_edits_without_areas_have_no_map(bench, edited):
+    with pytest.raises(UserError, match="a map needs a trained editor"):
+        bench.map(edited[0])
+    with pytest.raises(UserError, match="no edit yet"):
+        bench.map(Visit())
 
 
 def test_mistakes_are_one_line(bench):
@@ -107,5 +145,5 @@ def test_the_page_has_all_buttons(bench):
     blocks = page(bench)
     labels = {getattr(each, "label", None) or getattr(each, "value", None) for each in blocks.blocks.values()
               if type(each).__name__ in ("Button", "Textbox", "Dropdown")}  # fmt: skip
-    assert {"Model", "Editor", "Prompt", "Target", "Edit", "Keep", "Undo", "Download"} <= labels
-    assert len(blocks.fns) == 4
+    assert {"Model", "Editor", "Prompt", "Target", "Edit", "Keep", "Undo", "Download", "Map of editing areas"} <= labels
+    assert len(blocks.fns) == 5

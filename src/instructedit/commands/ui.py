@@ -60,23 +60,26 @@ def page(bench: Workbench) -> Any:
         neighbours = gr.Textbox(label="Neighbours", lines=2, info="prompts whose answers should stay, one a line")
         make = gr.Button("Edit", variant="primary")
         report = gr.HTML()
+        where = gr.Button("Map of editing areas")
+        areas = gr.Plot(label="Where the edit lies among this editor's edits of known tasks")
         with gr.Row():
             name = gr.Textbox(label="Name")
             kept, undone, packed = gr.Button("Keep"), gr.Button("Undo"), gr.Button("Download")
         said, file = gr.Markdown(), gr.File(label="The edit", interactive=False)
         request = [lm, editor, prompt, target, task, subject, neighbours]
         make.click(_plainly(bench.edit), [visit, *request], report)
+        where.click(_plainly(bench.map), [visit], areas)
         kept.click(_plainly(bench.keep), [visit, name], said)
         undone.click(_plainly(bench.undo), [visit, name], said)
         packed.click(_plainly(bench.pack), [visit], file)
     return blocks
 
 
-def _plainly(action: Callable[..., str]) -> Callable[..., str]:
+def _plainly(action: Callable[..., Any]) -> Callable[..., Any]:
     """The action, whose user errors the page shows as one line."""
     gr = _gradio()
 
-    def act(*given: Any) -> str:
+    def act(*given: Any) -> Any:
         try:
             return action(*given)
         except UserError as error:

@@ -92,11 +92,9 @@ class Experiment(Plan):
             run = results.rows[best][0]
             folder = next(self.root.glob(f"*/{run.run_id}"), run.run_id)
             at = "" if self.scale.name == "tiny" else f" --scale {self.scale.option}"
-            tasks = list(summary["task"])
-            task = "counterfact" if "counterfact" in tasks else tasks[0]
-            fact = ("The capital of France is", "Rome") if task == "counterfact" else ("…", "…")
-            line = 'next: instructedit edit --editor {}{} --prompt "{}" --target {} --task {}'
-            console().print(line.format(folder, at, *fact, task), markup=False, highlight=False, soft_wrap=True)
+            line = f'next: instructedit edit --editor {folder}{at} --prompt "The capital of France is" --target Rome'
+            task = summary["task"].iloc[0]
+            console().print(f"{line} --task {task}", markup=False, highlight=False, soft_wrap=True)
 
     def _run_row(self, number: int, name: str, runner: Runner) -> bool:
         """Whether all seeds went through."""

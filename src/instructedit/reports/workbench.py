@@ -8,17 +8,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from instructedit.editors import any_editor
+from instructedit.analysis import EditingAreas
+from instructedit.editors import Editor, any_editor
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 from instructedit.records import EditRequest
+from instructedit.reports.area_map import landmarks, map_among
 from instructedit.reports.cases import EditCase
 from instructedit.reports.making import edit
 from instructedit.reports.ranks import served
 from instructedit.reports.report import EditReport
 from instructedit.reports.store import keep, undo, write_edit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -27,10 +33,14 @@ class Visit:
 
     Attributes:
         report: Of the last edit; None before the first.
+        editor: What made it.
+        known: Areas of that editor's edits of known tasks, once a map was asked for.
         kept: Names of the edits that this visitor keeps.
     """
 
     report: EditReport | None = None
+    editor: Editor | None = None
+    known: EditingAreas | None = None
     kept: list[str] = field(default_factory=list)
 
     def last(self) -> EditReport:
@@ -85,8 +95,22 @@ class Workbench:
         case = EditCase(request, neighbours=tuple(line for line in neighbours.splitlines() if line.strip()))
         with self._lock:
             model = self._model(lm)
-            visit.report = edit(model, any_editor(editor.strip(), model), case)
+            made_by = any_editor(editor.strip(), model)
+            visit.report = edit(model, made_by, case)
+        visit.editor, visit.known = made_by, None
         return page_of(visit.report)
+
+    def map(self, visit: Visit) -> Figure:
+        """Draws where the visitor's last edit lies among the same editor's edits of the embedded tasks.
+
+        Raises:
+            UserError: If there is none, or its editor's edits have no map.
+        """
+        report, editor = visit.last(), visit.editor
+        assert editor is not None  # it made the report
+        with self._lock:
+            visit.known = visit.known or landmarks(editor)
+            return map_among(visit.known, report.edits[0], editor.name)
 
     def keep(self, visit: Visit, name: str) -> str:
         """Keeps the visitor's last edit in the store, and says so.
