@@ -326,3 +326,9 @@ def test_files_classes_and_functions_are_small():
     for lines, limit in ((files, FILE), (sizes(ast.ClassDef), CLASS), (functions, FUNCTION)):
         assert {name: count for name, count in lines.items() if count > limit} == {}
     assert sorted(functions.values())[int(0.9 * len(functions))] <= MOST_FUNCTIONS
+
+
+def test_files_of_tests_are_small():
+    tests = Path(__file__).parent
+    files = {file.relative_to(tests).as_posix(): file.read_text().count("\n") for file in tests.rglob("*.py")}
+    assert {name: count for name, count in files.items() if count > FILE} == {}

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.conftest import random_lm
-from tests.lm.test_context import row_logits, with_bos
+from tests.lm.contexts import row_logits, with_bos
 
 from instructedit.editors import build_editor
 from instructedit.errors import UserError

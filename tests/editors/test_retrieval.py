@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.lm.test_context import query_of, row_logits
+from tests.lm.contexts import query_of, row_logits
 
 from instructedit.editors import build_editor
 from instructedit.editors.scales import NEUTRAL_PROMPTS

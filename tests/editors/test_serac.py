@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tests.conftest import random_lm
-from tests.lm.test_context import query_of, row_logits, with_bos
+from tests.lm.contexts import query_of, row_logits, with_bos
 from tests.reference import Case, edit_loss, edited_weights, plain_model, relative, training_batch, unlikelihood
 from transformers import AutoModelForCausalLM, OPTConfig
 

@@ -1,105 +1,33 @@
-"""Edits other than low-rank ones as values: what they change, how they are chosen and joined, disk, what is refused."""
+"""Edits other than low-rank ones as values: what they change, how they are chosen, joined and merged."""
 
-import json
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from tests.edits.sorts import (
+    SITES,
+    SORTS,
+    WIDTH,
+    behaviour,
+    chosen_dense_edit,
+    codebook_edit,
+    context_edit,
+    dense_edit,
+    equal,
+    every_sort,
+    rng_of,
+    same,
+    slot_edit,
+)
 from tests.reference import dense_copy, greedy, plain_model
 
-from instructedit.edits import CodebookEdit, ContextEdit, DenseEdit, Factors, LowRankEdit, SlotEdit, Slots, load_edit
+from instructedit.edits import ContextEdit, DenseEdit
 from instructedit.errors import UserError
 
-SITES = ("h.0.up", "h.0.down")
-#: Inputs and outputs of both sites are of one size, so that every sort of edit fits the same tests.
-WIDTH = 4
 PAIRS = [("The capital of France is", "Lyon"), ("Who", "a man of the sea"), ("A long prompt of a city", "or two")]
 FLOAT32 = {"atol": 1e-4, "rtol": 1e-4}
-
-
-def rng_of(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def dense_edit(n=3, seed=0):
-    return DenseEdit.of(
-        {site: torch.randn(n, WIDTH, WIDTH, generator=rng_of(seed + i)) for i, site in enumerate(SITES)}
-    )
-
-
-def chosen_dense_edit():
-    """Whose edits stand in another order than what is stored, one of them twice."""
-    return dense_edit(4)[[2, 0, 2]]
-
-
-def slot_edit(n=3, seed=0, activation="relu"):
-    rng = rng_of(seed)
-
-    def slots(count):
-        return Slots(
-            torch.randn(n, count, WIDTH, generator=rng), torch.randn(n, count, generator=rng),
-            torch.randn(n, count, WIDTH, generator=rng),
-        )  # fmt: skip
-
-    return SlotEdit({site: slots(2 + i) for i, site in enumerate(SITES)}, activation)
-
-
-def codebook_edit(n=3, seed=0):
-    rng = rng_of(seed)
-    keys, values = (torch.randn(n, 2, WIDTH, generator=rng) * 9 for _ in range(2))
-    radii, labels = torch.rand(n, 2, generator=rng), torch.randint(0, 99, (n, 2, 3), generator=rng)
-    return CodebookEdit(SITES[0], keys, values, radii, labels)
-
-
-def context_edit(n=3, seed=0, adapter=True):
-    rng = rng_of(seed)
-    ids, lengths = torch.randint(0, 99, (n, 1, 5), generator=rng), torch.arange(n)[:, None] + 2
-    shapes = {
-        site: (torch.randn(1, 2, WIDTH, generator=rng), torch.randn(1, 2, WIDTH, generator=rng)) for site in SITES
-    }
-    low_rank = LowRankEdit({site: Factors(*pair) for site, pair in shapes.items()})
-    return ContextEdit(ids, lengths, low_rank if adapter else None)
-
-
-SORTS = {
-    "dense": dense_edit,
-    "chosen dense": chosen_dense_edit,
-    "slots": slot_edit,
-    "codebook": codebook_edit,
-    "context": context_edit,
-    "context alone": lambda: context_edit(adapter=False),
-}
-every_sort = pytest.mark.parametrize("sort", SORTS)
-
-
-def same(one, other):
-    """Bit by bit, in the same order, with what is no tensor."""
-    assert type(one) is type(other)
-    assert (len(one), one.sites) == (len(other), other.sites)
-    states = one.state(), other.state()
-    assert states[0].keys() == states[1].keys()
-    return all(
-        torch.equal(tensor, states[1][name]) and tensor.dtype == states[1][name].dtype
-        for name, tensor in states[0].items()
-    )
-
-
-def behaviour(edit, i):
-    """All that edit i does: to random inputs and on its own keys; and the tokens that it puts in front."""
-    x, y = torch.randn(1, 6, WIDTH, generator=rng_of(5)), torch.randn(1, 6, WIDTH, generator=rng_of(6))
-    if isinstance(edit, CodebookEdit):
-        x[0, : edit.keys.shape[1]] = edit.keys[i] + 0.01
-    done = [edit.change(site, x, y, torch.tensor([i])) for site in edit.sites]
-    if isinstance(edit, ContextEdit):
-        done += edit.contexts(torch.tensor([i]))
-    return done
-
-
-def equal(one, other):
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # -- sequences --------------------------------------------------------------------------------------------------------
@@ -330,103 +258,6 @@ def test_detached_edits_have_no_gradient_and_are_the_same(sort):
         assert any(tensor.requires_grad for tensor in edit.state().values())
     assert not any(tensor.requires_grad for tensor in edit.detach().state().values())
     assert same(edit.detach(), SORTS[sort]())
-
-
-# -- disk -------------------------------------------------------------------------------------------------------------
-
-
-@every_sort
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("choose", [lambda e: e, lambda e: e[1], lambda e: e[[2, 0]], lambda e: e.joined()])
-def test_disk_and_back_is_bit_identical(sort, dtype, choose, tmp_path):
-    edit = choose(SORTS[sort]()).to(dtype)
-    edit.save_pretrained(tmp_path / "new" / "folder", base_model="tiny")
-    again = load_edit(tmp_path / "new" / "folder")
-    assert same(again, edit)
-    for i in range(len(edit)):
-        mine, theirs = (e.to(torch.float32) for e in (edit, again))
-        assert equal(behaviour(mine, i), behaviour(theirs, i))
-    card = json.loads((tmp_path / "new/folder/edit.json").read_text())
-    assert (card["edit"], card["edits"], card["base_model"]) == (edit.name, len(edit), "tiny")
-
-
-@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
-def test_the_activation_is_saved(activation, tmp_path):
-    slot_edit(activation=activation).save_pretrained(tmp_path)
-    assert load_edit(tmp_path).activation == activation
-
-
-@every_sort
-@pytest.mark.parametrize("file", ["edit.json", "edit.safetensors"])
-def test_missing_empty_and_cut_files_are_refused_by_name(sort, file, tmp_path):
-    SORTS[sort]().save_pretrained(tmp_path)
-    whole = (tmp_path / file).read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], whole[:-9], b"\xff\xfe\x00\x9c"):
-        (tmp_path / file).write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{tmp_path}: damaged edit"):
-            load_edit(tmp_path)
-    (tmp_path / file).unlink()
-    with pytest.raises(UserError, match=f"{tmp_path}: no saved edit here .*{file} is missing"):
-        load_edit(tmp_path)
-
-
-def saved_tensors(edit, folder):
-    edit.save_pretrained(folder)
-    return load_file(folder / "edit.safetensors")
-
-
-@every_sort
-def test_an_edit_without_one_of_its_tensors_is_refused(sort, tmp_path):
-    tensors = saved_tensors(SORTS[sort](), tmp_path)
-    for name in tensors:
-        left = {key: tensor for key, tensor in tensors.items() if key != name}
-        save_file(left, tmp_path / "edit.safetensors")
-        with pytest.raises(UserError, match=f"{tmp_path}: damaged"):
-            load_edit(tmp_path)
-
-
-@pytest.mark.parametrize("sort", ["slots", "codebook", "context alone", "dense"])
-def test_a_card_of_another_sort_is_refused(sort, tmp_path):
-    SORTS[sort]().save_pretrained(tmp_path)
-    card = json.loads((tmp_path / "edit.json").read_text())
-    for other in {"slots", "codebook", "context", "dense", "low_rank"} - {card["edit"]}:
-        (tmp_path / "edit.json").write_text(json.dumps({**card, "edit": other}))
-        with pytest.raises(UserError, match=f"{tmp_path}: damaged edit"):
-            load_edit(tmp_path)
-
-
-#: Tensors that do not belong together: sort, name, what it becomes.
-MISMATCHES = {
-    "a matrix less than the edits name": ("dense", "h.0.up:delta", lambda t: t[:2]),
-    "an edit of no matrix": ("dense", "which", lambda t: t + 1),
-    "edits named by fractions": ("dense", "which", lambda t: t.float()),
-    "matrices that are none": ("dense", "h.0.up:delta", lambda t: t.flatten(1)),
-    "values of fewer edits": ("slots", "h.0.up:values", lambda t: t[:2]),
-    "a bias less": ("slots", "h.0.down:biases", lambda t: t[:, :1]),
-    "a layer of fewer edits": ("slots", "h.0.up", lambda t: t[:2]),
-    "no such activation": ("slots", "activation", lambda t: t + 9),
-    "a key less": ("codebook", "h.0.up:keys", lambda t: t[:, :1]),
-    "a label less": ("codebook", "h.0.up:labels", lambda t: t[:2]),
-    "a radius less": ("codebook", "h.0.up:radii", lambda t: t[:2]),
-    "a length less": ("context", "lengths", lambda t: t[:2]),
-    "longer than it is": ("context", "lengths", lambda t: t + 9),
-}
-
-
-@pytest.mark.parametrize("name", MISMATCHES)
-def test_tensors_that_do_not_belong_together_are_refused(name, tmp_path):
-    sort, damaged, change = MISMATCHES[name]
-    tensors = saved_tensors(SORTS[sort](), tmp_path)
-    broken = {key: change(t) if key == damaged or key.startswith(f"{damaged}:") else t for key, t in tensors.items()}
-    assert any(broken[k].dtype != t.dtype or not torch.equal(broken[k], t) for k, t in tensors.items())
-    save_file({key: tensor.contiguous() for key, tensor in broken.items()}, tmp_path / "edit.safetensors")
-    with pytest.raises(UserError, match=str(tmp_path)):
-        load_edit(tmp_path)
-
-
-def test_an_activation_that_slots_do_not_have_is_refused():
-    with pytest.raises(UserError, match="no activation 'tanh'; one of gelu, relu, silu"):
-        slot_edit(activation="tanh")
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
