@@ -60,8 +60,8 @@ def page(bench: Workbench) -> Any:
         neighbours = gr.Textbox(label="Neighbours", lines=2, info="prompts whose answers should stay, one a line")
         make = gr.Button("Edit", variant="primary")
         report = gr.HTML()
-        where = gr.Button("Map of editing areas")
-        areas = gr.Plot(label="Where the edit lies among this editor's edits of known tasks")
+        where = gr.Button("Map of editing areas: where the edit lies among this editor's edits of known tasks")
+        areas = gr.Plot(show_label=False)
         with gr.Row():
             name = gr.Textbox(label="Name")
             kept, undone, packed = gr.Button("Keep"), gr.Button("Undo"), gr.Button("Download")

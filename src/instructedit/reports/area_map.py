@@ -48,7 +48,12 @@ def map_among(known: EditingAreas, edit: Edit, editor: str) -> Figure:
     Raises:
         UserError: If the edit has no area.
     """
-    return area_maps({editor: EditingAreas.concat([known, _areas(edit, [YOURS], YOURS)])})
+    figure = area_maps({editor: EditingAreas.concat([known, _areas(edit, [YOURS], YOURS)])})
+    drawn = [*(each for axes in figure.axes for each in axes.collections), *figure.legends[0].legend_handles]
+    for each in drawn:
+        if each is not None and each.get_label() == YOURS:
+            each.set(color="black", sizes=[60], zorder=9)
+    return figure
 
 
 def _areas(edit: Edit, ids: list[str], task: str) -> EditingAreas:
