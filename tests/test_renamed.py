@@ -1,5 +1,6 @@
 """Old names of public things: they work, and warn of the new ones."""
 
+import json
 import types
 from dataclasses import dataclass
 
@@ -8,10 +9,12 @@ import torch
 from tests.conftest import random_lm
 
 import instructedit.data.module
+import instructedit.edits
 import instructedit.lm
 from instructedit import commands
 from instructedit.data.module import DataLocation
 from instructedit.editors import Editor
+from instructedit.edits import IdentityEdit, load_edit
 from instructedit.lm import LayerGradients, LayerIO, TokenScores
 
 
@@ -22,11 +25,23 @@ from instructedit.lm import LayerGradients, LayerIO, TokenScores
         (instructedit.lm, "Seen", LayerIO),
         (instructedit.lm, "Judged", TokenScores),
         (instructedit.data.module, "Place", DataLocation),
+        (instructedit.edits, "NoEdit", IdentityEdit),
     ],
 )
 def test_a_class_has_its_old_name(module, old, new):
     with pytest.warns(DeprecationWarning, match=f"{module.__name__}.{old} is deprecated: use {new.__name__}"):
         assert getattr(module, old) is new
+
+
+def test_an_edit_of_nothing_that_an_earlier_version_saved_is_read(tmp_path):
+    IdentityEdit(3).save_pretrained(tmp_path)
+    card = json.loads((tmp_path / "edit.json").read_text())
+    assert card["edit"] == "identity"
+    (tmp_path / "edit.json").write_text(json.dumps(card | {"edit": "nothing"}))
+    edit = load_edit(tmp_path)
+    assert (type(edit), len(edit)) == (IdentityEdit, 3)
+    with pytest.warns(DeprecationWarning, match=r"Edit\.changes_nothing is deprecated: use \.is_identity"):
+        assert edit.changes_nothing
 
 
 def test_unknown_names_of_modules_are_refused():

@@ -101,7 +101,7 @@ def test_a_batch_of_edits_is_its_edits_one_by_one(name, lm, editor):
 
 def test_the_edit_of_nothing_is_the_model(name, lm, editor):
     edit = editor.edit(REQUESTS)
-    if not edit.changes_nothing:
+    if not edit.is_identity:
         edit = edit.map(torch.zeros_like)
     assert torch.equal(logits(lm, edit), logits(lm, None))
 

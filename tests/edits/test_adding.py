@@ -5,7 +5,17 @@ import functools
 import pytest
 import torch
 
-from instructedit.edits import CodebookEdit, ContextEdit, DenseEdit, Factors, LowRankEdit, NoEdit, SlotEdit, Slots, add
+from instructedit.edits import (
+    CodebookEdit,
+    ContextEdit,
+    DenseEdit,
+    Factors,
+    IdentityEdit,
+    LowRankEdit,
+    SlotEdit,
+    Slots,
+    add,
+)
 from instructedit.errors import UserError
 
 SITES = ("one", "two")
@@ -83,5 +93,5 @@ def test_what_cannot_be_put_together_is_one_line():
     with pytest.raises(UserError, match="'low_rank' and 'slots' cannot be put together"):
         add(low_rank(0), slots)
     with pytest.raises(UserError, match="several edits"):
-        add(None, NoEdit(2))
-    assert add(None, slots) is add(NoEdit(1), slots) is add(slots, NoEdit(1)) is slots
+        add(None, IdentityEdit(2))
+    assert add(None, slots) is add(IdentityEdit(1), slots) is add(slots, IdentityEdit(1)) is slots

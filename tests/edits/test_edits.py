@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.reference import dense, plain_model, random_factors
 
-from instructedit.edits import Factors, LowRankEdit, NoEdit, SlotEdit, Slots, load_edit, stack
+from instructedit.edits import Factors, IdentityEdit, LowRankEdit, SlotEdit, Slots, load_edit, stack
 from instructedit.errors import UserError
 from instructedit.lm import TokenBatch
 
@@ -132,7 +132,7 @@ def edit():
     return LowRankEdit(factors)
 
 
-@pytest.mark.parametrize("choose", [lambda e: e, lambda e: e[1], lambda e: e.joined(), lambda e: NoEdit(3)])
+@pytest.mark.parametrize("choose", [lambda e: e, lambda e: e[1], lambda e: e.joined(), lambda e: IdentityEdit(3)])
 def test_disk_and_back(edit, tmp_path, choose):
     chosen = choose(edit)
     chosen.save_pretrained(tmp_path / "new" / "folder", base_model="tiny")
@@ -217,7 +217,7 @@ def test_peft_loads_a_saved_edit(lm, tmp_path):
 
 
 def test_no_edit_is_a_sequence_of_edits_that_change_nothing():
-    edit = NoEdit(3)
+    edit = IdentityEdit(3)
     assert (len(edit), edit.sites, len(edit.joined())) == (3, (), 1)
     assert (len(edit[0]), len(edit[-1]), len(edit[1:])) == (1, 1, 2)
     assert len(list(itertools.islice(edit, 10))) == 3
@@ -228,10 +228,10 @@ def test_no_edit_is_a_sequence_of_edits_that_change_nothing():
 def test_the_model_wears_no_edit(lm):
     batch = TokenBatch.cat([lm.encode([("A", "b c"), ("The capital of", "it")])] * 2)
     said = lm.logits(batch)
-    assert torch.equal(lm.logits(batch, NoEdit(4)), said)
-    with lm.edited(NoEdit(1)):
+    assert torch.equal(lm.logits(batch, IdentityEdit(4)), said)
+    with lm.edited(IdentityEdit(1)):
         assert torch.equal(lm.logits(batch), said)
-    merged = lm.merge(NoEdit(1)).state_dict()
+    merged = lm.merge(IdentityEdit(1)).state_dict()
     assert all(torch.equal(tensor, merged[name]) for name, tensor in lm.model.state_dict().items())
 
 

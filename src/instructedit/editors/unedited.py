@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.edits import Edit, NoEdit
+from instructedit.edits import Edit, IdentityEdit
 
 
 class Unedited(Editor):
@@ -15,4 +15,4 @@ class Unedited(Editor):
     name: ClassVar[str] = "unedited"
 
     def compute_edit(self, batch: RequestBatch) -> Edit:
-        return NoEdit(len(batch))
+        return IdentityEdit(len(batch))

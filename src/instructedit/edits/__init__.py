@@ -5,11 +5,14 @@ from instructedit.edits.base import Edit, load_edit
 from instructedit.edits.codebook import CodebookEdit
 from instructedit.edits.context import ContextEdit, Gate
 from instructedit.edits.dense import DenseEdit
+from instructedit.edits.identity import IdentityEdit
 from instructedit.edits.low_rank import ADAPTER, Factors, LowRankEdit, stack
-from instructedit.edits.nothing import NoEdit
 from instructedit.edits.slots import SlotEdit, Slots
+from instructedit.renamed import renamed_names
 
 __all__ = [
-    "ADAPTER", "CodebookEdit", "ContextEdit", "DenseEdit", "Edit", "Factors", "Gate", "LowRankEdit", "NoEdit",
+    "ADAPTER", "CodebookEdit", "ContextEdit", "DenseEdit", "Edit", "Factors", "Gate", "IdentityEdit", "LowRankEdit",
     "SlotEdit", "Slots", "add", "load_edit", "stack", "to_dense",
 ]  # fmt: skip
+
+__getattr__ = renamed_names(__name__, NoEdit=IdentityEdit)

@@ -23,9 +23,9 @@ def add(first: Edit | None, second: Edit) -> Edit:
     """
     if any(len(edit) != 1 for edit in (first, second) if edit is not None):
         raise UserError("several edits cannot be put together with another: choose edit[i], or use edit.joined()")
-    if first is None or first.changes_nothing:
+    if first is None or first.is_identity:
         return second
-    if second.changes_nothing:
+    if second.is_identity:
         return first
     if isinstance(first, LowRankEdit) and isinstance(second, LowRankEdit):
         both = first.plus(second.unpadded())

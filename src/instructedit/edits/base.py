@@ -14,8 +14,11 @@ from torch import Tensor
 from instructedit.edits.checksums import CHECKSUM, check_sound, file_checksum
 from instructedit.errors import UserError
 from instructedit.registry import plugin
+from instructedit.renamed import Renamed
 
 META, TENSORS = "edit.json", "edit.safetensors"
+#: What sorts of edits are called in folders that earlier versions saved.
+_OLD_NAMES = {"nothing": "identity"}
 
 
 class Edit(ABC):
@@ -34,7 +37,7 @@ class Edit(ABC):
     positionwise: ClassVar[bool] = True
 
     @property
-    def changes_nothing(self) -> bool:
+    def is_identity(self) -> bool:
         """True if applying the edits leaves all outputs unchanged."""
         return False
 
@@ -127,6 +130,9 @@ class Edit(ABC):
         (folder / META).write_text(json.dumps(card, indent=2) + "\n")
 
 
+Renamed.keep(Edit, changes_nothing="is_identity")
+
+
 def load_edit(folder: str | Path) -> Edit:
     """Reads edits that `Edit.save_pretrained` wrote.
 
@@ -136,7 +142,7 @@ def load_edit(folder: str | Path) -> Edit:
     folder = Path(folder)
     try:
         meta = json.loads((folder / META).read_text())
-        kind = plugin(Edit, "instructedit.edits", meta["edit"])
+        kind = plugin(Edit, "instructedit.edits", _OLD_NAMES.get(meta["edit"], meta["edit"]))
         tensors = load_file(folder / TENSORS)
         check_sound(tensors, file_checksum(folder / TENSORS), meta.get(CHECKSUM), str(folder))
         return kind.from_state({name: tensors[name] for name in meta["tensors"]})  # in the order of the sites

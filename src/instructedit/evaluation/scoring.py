@@ -31,7 +31,7 @@ def scored(lm: FrozenLM, edit: Edit, asked: list[Question], size: int) -> list[R
     names = [f"record {question.record.id}, {question.probe.kind} probe" for question in asked]
     tokens = lm.encode([(question.prompt, question.answer) for question in asked], names, scored=True)
     request_indices = [question.request_index for question in asked]
-    after = None if edit.changes_nothing else _predicted(lm, tokens, edit, request_indices, start, size)
+    after = None if edit.is_identity else _predicted(lm, tokens, edit, request_indices, start, size)
     every = after or _predicted(lm, tokens, None, request_indices, start, size)
     best = _best_aliases(asked, _fit(tokens, every))
     kept = tokens.select(torch.tensor(best))

@@ -40,7 +40,7 @@ def write_words(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, s
     def said(these: Sequence[int]) -> list[str]:
         return _continued(lm, edit, these, request_indices, prompts, rooms, size, say)
 
-    if edit is None or edit.changes_nothing:
+    if edit is None or edit.is_identity:
         texts = lm.cache.memoized("words", list(zip(prompts, rooms, strict=True)), said)
     else:
         texts = said(range(len(rows)))
@@ -67,7 +67,7 @@ def _continued(
         trees: Whether `say` reads what an owner's prompts begin with once, where the model can.
     """
     texts: dict[int, str] = {}
-    applied = None if edit is None or edit.changes_nothing else edit
+    applied = None if edit is None or edit.is_identity else edit
     ids = lm.text.prompts([prompts[i] for i in these])
     beside = [rooms[i] + lm.generation.row_tokens for i in these]
     request_indices = edit_numbers(applied, request_indices)

@@ -12,15 +12,15 @@ from instructedit.edits.base import Edit, as_list
 
 
 @dataclass(frozen=True)
-class NoEdit(Edit):
+class IdentityEdit(Edit):
     """n edits without a site."""
 
     count: int
-    name: ClassVar[str] = "nothing"
+    name: ClassVar[str] = "identity"
     is_weights = True
 
     @property
-    def changes_nothing(self) -> bool:
+    def is_identity(self) -> bool:
         return True
 
     @property
