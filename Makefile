@@ -49,7 +49,8 @@ docs: $(READY)  ## build the documentation into site/; warnings are errors
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-ui: $(READY)  ## open the runs in the MLflow UI at http://127.0.0.1:5000
+ui: $(READY)  ## open the runs in the MLflow UI; the address that it prints has them under "Model training"
+	@echo "http://127.0.0.1:5000/#/experiments/1/runs?workflowType=machine_learning   (Ctrl-C ends it)"
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --workers 1
 
 KILLS ?= 1000

@@ -54,7 +54,7 @@ def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: S
         own.append("the results page failed, see above")
     out.print(
         f"\nresults page: {experiment.out}/index.html   runs: "
-        f"mlflow ui --backend-store-uri sqlite:///{experiment.root}/mlflow.db",
+        f"mlflow ui --backend-store-uri sqlite:///{experiment.root}/mlflow.db   (under Model training)",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return own
