@@ -82,8 +82,10 @@ def test_the_command(tokenizer, tmp_path, monkeypatch, capsys):
     write_gguf(tmp_path / "tiny.gguf", llama(tokenizer), tokenizer)
     options = ["--editor=ft_l", '--options={"steps": 3}', f"--prompt={TEXT}", "--target= Rome", "--neighbours=[]"]
     assert main(["edit", "--lm=tiny.gguf", *options, "--keep=rome"]) == 0
-    assert main(["edits", "export", "rome", "--gguf=rome.gguf"]) == 0
+    assert main(["edits", "export", "rome", "--gguf=new/rome.gguf"]) == 0
     assert "rome.gguf: the model's GGUF file with the edit in its weights" in capsys.readouterr().out
-    ie.FrozenLM.from_pretrained("rome.gguf")
-    assert main(["edits", "export", "rome", "--gguf=rome.gguf"]) == 2
-    assert "there is such a file already" in capsys.readouterr().err
+    ie.FrozenLM.from_pretrained("new/rome.gguf")
+    for place, said in (("new/rome.gguf", "there is such a file already"), ("/proc/none/x.gguf", "cannot be written"),
+                        ("tiny.gguf/x.gguf", "is a file, not a folder")):  # fmt: skip
+        assert main(["edits", "export", "rome", f"--gguf={place}"]) == 2
+        assert said in capsys.readouterr().err

@@ -164,6 +164,7 @@ def export(
 
     if not (adapter or merge or gguf):
         raise UserError("edits export: say where to, by --adapter FOLDER, --merge FOLDER or --gguf FILE")
+    file = _new_file(gguf, "--gguf") if gguf else None
     for folder, option in ((adapter, "--adapter"), (merge, "--merge")):
         if folder and any(check_writable(folder, option).glob("*.json")):
             raise UserError(f"{option} {folder}: holds a model or an adapter already: another folder")
@@ -178,21 +179,28 @@ def export(
         model.merge(edit).save_pretrained(merge)
         model.tokenizer.save_pretrained(merge)
         print(f"{merge}: {model.name} with the edit in its weights")
-    if gguf:
-        _export_gguf(model, edit, lm or kept.model["name"], gguf)
+    if file:
+        _export_gguf(model, edit, lm or kept.model["name"], file)
         print(f"{gguf}: the model's GGUF file with the edit in its weights")
 
 
-def _export_gguf(model: FrozenLM, edit: Edit, source: str, out: str) -> None:
+def _new_file(name: str, option: str) -> Path:
+    """A file that can be made and is not there yet."""
+    file = check_writable(Path(name).parent, option) / Path(name).name
+    if file.exists():
+        raise UserError(f"{option} {name}: there is such a file already: another name")
+    return file
+
+
+def _export_gguf(model: FrozenLM, edit: Edit, source: str, out: Path) -> None:
     from instructedit.lm import pretrained
     from instructedit.lm.gguf_export import write_edited
 
-    if Path(out).exists():
-        raise UserError(f"--gguf {out}: there is such a file already: another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if source in pretrained.known():
-        with tempfile.TemporaryDirectory(dir=Path(out).absolute().parent) as folder:
-            pretrained.download_gguf(source, file := Path(folder) / "source.gguf")
-            write_edited(model, edit, file, out)
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            pretrained.download_gguf(source, original := Path(folder) / "source.gguf")
+            write_edited(model, edit, original, out)
     elif source.endswith(".gguf"):
         write_edited(model, edit, source, out)
     else:
