@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BartConfig, BertConfig, BertLMHeadModel, GPTNeoXConfig, T5Config
 from transformers import AutoModelForSeq2SeqLM as Seq2Seq
+from transformers.utils import logging
 
 import instructedit as ie
 from instructedit.cli import main
@@ -178,3 +179,15 @@ def test_the_command_line_has_them_too(folder, capsys):
     printed = capsys.readouterr().out
     assert "attn_implementation: eager" in printed
     assert "device_map:\n      model: 0" in printed
+
+
+def test_small_local_files_are_read_without_a_progress_bar(folder, capfd):
+    ie.FrozenLM.from_pretrained(str(folder))
+    assert "Loading weights" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a user's own choice stays
+    try:
+        ie.FrozenLM.from_pretrained(str(folder))
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging.enable_progress_bar()

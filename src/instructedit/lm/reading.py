@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -76,7 +77,7 @@ def read_model(
         chosen["quantization_config"] = GgufConfig(dequantize=True)  # what is packed can be neither edited nor merged
     where = _where(source, options)
     tokenizer = read_tokenizer(source, options)  # before the weights, which take much longer
-    with _readable(where):
+    with _readable(where), _bars_where_long(source):
         config = AutoConfig.from_pretrained(source, **_place(options))
         if config.is_encoder_decoder:
             kind = type(config).__name__
@@ -144,6 +145,22 @@ def _readable(where: str) -> Iterator[None]:
         raise UserError(f"{where} cannot be loaded: {type(error).__name__}: {reason}") from error
     finally:
         logging.set_verbosity(level)
+
+
+@contextmanager
+def _bars_where_long(source: str) -> Iterator[None]:
+    """Hides transformers' progress bars for local files of less than a gigabyte, which are read in a moment."""
+    folder = Path(source)
+    files = folder.iterdir() if folder.is_dir() else ()
+    short = folder.is_dir() and sum(file.stat().st_size for file in files if file.is_file()) < 1e9
+    shown = logging.is_progress_bar_enabled()
+    if short and shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if short and shown:
+            logging.enable_progress_bar()
 
 
 def _check_whole(where: str, found: dict[str, Any]) -> None:
