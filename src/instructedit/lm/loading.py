@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from instructedit.errors import UserError
 from instructedit.lm import pretrained
@@ -31,13 +30,7 @@ def load_model(
     Raises:
         UserError: If there is no such model, it cannot be had, or its files cannot be read.
     """
-    source, options = find_source(name, options)
-    if name in EMBEDDED:  # too quick for a progress bar
-        logging.disable_progress_bar()
-    try:
-        return read_model(source, options, device)
-    finally:
-        logging.enable_progress_bar()
+    return read_model(*find_source(name, options), device)
 
 
 def load_tokenizer(name: str, options: Loading = PLAIN) -> PreTrainedTokenizerBase:
