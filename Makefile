@@ -11,8 +11,8 @@ help:  ## list the commands
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
 install: $(READY)  ## make the environment (.venv); the others do it themselves
@@ -46,7 +46,7 @@ format: $(READY)  ## lay out the code
 	$(BIN)/ruff format .
 
 docs: $(READY)  ## build the documentation into site/; warnings are errors
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 ui: $(READY)  ## open the runs in the MLflow UI; the address that it prints has them under "Model training"
