@@ -49,6 +49,19 @@ def check_writable(folder: str | Path, option: str) -> Path:
     return path
 
 
+def check_writable_file(file: str | Path, option: str) -> Path:
+    """Finds out before any work whether a file, there already or not, can be written; makes nothing.
+
+    Raises:
+        UserError: If it is a folder, or its own folder cannot be written (see `check_writable`).
+    """
+    path = Path(file).expanduser()
+    if path.is_dir():
+        raise UserError(f"{option} {file}: is a folder, not a file")
+    check_writable(path.parent, option)
+    return path
+
+
 def check_database(file: Path) -> None:
     """Finds out before any work whether an SQLite database, if it is there, can be used.
 

@@ -53,8 +53,8 @@ def only_itself(text):
 
 
 @pytest.fixture(scope="module")
-def made_page(made, tmp_path_factory):
-    """Of a run whose title, note and data are hostile."""
+def hostile(made, tmp_path_factory):
+    """An experiment whose title, note and names are hostile, not run yet."""
     root = tmp_path_factory.mktemp("page")
     for folder in ("configs", "experiments"):
         shutil.copytree(made / folder, root / folder)
@@ -69,10 +69,14 @@ def made_page(made, tmp_path_factory):
     write(root / "experiments/try/grid.yaml", spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "SHARED", root)
-        status, _printed, errors = run(root / "store", root / "out")
-        assert status == 0, errors
-        experiment = Experiment.load("try", "one", root=str(root / "store"), out=str(root / "out"))
-    return experiment, (root / "out/index.html").read_text()
+        yield Experiment.load("try", "one", root=str(root / "store"), out=str(root / "out"))
+
+
+@pytest.fixture(scope="module")
+def made_page(hostile):
+    status, _printed, errors = run(hostile.root, hostile.out)
+    assert status == 0, errors
+    return hostile, (hostile.out / "index.html").read_text()
 
 
 def test_the_page_of_a_run(made_page):
@@ -94,9 +98,8 @@ def test_the_page_of_a_run(made_page):
     assert parent.info.run_id in text
 
 
-def test_all_that_is_shown_is_escaped(made_page):
-    experiment, _ = made_page
-    results = Results("try", experiment.grid, "one", {}, None, {})
+def test_all_that_is_shown_is_escaped(hostile, tmp_path):
+    results = Results("try", hostile.grid, "one", {}, None, {})
     figure = Figure()
     figure.subplots().set_title(EVIL)
     shown = [
@@ -108,10 +111,8 @@ def test_all_that_is_shown_is_escaped(made_page):
         ),
         Panel("c", f'" onload="{EVIL}', figure=figure, frame=pd.DataFrame({"x": [1]})),
     ]
-    parent = parents(experiment.root)[0]
-    tracker = MLflowTracker(root=experiment.root, run_id=parent.info.run_id)
-    with tracker:
-        text = page(experiment, results, shown, [f"trouble {EVIL}"], tracker)
+    with MLflowTracker(root=tmp_path) as tracker:
+        text = page(hostile, results, shown, [f"trouble {EVIL}"], tracker)
     read = only_itself(text.replace("https://example.org/x.png", "").replace("http://y", ""))
     for said in (f"Table {EVIL}", f"note {EVIL}", f"c{EVIL}", f"trouble {EVIL}"):
         assert said in read.text, said

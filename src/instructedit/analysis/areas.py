@@ -25,6 +25,8 @@ from instructedit.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from instructedit.edits import LowRankEdit
+
 _FORMAT, _VERSION = "instructedit-editing-areas", "1"
 _BLOCK = 64  # records whose factors are held in double precision at once
 
@@ -85,6 +87,14 @@ class EditingAreas:
             scaled[site] = a.detach().float(), b.detach().float() * scale[:, None, None]
             norms[site] = norm.float()
         return cls(list(ids), list(tasks), scaled, norms)
+
+    @classmethod
+    def of_edits(
+        cls, ids: Sequence[str], tasks: Sequence[str], edit: LowRankEdit, max_rank: int | None = None
+    ) -> EditingAreas:
+        """The areas of n edits, on the CPU: all their directions, or the leading ones (errors: see `from_factors`)."""
+        kept = (edit.compressed(max_rank) if max_rank else edit).to("cpu")
+        return cls.from_factors(ids, tasks, dict(kept.factors))
 
     @staticmethod
     def concat(parts: Sequence[EditingAreas]) -> EditingAreas:

@@ -52,9 +52,7 @@ class EditingAreaDump(L.Callback):
                 chosen.append(i)
         if chosen:
             ids, tasks = [records[i].id for i in chosen], [records[i].task for i in chosen]
-            edit = edit[chosen]
-            edit = (edit.compressed(self.max_rank) if self.max_rank else edit).to("cpu")
-            self.parts.append(EditingAreas.from_factors(ids, tasks, dict(edit.factors)))
+            self.parts.append(EditingAreas.of_edits(ids, tasks, edit[chosen], self.max_rank))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not self.parts:

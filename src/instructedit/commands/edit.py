@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from instructedit.configs import Scale
 from instructedit.console import console
 from instructedit.errors import UserError
-from instructedit.paths import check_writable
+from instructedit.paths import check_writable, check_writable_file
 
 if TYPE_CHECKING:
     from instructedit.editors import Editor
@@ -112,7 +112,8 @@ class EditCommand:
         from instructedit.tasks import task_name
 
         _check_targets(self.save, self.merge)
-        reports = [_check_file(file, option) for file, option in ((self.json, "--json"), (self.html, "--html"))]
+        files = ((self.json, "--json"), (self.html, "--html"))
+        reports = [check_writable_file(file, option) if file is not None else None for file, option in files]
         task = task_name(self.task) if self.task else None
         own = (self.prompt, self.target, self.subject, self.slots, self.rephrase, self.neighbours)
         cases = _cases(self.requests, task) if self.requests and not any(own) else [_case(self.requests, task, *own)]
@@ -239,17 +240,6 @@ def _finish_sequence(asked: EditCommand, lm: FrozenLM, found: EditSequence) -> N
         lm.tokenizer.save_pretrained(asked.merge)
     if found.stopped:
         raise UserError(f"the sequence ended early: {found.stopped}")
-
-
-def _check_file(file: str | None, option: str) -> Path | None:
-    """Finds out before the work whether a report can be written."""
-    if file is None:
-        return None
-    path = Path(file).expanduser()
-    if path.is_dir():
-        raise UserError(f"{option} {file}: is a folder, not a file")
-    check_writable(path.parent, option)
-    return path
 
 
 def _check_targets(save: str | None, merge: str | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from instructedit.console import console
 from instructedit.errors import UserError
-from instructedit.paths import check_writable
+from instructedit.paths import check_writable, check_writable_file
 
 if TYPE_CHECKING:
     from instructedit.editors import Editor
@@ -164,7 +164,8 @@ def export(
 
     if not (adapter or merge or gguf):
         raise UserError("edits export: say where to, by --adapter FOLDER, --merge FOLDER or --gguf FILE")
-    file = _new_file(gguf, "--gguf") if gguf else None
+    if gguf and check_writable_file(gguf, "--gguf").exists():
+        raise UserError(f"--gguf {gguf}: there is such a file already: another name")
     for folder, option in ((adapter, "--adapter"), (merge, "--merge")):
         if folder and any(check_writable(folder, option).glob("*.json")):
             raise UserError(f"{option} {folder}: holds a model or an adapter already: another folder")
@@ -179,17 +180,9 @@ def export(
         model.merge(edit).save_pretrained(merge)
         model.tokenizer.save_pretrained(merge)
         print(f"{merge}: {model.name} with the edit in its weights")
-    if file:
-        _export_gguf(model, edit, lm or kept.model["name"], file)
+    if gguf:
+        _export_gguf(model, edit, lm or kept.model["name"], Path(gguf).expanduser())
         print(f"{gguf}: the model's GGUF file with the edit in its weights")
-
-
-def _new_file(name: str, option: str) -> Path:
-    """A file that can be made and is not there yet."""
-    file = check_writable(Path(name).parent, option) / Path(name).name
-    if file.exists():
-        raise UserError(f"{option} {name}: there is such a file already: another name")
-    return file
 
 
 def _export_gguf(model: FrozenLM, edit: Edit, source: str, out: Path) -> None:
@@ -197,10 +190,10 @@ def _export_gguf(model: FrozenLM, edit: Edit, source: str, out: Path) -> None:
     from instructedit.lm.gguf_export import write_edited
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    if source in pretrained.known():
+    if known := pretrained.known().get(source):
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-            pretrained.download_gguf(source, original := Path(folder) / "source.gguf")
-            write_edited(model, edit, original, out)
+            file, _ = pretrained.download_gguf(known, Path(folder))
+            write_edited(model, edit, file, out)
     elif source.endswith(".gguf"):
         write_edited(model, edit, source, out)
     else:

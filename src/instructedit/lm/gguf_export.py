@@ -14,7 +14,7 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm.frozen import FrozenLM
 from instructedit.lm.gguf import read_metadata
-from instructedit.lm.sites import dense_weight
+from instructedit.lm.sites import Site, dense_weight
 
 _HEADER = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")  # the writer's own
 
@@ -36,12 +36,17 @@ def write_edited(lm: FrozenLM, edit: Edit, source: str | Path, out: str | Path) 
     """
     if len(edit) != 1:
         raise UserError(f"a GGUF file takes one edit, got {len(edit)}: choose edit[i], or all of them by edit.joined()")
+    lm.first_block(edit.sites)  # refuses an edit of another model
     changes = {site: edit.delta(site)[0].float().cpu() for site in edit.sites}
     architecture = read_metadata(source)["general.architecture"]
     reader = gguf.GGUFReader(source)
     names = _names(lm, changes, architecture, source)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    new = {names[site]: _edited(lm, site, change, tensors.get(names[site]), source) for site, change in changes.items()}
+    new = {
+        names[site.name]: _edited(lm, site, changes[site.name], tensors.get(names[site.name]), source)
+        for site in lm.select(every=True)
+        if site.name in changes
+    }
     partial = Path(f"{out}.partial")
     writer = gguf.GGUFWriter(partial, architecture)
     try:
@@ -77,18 +82,17 @@ def _names(lm: FrozenLM, changes: dict[str, torch.Tensor], architecture: str, so
 
 
 def _edited(
-    lm: FrozenLM, site: str, change: torch.Tensor, tensor: gguf.ReaderTensor | None, source: str | Path
+    lm: FrozenLM, site: Site, change: torch.Tensor, tensor: gguf.ReaderTensor | None, source: str | Path
 ) -> np.ndarray:
     """The matrix of the file with the change in it, [out, in]."""
     if tensor is None:
-        raise UserError(f"{source}: holds no matrix of {site}: the file of another model?")
+        raise UserError(f"{source}: holds no matrix of {site.name}: the file of another model?")
     before = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
-    (at,) = (each for each in lm.select(every=True) if each.name == site)
-    weight = dense_weight(lm.model.get_submodule(site), at).detach().float().cpu()
-    weight = weight.T if at.transposed else weight
+    weight = dense_weight(lm.model.get_submodule(site.name), site).detach().float().cpu()
+    weight = weight.T if site.transposed else weight
     # The model may be held in half precision.
     if before.shape != change.shape or not torch.allclose(before, weight, rtol=2e-2, atol=1e-3):
-        raise UserError(f"{source}: {tensor.name} is not {lm.name}'s {site}, or lies in another order there")
+        raise UserError(f"{source}: {tensor.name} is not {lm.name}'s {site.name}, or lies in another order there")
     after = (before + change).numpy()
     if tensor.tensor_type == gguf.GGMLQuantizationType.F32 or np.abs(after).max() > np.finfo(np.float16).max:
         return after

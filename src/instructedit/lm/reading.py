@@ -151,8 +151,7 @@ def _readable(where: str) -> Iterator[None]:
 def _bars_where_long(source: str) -> Iterator[None]:
     """Hides transformers' progress bars for local files of less than a gigabyte, which are read in a moment."""
     folder = Path(source)
-    files = folder.iterdir() if folder.is_dir() else ()
-    short = folder.is_dir() and sum(file.stat().st_size for file in files if file.is_file()) < 1e9
+    short = folder.is_dir() and sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) < 1e9
     shown = logging.is_progress_bar_enabled()
     if short and shown:
         logging.disable_progress_bar()

@@ -59,5 +59,4 @@ def map_among(known: EditingAreas, edit: Edit, editor: str) -> Figure:
 def _areas(edit: Edit, ids: list[str], task: str) -> EditingAreas:
     if not isinstance(edit, LowRankEdit):
         raise UserError(f"only edits of low rank have an editing area; this one is of the kind {edit.name!r}")
-    factors = dict(edit.compressed(_RANK).to("cpu").factors)
-    return EditingAreas.from_factors(ids, [task] * len(ids), factors)
+    return EditingAreas.of_edits(ids, [task] * len(ids), edit, _RANK)
