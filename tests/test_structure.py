@@ -28,7 +28,7 @@ FLOORS = (
 TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli")
 GROUND = (
     "artifacts", "registry", "run_names", "provenance", "stores", "locks", "redaction", "drawing", "pages", "console",
-    "configs", "paths", "renamed", "errors",
+    "configs", "paths", "rows", "renamed", "errors",
 )  # fmt: skip
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))

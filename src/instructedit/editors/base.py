@@ -22,7 +22,7 @@ from instructedit.editors.saved import SavedEditor, check_made_for, made_for, re
 from instructedit.editors.sources import find_editor
 from instructedit.edits import Edit
 from instructedit.errors import UserError, unknown
-from instructedit.instructions import Instructor, RenderedRecord
+from instructedit.instructions import Instructor, RenderedRecord, Split, Variant
 from instructedit.lm import FrozenLM, Site, Text
 from instructedit.records import EditRequest
 from instructedit.registry import plugin, plugins
@@ -222,18 +222,15 @@ class Editor(nn.Module, ABC):
 
     def instructor(
         self,
-        split: str = "train",
+        split: Split = "train",
         description: str | None = None,
         seed: int = 0,
         instruction: str | Mapping[str, str] | None = None,
+        variant: Variant = "own",
     ) -> Instructor | None:
-        """Draws this editor's instructions; None if it takes none.
-
-        Raises:
-            UserError: If it takes none, and a free sentence is given.
-        """
+        """Draws this editor's instructions; None if it takes none, which with a free sentence is an error."""
         if self.instructions:
-            return Instructor(split, description, seed, instruction, self.INSTRUCTIONS_APART)  # type: ignore[arg-type]
+            return Instructor(split, description, seed, instruction, self.INSTRUCTIONS_APART, variant)
         if instruction is not None:
             raise UserError(f"editor {self.name!r} reads no instructions (instructions: false), but one is given")
         return None

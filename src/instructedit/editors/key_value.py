@@ -22,6 +22,7 @@ from instructedit.lm import LayerIO, Site, TokenBatch
 from instructedit.lm.covariance import covariances
 from instructedit.lm.own_text import text_for
 from instructedit.metrics import row_mean
+from instructedit.rows import take_rows
 
 #: What random contexts open with, as MEMIT's do.
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -53,7 +54,7 @@ class VectorEdit(Edit):
         index = torch.arange(len(outputs), device=outputs.device)
         which = index if rows is None else rows
         where = (index, self.positions[which])
-        return outputs.index_put(where, self.vectors[which].to(outputs.dtype), accumulate=True)
+        return outputs.index_put(where, take_rows(self.vectors, which).to(outputs.dtype), accumulate=True)
 
     def state(self) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -207,7 +208,7 @@ class KeyValueEditor(Editor, ABC):
             delta = values["delta"]
             rows = (facts.request_index.unsqueeze(-1) == active).any(-1).nonzero().squeeze(-1)
             order = torch.searchsorted(active, facts.request_index[rows])
-            applied = VectorEdit(site.name, delta[order], facts.at[rows])
+            applied = VectorEdit(site.name, take_rows(delta, order), facts.at[rows])
             nll = self.lm.losses(facts.tokens.select(rows), applied)
             edit = row_mean(nll, order, len(active))
             essence = VectorEdit(site.name, delta, facts.essence_at[active])

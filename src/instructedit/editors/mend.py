@@ -18,6 +18,7 @@ from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import LayerGradients
+from instructedit.rows import take_rows
 
 #: The paper's edit rate: what ``edit_rate: auto`` stands for until `fit` has measured a better one.
 PAPER_RATE = 1e-4
@@ -59,9 +60,9 @@ class ResidualLayers(nn.Module):
             [tokens, size].
         """
         for i, (up, down, bias) in enumerate(zip(self.up, self.down, self.bias, strict=True)):
-            scale, shift = self.scale[i][site], self.shift[i][site]
-            if film is not None:
-                scale, shift = scale + film[i, 0][row], shift + film[i, 1][row]
+            scale, shift = take_rows(self.scale[i], site), take_rows(self.shift[i], site)
+            if film is not None and row is not None:
+                scale, shift = scale + take_rows(film[i, 0], row), shift + take_rows(film[i, 1], row)
             mapped = linear(linear(z, down), up, bias)
             # clamp, unlike relu, has slope 1 at zero, where the identity start puts every unit
             z = z + torch.addcmul(shift, mapped, scale).clamp(min=0)
@@ -181,7 +182,7 @@ class Mend(Editor):
         """What stands in the place of (u, δ) in an edit: (ũ, −α δ̃), for the tokens of a group of sites."""
         new_u, new_delta = self.networks[group](tokens.u, tokens.delta, tokens.site)
         alpha = self.alpha[torch.tensor(self.groups[group], device=new_u.device)]
-        return new_u, -alpha[tokens.site].unsqueeze(-1) * new_delta
+        return new_u, -take_rows(alpha, tokens.site).unsqueeze(-1) * new_delta
 
     def factors(
         self, captured: LayerGradients, pseudo: Callable[[int, SiteTokens], tuple[Tensor, Tensor]]

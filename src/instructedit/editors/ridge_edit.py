@@ -23,6 +23,7 @@ from instructedit.edits import Factors, LowRankEdit
 from instructedit.lm.covariance import covariances
 from instructedit.lm.own_text import text_for
 from instructedit.lm.tokens import TokenBatch, rows_of
+from instructedit.rows import take_rows
 
 #: Where the weights λ₀ of the prior and λ₁ of the identity start, as shares of a key's squared size.
 PRIOR, IDENTITY = 1.0, 0.1
@@ -143,7 +144,7 @@ class RidgeEdit(Mend):
         for step in range(self.steps):
             tokens = self._readings(batch) if step else batch.tokens
             rows = torch.arange(len(tokens), device=tokens.device) % len(batch)
-            films = self.conditions[step](states[rows]) if self.film_rank else [None] * len(self.groups)
+            films = self.conditions[step](take_rows(states, rows)) if self.film_rank else [None] * len(self.groups)
             captured = self.lm.capture(tokens, self.names, made and made.detach(), rows % edits if made else None)
             found = {
                 name: _gathered(factors, edits)
@@ -182,7 +183,8 @@ class RidgeEdit(Mend):
         new = layers.layers(torch.cat([u, delta], -1), tokens.site, films[group], tokens.row)
         new_u, new_delta = new.split(network.split, -1)
         rates = (self.log_alpha if step == 0 else self.log_alpha_second).exp()
-        alpha = rates[torch.tensor(self.groups[group], device=u.device)][tokens.site].unsqueeze(-1)
+        own = rates[torch.tensor(self.groups[group], device=u.device)]
+        alpha = take_rows(own, tokens.site).unsqueeze(-1)
         if not self.ridge:
             return new_u, -alpha * new_delta
         return tokens.u, -alpha * (u * new_u).mean(-1, keepdim=True) * new_delta

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from instructedit.edits.base import Edit, as_list, pad_to, product_dtype
 from instructedit.errors import UserError
+from instructedit.rows import take_rows
 
 
 class Factors(NamedTuple):
@@ -68,7 +69,7 @@ class LowRankEdit(Edit):
         if len(self) == 1:
             return (outputs + inputs @ a[0].T @ b[0]).to(outputs.dtype)
         if rows is not None:
-            a, b = a[rows], b[rows]
+            a, b = take_rows(a, rows), take_rows(b, rows)
         return torch.baddbmm(outputs.to(kind), torch.bmm(inputs, a.mT), b).to(outputs.dtype)
 
     def delta(self, site: str) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from instructedit.edits.base import Edit, as_list, product_dtype
 from instructedit.errors import UserError
+from instructedit.rows import take_rows
 
 #: Activations that slots may have. Saved edits hold the position in this list: append only.
 ACTIVATIONS = ("gelu", "relu", "silu")
@@ -76,7 +77,7 @@ class SlotEdit(Edit):
         kind = product_dtype(inputs.dtype)
         inputs, keys, biases, values = (t.to(kind) for t in (inputs, *self.slots[site]))
         if rows is not None and len(self) > 1:
-            keys, biases, values = keys[rows], biases[rows], values[rows]
+            keys, biases, values = (take_rows(part, rows) for part in (keys, biases, values))
         act = getattr(F, self.activation)
         return (outputs + act(inputs @ keys.mT + biases.unsqueeze(1)) @ values).to(outputs.dtype)
 

@@ -51,7 +51,7 @@ def evaluate_batch(
     settings = settings or Evaluation()
     # Editing needs gradients, whatever mode the caller evaluates in.
     with torch.inference_mode(False), torch.no_grad():
-        instructor = editor.instructor(settings.descriptions, settings.description, settings.seed, settings.instruction)
+        instructor = settings.instructor(editor)
         rendered = render_records(records, instructor)
         outcome = Outcome([])
         for numbers in _alike(lm, rendered, settings):

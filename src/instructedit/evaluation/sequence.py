@@ -147,7 +147,7 @@ class _Run:
         self, lm: FrozenLM, editor: Editor, records: Sequence[EditRecord], settings: Evaluation, sample: int | None
     ) -> None:
         self.lm, self.editor, self.settings = lm, editor, settings
-        instructor = editor.instructor(settings.descriptions, settings.description, settings.seed, settings.instruction)
+        instructor = settings.instructor(editor)
         self.rendered = render_records(records, instructor)
         editor.rendered_requests(self.rendered)  # what does not fit is found out before the work
         self.again = _spread(len(records), sample)

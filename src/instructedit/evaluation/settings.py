@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from instructedit.editors import Editor
 from instructedit.errors import at_least
+from instructedit.instructions import Instructor, Variant
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Evaluation:
         descriptions: Which of a bank's descriptions instructions are drawn from.
         description: Id of one description to use for every record instead; ``10`` is the tenth of each task's bank.
         instruction: A free sentence for every record instead; or one for each task, by its name.
+        variant: What becomes of instructions, to see whether the editor reads them: left as they are (``own``), their
+            words ``shuffled``, one of ``other_task``, the ``task_name`` alone, or ``left_out``.
         replies: Replies of each sentiment that edit success is measured on, the first ones of a record.
         seed: Of the descriptions drawn and of sampled text, which depends on it and the record alone.
         tokens: In one forward pass, padding and what is to be generated included, at most; it bounds the memory.
@@ -30,6 +34,7 @@ class Evaluation:
     descriptions: Literal["train", "heldout", "unseen"] = "train"
     description: str | None = None
     instruction: str | dict[str, str] | None = None
+    variant: Variant = "own"
     replies: int = 2
     seed: int = 0
     tokens: int = 8192
@@ -38,6 +43,10 @@ class Evaluation:
     def __post_init__(self) -> None:
         at_least(0, fluency_tokens=self.fluency_tokens, replies=self.replies)
         at_least(1, tokens=self.tokens)
+
+    def instructor(self, editor: Editor) -> Instructor | None:
+        """Draws the instructions of an editor's records; None if it takes none."""
+        return editor.instructor(self.descriptions, self.description, self.seed, self.instruction, self.variant)
 
     @property
     def text_tokens(self) -> int:

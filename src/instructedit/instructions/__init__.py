@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from instructedit.instructions.bank import Description, InstructionBank, Provenance, Split, add_bank, bank_names
-from instructedit.instructions.instructor import Instructor
+from instructedit.instructions.instructor import Instructor, Variant
 from instructedit.instructions.rendered import RenderedRecord, render_records
 from instructedit.instructions.rendering import render
 
@@ -14,6 +14,7 @@ __all__ = [
     "Provenance",
     "RenderedRecord",
     "Split",
+    "Variant",
     "add_bank",
     "bank_names",
     "render",

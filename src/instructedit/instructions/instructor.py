@@ -9,11 +9,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, get_args
 
 from instructedit.errors import UserError
 from instructedit.instructions.bank import Description, InstructionBank, Split, bank_names, check_split
-from instructedit.instructions.rendering import in_front, render
+from instructedit.instructions.rendering import LAST_LINE, in_front, render
 from instructedit.records import EditRequest
+
+#: What becomes of an instruction, to see whether an editor reads it: left as it is, its words in another order, one of
+#: another task, the task's name without a description, or nothing at all.
+Variant = Literal["own", "shuffled", "other_task", "task_name", "left_out"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,10 @@ class Instructor:
         sentence: Always use this free sentence instead of any description; or one for each task, by its name. Its
             slots are filled as a description's are.
         apart: Whether the editor reads the instruction beside a request; the model is asked behind it all the same.
+        variant: What becomes of the instruction that was drawn, see `Variant`.
 
     Raises:
-        UserError: If there is no such split, or both a description and a sentence are given.
+        UserError: If there is no such split or variant, or both a description and a sentence are given.
     """
 
     split: Split | None = "train"
@@ -37,8 +43,11 @@ class Instructor:
     seed: int = 0
     sentence: str | Mapping[str, str] | None = None
     apart: bool = False
+    variant: Variant = "own"
 
     def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            raise UserError(f"unknown variant {self.variant!r} of instructions; one of {', '.join(get_args(Variant))}")
         if self.description_id is not None and self.sentence is not None:
             raise UserError("give either the id of a description or an instruction of your own, not both")
         if self.split is not None:
@@ -64,6 +73,14 @@ class Instructor:
             UserError: If the request has no task, the task no bank (a free sentence needs neither), the bank no such
                 description, or a slot no value.
         """
+        if self.variant == "left_out":
+            return ""
+        if self.variant == "task_name":
+            return in_front(self._title(request.task), None, {}, "")
+        text = self._drawn(request, step, key)
+        return _shuffled(text) if self.variant == "shuffled" else text
+
+    def _drawn(self, request: EditRequest, step: int, key: str) -> str:
         if self.sentence is not None:
             return self._free(request)
         if self.split is None and self.description_id is None:
@@ -73,6 +90,8 @@ class Instructor:
                 f"edit request {request.prompt!r} has no task to instruct; there are: {', '.join(bank_names())}"
             )
         bank = InstructionBank.for_task(request.task)
+        if self.variant == "other_task":
+            bank = _another(bank, request)
         return render(bank, self._description(bank, step, key), request, prompt="")
 
     def _free(self, request: EditRequest) -> str:
@@ -81,9 +100,13 @@ class Instructor:
             if task is None or task not in sentence:
                 raise UserError(f"no instruction for task {task!r}; there are some for: {', '.join(sentence)}")
             sentence = sentence[task]
-        if task and task.lower() in bank_names():  # a task without a bank goes by its name
-            task = InstructionBank.for_task(task).task
-        return in_front(task, " ".join(str(sentence).split()), request.slots, f"the instruction {sentence!r}")
+        text = " ".join(str(sentence).split())
+        return in_front(self._title(task), text, request.slots, f"the instruction {sentence!r}")
+
+    @staticmethod
+    def _title(task: str | None) -> str | None:
+        """The task as its bank calls it; a task without a bank goes by its name."""
+        return InstructionBank.for_task(task).task if task and task.lower() in bank_names() else task
 
     def _description(self, bank: InstructionBank, step: int, key: str) -> Description:
         if self.description_id is not None:
@@ -92,3 +115,21 @@ class Instructor:
         # Python's own hash differs from process to process.
         digest = hashlib.sha256("\n".join(map(str, (self.seed, step, bank.task, key))).encode()).digest()
         return bank.draw(random.Random(int.from_bytes(digest, "big")), self.split)
+
+
+def _another(bank: InstructionBank, request: EditRequest) -> InstructionBank:
+    """The bank of another task: the next one, by name, whose slots the request can fill."""
+    names = bank_names()
+    own = next((i for i, name in enumerate(names) if InstructionBank.for_task(name) == bank), 0)
+    for name in (*names[own + 1 :], *names[:own]):
+        other = InstructionBank.for_task(name)
+        if all(slot in request.slots for description in other.descriptions for slot in description.slots):
+            return other
+    raise UserError(f"no other task has an instruction for edit request {request.prompt!r}")
+
+
+def _shuffled(text: str) -> str:
+    """An instruction with its words in another order, the same for the same text; its last line stays the last."""
+    words = text.removesuffix(LAST_LINE).split()
+    random.Random(text).shuffle(words)  # a text seeds alike in every process
+    return f"{' '.join(words)}\n{LAST_LINE}" if words else text

@@ -9,6 +9,9 @@ from instructedit.errors import UserError
 from instructedit.instructions.bank import SLOT, Description, InstructionBank
 from instructedit.records import EditRequest
 
+#: The line that a prompt stands in.
+LAST_LINE = "Input: "
+
 
 def render(
     bank: InstructionBank, description: Description, request_or_slots: EditRequest | Mapping[str, str], prompt: str
@@ -28,12 +31,12 @@ def render(
     return in_front(bank.task, description.text, slots, f"description {description.id!r} of task {bank.task}") + prompt
 
 
-def in_front(task: str | None, text: str, slots: Mapping[str, str], name: str) -> str:
+def in_front(task: str | None, text: str | None, slots: Mapping[str, str], name: str) -> str:
     """What stands in front of a prompt.
 
     Args:
         task: The task's title; without one there is no such line.
-        text: A description or a free sentence.
+        text: A description or a free sentence; without one there is no such line.
         slots: The values of its slots.
         name: What to call it in errors.
 
@@ -47,5 +50,5 @@ def in_front(task: str | None, text: str, slots: Mapping[str, str], name: str) -
         return found
 
     # One pass, so that a value which itself holds square brackets is not filled again.
-    lines = [f"Description: {SLOT.sub(value, text)}", "Input: "]
-    return "\n".join([f"Task: {task}", *lines] if task else lines)
+    described = f"Description: {SLOT.sub(value, text)}" if text is not None else ""
+    return "\n".join([*filter(None, (f"Task: {task}" if task else "", described)), LAST_LINE])

@@ -16,6 +16,7 @@ from instructedit.lm.chunked_logits import parts, positionwise
 from instructedit.lm.context import ContextStates
 from instructedit.lm.tokens import TokenBatch
 from instructedit.metrics import row_mean
+from instructedit.rows import take_rows
 
 #: Logits that are there at once: of so many positions at least, and of more within so many bytes of float32.
 HEAD = {"cpu": (128, 8 << 20), "gpu": (512, 256 << 20)}
@@ -141,7 +142,7 @@ class Scores:
             [positions, hidden], in the order of ``batch.answers``.
         """
         states, node = self.context.shared(batch, edit, rows, start)
-        return states if len(states) == len(node) and bool((node.diff() > 0).all()) else states[node]
+        return states if len(states) == len(node) and bool((node.diff() > 0).all()) else take_rows(states, node)
 
     def losses(
         self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int | None = None
