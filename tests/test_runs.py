@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -70,6 +72,44 @@ def test_data_and_tables_are_where_the_ui_shows_them(place):
     tables = artifact_path(test.info.run_id, "tables", place / "mlruns")
     whole = pd.read_parquet(tables / "probes.parquet")
     assert list(pd.read_csv(tables / "probes.csv")["prompt"]) == list(whole["prompt"])
+
+
+def test_the_fitted_editor_is_a_registered_model_that_mlflow_loads(place, monkeypatch):
+    import mlflow
+
+    monkeypatch.chdir(place)
+    fit = recent_runs("mlruns")[1]
+    uri = f"sqlite:///{place}/mlruns/mlflow.db"
+    (model,) = mlflow.MlflowClient(uri).search_registered_models()
+    (version,) = model.latest_versions
+    assert (model.name, version.version, version.run_id) == ("instructedit-lm", 1, fit.info.run_id)
+    assert version.description == fit.data.tags["mlflow.note.content"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    loaded = mlflow.pyfunc.load_model("models:/instructedit-lm/1")
+    assert {"task": "mytask"}.items() <= loaded.input_example.iloc[0].to_dict().items()
+    requests = [
+        ie.EditRequest("The capital of France is", "Lyon", task="mytask"),
+        ie.EditRequest("A", "B", task="mytask"),
+    ]
+    asked = pd.DataFrame([vars(r) for r in requests])[["prompt", "target", "task"]].assign(ask=[None, "Who is A?"])
+    words = loaded.predict(asked)
+    lm = ie.FrozenLM.from_pretrained("lm")
+    edit = ie.load_editor(fit.info.run_id, lm).edit(requests)
+    prompts = ["The capital of France is", "Who is A?"]
+    assert list(words["ask"]) == prompts
+    assert list(words["before"]) == lm.generate(prompts, 10)
+    assert list(words["after"]) == lm.generate(prompts, 10, edit)
+    with pytest.raises(Exception, match="target"):
+        loaded.predict(asked.drop(columns="target"))
+
+
+def test_a_run_whose_process_is_gone_is_not_shown_as_running(place):
+    root = place / "dead"
+    code = "import os, sys\nfrom instructedit.tracking import MLflowTracker\n"
+    code += f"_ = MLflowTracker(root={str(root)!r}).experiment\nos._exit(9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    (run,) = recent_runs(root)
+    assert run.info.status == "KILLED"
 
 
 def test_the_table_has_scores_and_the_next_command(place, capsys, monkeypatch):

@@ -25,10 +25,10 @@ FLOORS = (
     "tasks", "testbed", "instructions", "edits", "metrics", "tracking", "records",
 )  # fmt: skip
 #: What is not in that list: the command line's own rooms on top (`__init__` is the face of all), the ground below.
-TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli")
+TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli", "mlflow_model")
 GROUND = (
-    "artifacts", "registry", "run_names", "provenance", "stores", "locks", "redaction", "drawing", "pages", "console",
-    "configs", "paths", "rows", "renamed", "errors",
+    "artifacts", "registry", "registered", "run_names", "provenance", "stores", "locks", "redaction", "drawing",
+    "pages", "console", "configs", "paths", "rows", "renamed", "errors",
 )  # fmt: skip
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))

@@ -85,6 +85,17 @@ class Artifacts(ABC):
             datasets: ``task, split, source, kept, fingerprint`` of each.
         """
 
+    @rank_zero_only
+    def log_editor(self, folder: Path, name: str, example: dict[str, str]) -> None:
+        """Keeps a saved editor's folder.
+
+        Args:
+            folder: Where it was saved.
+            name: What to call it where editors have names.
+            example: A request, for where an example is shown: ``prompt``, ``target``, ``task``.
+        """
+        self.log_file(folder)
+
 
 class FolderArtifacts(Artifacts):
     """Keeps everything as files in a folder, beside what a logger writes there itself.

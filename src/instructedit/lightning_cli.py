@@ -24,6 +24,7 @@ from instructedit.callbacks import (
     TestedEditor,
 )
 from instructedit.callbacks.checkpoint import Checkpoint
+from instructedit.callbacks.editor_model import EditorModel
 from instructedit.configs import expanded, shown
 from instructedit.data.module import EditData
 from instructedit.editors.base import PACKAGE, Editor, editor_class, load_weights
@@ -75,6 +76,7 @@ class EditingCLI(LightningCLI):
         parser.add_lightning_class_args(Guards, "guards")
         parser.add_lightning_class_args(DataReport, "data_report")
         parser.add_lightning_class_args(Pace, "pace")
+        parser.add_lightning_class_args(EditorModel, "editor_model")
         parser.add_lightning_class_args(ResultTables, "results")
         parser.add_lightning_class_args(TestedEditor, "tested_editor")
         parser.add_lightning_class_args(PredictionTable, "predictions")

@@ -31,6 +31,7 @@ from instructedit.errors import UserError
 from instructedit.locks import Alive, dead
 from instructedit.provenance import flat_parameters, provenance
 from instructedit.redaction import redacted
+from instructedit.registered import describe_model, register
 from instructedit.stores import DATABASE, local_store
 
 if TYPE_CHECKING:
@@ -202,6 +203,14 @@ class MLflowTracker(Artifacts, MLFlowLogger):
         """Logs a copy of a file, or of a folder, below the artifact folder ``folder``."""
         self.experiment.log_artifact(self.run_id, str(path), folder)
 
+    @rank_zero_only
+    def log_editor(self, folder: Path, name: str, example: dict[str, str]) -> None:
+        """Logs a saved editor's folder as a model of MLflow's; a run that stands alone registers it, too."""
+        describe_model(folder, str(self.run_id), example)
+        self.log_file(folder)
+        if not self.is_child:
+            register(self.experiment, name, str(self.run_id), folder.name)
+
     def has(self, name: str) -> bool:
         return name in {file.path for file in self.experiment.list_artifacts(self.run_id)}
 
@@ -294,6 +303,8 @@ def recent_runs(root: str | Path = "mlruns", children: bool = False) -> list[Run
     Raises:
         UserError: If there is no such store.
     """
+    with suppress(Exception):  # a store that only can be read
+        _mark_dead(_client(root), Path(root).expanduser())
     found = _search(root, "", "attributes.start_time DESC")
     return [run for run in found if children or _PARENT not in run.data.tags]
 

@@ -21,17 +21,26 @@ def best_checkpoint(trainer: Any) -> str:
 class EditorModel(L.Callback):
     """Logs the editor of the best checkpoint as the artifact folder ``editor/``, which `load_editor` reads.
 
-    Without validation it is the last checkpoint's.
+    Without validation it is the last checkpoint's. In MLflow it is a registered model, ``<method>-<language model>``.
+
+    Args:
+        log: Whether it does so.
     """
+
+    def __init__(self, log: bool = True) -> None:
+        self.log = log
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """After the checkpoints: Lightning writes the last one when training ends."""
         best = best_checkpoint(trainer)
         keepers = artifacts(trainer)
-        if not best or not keepers or not trainer.is_global_zero:
+        if not self.log or not best or not keepers or not trainer.is_global_zero:
             return
+        lm = pl_module.lm
+        name = f"{pl_module.editor.name}-{Path(lm.name).name}"
+        example = {"prompt": "The capital of France is", "target": "Lyon", "task": next(iter(pl_module.data.titles))}
         with tempfile.TemporaryDirectory() as folder:
             editor = Path(folder, "editor")
-            load_editor(best, pl_module.lm).save_pretrained(editor)
+            load_editor(best, lm).save_pretrained(editor)
             for keeper in keepers:
-                keeper.log_file(editor)
+                keeper.log_editor(editor, name, example)

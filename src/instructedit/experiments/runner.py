@@ -156,7 +156,7 @@ class Runner:
 
 def run_row(experiment: Plan, name: str, seed: int, parent: MLflowTracker, checkpoint: Path | None) -> Any:
     """Fits and tests one row, or tests a checkpoint with its options, in one MLflow run; gives what did."""
-    from instructedit.callbacks.editor_model import EditorModel, best_checkpoint
+    from instructedit.callbacks.editor_model import best_checkpoint
     from instructedit.lightning_cli import run
 
     gc.collect()  # a Trainer is full of circles: the last one's LM would stay beside this one's
@@ -165,7 +165,7 @@ def run_row(experiment: Plan, name: str, seed: int, parent: MLflowTracker, check
     arguments = [*experiment.arguments(name, seed), *place]
     if not experiment.grid.rows[name].fitted:
         return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])
-    cli = run(arguments, callbacks=[EditorModel()])
+    cli = run(arguments)
     cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=best_checkpoint(cli.trainer), verbose=False)
     return cli
 

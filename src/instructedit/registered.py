@@ -1,0 +1,70 @@
+"""A trained editor as MLflow knows models: its folder loads with ``mlflow.pyfunc``, and its name has versions."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from instructedit.run_names import NOTE
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+#: The module whose ``_load_pyfunc`` makes a model of an editor's folder.
+LOADER = "instructedit.mlflow_model"
+_EXAMPLE = "input_example.json"
+#: Columns of the requests that such a model takes, and whether they must be there.
+INPUTS = {"prompt": True, "target": True, "task": False, "ask": False}
+OUTPUTS = ("ask", "before", "after")
+
+
+def describe_model(folder: Path, run_id: str, example: dict[str, str]) -> None:
+    """Writes beside a saved editor's files what MLflow wants to know of a model, and an example of its input.
+
+    Args:
+        folder: Of the saved editor.
+        run_id: The run that it is logged in.
+        example: A request, by the columns `INPUTS`.
+    """
+    from mlflow.models import Model, ModelSignature
+    from mlflow.pyfunc import add_to_model
+    from mlflow.types import ColSpec, Schema
+
+    signature = ModelSignature(
+        Schema([ColSpec("string", name, required=needed) for name, needed in INPUTS.items()]),
+        Schema([ColSpec("string", name) for name in OUTPUTS]),
+    )
+    (folder / _EXAMPLE).write_text(json.dumps({"columns": list(example), "data": [list(example.values())]}, indent=2))
+    shown = {"artifact_path": _EXAMPLE, "type": "dataframe", "pandas_orient": "split"}
+    model = Model(folder.name, run_id, signature=signature, saved_input_example_info=shown)
+    add_to_model(model, LOADER)
+    model.save(str(folder / "MLmodel"))
+
+
+def register(client: MlflowClient, name: str, run_id: str, folder: str) -> str | None:
+    """Makes a logged editor the next version of a registered model.
+
+    Args:
+        client: Of the store.
+        name: Of the registered model, which is made when it is not there; what MLflow does not allow becomes ``_``.
+        run_id: The run that it is logged in.
+        folder: Its folder among the run's artifacts.
+
+    Returns:
+        The version; None, with a warning, where the store keeps no registry.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = re.sub(r"[^\w .-]", "_", name)
+    try:
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name, description="A knowledge editor; each version is a fit of its own.")
+        run = client.get_run(run_id)
+        source, note = f"{run.info.artifact_uri}/{folder}", run.data.tags.get(NOTE, "")
+        return str(client.create_model_version(name, source, run_id, description=note).version)
+    except MlflowException as error:
+        warnings.warn(f"the editor is logged, but not registered: {str(error).splitlines()[0]}", stacklevel=2)
+        return None
