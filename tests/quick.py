@@ -12,7 +12,7 @@ QUICK = {
     "loc_ft": {"steps": 3},
     "memit": {**_SOLVED, "steps": 3, "contexts": 1},
     "mend": {"rank": 6, "edit_rate": 0.05},
-    "ridge_edit": {**_SOLVED, "rank": 6, "edit_rate": 0.5},
+    "ridge_edit": {"text": "tiny", "tokens": 2000, "rank": 6, "edit_rate": 0.5},
     "rome": {**_SOLVED, "steps": 3, "contexts": 1},
     "serac": {"rank": 2, "embedding": 4},
     "t_patcher": {"steps": 3, "text": "tiny", "memory": 100},

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.conftest import ARCHITECTURES, random_lm
+from tests.quick import QUICK
 from tests.reference import Case, assert_untouched, footprint, training_batch
 
 from instructedit.editors import Editor, build_editor, editor_names, load_editor
@@ -13,15 +14,6 @@ from instructedit.errors import UserError
 from instructedit.records import EditRequest
 from instructedit.registry import plugin
 
-#: Small options for methods whose defaults are too large for a test, or whose untrained edits too weak to be seen.
-#: What a random LM samples of itself takes long to make, and is no better than the embedded text.
-OPTIONS = {
-    "mend": {"rank": 6, "edit_rate": 0.05}, "instructedit": {"rank": 6, "edit_rate": 0.05},
-    "ridge_edit": {"rank": 6, "edit_rate": 0.5, "text": "tiny", "tokens": 2000},
-    "rome": {"text": "tiny", "tokens": 5000}, "memit": {"text": "tiny", "tokens": 5000},
-    "alpha_edit": {"text": "tiny", "tokens": 5000, "contexts": 0},
-    "grace": {"steps": 30}, "calinet": {"steps": 30}, "t_patcher": {"text": "tiny", "memory": 1000, "steps": 30},
-}  # fmt: skip
 #: Methods whose untrained edits change nothing: they are tested as if training had moved them.
 STARTS_AS_NOTHING = ("calinet_trained", "serac")
 REQUESTS = [
@@ -40,7 +32,7 @@ pytestmark = pytest.mark.parametrize("name", editor_names())
 
 def built(name, lm, **options):
     torch.manual_seed(0)
-    editor = build_editor(name, lm, **OPTIONS.get(name, {}), **options)
+    editor = build_editor(name, lm, **QUICK.get(name, {}), **options)
     if name in STARTS_AS_NOTHING:
         for parameter in editor.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape)
@@ -214,7 +206,7 @@ def test_unknown_names_are_told(name, lm):
 
 def test_an_unbound_editor_says_so(name):
     with pytest.raises(UserError, match=f"editor '{name}' is not bound"):
-        _ = plugin(Editor, "instructedit.editors", name)(**OPTIONS.get(name, {})).lm
+        _ = plugin(Editor, "instructedit.editors", name)(**QUICK.get(name, {})).lm
 
 
 def test_requests_that_cannot_be_made_are_refused(name, lm, editor):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from tests.quick import QUICK
 from tests.reference import answer_logits, assert_untouched, dense_copy, footprint, greedy
 
 import instructedit as ie
@@ -157,7 +158,8 @@ def test_an_instructed_editor_is_asked_both_ways(lm):
 @pytest.mark.parametrize("name", ["grace", "calinet", "t_patcher", "ike"])
 def test_edits_that_no_weights_hold_are_reported_too(lm, name, joint):
     before = footprint(lm)
-    report = ie.edit(lm, name, REQUESTS, joint=joint, neighbours=1, max_new_tokens=4)
+    editor = ie.build_editor(name, lm, **QUICK[name])
+    report = ie.edit(lm, editor, REQUESTS, joint=joint, neighbours=1, max_new_tokens=4)
     assert_untouched(lm, before)
     for number, each in enumerate(report.requests):
         with lm.edited(report.edits[0 if joint else number]):

@@ -56,6 +56,9 @@ def _usual_cache(config: PreTrainedConfig) -> DynamicCache:
 
 
 class _RoomyLayer(DynamicLayer):
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, room: int, at_rest: torch.dtype | None) -> None:
         super().__init__()
         self._buffers = (_Buffer(room, at_rest), _Buffer(room, at_rest))

@@ -133,7 +133,7 @@ def test_sites_have_the_shape_of_their_weights(name):
         assert all(site.name.startswith(f"{site.mlp}.") for site in own)
 
 
-@pytest.mark.parametrize("name", EDITABLE)
+@each
 def test_applied_is_merged_and_a_batch_is_its_edits_alone(name):
     lm, edit = tiny_lm(name), edit_of(name)
     batch, before = lm.encode(PAIRS), footprint(lm)
