@@ -94,6 +94,21 @@ def test_the_flat_form_of_easyedit(tmp_path):
     assert not report.dropped
 
 
+@pytest.mark.parametrize("task", ["counterfact", "recent", "zsre"])
+def test_the_tasks_of_knowedit_read_easyedits_flat_form_too(task, tmp_path):
+    """Their locality would be lost, and a test without locality looks as good as one that keeps all."""
+    row = {name: value for name, value in EASYEDIT.items() if not name.startswith("portability")}
+    (record,), report = read(task, [row], tmp_path)
+    assert (record.request.task, record.id) == (task, f"{task}/test/0")
+    assert asked(record) == [
+        ("generalization", "rephrase", "Zor's moon is", ("Umi",)),
+        ("locality", "", "The moon of Rik is", ("Ela",)),
+    ]
+    assert report.noted == {"record without portability": 1}
+    with pytest.raises(UserError, match=r"a\.json.*'locality_prompt' has 1 prompts .* 0 answers"):
+        read(task, [{name: value for name, value in row.items() if name != "locality_ground_truth"}], tmp_path)
+
+
 def test_probes_of_the_flat_form_come_in_many_shapes(tmp_path):
     pairs = {"locality": ["a", "b"], "locality_answer": [["x", "y"], "z"]}
     objects = {"locality": [{"loc": "a", "loc_ans": "x"}, {"prompt": "b", "answer": ["z", ""]}]}
@@ -145,7 +160,7 @@ def test_fields_that_no_reader_knows_are_counted_by_name(tmp_path):
     _, report = read("flat", [FLAT | {"localty": "x"}, FLAT | {"prompt": "other", "localty": "y", "mood": 1}], tmp_path)
     assert report.noted["field 'localty' that is not read"] == 2
     assert report.noted["field 'mood' that is not read"] == 1
-    _, report = read("counterfact", [FLAT | {"locality_prompt": "x"}], tmp_path)
+    _, report = read("counterfact", [FLAT | {"locality": {}, "locality_prompt": "x"}], tmp_path)
     assert report.noted["field 'locality_prompt' that is not read"] == 1
 
 

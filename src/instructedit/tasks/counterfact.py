@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from instructedit.tasks.answers import has_groups
 from instructedit.tasks.knowedit import KnowEdit
 
 
@@ -16,4 +17,4 @@ class CounterFact(KnowEdit):
     @classmethod
     def recognises(cls, data: Mapping[str, object]) -> bool:
         """KnowEdit's form; Recent and ZsRE have it, too, and say so by their names."""
-        return cls.has_form(data)
+        return has_groups(data)

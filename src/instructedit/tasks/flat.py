@@ -7,8 +7,8 @@ from typing import Literal
 
 from instructedit.errors import unknown
 from instructedit.records import EditRecord, EditRequest, Probe
+from instructedit.tasks.answers import Answers, filled, flat, has_groups, restates
 from instructedit.tasks.base import LoadReport, Task
-from instructedit.tasks.knowedit import Answers, KnowEdit, filled, flat, restates
 from instructedit.tasks.raw import Raw
 
 #: What each field may be called; the first name is the documented one, the others are those of public datasets.
@@ -62,7 +62,7 @@ class Flat(Task):
     def recognises(cls, data: Mapping[str, object]) -> bool:
         """A prompt and a target, and no groups of probes as KnowEdit has them."""
         there = all(any(name in data for name in FIELDS[field]) for field in ("prompt", "target"))
-        return there and not KnowEdit.has_form(data) and "src" not in data
+        return there and not has_groups(data) and "src" not in data
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
         """The record's edit, unless its target is the old answer."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal
 
 from instructedit.records import EditRecord, EditRequest, Probe
+from instructedit.tasks.answers import GROUPS, Answers, filled, flat, restates
 from instructedit.tasks.base import LoadReport, Task
+from instructedit.tasks.flat import FIELDS, Flat
 from instructedit.tasks.raw import Raw
-
-Answers = list[list[str]]
 
 _ALIASING = "Subject_Aliasing"
 _REPHRASES = ("rephrase", "rephrase_prompt")
-_GROUPS = ("portability", "locality")
 
 
 class KnowEdit(Task):
@@ -26,13 +25,15 @@ class KnowEdit(Task):
     """
 
     fields: Collection[str] = (
-        "subject", "prompt", "target_new", "ground_truth", *_REPHRASES, *_GROUPS, "case_id", "id", "pred", "cond",
+        "subject", "prompt", "target_new", "ground_truth", *_REPHRASES, *GROUPS, "case_id", "id", "pred", "cond",
     )  # fmt: skip
 
-    @staticmethod
-    def has_form(data: Mapping[str, object]) -> bool:
-        """Says whether a record's probes stand in groups, as they do here."""
-        return "target_new" in data and any(isinstance(data.get(name), dict) for name in _GROUPS)
+    def reader(self, raws: Sequence[Raw]) -> Task:
+        """This one, or for records in the flat form, in which EasyEdit keeps these datasets too, its reader."""
+        others = {name for names in FIELDS.values() for name in names} - set(self.fields)
+        if any(Flat.recognises(raw.data) and not others.isdisjoint(raw.data) for raw in raws):
+            return Flat().called(self.name, self.title)
+        return self
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
         """The record's edit, unless its target is the old answer."""
@@ -67,35 +68,6 @@ class KnowEdit(Task):
                     report.drop("probe answer equals the target")
                 else:
                     yield Probe(kind, prompt, flat(left, report), group)
-
-
-def filled(answers: Answers, report: LoadReport) -> Answers:
-    """The answers without blank texts and empty alias lists, which are counted."""
-    kept = []
-    for i, aliases in enumerate(answers):
-        if not aliases:
-            report.drop("empty alias list" if i else "leading empty alias list")
-        left = [alias for alias in aliases if alias]
-        report.drop("blank answer", len(aliases) - len(left))
-        if left:
-            kept.append(left)
-    return kept
-
-
-def flat(answers: Answers, report: LoadReport) -> tuple[str, ...]:
-    """All answers and aliases in order, each once."""
-    every = [alias for aliases in answers for alias in aliases]
-    once = tuple(dict.fromkeys(every))
-    report.drop("repeated answer", len(every) - len(once))
-    return once
-
-
-def restates(target: str, old: Answers, report: LoadReport) -> bool:
-    """Whether the target is already an old answer, upper and lower case alike; such a record edits nothing."""
-    same = target.casefold() in {alias.casefold() for aliases in old for alias in aliases}
-    if same:
-        report.drop("target equals the old answer")
-    return same
 
 
 def rephrasings(raw: Raw, target: str, report: LoadReport) -> Iterator[Probe]:

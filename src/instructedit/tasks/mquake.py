@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from instructedit.records import EditRecord, Probe
+from instructedit.tasks.answers import filled, flat, restates
 from instructedit.tasks.base import LoadReport, Task
-from instructedit.tasks.knowedit import filled, flat, restates
 from instructedit.tasks.raw import Raw
 from instructedit.tasks.rome import old_answers, rewrite
 

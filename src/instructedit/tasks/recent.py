@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from instructedit.tasks.answers import Answers
 from instructedit.tasks.base import LoadReport
-from instructedit.tasks.knowedit import Answers, KnowEdit
+from instructedit.tasks.knowedit import KnowEdit
 
 _RULED_OUT = re.compile(r"which is not (.+), is$")
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from instructedit.records import EditRecord, EditRequest, Probe, ProbeKind
+from instructedit.tasks.answers import filled, flat, restates
 from instructedit.tasks.base import LoadReport, Task
-from instructedit.tasks.knowedit import filled, flat, restated, restates
+from instructedit.tasks.knowedit import restated
 from instructedit.tasks.raw import Raw
 
 #: Groups of tests to the kind of probes that they are; the first one's name is misspelt in some copies.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from instructedit.records import EditRecord, EditRequest, Probe
+from instructedit.tasks.answers import restates
 from instructedit.tasks.base import LoadReport, Task
-from instructedit.tasks.knowedit import restates
 from instructedit.tasks.raw import Raw
 
 _REWRITE = "requested_rewrite"

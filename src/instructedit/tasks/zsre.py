@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 from instructedit.records import EditRecord, EditRequest, Probe
+from instructedit.tasks.answers import filled, flat, restates
 from instructedit.tasks.base import LoadReport
-from instructedit.tasks.knowedit import KnowEdit, filled, flat, rephrasings, restates
+from instructedit.tasks.knowedit import KnowEdit, rephrasings
 from instructedit.tasks.raw import Raw
 
 
