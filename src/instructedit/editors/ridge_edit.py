@@ -68,6 +68,9 @@ class RidgeEdit(Mend):
         ridge: Solve for the update; else it is MEND's Σ_t −α δ̃_t ũ_tᵀ.
         film_rank: Width through which an instruction conditions the layers; 0 leaves instructions unread.
         ends: Teach the model to end its text behind a target.
+        together: So many requests of a training batch are made one edit, which all of them and their locality are asked
+            under: what an edit for many requests, or one after many, needs. A batch that it does not divide is edited
+            request by request.
         text: What E[u uᵀ] is of, see ROME's option.
         tokens: So many tokens of it.
     """
@@ -82,6 +85,7 @@ class RidgeEdit(Mend):
     ridge: bool = True
     film_rank: int = 64
     ends: bool = True
+    together: int = 1
     text: str = "auto"
     tokens: int = 20_000
 
@@ -112,8 +116,16 @@ class RidgeEdit(Mend):
         self.log_alpha_second.fill_(math.log(rate))
 
     def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
-        """N requests → n edits; with two steps their factors stand one behind the other."""
-        return self._made(batch, len(batch))[0]
+        """N requests → n edits; with two steps their factors stand one behind the other.
+
+        In training request i has the i mod (n / together)-th of n / together edits.
+        """
+        count = len(batch)
+        if not self.training or count % self.together:
+            return self._made(batch, count)[0]
+        edits = count // self.together
+        made = self._made(batch, edits)[0]
+        return made if edits in (1, count) else made[[i % edits for i in range(count)]]
 
     def compute_joint_edit(self, batch: RequestBatch) -> LowRankEdit:
         """N requests → the one ridge solution for the keys of all of them."""
