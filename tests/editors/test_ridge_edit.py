@@ -199,3 +199,22 @@ def test_gradients_reach_every_parameter(lm):
     for name, parameter in editor.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_in_training_so_many_requests_are_made_one_edit(lm):
+    editor = shaken(new_editor(lm, together=2)).eval()
+    more = [EditRequest("The river of Cairo is", "Rhine", task="recent"), EditRequest("Who", "he", task="zsre")]
+    requests = [*REQUESTS, *more]
+    joint = [editor.compute_joint_edit(editor.requests(requests[i::2], None)) for i in range(2)]
+    alone = editor.compute_edit(editor.requests(requests[:3], None))
+    editor.training = True  # the statistics stay as they are
+    found = editor.compute_edit(editor.requests(requests, None))
+    odd = editor.compute_edit(editor.requests(requests[:3], None))
+    editor.together = 4
+    whole = editor.compute_edit(editor.requests(requests, None))
+    everything = editor.compute_joint_edit(editor.requests(requests, None))
+    assert (len(found), len(whole), len(odd)) == (4, 1, 3)
+    for site in found.sites:
+        assert relative(found.delta(site), torch.cat([edit.delta(site) for edit in (*joint, *joint)])) < 1e-4
+        assert relative(whole.delta(site), everything.delta(site)) < 1e-5
+        assert relative(odd.delta(site), alone.delta(site)) < 1e-5

@@ -48,8 +48,9 @@ class LowRankEdit(Edit):
         return next(iter(self.factors.values())).a.shape[0]
 
     def __getitem__(self, index: int | slice | list[int]) -> Self:
-        chosen = as_list(index, len(self))
-        return type(self)({site: Factors(f.a[chosen], f.b[chosen]) for site, f in self.factors.items()})
+        chosen = torch.tensor(as_list(index, len(self)), dtype=torch.long)
+        parts = {site: (take_rows(part, chosen.to(part.device)) for part in f) for site, f in self.factors.items()}
+        return type(self)({site: Factors(*both) for site, both in parts.items()})
 
     def joined(self) -> Self:
         return type(self)(
