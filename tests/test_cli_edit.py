@@ -8,6 +8,7 @@ from peft import AutoPeftModelForCausalLM
 
 import instructedit as ie
 from instructedit.cli import main
+from instructedit.configs import Scale
 from instructedit.lm import pretrained
 from instructedit.testbed.pretrain import Recipe, new_model
 
@@ -66,6 +67,18 @@ def test_a_scale_says_the_model_and_the_editors_options(lm_folder, tmp_path):
     (site,) = a.sites
     assert torch.equal(a.delta(site), b.delta(site))
     assert (b.delta(site).abs().max().item(), c.delta(site).abs().max().item()) == pytest.approx((0.1, 0.05), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*did not reach their target:UserWarning")
+def test_a_model_that_a_scale_is_called_after_has_its_options(tmp_path):
+    words = ["edit", f"--prompt={PROMPT}", "--target=Lyon", "--editor=ft_l", "--neighbours=[]", "--max_new_tokens=2"]
+    tuned = Scale.load("tiny").editor_options("ft_l")
+    plain = {"lr": 0.001, "steps": 1}
+    for name, more, expected in (("a", [], tuned), ("b", ['--options={"lr": 0.001, "steps": 1}'], tuned | plain)):
+        assert main([*words, "--lm=tiny", f"--json={tmp_path}/{name}", *more]) == 0
+        told = json.loads((tmp_path / name).read_text())["options"]
+        assert {key: told[key] for key in expected} == expected
+    assert Scale.of_model("owner/tiny") is None
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------

@@ -57,6 +57,11 @@ class Scale:
         file = _named("scale", given, [_group("scale")])
         return parsed(cls, read_yaml(file), str(file), file=file)
 
+    @classmethod
+    def of_model(cls, lm: str) -> Self | None:
+        """Finds the scale that is called as a model is: the hyper-parameters that were chosen for it; None without."""
+        return cls.load(lm) if lm in _names([_group("scale")]) else None
+
     @property
     def name(self) -> str:
         """The file's name without its suffix."""

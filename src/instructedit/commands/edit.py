@@ -35,7 +35,8 @@ class EditCommand:
         options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by
             default those of its config at the scale; without a scale the published ones, with step sizes and radii
             that follow the model's own scales.
-        scale: A scale of configs/scale/, or a file of your own, for the LM and the method's hyper-parameters.
+        scale: A scale of configs/scale/, or a file of your own, for the LM and the method's hyper-parameters; by
+            default the one that is called as the LM is, if there is one.
         lm: tiny, tiny-llama, smollm2-135m, gemma-3-270m, a local folder, a .gguf file, or a hub id; by default the
             scale's, or tiny.
         device: Where the LM lives, e.g. cuda; by default the CPU.
@@ -121,7 +122,7 @@ class EditCommand:
             raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
         _check_sequence(self)
         places = _places(self.keep, self.store, 1 if self.joint else len(cases))
-        at = Scale.load(self.scale) if self.scale else None
+        at = Scale.load(self.scale) if self.scale else Scale.of_model(self.lm or "tiny")
         model = _model(at, self.lm, self.device, self.dtype, self.chat)
         method = _method(self.editor, model, self.options, at)
         if self.merge and not method.changes_weights:
