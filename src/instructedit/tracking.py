@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import secrets
 import sys
 import warnings
@@ -303,10 +304,10 @@ def recent_runs(root: str | Path = "mlruns", children: bool = False) -> list[Run
     Raises:
         UserError: If there is no such store.
     """
-    with suppress(Exception):  # a store that only can be read
-        _mark_dead(_client(root), Path(root).expanduser())
+    if os.access(folder := Path(root).expanduser(), os.W_OK):
+        _mark_dead(_client(folder), folder)
     found = _search(root, "", "attributes.start_time DESC")
-    return [run for run in found if children or _PARENT not in run.data.tags]
+    return found if children else [run for run in found if _PARENT not in run.data.tags]
 
 
 def _search(root: str | Path, wanted: str, order: str) -> list[Run]:
