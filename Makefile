@@ -3,7 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-# What is imported is compiled once: where this is set, each of some hundred processes would compile all of it anew.
+# What is imported is compiled once, at the end of the installation: where this is set, each of some hundred processes
+# would compile all of it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -16,6 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -c "import datasets, lightning, mlflow, peft, seaborn, sklearn, transformers"
 	@touch $@
 
 install: $(READY)  ## make the environment (.venv); the others do it themselves
