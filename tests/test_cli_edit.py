@@ -76,8 +76,8 @@ def test_a_model_that_a_scale_is_called_after_has_its_options(tmp_path):
     plain = {"lr": 0.001, "steps": 1}
     for name, more, expected in (("a", [], tuned), ("b", ['--options={"lr": 0.001, "steps": 1}'], tuned | plain)):
         assert main([*words, "--lm=tiny", f"--json={tmp_path}/{name}", *more]) == 0
-        told = json.loads((tmp_path / name).read_text())["options"]
-        assert {key: told[key] for key in expected} == expected
+        options = json.loads((tmp_path / name).read_text())["options"]
+        assert {key: options[key] for key in expected} == expected
     assert Scale.of_model("owner/tiny") is None
 
 

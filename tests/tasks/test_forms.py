@@ -109,6 +109,14 @@ def test_the_tasks_of_knowedit_read_easyedits_flat_form_too(task, tmp_path):
         read(task, [{name: value for name, value in row.items() if name != "locality_ground_truth"}], tmp_path)
 
 
+def test_a_file_of_both_forms_keeps_its_aliases_and_counts_what_is_not_read(tmp_path):
+    alias = {"Subject_Aliasing": [{"prompt": "The moon of Zorro is", "ground_truth": "Umi"}]}
+    rows = [FLAT | {"portability": alias}, FLAT | {"prompt": "other", "locality_prompt": "x"}]
+    (first, _), report = read("counterfact", rows, tmp_path)
+    assert ("generalization", "Subject_Aliasing", "The moon of Zorro is", ("Umi",)) in asked(first)
+    assert report.noted["field 'locality_prompt' that is not read"] == 1
+
+
 def test_probes_of_the_flat_form_come_in_many_shapes(tmp_path):
     pairs = {"locality": ["a", "b"], "locality_answer": [["x", "y"], "z"]}
     objects = {"locality": [{"loc": "a", "loc_ans": "x"}, {"prompt": "b", "answer": ["z", ""]}]}

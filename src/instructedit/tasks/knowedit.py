@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal
 
 from instructedit.records import EditRecord, EditRequest, Probe
-from instructedit.tasks.answers import GROUPS, Answers, filled, flat, restates
+from instructedit.tasks.answers import GROUPS, Answers, filled, flat, has_groups, restates
 from instructedit.tasks.base import LoadReport, Task
 from instructedit.tasks.flat import FIELDS, Flat
 from instructedit.tasks.raw import Raw
@@ -31,7 +31,8 @@ class KnowEdit(Task):
     def reader(self, raws: Sequence[Raw]) -> Task:
         """This one, or for records in the flat form, in which EasyEdit keeps these datasets too, its reader."""
         others = {name for names in FIELDS.values() for name in names} - set(self.fields)
-        if any(Flat.recognises(raw.data) and not others.isdisjoint(raw.data) for raw in raws):
+        flat_ones = any(Flat.recognises(raw.data) and not others.isdisjoint(raw.data) for raw in raws)
+        if flat_ones and not any(has_groups(raw.data) for raw in raws):  # the flat reader does not know aliasing groups
             return Flat().called(self.name, self.title)
         return self
 
