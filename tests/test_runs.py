@@ -99,6 +99,8 @@ def test_the_fitted_editor_is_a_registered_model_that_mlflow_loads(place, monkey
     assert list(words["ask"]) == prompts
     assert list(words["before"]) == lm.generate(prompts, 10)
     assert list(words["after"]) == lm.generate(prompts, 10, edit)
+    short = loaded.predict(asked, params={"max_new_tokens": 3})
+    assert list(short["after"]) == lm.generate(prompts, 3, edit)
     with pytest.raises(Exception, match="target"):
         loaded.predict(asked.drop(columns="target"))
 

@@ -11,12 +11,10 @@ from instructedit.editors.saved import read_folder
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 from instructedit.records import EditRequest
-from instructedit.registered import INPUTS, OUTPUTS
+from instructedit.registered import INPUTS, MAX_NEW_TOKENS, OUTPUTS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-_MAX_NEW_TOKENS = 10
 
 
 class EditedWords:
@@ -50,7 +48,7 @@ class EditedWords:
         rows = model_input.astype(object).where(model_input.notna(), None).to_dict("records")
         requests = [EditRequest(row["prompt"], row["target"], task=row.get("task")) for row in rows]
         asked = [row.get("ask") or row["prompt"] for row in rows]
-        count = (params or {}).get("max_new_tokens", _MAX_NEW_TOKENS)
+        count = int((params or {}).get("max_new_tokens", MAX_NEW_TOKENS))
         lm = self.editor.lm
         words = [lm.generate(asked, count), lm.generate(asked, count, self.editor.edit(requests))]
         return DataFrame(dict(zip(OUTPUTS, [asked, *words], strict=True)))

@@ -19,6 +19,8 @@ _EXAMPLE = "input_example.json"
 #: Columns of the requests that such a model takes, and whether they must be there.
 INPUTS = {"prompt": True, "target": True, "task": False, "ask": False}
 OUTPUTS = ("ask", "before", "after")
+#: New tokens of an answer, where a call does not say it.
+MAX_NEW_TOKENS = 10
 
 
 def describe_model(folder: Path, run_id: str, example: dict[str, str]) -> None:
@@ -31,11 +33,12 @@ def describe_model(folder: Path, run_id: str, example: dict[str, str]) -> None:
     """
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import add_to_model
-    from mlflow.types import ColSpec, Schema
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     signature = ModelSignature(
         Schema([ColSpec("string", name, required=needed) for name, needed in INPUTS.items()]),
         Schema([ColSpec("string", name) for name in OUTPUTS]),
+        ParamSchema([ParamSpec("max_new_tokens", "integer", MAX_NEW_TOKENS)]),
     )
     (folder / _EXAMPLE).write_text(json.dumps({"columns": list(example), "data": [list(example.values())]}, indent=2))
     shown = {"artifact_path": _EXAMPLE, "type": "dataframe", "pandas_orient": "split"}
