@@ -16,7 +16,7 @@ from instructedit.data.module import EditData, TaskSource
 from instructedit.edits import DenseEdit
 from instructedit.evaluation import Evaluation
 from instructedit.paths import check_database
-from instructedit.tasks import load_records, sources
+from instructedit.tasks import Task, load_records, sources
 
 FIT = ["fit", "--model.editor=Mend", "--model.editor.rank=2", "--data.train=[{name: zsre}]", "--model.lm.name=tiny"]
 
@@ -134,9 +134,27 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps([record]))
     with pytest.raises(ie.UserError, match=r"r\.json, record 0: field 'rephrase\[1\]' holds half a surrogate pair"):
         load_records("counterfact", str(tmp_path / "r.json"))
+    one = {**record, "rephrase": "half \ud800"}
+    (tmp_path / "r.json").write_text(json.dumps([one]))
+    with pytest.raises(ie.UserError, match=r"r\.json, record 0: field 'rephrase' holds half a surrogate pair"):
+        load_records("counterfact", str(tmp_path / "r.json"))
     with pytest.raises(ie.UserError, match="prompt holds half a surrogate pair"):
         ie.EditRequest("half \udfff", "Lyon")
     assert ie.EditRequest("whole \U0001f600", "Lyon").prompt == "whole \U0001f600"
+
+
+def test_a_probe_that_cannot_be_made_says_which_record_it_is_of(tmp_path):
+    """Whatever a reader passes on unread."""
+
+    class Careless(Task):
+        name = title = "careless"
+
+        def parse(self, raw, report):
+            yield ie.EditRecord("0", ie.EditRequest("a", "b"), (ie.Probe("locality", raw.text("ask"), ("half \ud800",)),))
+
+    (tmp_path / "r.json").write_text('[{"ask": "who?"}]')
+    with pytest.raises(ie.UserError, match=r"r\.json, record 0: locality probe 'who\?': holds half"):
+        load_records(Careless(), str(tmp_path / "r.json"))
 
 
 def test_a_small_packed_file_does_not_fill_memory(tmp_path, monkeypatch):

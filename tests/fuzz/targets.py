@@ -24,6 +24,13 @@ CORPUS = Path(__file__).parent / "corpus"
 #: Characters that a message may have: longer ones are no line that somebody reads.
 LONGEST = 2000
 Read = Callable[[Path], Any]
+#: Words that the readers know.
+FIELDS = (
+    "prompt", "target_new", "subject", "ground_truth", "rephrase", "rephrase_prompt", "portability", "locality", "src",
+    "alt", "answers", "loc", "loc_ans", "New Question", "New Answer", "ent", "pos", "neg", "target", "task", "slots",
+    "neighbours", "ask", "version", "descriptions", "id", "split", "text", "provenance", "date", "seed", "lm", "data",
+    "trainer", "editors", "editor", "options", "sha256", "edit", "tensors", "edits",
+)  # fmt: skip
 
 
 def _records(task: str) -> Read:

@@ -10,17 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.fuzz.targets import CORPUS, TARGETS, outcome, saved, seeds
+from tests.fuzz.targets import CORPUS, FIELDS, TARGETS, outcome, saved, seeds
 
 #: Inputs for each of the targets.
 COUNT = int(os.environ.get("FUZZ_COUNT", "20"))
 
-FIELDS = (
-    "prompt", "target_new", "subject", "ground_truth", "rephrase", "rephrase_prompt", "portability", "locality", "src",
-    "alt", "answers", "loc", "loc_ans", "New Question", "New Answer", "ent", "pos", "neg", "target", "task", "slots",
-    "neighbours", "ask", "version", "descriptions", "id", "split", "text", "provenance", "date", "seed", "lm", "data",
-    "trainer", "editors", "editor", "options", "sha256", "edit", "tensors", "edits",
-)  # fmt: skip
 TEXT = st.text(max_size=8) | st.sampled_from([*FIELDS, "{0}", "%s", "[/b]", "../../x", "\ud800", "a" * 3000, "1e999"])
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 VALUES = st.recursive(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from instructedit.errors import UserError
 from instructedit.records import EditRecord
 from instructedit.tasks.raw import Raw
 
@@ -106,8 +107,15 @@ class Task(ABC):
         """The edit records of a whole split: those of each raw record, an edit that comes again left out."""
         records: dict[tuple[str, str], EditRecord] = {}
         for raw in raws:
-            for record in self.parse(raw, report):
+            for record in self._parsed(raw, report):
                 first = records.setdefault((record.request.prompt, record.request.target), record)
                 if first is not record:
                     report.drop("duplicate edit")
         return list(records.values())
+
+    def _parsed(self, raw: Raw, report: LoadReport) -> Iterator[EditRecord]:
+        """As `parse`; a request or probe that cannot be made says which record it is of."""
+        try:
+            yield from self.parse(raw, report)
+        except UserError as error:
+            raise raw.error(str(error)) from error

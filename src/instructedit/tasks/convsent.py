@@ -68,7 +68,7 @@ class ConvSent(Task):
 
     def build(self, raws: Sequence[Raw], report: LoadReport) -> list[EditRecord]:
         """The cases of all entities, each with a question about another entity of the split as its locality probe."""
-        records = [record for raw in raws for record in self.parse(raw, report)]
+        records = [record for raw in raws for record in self._parsed(raw, report)]
         topics: dict[str, EditRecord] = {}
         for record in records:
             topics.setdefault(_topic(record), record)

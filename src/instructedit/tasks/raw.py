@@ -27,8 +27,9 @@ class Raw:
         self.path = path
 
     def error(self, problem: str) -> UserError:
-        """An error that says which record of which file has the problem."""
-        return UserError(f"{self.source}, record {self.number}: {problem}")
+        """An error that says which record of which file has the problem; one that says so already stays."""
+        place = f"{self.source}, record {self.number}: "
+        return UserError(problem if problem.startswith(place) else place + problem)
 
     def has(self, field: str) -> bool:
         """Whether the field is there and not null."""
@@ -61,7 +62,7 @@ class Raw:
         """
         value = self._value(field)
         if isinstance(value, str):
-            return [[value.strip()]]
+            return [[self._text(value, field)]]
         found = []
         for i, entry in enumerate(self._list(value, field, "text or a list")):
             at = f"{field}[{i}]"

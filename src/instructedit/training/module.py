@@ -64,7 +64,7 @@ class LMConfig(Loading):
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None:
-            warn_renamed("lm.forward.activation_checkpointing", "lm.activation_checkpointing")
+            warn_renamed("lm.checkpoint", "lm.activation_checkpointing")
             object.__setattr__(self, "activation_checkpointing", self.checkpoint)
 
     def options(self) -> dict[str, Any]:
