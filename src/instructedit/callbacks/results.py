@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lightning as L  # noqa: N812
-from torch import distributed
 
 from instructedit.artifacts import artifacts
 from instructedit.console import console
 from instructedit.evaluation import Outcome, Row
+from instructedit.processes import from_all
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -44,7 +44,7 @@ class ResultTables(L.Callback):
             self.rows += outputs.rows
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        rows = _from_all(self.rows)
+        rows = from_all(self.rows)
         if not trainer.is_global_zero or not rows:
             return
         from pandas import DataFrame
@@ -67,12 +67,3 @@ class ResultTables(L.Callback):
         more = {name: mean for name, mean in means.items() if name not in trainer.callback_metrics}
         for logger in trainer.loggers:  # where Lightning logs its own: the UI draws bars, not lines
             logger.log_metrics(more, trainer.global_step)
-
-
-def _from_all(rows: list[Row]) -> list[Row]:
-    """The rows of every process."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return rows
-    parts: list[list[Row]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]

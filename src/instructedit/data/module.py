@@ -18,6 +18,7 @@ from instructedit.data.mixture import MixtureSampler
 from instructedit.errors import UserError, at_least
 from instructedit.instructions import Instructor
 from instructedit.lm import Text
+from instructedit.processes import place_among
 from instructedit.records import EditRecord
 from instructedit.renamed import renamed_names
 from instructedit.tasks import LoadReport, load_records, task_name, task_title
@@ -245,8 +246,8 @@ class EditData(L.LightningDataModule):
         return DataLoader(share, batch_size=self.hparams["eval_batch_size"], collate_fn=list)
 
     def _process(self) -> tuple[int, int]:
-        """Which process this is, of how many."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        """Which process this is, of how many; those that share a sharded LM count as one."""
+        return place_among(self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of records."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -17,6 +17,7 @@ from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.lm import Site
 from instructedit.lm.tokens import rows_of
+from instructedit.processes import mean_over_processes
 
 
 class Gates(nn.Module):
@@ -123,19 +124,10 @@ class Ke(Editor):
         """c_edit · L_e + λ · (KL − m), λ by gradient ascent (De Cao et al., section 3.2); c_loc takes no part."""
         edit, locality = editing_loss(self.lm, self.compute_edit(batch.requests), batch, weights.unlikelihood)
         loss = weights.edit * edit + self.multiplier * (locality - self.allowed)
-        excess = _mean_of_all(locality.detach() - self.allowed)
+        excess = mean_over_processes(locality.detach() - self.allowed)
         self.multiplier = (self.multiplier + self.multiplier_rate * excess).clamp(min=0)
         return {"loss": loss, "edit_loss": edit, "locality_loss": locality, "multiplier": self.multiplier}
 
     def on_validation_end(self, scores: Mapping[str, float]) -> None:
         if scores.get("reliability", 0.0) > 100 * self.success:
             self.allowed.mul_(self.margin_decay).clamp_(min=self.margin_min)
-
-
-def _mean_of_all(value: Tensor) -> Tensor:
-    """The mean over the processes of a data-parallel run."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    total = value.clone()
-    distributed.all_reduce(total)
-    return total / distributed.get_world_size()

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from instructedit.data.batch import EditBatch, ProbeBatch
-from instructedit.editors.processes import mean_over_processes
 from instructedit.edits import Edit
 from instructedit.lm import FrozenLM
 from instructedit.metrics import row_mean
+from instructedit.processes import mean_over_processes
 
 _FEWEST = 1e-9  # requests with locality probes: where no process has any, the loss is 0 / this
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from instructedit.editors.processes import several
+from instructedit.processes import sum_over_processes
 
 
 class RunningNorm(nn.Module):
@@ -55,17 +55,15 @@ class RunningNorm(nn.Module):
             x: [tokens, size].
             everywhere: Under data parallelism those of every process; else this one's alone.
         """
-        together = everywhere and several()
         count = torch.full((), len(x), dtype=torch.float64, device=x.device)
         total = x.sum(0).double()
-        if together:
-            both = torch.cat([count[None], total])
-            distributed.all_reduce(both)
+        if everywhere:
+            both = sum_over_processes(torch.cat([count[None], total]))
             count, total = both[0], both[1:]
         mean = total / count.clamp(min=1)  # no token at all changes nothing, without a look at how many there are
         squares = (x.double() - mean).square().sum(0)
-        if together:
-            distributed.all_reduce(squares)
+        if everywhere:
+            squares = sum_over_processes(squares)
         shift = mean - self.mean
         both_counts = self.count + count
         share = count / both_counts.clamp(min=1)

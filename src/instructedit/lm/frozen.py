@@ -29,6 +29,7 @@ from instructedit.lm.loading import load_model, reading_options, source_of
 from instructedit.lm.prefix_states import PrefixStates
 from instructedit.lm.row_states import RowStates
 from instructedit.lm.scores import Scores
+from instructedit.lm.sharding import check_unshared_cache, is_sharded, shard_blocks
 from instructedit.lm.sites import Site
 from instructedit.lm.text import Text
 from instructedit.lm.tokens import TokenBatch
@@ -109,6 +110,22 @@ class FrozenLM:
         if not self._device_mapped and torch.device(device) != self.device:
             self.model.to(torch.device(device))
             self.forget()
+        return self
+
+    def shard(self, count: int, device: torch.device | str) -> Self:
+        """Spreads the weights of the blocks over groups of `count` processes (FSDP2); see `shard_blocks`.
+
+        Raises:
+            UserError: If the number of processes is no multiple of `count`, or the cache is kept on disk.
+        """
+        if count > 1 and not is_sharded(self.forward.blocks[0]):
+            check_unshared_cache(self.cache.disk)
+            _ = self.try_out().fingerprint  # of the whole weights
+            shard_blocks(self.forward.blocks, torch.device(device), count)
+            self.to(device).forget()
+            one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+            with torch.inference_mode(False), torch.no_grad():  # what is gathered first is no inference tensor
+                self.forward.run({"input_ids": one, "attention_mask": one})
         return self
 
     def try_out(self) -> Self:

@@ -15,9 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from instructedit.edits import Edit
 from instructedit.errors import UserError
+from instructedit.lm.sharding import is_sharded, let_go
 
 #: Where a module keeps its forward hooks, and which of them are given keyword arguments.
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs")
+#: The same, and what runs before a block: a sharded one would be gathered for nothing.
+ALL_HOOKS = (*HOOKS, "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 class StopForward(Exception):  # noqa: N818 (a signal, not an error)
@@ -30,7 +33,10 @@ def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise StopForward(args[0] if args else kwargs["hidden_states"])
 
-    return _caught(block.register_forward_pre_hook(hook, with_kwargs=True), forward)
+    try:
+        return _caught(block.register_forward_pre_hook(hook, with_kwargs=True), forward)
+    finally:
+        let_go(block)
 
 
 def output_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
@@ -80,6 +86,7 @@ def resumed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, values: in
         if not start:
             stack.callback(blocks[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
         for block in blocks[:start]:
+            stack.enter_context(hooked({block: {kind: OrderedDict() for kind in ALL_HOOKS}}))
             stack.enter_context(patched(block, give))
         yield
 
@@ -125,8 +132,8 @@ def _hook(modules: Mapping[nn.Module, Mapping[str, Any]]) -> None:
 
 
 def bare(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Takes all hooks off the modules: those of edits, and those of whoever looks on."""
-    return hooked({module: {"_forward_hooks": OrderedDict()} for module in modules})
+    """Takes all hooks off the modules: those of edits, and those of whoever looks on, but for what gathers weights."""
+    return hooked({module: {"_forward_hooks": OrderedDict()} for module in modules if not is_sharded(module)})
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from instructedit.lm import hooks
+from instructedit.lm.sharding import is_sharded
 
 #: Rows of a product, at most, that count as few.
 FEW = 64
@@ -26,9 +27,9 @@ def small_batch_matmul(modules: Iterable[nn.Module]) -> Iterator[None]:
     Every thread takes its part of the weights. Only the order of sums is another one. Where a gradient may be wanted
     the layers multiply as ever.
     """
-    threads = torch.get_num_threads()
+    threads, modules = torch.get_num_threads(), list(modules)
     with ExitStack() as stack:
-        for layer in modules:
+        for layer in () if any(map(is_sharded, modules)) else modules:  # what is gathered goes again
             prepared = _PRODUCTS.get(type(layer))
             if prepared and _suits(layer.get_parameter("weight")):
                 product = prepared(layer.get_parameter("weight").detach(), layer.bias, threads)

@@ -19,7 +19,7 @@ from instructedit.editors import Editor, load_weights
 from instructedit.editors.factored_gradients import factor_gradients
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.saved import check_checkpoint, check_made_for, seal_checkpoint
-from instructedit.errors import UserError
+from instructedit.errors import UserError, at_least
 from instructedit.evaluation import Evaluation, Outcome, Watcher, evaluate_batch
 from instructedit.lm import FrozenLM, Loading
 from instructedit.metrics import PerRecordMean, editing_metrics
@@ -44,6 +44,8 @@ class LMConfig(Loading):
         cache_disk_bytes: Room for all that is in that folder, in bytes; the least lately used is thrown out.
         activation_checkpointing: Train with less memory and more time: blocks run again in the backward pass, of which
             else every activation is kept.
+        shards: Processes that share one copy of the blocks' weights (FSDP2), for an LM that one GPU has no room for;
+            they see the same records. The number of processes is a multiple of it.
         joiner: What stands between a prompt and its answer; ``auto`` is a space, or nothing after white space, an
             opening quote or bracket, and in scripts without spaces.
         chat: Put prompts, their instruction in front, into the user's turn of the LM's own chat template, answers into
@@ -58,6 +60,7 @@ class LMConfig(Loading):
     cache_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     cache_disk_bytes: int = 64 << 30
     activation_checkpointing: bool = False
+    shards: int = 1
     joiner: str = "auto"
     chat: bool = False
     checkpoint: bool | None = None
@@ -69,7 +72,7 @@ class LMConfig(Loading):
 
     def options(self) -> dict[str, Any]:
         """Gives the arguments of `FrozenLM.from_pretrained`."""
-        return {name: value for name, value in asdict(self).items() if name != "checkpoint"}
+        return {name: value for name, value in asdict(self).items() if name not in ("checkpoint", "shards")}
 
 
 class EditingModule(L.LightningModule):
@@ -111,6 +114,8 @@ class EditingModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        at_least(1, shards=lm.shards)
+        self._shards = lm.shards
         self._lm = [FrozenLM.from_pretrained(**lm.options())]
         self.editor = editor.bind(self.lm)
         self.evaluation = evaluation
@@ -146,7 +151,8 @@ class EditingModule(L.LightningModule):
         return self._data
 
     def setup(self, stage: str) -> None:
-        """Connects data that the Trainer alone was given, before its stream begins."""
+        """Shards the LM; connects data that the Trainer alone was given, before its stream begins."""
+        self.lm.shard(self._shards, self.trainer.strategy.root_device)
         if getattr(self.trainer, "datamodule", None) is not None:
             _ = self.data
 

@@ -1,0 +1,57 @@
+"""A frozen model's blocks over several processes: each holds a part of the weights, and gathers a block to run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from instructedit import processes
+from instructedit.errors import UserError
+
+
+def shard_blocks(blocks: nn.ModuleList, device: torch.device, count: int) -> None:
+    """Spreads the weights of each block over groups of `count` processes (FSDP2), and brings them to the device.
+
+    The processes of a group must run the same passes on the same rows: gathering a block needs all of them. What is
+    not in a block (embeddings, head) is whole in each.
+
+    Args:
+        blocks: The transformer blocks.
+        device: Where they are to run.
+        count: Processes of a group; neighbours by rank.
+
+    Raises:
+        UserError: If the processes cannot be divided so.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    groups = processes.groups_of(count)
+    mesh = init_device_mesh(device.type, (groups, count), mesh_dim_names=("data", "lm"))
+    for block in blocks:
+        fully_shard(block, mesh=mesh["lm"], reshard_after_forward=True)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the weights of a block are spread over processes."""
+    return hasattr(module, "reshard") and hasattr(module, "unshard")
+
+
+def let_go(module: Any) -> None:
+    """Gives up the gathered weights of a block whose pass was ended before its end."""
+    if is_sharded(module):
+        module.reshard()
+
+
+def check_unshared_cache(cache_dir: object) -> None:
+    """Says that states on disk are not for a sharded model: what one process finds there, its neighbour may not.
+
+    Raises:
+        UserError: If there is a folder for them.
+    """
+    if cache_dir:
+        raise UserError(
+            "lm: shards and cache_dir do not go together: all processes of a group must run the same passes"
+        )
