@@ -41,7 +41,9 @@ def furnish(folder: Path, tokenizer: object) -> Path:
     """Puts into a folder what a reader of the pages has: facts, a text, records, a model as a folder and a GGUF file."""
     (folder / "facts.csv").write_text(FACTS)
     texts = [ie.load_records("counterfact", split="test[:50]")[0][i].request.prompt for i in range(50)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"{text} far away. " * 20}) + "\n" for text in texts))
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"{text} far away. " * 20}) + "\n" for text in texts)
+    )
     tiny = ie.FrozenLM.from_pretrained("tiny")
     tiny.model.save_pretrained(folder / "my-model")
     tiny.tokenizer.save_pretrained(folder / "my-model")

@@ -150,7 +150,9 @@ def test_a_probe_that_cannot_be_made_says_which_record_it_is_of(tmp_path):
         name = title = "careless"
 
         def parse(self, raw, report):
-            yield ie.EditRecord("0", ie.EditRequest("a", "b"), (ie.Probe("locality", raw.text("ask"), ("half \ud800",)),))
+            yield ie.EditRecord(
+                "0", ie.EditRequest("a", "b"), (ie.Probe("locality", raw.text("ask"), ("half \ud800",)),)
+            )
 
     (tmp_path / "r.json").write_text('[{"ask": "who?"}]')
     with pytest.raises(ie.UserError, match=r"r\.json, record 0: locality probe 'who\?': holds half"):

@@ -34,7 +34,9 @@ def test_a_step_and_its_scores_are_those_of_one_process(tokenizer, world, shards
         torch.manual_seed(1)
         editor = ie.build_editor("mend", lm, rank=4, edit_rate=0.1)
         found = processes.from_all(evaluate_batch(lm, editor, of, rows).rows)
-        return sorted((row["record"], row["kind"], row["prompt"], row.get("after") or "", row["log_likelihood"]) for row in found)
+        return sorted(
+            (row["record"], row["kind"], row["prompt"], row.get("after") or "", row["log_likelihood"]) for row in found
+        )
 
     def work(rank):
         whole = held(lm)
