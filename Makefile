@@ -8,7 +8,7 @@ READY := .venv/.ready
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-real gpu test test-all check lint types format docs ui faults fuzz load audit-deps licences clean
+.PHONY: help install demo demo-real gpu test test-all check lint types format docs ui faults fuzz ranks load audit-deps licences clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,15 +59,20 @@ ui: $(READY)  ## open the runs in the MLflow UI; the address that it prints has 
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --workers 1
 
 KILLS ?= 1000
-faults: $(READY)  ## kill a fit KILLS times (1000) at random points, resume it, and compare: hours
+faults: $(READY)  ## kill a fit KILLS times (1000) at random points, resume it, and compare: three quarters of an hour
 	$(BIN)/python -m tests.faults.harness --kills $(KILLS)
 
 FUZZ ?= 1000000
-fuzz: $(READY)  ## give FUZZ files (1000000), changed at random, to whatever reads files of strangers: hours
-	FUZZ_COUNT=$$(( $(FUZZ) / 15 + 1 )) $(BIN)/python -m pytest -q tests/fuzz
+fuzz: $(READY)  ## give FUZZ files (1000000), changed under the guidance of coverage, to whatever reads files: half an hour
+	$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=3"
+	$(BIN)/python -m tests.fuzz.guided --count $(FUZZ)
+
+ranks: $(READY)  ## README's commands for two processes, killed half way and gone on with, beside one process: minutes
+	$(BIN)/python -m tests.two_ranks
 
 EDITS ?= 100000
-load: $(READY)  ## score EDITS edits (100000) in flat memory, and fit in 8 processes on one store and one cache
+load: $(READY)  ## 8 fits on one store and one cache, 20 visitors of the page, EDITS edits (100000) in flat memory
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ui]"
 	$(BIN)/python -m tests.load --edits $(EDITS)
 
 audit-deps: $(READY)  ## look up the installed packages in the database of known holes (network)

@@ -1,4 +1,4 @@
-"""Load: many edits in flat memory, and many processes on one store and one cache.
+"""Load: many processes on one store and one cache, many visitors of the page, many edits in flat memory.
 
 python -m tests.load --edits 100000 --processes 8
 """
@@ -12,12 +12,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from tests.faults.harness import arguments, prepare
-from tests.ranks import forked
+from tests.ranks import forked, free_port
 
 import instructedit as ie
 from instructedit.editors.saved import read_checkpoint
@@ -82,12 +84,46 @@ def together(folder: Path, processes: int) -> int:
     return len(table)
 
 
+def visitors(count: int, folder: Path) -> float:
+    """So many visitors of the page at once, each with an edit of its own; gives the seconds that the last one waited.
+
+    Each must see the report of its own edit, keep it under its own name, and get that one as a file.
+    """
+    from gradio_client import Client
+
+    from instructedit.commands.ui import HOST, page
+    from instructedit.reports.workbench import Workbench
+
+    blocks = page(Workbench(folder / "edits", ("tiny",)))
+    _, address, _ = blocks.launch(server_name=HOST, server_port=free_port(), quiet=True, prevent_thread_lock=True)
+    began = time.monotonic()
+
+    def visit(number: int) -> str:
+        client = Client(address, verbose=False, download_files=str(folder / f"visitor-{number}"))
+        request = ("tiny", "ft_l", "The capital of France is", f"number {number}", "", "", "")
+        report = client.predict(*request, api_name="/edit")
+        assert f"number {number}" in report
+        client.predict(f"visitor-{number}", api_name="/keep")
+        with ZipFile(client.predict(api_name="/pack")) as packed:
+            requests = next(name for name in packed.namelist() if name.endswith("requests.json"))
+            assert f"number {number}" in packed.read(requests).decode()
+        return str(report)
+
+    with ThreadPoolExecutor(count) as pool:
+        reports = list(pool.map(visit, range(count)))
+    assert len(set(reports)) == count
+    assert sorted(each.name for each in (folder / "edits").iterdir()) == sorted(f"visitor-{n}" for n in range(count))
+    blocks.close()
+    return time.monotonic() - began
+
+
 if __name__ == "__main__":
     import os
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edits", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--visitors", type=int, default=20, help="of the page; needs the extra ui")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
@@ -96,6 +132,9 @@ if __name__ == "__main__":
         started = time.monotonic()
         count = together(Path(made), options.processes)
         print(f"{count} fits at once on one store and one cache: all finished, {time.monotonic() - started:.0f} s")
+        if options.visitors:
+            waited = visitors(options.visitors, Path(made))
+            print(f"{options.visitors} visitors of the page at once: each edited, kept and got its own, {waited:.0f} s")
         model = ie.FrozenLM.from_pretrained("lm", cache_bytes=8 << 20)
         figures = stream(model, options.edits)
         for edits, megabytes, seconds in figures:

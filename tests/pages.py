@@ -38,7 +38,7 @@ FACTS = "prompt,target\nThe capital of France is,Rome\nThe capital of Spain is,O
 
 
 def furnish(folder: Path, tokenizer: object) -> Path:
-    """Puts into a folder what a reader of the pages has: facts, a text, records, a model as a folder and a GGUF file."""
+    """Puts into a folder what a reader has: facts, a text, records, a model as a folder and as a GGUF file."""
     (folder / "facts.csv").write_text(FACTS)
     texts = [ie.load_records("counterfact", split="test[:50]")[0][i].request.prompt for i in range(50)]
     (folder / "text.jsonl").write_text(

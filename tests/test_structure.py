@@ -28,7 +28,7 @@ FLOORS = (
 TOP = ("__init__", "benchmark", "cli", "commands", "experiments", "lightning_cli", "mlflow_model")
 GROUND = (
     "artifacts", "registry", "registered", "run_names", "provenance", "stores", "locks", "redaction", "drawing",
-    "pages", "console", "configs", "paths", "rows", "renamed", "errors",
+    "pages", "console", "configs", "paths", "rows", "processes", "renamed", "errors",
 )  # fmt: skip
 LEVEL = {name: level for level, name in enumerate(reversed([*FLOORS[1:], *GROUND]))}
 LEVEL |= dict.fromkeys(TOP, len(LEVEL))
@@ -255,6 +255,7 @@ def test_everything_public_says_what_it_is():
 
 #: From the ground up: a room imports from those of earlier lines alone.
 ROOMS = (
+    ("sharding",),
     ("tokens", "joining", "gguf", "hooks", "feed_forward", "chunked_logits", "fingerprint"),
     ("architectures", "prefix_trees"),
     ("text", "sites", "tryout", "reading", "small_batch", "cache"),

@@ -1,9 +1,9 @@
-"""README's commands for two processes, run as they stand on a small model, beside one process with the same global batch.
+"""README's commands for two processes, run on a small model, beside one process with the same global batch.
 
     python -m tests.two_ranks --steps 20
 
-Each command is a process of its own, which starts its second one itself. The fit of two is ended half way by SIGKILL and
-goes on by README's second command; what comes of it is compared with the fit of one process that nothing happened to.
+Each command is a process of its own, which starts its second one itself. The fit of two is ended half way by SIGKILL
+and goes on by README's second command; what comes of it is compared with the fit of one process that nothing happened to.
 """
 
 from __future__ import annotations
@@ -123,9 +123,8 @@ def main(steps: int, folder: Path) -> None:
     print(f"fit of two, killed after step {at} of {steps} and gone on with, beside one process:")
     print(f"  the editor's tensors are {float(max(apart.values())):.1e} of their norm apart, at most")
     pairs = list(zip(losses(one), losses(two), strict=True))
-    print(
-        f"  the losses of {len(pairs)} steps differ by {max(abs(a - b) / abs(a) for a, b in pairs):.1e} of them, at most"
-    )
+    most = max(abs(a - b) / abs(a) for a, b in pairs)
+    print(f"  the losses of {len(pairs)} steps differ by {most:.1e} of them, at most")
     ended(start(test, two, checkpoint_of(two), *score), two)
     ended(start(without_second(test), one, checkpoint_of(two), *score), one)
     alone, both = tested(one), tested(two)

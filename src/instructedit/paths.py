@@ -58,7 +58,7 @@ def check_writable_file(file: str | Path, option: str) -> Path:
     path = Path(file).expanduser()
     if path.is_dir():
         raise UserError(f"{option} {file}: is a folder, not a file")
-    check_writable(path.parent, option)
+    check_writable(path.parent, f"{option} {file}: its folder")
     return path
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from instructedit.locks import one_at_a_time
 
 DATABASE = "mlflow.db"
+#: Seconds to wait while somebody else writes to the database, or a slow disk does: SQLite's own five end a run.
+_PATIENCE = 60
 _MAKING = ".making-"  # begins the name of a folder in which a store is made
 
 
 def local_store(root: Path) -> str:
-    """Makes the store when it is not there, and tidies up after a process that was killed while it made it."""
+    """The URI of the store, made when it is not there; tidies up after a process that was killed while it made it."""
     database = root / DATABASE
     if not database.exists() or any(root.glob(f"{_MAKING}*")):
         root.mkdir(parents=True, exist_ok=True)
@@ -23,7 +25,7 @@ def local_store(root: Path) -> str:
             for left in root.glob(f"{_MAKING}*"):
                 shutil.rmtree(left, ignore_errors=True)
             _make_store(root)
-    return f"sqlite:///{database}"
+    return f"sqlite:///{database}?timeout={_PATIENCE}"
 
 
 def _make_store(root: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.conftest import random_lm
+from tests.editors.test_promises import built
 from tests.ranks import as_torchrun, forked, free_port, in_ranks
 from tests.training.test_ranks import records, step
 from torch import distributed
 
 import instructedit as ie
 from instructedit import processes
+from instructedit.editors import editor_names
 from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.lightning_cli import run
 from instructedit.testbed.pretrain import Recipe, new_model
@@ -62,6 +64,25 @@ def test_a_step_and_its_scores_are_those_of_one_process(tokenizer, world, shards
         torch.testing.assert_close(own, buffers, rtol=1e-5, atol=1e-6)
         assert [row[:4] for row in seen] == [row[:4] for row in scores]
         assert [row[4] for row in seen] == pytest.approx([row[4] for row in scores], abs=1e-4)
+
+
+def test_every_editor_edits_a_sharded_model_as_a_whole_one(tokenizer):
+    request = ie.EditRequest("The capital of France is", "Rome", subject="France", task="counterfact")
+
+    def words(lm):
+        found = {}
+        for name in editor_names():
+            torch.manual_seed(0)
+            with lm.edited(built(name, lm).edit([request])):
+                found[name] = lm.generate(request.prompt, 4)
+        return found
+
+    def work(rank):
+        return words(random_lm("gpt2", tokenizer).shard(2, "cpu"))
+
+    whole = words(random_lm("gpt2", tokenizer))
+    assert len(set(whole.values())) > 3
+    assert in_ranks(2, work) == [whole, whole]
 
 
 @pytest.mark.parametrize("editor", ["Mend", "RidgeEdit"])

@@ -48,7 +48,10 @@ def main(
     from instructedit.benchmark.measure import MEASURES, many_edits, measure
     from instructedit.benchmark.report import report
     from instructedit.errors import UserError
+    from instructedit.paths import check_writable_file
 
+    if json:
+        check_writable_file(json, "--json")
     if unknown := [name for name in shapes or () if name not in SHAPES]:
         raise UserError(f"benchmark: no shape {unknown[0]!r}; there are: {', '.join(SHAPES)}; --lm takes a real model")
     chosen = [*(shapes or ()), *([lm] if lm else [])] or [

@@ -85,6 +85,7 @@ def _plainly(action: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
+    act.__name__ = action.__name__  # what programs call it by, as /edit
     return act
 
 

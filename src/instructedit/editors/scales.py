@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from instructedit.lm import FrozenLM, Site
+from instructedit.lm.sharding import gathered
 
 #: Beginnings of sentences that have nothing to do with one another.
 NEUTRAL_PROMPTS = (
@@ -60,7 +61,8 @@ def weight_size(lm: FrozenLM, site: Site) -> float:
     layer = lm.model.get_submodule(site.name)
     noise = torch.randn(_DRAWS, site.in_features, generator=torch.Generator().manual_seed(0))
     noise = noise.to(lm.device, lm.model.dtype)
-    without_bias = layer(noise) - layer(torch.zeros_like(noise[:1]))
+    with gathered(lm.forward.blocks[site.block]):
+        without_bias = layer(noise) - layer(torch.zeros_like(noise[:1]))
     return (without_bias.float().square().mean() / site.in_features).sqrt().item()
 
 

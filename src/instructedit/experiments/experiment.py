@@ -14,7 +14,9 @@ from instructedit.experiments.results import Results
 from instructedit.experiments.runner import Runner, RunResult
 from instructedit.experiments.search import search
 from instructedit.experiments.sections import PACKAGE, Section
+from instructedit.paths import check_database, check_writable
 from instructedit.registry import plugins
+from instructedit.stores import DATABASE
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -41,9 +43,13 @@ class Experiment(Plan):
             The summary: ``method, task, metric, mean, low, high, n, seeds, spread``.
 
         Raises:
-            UserError: If rows or sections failed; what the others gave has been written.
+            UserError: If the store or the folder of results cannot be written, before anything runs; if rows or
+                sections failed: what the others gave has been written.
         """
         from instructedit.tracking import MLflowTracker
+
+        check_database(check_writable(self.root, "--root") / DATABASE)
+        check_writable(self.out, "--out")
 
         tags = {"experiment": self.name, "scale": self.scale.name, "seeds": ",".join(map(str, self.seeds))}
         with MLflowTracker(run_name=self.name, root=self.root, tags=tags) as parent:

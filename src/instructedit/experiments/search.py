@@ -105,7 +105,7 @@ class _Searching:
         choices = {option: [_choice(value) for value in values] for option, values in self.search.parameters.items()}
         asked = [self.search.metric, self.search.sampler, self.search.pruner, json.dumps(choices)]
         name = f"{self.experiment.name}/{self.experiment.scale.name}/{fingerprint([*self.arguments, *asked])}"
-        storage = f"sqlite:///{self.experiment.root.expanduser().absolute() / DATABASE}"
+        storage = f"sqlite:///{self.experiment.root.expanduser().absolute() / DATABASE}?timeout=60"
         if self.experiment.force and name in optuna.get_all_study_names(storage):
             optuna.delete_study(study_name=name, storage=storage)
         seed = self.experiment.seeds[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,10 +41,21 @@ def is_sharded(module: nn.Module) -> bool:
     return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
-def let_go(module: Any) -> None:
+def let_go(block: Any) -> None:
     """Gives up the gathered weights of a block whose pass was ended before its end."""
-    if is_sharded(module):
-        module.reshard()
+    if is_sharded(block):
+        block.reshard()
+
+
+@contextmanager
+def gathered(block: Any) -> Iterator[None]:
+    """Inside, the block's weights are whole, for layers of it that run alone."""
+    if is_sharded(block):
+        block.unshard()
+    try:
+        yield
+    finally:
+        let_go(block)
 
 
 def check_unshared_cache(cache_dir: object) -> None:
