@@ -47,6 +47,17 @@ def refused(capsys, lm, *more):
     return lines[-1]
 
 
+def test_a_trained_editor_edits_the_model_that_it_was_trained_for(lm_folder, tmp_path, capsys):
+    lm = ie.FrozenLM.from_pretrained(str(lm_folder))
+    ie.build_editor("mend", lm, rank=2, edit_rate=0.1).save_pretrained(tmp_path / "mend")
+    asked = ["edit", f"--prompt={PROMPT}", "--target=Lyon", f"--editor={tmp_path / 'mend'}", "--max_new_tokens=2"]
+    assert main([*asked, f"--json={tmp_path / 'report.json'}"]) == 0
+    assert f"lm: {lm_folder}, which this editor was trained for" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["lm"] == str(lm_folder)
+    assert main([*asked, "--lm=tiny"]) == 2
+    assert "whose tokenizer" in capsys.readouterr().err
+
+
 # -- a scale -----------------------------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,7 @@ class EditCommand:
         scale: A scale of configs/scale/, or a file of your own, for the LM and the method's hyper-parameters; by
             default the one that is called as the LM is, if there is one.
         lm: tiny, tiny-llama, smollm2-135m, gemma-3-270m, a local folder, a .gguf file, or a hub id; by default the
-            scale's, or tiny.
+            scale's, or that which a trained editor was trained for, or tiny.
         device: Where the LM lives, e.g. cuda; by default the CPU.
         dtype: Of the LM's weights, e.g. bfloat16; by default float32.
         task: Name of the editing task, or its folder with a task.yaml, for editors that read instructions.
@@ -122,8 +122,9 @@ class EditCommand:
             raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
         _check_sequence(self)
         places = _places(self.keep, self.store, 1 if self.joint else len(cases))
-        at = Scale.load(self.scale) if self.scale else Scale.of_model(self.lm or "tiny")
-        model = _model(at, self.lm, self.device, self.dtype, self.chat)
+        name = self.lm or (None if self.scale else _trained_for(self.editor))
+        at = Scale.load(self.scale) if self.scale else Scale.of_model(name or "tiny")
+        model = _model(at, name, self.device, self.dtype, self.chat)
         method = _method(self.editor, model, self.options, at)
         if self.merge and not method.changes_weights:
             raise UserError(f"--merge: edits of {method.name!r} are no change of weights, so no model can hold them")
@@ -173,6 +174,15 @@ def _model(scale: Scale | None, lm: str | None, device: str | None, dtype: str |
     known = scale.lm_options() if scale and not lm else {"name": lm or "tiny"}
     asked = {"device": device, "dtype": dtype, "chat": chat}
     return ie.FrozenLM.from_pretrained(**known | {name: value for name, value in asked.items() if value})
+
+
+def _trained_for(editor: str) -> str | None:
+    """The LM that a trained editor was trained for, which is said."""
+    from instructedit.editors import lm_of
+
+    if name := lm_of(editor):
+        print(f"lm: {name}, which this editor was trained for", file=sys.stderr)
+    return name
 
 
 def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None, scale: Scale | None) -> Editor:

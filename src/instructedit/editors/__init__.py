@@ -1,6 +1,6 @@
 """How an edit is made: one file a method, found by the name that its class carries."""
 
 from instructedit.editors.base import Editor, build_editor, load_editor, load_weights
-from instructedit.editors.choosing import any_editor, editor_names
+from instructedit.editors.choosing import any_editor, editor_names, lm_of
 
-__all__ = ["Editor", "any_editor", "build_editor", "editor_names", "load_editor", "load_weights"]
+__all__ = ["Editor", "any_editor", "build_editor", "editor_names", "lm_of", "load_editor", "load_weights"]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from instructedit.editors.base import PACKAGE, Editor, build_editor, load_editor
-from instructedit.editors.sources import is_place
+from instructedit.editors.saved import read_editor
+from instructedit.editors.sources import find_editor, is_place
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 from instructedit.registry import names
@@ -16,6 +17,18 @@ from instructedit.registry import names
 def editor_names() -> list[str]:
     """Names that `build_editor` knows."""
     return names(Editor, PACKAGE)
+
+
+def lm_of(source: str | Path) -> str | None:
+    """Name of the LM that a trained editor was trained for; None for a method by its name, or if that was not saved.
+
+    Raises:
+        UserError: If there is no such editor, or a damaged one.
+    """
+    if str(source) in editor_names() or not is_place(str(source)):
+        return None
+    name = read_editor(find_editor(source)).made_for.get("lm")
+    return str(name) if name else None
 
 
 def any_editor(source: str | Path, lm: FrozenLM, options: Mapping[str, Any] | None = None) -> Editor:
