@@ -20,6 +20,9 @@ from instructedit.testbed.datasets import raw_records
 REPOSITORY = Path(__file__).parents[1]
 #: What no test machine has, and what it has instead; the paper's and the real model are the embedded one.
 HERE = {
+    "--lm smollm2-135m --editor ft_l --chat": "--lm my-chat-model --editor ft_l --chat",
+    "--scale smollm2-135m --editor mend --model.lm.chat": "--scale tiny --editor mend --model.lm.name my-chat-model "
+    "--model.lm.chat",
     "openai-community/gpt2-xl": "tiny", "smollm2-135m": "tiny", "gpt2-xl": "tiny", "llama-2-7b": "tiny",
     "--trainer.devices 4": "--trainer.devices 2", "--trainer.devices=8": "--trainer.devices=2", "--device cuda": "",
     "mlruns/1/<run>/checkpoints/last.ckpt": "latest", "--seeds 0 1 2": "--seeds 0", "--tokens 1000000": "--tokens 500",
@@ -47,6 +50,9 @@ def furnish(folder: Path, tokenizer: object) -> Path:
     tiny = ie.FrozenLM.from_pretrained("tiny")
     tiny.model.save_pretrained(folder / "my-model")
     tiny.tokenizer.save_pretrained(folder / "my-model")
+    tiny.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}model: "
+    tiny.model.save_pretrained(folder / "my-chat-model")
+    tiny.tokenizer.save_pretrained(folder / "my-chat-model")
     write_gguf(folder / "model.gguf", llama(tokenizer), tokenizer)
     for task in ("counterfact", "recent", "convsent", "zsre"):
         (folder / "data" / task).mkdir(parents=True)

@@ -3,7 +3,7 @@
     python -m tests.two_ranks --steps 20
 
 Each command is a process of its own, which starts its second one itself. The fit of two is ended half way by SIGKILL
-and goes on by README's second command; what comes of it is compared with the fit of one process that nothing happened to.
+and goes on by README's second command; what comes of it is compared with the fit of one process, never disturbed.
 """
 
 from __future__ import annotations
