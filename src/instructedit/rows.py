@@ -1,7 +1,8 @@
-"""Rows of a tensor by their numbers, with a gradient that is the same in every run."""
+"""Rows of a tensor by their numbers, with a gradient that is the same in every run; and the dtype of statistics."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -13,3 +14,8 @@ def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
     ``index_select`` have one order, and take half the time. On a GPU it is the other way round.
     """
     return tensor[index] if tensor.is_cuda else tensor.index_select(0, index)
+
+
+def in_full(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64: statistics and losses are never in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -34,7 +34,7 @@ def records(probes):
 def step(lm, of, steps=2):
     """Losses, gradients and normaliser after two steps of training on the same records; gradients without a sum."""
     torch.manual_seed(0)
-    editor = ie.build_editor("mend", lm, rank=4, edit_rate=0.1).train()
+    editor = ie.build_editor("mend", lm, rank=4, edit_rate=0.1).train().to(lm.model.dtype)
     collate = Collator(lm.text, None)
     for number in range(steps):
         editor.zero_grad()
@@ -46,10 +46,12 @@ def step(lm, of, steps=2):
     return found, dict(editor.named_buffers())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("probes", PROBES.values(), ids=PROBES)
-def test_a_step_of_several_processes_is_that_of_one(tokenizer, world, probes):
-    lm, every = random_lm("gpt2", tokenizer), records(probes)
+def test_a_step_of_several_processes_is_that_of_one(tokenizer, world, probes, dtype, tolerance):
+    """But for how sums are rounded: in double precision nothing else is left between them."""
+    lm, every = random_lm("gpt2", tokenizer, dtype), records(probes)
     share = len(every) // world
 
     def work(rank):
@@ -66,8 +68,8 @@ def test_a_step_of_several_processes_is_that_of_one(tokenizer, world, probes):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             apart = (found[name] - value).norm() / value.norm().clamp(min=1e-6)
-            assert apart < 1e-5, f"{name} is {apart:.1e} of its norm apart"
-        torch.testing.assert_close(own, buffers, rtol=1e-5, atol=1e-6)
+            assert apart < tolerance, f"{name} is {apart:.1e} of its norm apart"
+        torch.testing.assert_close(own, buffers, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])

@@ -13,6 +13,7 @@ from instructedit.edits import Edit
 from instructedit.lm import FrozenLM
 from instructedit.metrics import row_mean
 from instructedit.processes import mean_over_processes
+from instructedit.rows import in_full
 
 _FEWEST = 1e-9  # requests with locality probes: where no process has any, the loss is 0 / this
 
@@ -63,7 +64,7 @@ def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, *, w
     unwanted_at = probes.unwanted[tokens.places[0]]
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor]:
-        logits, answers = logits.float(), tokens.answers[at]
+        logits, answers = in_full(logits), tokens.answers[at]
         nll = F.cross_entropy(logits, answers, reduction="none")
         unwanted = unwanted_at[at].nonzero().squeeze(-1).to(logits.device)
         return (nll.index_copy(0, unwanted, _unlikelihood(logits[unwanted], answers[unwanted])),)
@@ -96,13 +97,14 @@ def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests:
 def _divergences(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: int) -> tuple[Tensor, Tensor]:
     """Sum of the divergences of the requests that have locality probes, and the number of these requests."""
     if probes is None:
-        return torch.zeros((), device=lm.device), torch.zeros((), device=lm.device)
+        none = in_full(torch.zeros((), dtype=lm.model.dtype, device=lm.device))  # as another process has it
+        return none, none
     tokens = probes.tokens
     before = lm.scores.unedited_states(tokens, lm.first_block(edit.sites))
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor]:
-        expected = lm.forward.head(before[at]).float().log_softmax(-1)
-        return (F.kl_div(logits.float().log_softmax(-1), expected, log_target=True, reduction="none").sum(-1),)
+        expected = in_full(lm.forward.head(before[at])).log_softmax(-1)
+        return (F.kl_div(in_full(logits).log_softmax(-1), expected, log_target=True, reduction="none").sum(-1),)
 
     (divergence,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), read)
     per_row = row_mean(divergence, tokens.rows, len(tokens))

@@ -18,7 +18,7 @@ from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import LayerGradients
-from instructedit.rows import take_rows
+from instructedit.rows import in_full, take_rows
 
 #: The paper's edit rate: what ``edit_rate: auto`` stands for until `fit` has measured a better one.
 PAPER_RATE = 1e-4
@@ -197,8 +197,8 @@ class Mend(Editor):
         names = self.names
         factors: dict[str, Factors] = {}
         for number, group in enumerate(self.groups):
-            u = torch.stack([captured.u[names[i]] for i in group]).float()
-            delta = torch.stack([captured.delta[names[i]] for i in group]).float()
+            u = in_full(torch.stack([captured.u[names[i]] for i in group]))
+            delta = in_full(torch.stack([captured.delta[names[i]] for i in group]))
             (site, row, at, slot), width = _slots((delta != 0).any(-1))
             new_u, new_delta = pseudo(number, SiteTokens(u[site, row, at], delta[site, row, at], site, row))
             a = u.new_zeros(*u.shape[:2], width, u.shape[-1]).index_put((site, row, slot), new_u)

@@ -67,6 +67,6 @@ class RunningNorm(nn.Module):
         shift = mean - self.mean
         both_counts = self.count + count
         share = count / both_counts.clamp(min=1)
-        self.squares += (squares + shift.square() * self.count * share).float()
-        self.mean += (shift * share).float()
+        self.squares += (squares + shift.square() * self.count * share).to(self.squares.dtype)
+        self.mean += (shift * share).to(self.mean.dtype)
         self.count.copy_(both_counts)
