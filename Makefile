@@ -64,7 +64,7 @@ faults: $(READY)  ## kill a fit KILLS times (1000) at random points, resume it, 
 
 FUZZ ?= 1000000
 fuzz: $(READY)  ## give FUZZ files (1000000), changed under the guidance of coverage, to whatever reads files: half an hour
-	$(BIN)/pip install --quiet --disable-pip-version-check "atheris>=3"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[fuzz]"
 	$(BIN)/python -m tests.fuzz.guided --count $(FUZZ)
 
 ranks: $(READY)  ## README's commands for two processes, killed half way and gone on with, beside one process: minutes

@@ -86,7 +86,8 @@ def resumed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, values: in
         if not start:
             stack.callback(blocks[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
         for block in blocks[:start]:
-            stack.enter_context(hooked({block: {kind: OrderedDict() for kind in ALL_HOOKS}}))
+            if is_sharded(block):
+                stack.enter_context(hooked({block: {kind: OrderedDict() for kind in ALL_HOOKS}}))
             stack.enter_context(patched(block, give))
         yield
 
