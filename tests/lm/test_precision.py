@@ -72,7 +72,7 @@ def test_every_trained_editor_learns_over_a_model_in_bfloat16(name, half, whole)
 
 
 def test_losses_are_taken_in_float32(half):
-    """A softmax in bfloat16 would be off by a hundredth; states differ in the last bit where a CPU has bfloat16 products."""
+    """A softmax in bfloat16 would be off by a hundredth; states differ in the last bit, by how a CPU multiplies."""
     close = functools.partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5)
     batch, names = training_batch(half, CASES), [site.name for site in half.sites[-2:]]
     edit = LowRankEdit({n: Factors(*f) for n, f in random_factors(half.sites[-2:], 2, 2).items()})
