@@ -7,6 +7,8 @@ import pytest
 import torch
 from tests.conftest import random_lm
 from tests.reference import assert_untouched, footprint
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from instructedit.editors import build_editor
 from instructedit.errors import UserError
@@ -58,6 +60,22 @@ def test_what_is_sampled_is_likely_to_the_model(tokenizer, tmp_path):
     texts = {lm: first(lm, tmp_path, 10) for lm in (one, other)}
     assert loss(one, texts[one]) < loss(one, texts[other]) - 0.1
     assert loss(other, texts[other]) < loss(other, texts[one]) - 0.1
+
+
+def test_a_model_whose_texts_begin_with_a_token_samples_from_it(tokenizer, tmp_path):
+    backend = type(tokenizer._tokenizer).from_str(tokenizer._tokenizer.to_str())
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+    beginning = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", model_max_length=128)
+    lm = random_lm("gpt2", tokenizer)
+    lm.model.resize_token_embeddings(len(beginning))
+    used = FrozenLM(lm.model, beginning, "beginning")
+    texts = first(used, tmp_path, 10)
+    assert len(set(texts)) == 10
+    assert all(text.strip() for text in texts)
+    ids = torch.tensor([[beginning.bos_token_id]])
+    expected = used.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert used.generate("", max_new_tokens=4) == beginning.decode(expected[0, 1:], skip_special_tokens=True)
 
 
 def test_parts_are_sampled_once_and_differ(lm, tmp_path, monkeypatch):

@@ -19,7 +19,6 @@ from instructedit.lm.prefix_trees import WIDTH
 from instructedit.lm.text import Text
 from instructedit.lm.tokens import behind
 from instructedit.lm.tree_decoding import continue_trees
-from instructedit.records import stripped
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class Generation:
         if width < 1:
             raise UserError(f"max_new_tokens={max(lengths)} leaves no room for a prompt in {limit} tokens")
         ids = self.text.prompts(prompts)
-        if not all(stripped(prompt) for prompt in prompts):
+        if not all(ids):  # an empty prompt is a text's beginning where the tokenizer has a token for it
             raise UserError("an empty prompt has nothing to continue")
         contexts, adapter = self.context.contexts_of([row[-limit:] for row in ids])
         opening = self.text.opening

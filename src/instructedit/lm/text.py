@@ -108,8 +108,8 @@ class Text:
         return plain._tokenised([text])[0].ids
 
     def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts that are to be continued, whole."""
-        return [tokens.ids for tokens in self._tokenised([self._front(prompt) for prompt in prompts])]
+        """Token ids of prompts that are to be continued, whole; an empty one is what opens a row, if anything does."""
+        return [tokens.ids or self.opening for tokens in self._tokenised([self._front(prompt) for prompt in prompts])]
 
     def lengths(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
         """Tokens of each prompt with its answer, whole."""
