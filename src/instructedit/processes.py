@@ -36,9 +36,14 @@ def groups_of(count: int) -> int:
     return world // count
 
 
+def copies() -> int:
+    """How many processes do the same work."""
+    return _copies if several() else 1
+
+
 def place_among(rank: int, world: int) -> tuple[int, int]:
     """Which share of the records a process takes, of how many shares: copies take the same."""
-    return rank // _copies, world // _copies
+    return rank // copies(), world // copies()
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
@@ -46,13 +51,13 @@ def sum_over_processes(value: Tensor) -> Tensor:
     value = value.detach().clone()
     if several():
         distributed.all_reduce(value)
-        value /= _copies
+        value /= copies()
     return value
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of a tensor over all processes, which call this together; without gradients."""
-    shares = distributed.get_world_size() // _copies if several() else 1
+    shares = distributed.get_world_size() // copies() if several() else 1
     return sum_over_processes(value) / shares
 
 
@@ -62,4 +67,4 @@ def from_all(rows: list[_T]) -> list[_T]:
         return rows
     parts: list[list[_T]] = [[] for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(parts, rows)
-    return [row for part in parts[::_copies] for row in part]
+    return [row for part in parts[:: copies()] for row in part]

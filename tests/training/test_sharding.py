@@ -129,10 +129,22 @@ def test_fit_and_test_by_the_command_line(tokenizer, tmp_path, monkeypatch, edit
     assert none is None
 
 
+def test_a_process_alone_is_nobodys_copy(monkeypatch):
+    """Even where it was one of several that shared a model before."""
+    monkeypatch.setattr(processes, "_copies", 2)
+    assert processes.place_among(0, 1) == (0, 1)
+    assert processes.mean_over_processes(torch.tensor(3.0)) == 3
+
+
+def refusal(lm):
+    with pytest.raises(ie.UserError) as error:
+        lm.shard(2, "cpu")
+    return str(error.value).rpartition(":")[0]
+
+
 def test_what_cannot_be_shared_out_is_said(tokenizer, tmp_path):
     with pytest.raises(ie.UserError, match=r"shards is 2, and there are 1 processes: start a multiple"):
         random_lm("gpt2", tokenizer).shard(2, "cpu")
     lm = random_lm("gpt2", tokenizer)
     kept = ie.FrozenLM(lm.model, tokenizer, cache_dir=tmp_path)
-    with pytest.raises(ie.UserError, match="shards and cache_dir do not go together"):
-        kept.shard(2, "cpu")
+    assert in_ranks(2, lambda rank: refusal(kept)) == ["lm: shards and cache_dir do not go together"] * 2

@@ -33,6 +33,7 @@ from instructedit.lm.sharding import check_unshared_cache, is_sharded, shard_blo
 from instructedit.lm.sites import Site
 from instructedit.lm.text import Text
 from instructedit.lm.tokens import TokenBatch
+from instructedit.processes import groups_of
 from instructedit.renamed import renamed_arguments
 
 
@@ -118,10 +119,11 @@ class FrozenLM:
         Raises:
             UserError: If the number of processes is no multiple of `count`, or the cache is kept on disk.
         """
+        groups = groups_of(count)
         if count > 1 and not is_sharded(self.forward.blocks[0]):
             check_unshared_cache(self.cache.disk)
             _ = self.try_out().fingerprint  # of the whole weights
-            shard_blocks(self.forward.blocks, torch.device(device), count)
+            shard_blocks(self.forward.blocks, torch.device(device), groups, count)
             self.to(device).forget()
             one = torch.ones(1, 1, dtype=torch.long, device=self.device)
             with torch.inference_mode(False), torch.no_grad():  # what is gathered first is no inference tensor

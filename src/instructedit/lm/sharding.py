@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from instructedit import processes
 from instructedit.errors import UserError
 
 
-def shard_blocks(blocks: nn.ModuleList, device: torch.device, count: int) -> None:
+def shard_blocks(blocks: nn.ModuleList, device: torch.device, groups: int, count: int) -> None:
     """Spreads the weights of each block over groups of `count` processes (FSDP2), and brings them to the device.
 
     The processes of a group must run the same passes on the same rows: gathering a block needs all of them. What is
@@ -22,15 +21,12 @@ def shard_blocks(blocks: nn.ModuleList, device: torch.device, count: int) -> Non
     Args:
         blocks: The transformer blocks.
         device: Where they are to run.
+        groups: Of processes.
         count: Processes of a group; neighbours by rank.
-
-    Raises:
-        UserError: If the processes cannot be divided so.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    groups = processes.groups_of(count)
     mesh = init_device_mesh(device.type, (groups, count), mesh_dim_names=("data", "lm"))
     for block in blocks:
         fully_shard(block, mesh=mesh["lm"], reshard_after_forward=True)
