@@ -43,10 +43,9 @@ FACTS = "prompt,target\nThe capital of France is,Rome\nThe capital of Spain is,O
 def furnish(folder: Path, tokenizer: object) -> Path:
     """Puts into a folder what a reader has: facts, a text, records, a model as a folder and as a GGUF file."""
     (folder / "facts.csv").write_text(FACTS)
-    texts = [ie.load_records("counterfact", split="test[:50]")[0][i].request.prompt for i in range(50)]
-    (folder / "text.jsonl").write_text(
-        "".join(json.dumps({"text": f"{text} far away. " * 20}) + "\n" for text in texts)
-    )
+    prompts = [record.request.prompt for record in ie.load_records("counterfact", split="test[:50]")[0]]
+    lines = (json.dumps({"text": f"{prompt} far away. " * 20}) for prompt in prompts)
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     tiny = ie.FrozenLM.from_pretrained("tiny")
     tiny.model.save_pretrained(folder / "my-model")
     tiny.tokenizer.save_pretrained(folder / "my-model")

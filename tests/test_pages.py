@@ -1,4 +1,4 @@
-"""Every other page is followed as its reader does: each command and program of ours, in order, in one folder."""
+"""Every other page is followed as its reader does: each command of ours, in order; tests/test_docs.py runs programs."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from tests.pages import steps
 
 from instructedit.cli import main
 
@@ -19,14 +20,12 @@ LM = os.environ.get("QUICK_START_LM", "tiny")
 SHORTER = {"smollm2-135m": LM} | ({"max_steps 20": "max_steps 2 --data.val_size 4"} if LM == "tiny" else {})
 
 
-def steps() -> list[tuple[str, str]]:
-    """(language, command line or program) in the page's order."""
-    found: list[tuple[str, str]] = []
-    for language, body in re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        for long, short in SHORTER.items():
-            body = body.replace(long, short)
-        found += [(language, body)] if language == "python" else [(language, line) for line in body.splitlines()]
-    return found
+def page_here() -> str:
+    """The page for the model at hand."""
+    text = PAGE.read_text()
+    for long, short in SHORTER.items():
+        text = text.replace(long, short)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def walked(tmp_path_factory):
     pytest.importorskip("peft")
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
-        for language, step in steps():
+        for language, step in steps(page_here()):
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 if language == "python":
                     exec(compile(step, str(PAGE), "exec"), {})  # our own page

@@ -25,7 +25,12 @@ def local_store(root: Path) -> str:
             for left in root.glob(f"{_MAKING}*"):
                 shutil.rmtree(left, ignore_errors=True)
             _make_store(root)
-    return f"sqlite:///{database}?timeout={_PATIENCE}"
+    return database_uri(database)
+
+
+def database_uri(file: Path) -> str:
+    """The URI of an SQLite database whose users wait for one another."""
+    return f"sqlite:///{file}?timeout={_PATIENCE}"
 
 
 def _make_store(root: Path) -> None:

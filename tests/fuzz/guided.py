@@ -113,25 +113,16 @@ def fuzz(name: str, count: int, folder: Path) -> None:
     atheris.Fuzz()
 
 
-def in_process(name: str, count: int, folder: Path) -> tuple[str, int, dict[str, int], float]:
-    """(Target, status, what was done, seconds) of a process that fuzzes it."""
+def in_process(name: str, count: int, folder: Path) -> tuple[int, dict[str, int], float]:
+    """(Status, what was done, seconds) of a process that fuzzes it."""
     folder.mkdir(parents=True)
-    command = [
-        sys.executable,
-        "-m",
-        "tests.fuzz.guided",
-        "--target",
-        name,
-        "--count",
-        str(count),
-        "--found",
-        str(folder),
-    ]
+    options = ["--target", name, "--count", str(count), "--found", str(folder)]
+    command = [sys.executable, "-m", "tests.fuzz.guided", *options]
     began = time.monotonic()
     with (folder / "log").open("w") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     done = json.loads((folder / "done").read_text()) if (folder / "done").is_file() else {"inputs": 0, "read": 0}
-    return name, status, done, time.monotonic() - began
+    return status, done, time.monotonic() - began
 
 
 def main(count: int, folder: Path, at_once: int) -> int:
@@ -139,10 +130,10 @@ def main(count: int, folder: Path, at_once: int) -> int:
     share = -(-count // len(TARGETS))
     began, bad, inputs = time.monotonic(), 0, 0
     with ThreadPoolExecutor(at_once) as pool:
-        jobs = [pool.submit(in_process, name, share, folder / name.replace(" ", "-")) for name in TARGETS]
-        for job in jobs:
-            name, status, done, seconds = job.result()
-            place = folder / name.replace(" ", "-")
+        places = {name: folder / name.replace(" ", "-") for name in TARGETS}
+        jobs = [pool.submit(in_process, name, share, place) for name, place in places.items()]
+        for (name, place), job in zip(places.items(), jobs, strict=True):
+            status, done, seconds = job.result()
             kept = len(list((place / "corpus").iterdir())) if (place / "corpus").is_dir() else 0
             refused = done["inputs"] - done["read"]
             line = f"{name:20} {done['inputs']:8} files, {done['read']:7} read, {refused:8} refused"

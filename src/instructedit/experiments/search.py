@@ -15,6 +15,7 @@ from instructedit.console import console, report_error
 from instructedit.errors import UserError
 from instructedit.experiments.fingerprint import fingerprint
 from instructedit.locks import one_at_a_time
+from instructedit.stores import database_uri
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -105,7 +106,7 @@ class _Searching:
         choices = {option: [_choice(value) for value in values] for option, values in self.search.parameters.items()}
         asked = [self.search.metric, self.search.sampler, self.search.pruner, json.dumps(choices)]
         name = f"{self.experiment.name}/{self.experiment.scale.name}/{fingerprint([*self.arguments, *asked])}"
-        storage = f"sqlite:///{self.experiment.root.expanduser().absolute() / DATABASE}?timeout=60"
+        storage = database_uri(self.experiment.root.expanduser().absolute() / DATABASE)
         if self.experiment.force and name in optuna.get_all_study_names(storage):
             optuna.delete_study(study_name=name, storage=storage)
         seed = self.experiment.seeds[0]

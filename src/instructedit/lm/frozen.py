@@ -29,7 +29,7 @@ from instructedit.lm.loading import load_model, reading_options, source_of
 from instructedit.lm.prefix_states import PrefixStates
 from instructedit.lm.row_states import RowStates
 from instructedit.lm.scores import Scores
-from instructedit.lm.sharding import check_unshared_cache, is_sharded, shard_blocks
+from instructedit.lm.sharding import is_sharded, shard_blocks
 from instructedit.lm.sites import Site
 from instructedit.lm.text import Text
 from instructedit.lm.tokens import TokenBatch
@@ -121,7 +121,8 @@ class FrozenLM:
         """
         groups = groups_of(count)
         if count > 1 and not is_sharded(self.forward.blocks[0]):
-            check_unshared_cache(self.cache.disk)
+            if self.cache.disk:  # what one process finds there, its neighbour may not
+                raise UserError("lm: shards and cache_dir do not go together: processes of a group run the same passes")
             _ = self.try_out().fingerprint  # of the whole weights
             shard_blocks(self.forward.blocks, torch.device(device), groups, count)
             self.to(device).forget()

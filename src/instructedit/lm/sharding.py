@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from instructedit.errors import UserError
-
 
 def shard_blocks(blocks: nn.ModuleList, device: torch.device, groups: int, count: int) -> None:
     """Spreads the weights of each block over groups of `count` processes (FSDP2), and brings them to the device.
@@ -52,15 +50,3 @@ def gathered(block: Any) -> Iterator[None]:
         yield
     finally:
         let_go(block)
-
-
-def check_unshared_cache(cache_dir: object) -> None:
-    """Says that states on disk are not for a sharded model: what one process finds there, its neighbour may not.
-
-    Raises:
-        UserError: If there is a folder for them.
-    """
-    if cache_dir:
-        raise UserError(
-            "lm: shards and cache_dir do not go together: all processes of a group must run the same passes"
-        )
