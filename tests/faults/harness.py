@@ -64,13 +64,13 @@ class Progress(L.Callback):
         Path(_PROGRESS).write_text(str(trainer.global_step))
 
 
-def arguments(lm: Path) -> list[str]:
-    """The command line of every life, in whose folder the store and the cache are."""
+def arguments(lm: Path, on_disk: bool = True) -> list[str]:
+    """The command line of every life, in whose folder the store is, and the cache unless it is in memory alone."""
     return [
         "fit", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--guards.base_records=0",
         "--trainer.enable_model_summary=false", f"--model.lm.name={lm}", f"--trainer.max_steps={STEPS}",
         "--model.editor=InstructEdit", "--model.editor.rank=4", "--model.editor.edit_rate=1e-2", "--model.lr=1e-3",
-        "--model.lm.cache_dir=cache", "--data.train=[{name: counterfact, size: 5}, {name: recent, size: 4}]",
+        *(["--model.lm.cache_dir=cache"] if on_disk else []), "--data.train=[{name: counterfact, size: 5}, {name: recent, size: 4}]",
         "--data.batch_size=3", "--data.val_size=2", f"--trainer.val_check_interval={VALIDATE}",
         f"--checkpoint.every_n_train_steps={EVERY}", "--trainer.log_every_n_steps=1",
     ]  # fmt: skip
@@ -82,7 +82,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def life(folder: Path, lm: Path, act: Act, after: float | None = None) -> int:
+def life(folder: Path, lm: Path, act: Act, after: float | None = None, on_disk: bool = True) -> int:
     """One process that begins or resumes a fit; gives its wait status.
 
     Args:
@@ -90,6 +90,7 @@ def life(folder: Path, lm: Path, act: Act, after: float | None = None) -> int:
         lm: Folder of the model.
         act: What it does to itself before it starts.
         after: Seconds after which it is killed from outside, where it is.
+        on_disk: Keep the prefix cache on disk too.
     """
     pid = os.fork()
     if not pid:
@@ -101,7 +102,7 @@ def life(folder: Path, lm: Path, act: Act, after: float | None = None) -> int:
             warnings.simplefilter("ignore")
             checkpoint = last_checkpoint(folder)
             resume = [f"--ckpt_path={checkpoint}"] if checkpoint else []
-            run([*arguments(lm), *resume], callbacks=[Progress()])
+            run([*arguments(lm, on_disk), *resume], callbacks=[Progress()])
             status = 0
         except BaseException as error:
             print(type(error).__name__, error, flush=True)
@@ -178,11 +179,15 @@ def fate(rng: random.Random, whole: float) -> tuple[str, Act, float | None]:
 
 
 def trial(folder: Path, lm: Path, rng: random.Random, whole: float, most: int) -> Counter[str]:
-    """Runs lives until one comes to its end, the last one unharmed; counts the ends by what brought them about."""
+    """Runs lives until one comes to its end, the last one unharmed; counts the ends by what brought them about.
+
+    Every second one has its prefix cache on disk: what it holds must make no difference.
+    """
     ends: Counter[str] = Counter()
+    on_disk = rng.random() < 0.5
     while True:
         words, act, after = fate(rng, whole) if ends.total() < most else ("", lambda: None, None)
-        status = life(folder, lm, act, after)
+        status = life(folder, lm, act, after, on_disk)
         check_after_an_end(folder)
         if status == 0:
             return ends

@@ -117,7 +117,8 @@ def test_prompts_in_scope_get_the_context_and_all_others_the_model_itself(lm, in
         torch.testing.assert_close(own, with_it if i in inside else without, **FLOAT32)
         assert (with_it - without).abs().max() > 0.01
     if outside := [i for i in range(3) if i not in inside]:
-        states, alone = lm.scores.states(batch, edit), lm.scores.states(batch.select(torch.tensor(outside)))
+        states, start = lm.scores.states(batch, edit), lm.first_block(edit.sites)
+        alone = lm.scores.states(batch.select(torch.tensor(outside)), start=start)
         assert torch.equal(torch.cat([states.split(sizes)[i] for i in outside]), alone)  # bit by bit
 
 

@@ -187,7 +187,7 @@ def test_fit_under_mixed_precision(dtype, tmp_path, tokenizer):
         "--model.evaluation.generate=false", "--model.evaluation.fluency_tokens=0", "--model.editor=Mend",
         "--model.editor.rank=4", "--model.lr=1e-3", "--model.lr_edit_rates=1e-3", f"--model.lm.name={folder}",
         "--data.train=[{name: counterfact, size: 12}]", "--data.test=[{name: counterfact, size: 4}]",
-        "--data.batch_size=4", "--data.val_size=4", "--trainer.max_steps=3",
+        "--data.batch_size=4", "--data.val_size=4", "--trainer.max_steps=3", "--trainer.gradient_clip_val=1.0",
         f"--trainer.default_root_dir={tmp_path}",
     ]  # fmt: skip
     plain = run(["fit", *common]).model

@@ -80,19 +80,6 @@ def test_the_prefix_is_that_of_each_row(tokenizer, architecture, block):
     assert not found[~kept].any()
 
 
-def test_what_prompts_begin_with_together_is_computed_once(tokenizer):
-    lm = random_lm("gpt2", tokenizer)
-    assert lm.prefixes.takes_trees
-    seen = []
-    lm.forward.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
-    alone, together = lm.encode([(FRONT + PROMPTS[0], "x")]), lm.encode([(FRONT + p, "x") for p in PROMPTS])
-    lm.prefixes.of(alone, 2)
-    lm.cache.clear()
-    lm.prefixes.of(together, 2)
-    rests = lm.encode([(prompt, "x") for prompt in PROMPTS]).attention_mask.sum()
-    assert seen[1] <= seen[0] + rests
-
-
 # -- other architectures ----------------------------------------------------------------------------------------------
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 600}
@@ -142,16 +129,6 @@ def test_a_window_that_the_config_of_the_cache_does_not_show(tokenizer, window):
     torch.testing.assert_close(
         lm.prefixes.of(batch, 3)[kept], lm.forward.up_to_block(batch, 3)[kept], rtol=1e-4, atol=1e-5
     )
-
-
-def test_rows_longer_than_what_was_tried_are_run_as_rows(tokenizer, monkeypatch):
-    monkeypatch.setattr("instructedit.lm.prefix_states.WIDTH", 20)
-    lm = random_lm("gpt2", tokenizer)
-    monkeypatch.setattr(lm.prefixes, "_in_trees", None)  # would fail
-    lm.prefixes.__dict__["takes_trees"] = True
-    batch = lm.encode([(FRONT * 2, " Paris")])
-    assert max(batch.lengths) > 20
-    assert lm.prefixes.of(batch, 2).shape[1] == max(batch.lengths)
 
 
 def test_a_model_that_counts_positions_itself_gets_rows(tokenizer):

@@ -1,11 +1,13 @@
 """Keys and values of what prompts begin with, against whole rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.conftest import ARCHITECTURES, random_lm
 
 from instructedit.lm.cache.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes
-from instructedit.lm.tokens import rows_of
+from instructedit.lm.tokens import IGNORE, rows_of
 
 BREAK = 99
 INSTRUCTION = [*range(10, 10 + 2 * SHORTEST), BREAK]
@@ -53,10 +55,10 @@ def test_a_known_instruction_does_not_run_again(tokenizer):
     seen = read(lm)
     lm.prefixes.of(rows_of([[*INSTRUCTION, 1, 2]]), 2)
     lm.prefixes.of(rows_of([[*INSTRUCTION, 4, 5, 6], [*INSTRUCTION, 4, 7]]), 2)
-    assert seen == [len(INSTRUCTION), 2, 4]  # 4 5 6 and 7 are one tree
+    assert seen == [len(INSTRUCTION), 8, 16]  # what stands behind it is padded to eight tokens
     lm.forget()
     lm.prefixes.of(rows_of([[*INSTRUCTION, 8, 5]]), 2)
-    assert seen[3:] == [len(INSTRUCTION), 2]
+    assert seen[3:] == [len(INSTRUCTION), 8]
 
 
 def test_states_do_not_depend_on_what_came_before(tokenizer):
@@ -64,6 +66,43 @@ def test_states_do_not_depend_on_what_came_before(tokenizer):
     fresh, used = (with_lines(random_lm("gpt2", tokenizer)) for _ in range(2))
     used.prefixes.of(rows_of([[*INSTRUCTION, 7, 7, 7, 7], [*INSTRUCTION[3:], 1]]), 2)
     assert torch.equal(fresh.prefixes.of(rows, 2), used.prefixes.of(rows, 2))
+
+
+def test_rows_longer_than_what_was_tried_are_run_as_rows(tokenizer, monkeypatch):
+    lm = with_lines(random_lm("gpt2", tokenizer))
+    monkeypatch.setattr("instructedit.lm.prefix_states.WIDTH", 20)
+    lm.prefixes.of(rows_of([[*INSTRUCTION, 1]]), 2)
+    assert not len(lm.prefixes.prompt_prefixes)
+
+
+@pytest.fixture(params=[1, 2])  # more split rows where vectors end, and what is left over is rounded differently
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_states_have_the_same_bits_whatever_else_is_unknown(tokenizer, architecture, dtype, threads):
+    """So a run that goes on with an empty cache is the one that did not stop."""
+    lm = with_lines(random_lm(architecture, tokenizer))
+    lm.model.to(dtype)
+    draw = torch.Generator().manual_seed(threads)
+    lengths = torch.randint(1, 60, (40,), generator=draw).tolist()
+    rows = [torch.randint(1, 98, (size,), generator=draw).tolist() for size in lengths]
+    rows += [[*INSTRUCTION[number:], *row[:20]] for number, row in enumerate(rows[:12])]
+    batch = rows_of(rows)
+    labelled = replace(batch, labels=batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORE))
+    together, leaving = lm.prefixes.of(batch, 3), lm.scores.unedited_states(labelled, 2).split(labelled.answer_sizes())
+    for part in ([0], [51], [3, 50, 7], list(range(0, 52, 2)), list(range(51, 10, -1))):
+        lm.forget()
+        some = labelled.select(torch.tensor(part))
+        left = lm.scores.unedited_states(some, 2).split(some.answer_sizes())
+        for i, states, top in zip(part, lm.prefixes.of(some, 3), left, strict=True):
+            assert torch.equal(states[: len(rows[i])], together[i, : len(rows[i])]), (part, i)
+            assert torch.equal(top, leaving[i]), (part, i)
 
 
 def test_another_block_knows_nothing_of_it(tokenizer):

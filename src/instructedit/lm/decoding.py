@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from instructedit.errors import UserError
 from instructedit.lm import hooks
@@ -21,7 +21,9 @@ from instructedit.lm.small_batch import small_batch_matmul
 CACHES = ("past_key_values", "cache_params", "state")
 
 
-def preallocated_cache(config: PreTrainedConfig, room: int, at_rest: torch.dtype | None = None) -> Cache | None:
+def preallocated_cache(
+    config: PreTrainedConfig, room: int, at_rest: torch.dtype | None = None, longest: int | None = None
+) -> Cache | None:
     """A cache of keys and values that copies none of them for the tokens that follow, up to `room` tokens a row.
 
     transformers' own makes the whole tensor anew for each token: most of the time of a long text, and for a moment
@@ -31,24 +33,27 @@ def preallocated_cache(config: PreTrainedConfig, room: int, at_rest: torch.dtype
         config: Of the model.
         room: Tokens.
         at_rest: What they are rounded to while their layer does not run; None keeps them as they are computed.
+        longest: Tokens that see each other, at most; by default all that there is room for.
 
     Returns:
         None unless all layers attend to all tokens: the model then knows better what to keep.
     """
-    cache = _usual_cache(config)
-    if not _all_plain(cache):
+    if not attends_to_all(config, longest or room):
         return None
+    cache = _usual_cache(config)
     cache.layers = [_RoomyLayer(room, at_rest) for _ in cache.layers]
     return cache
 
 
-def attends_to_all(config: PreTrainedConfig) -> bool:
-    """Whether each layer of a model attends to all tokens before, and to nothing else (no window, no running state)."""
-    return _all_plain(_usual_cache(config))
+def attends_to_all(config: PreTrainedConfig, tokens: int) -> bool:
+    """Whether each layer attends to all tokens before, and nothing else, in rows of so many.
 
-
-def _all_plain(cache: Cache) -> bool:
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    Not so with a shorter window, or a running state.
+    """
+    return all(
+        type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > tokens)
+        for layer in _usual_cache(config).layers
+    )
 
 
 def _usual_cache(config: PreTrainedConfig) -> DynamicCache:

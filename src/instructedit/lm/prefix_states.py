@@ -1,4 +1,4 @@
-"""The hidden states below a block: from the cache, in prefix trees, behind known prompt prefixes, or row by row."""
+"""The hidden states below a block: from the cache, behind known prompt prefixes, or row by row."""
 
 from __future__ import annotations
 
@@ -14,15 +14,29 @@ from instructedit.lm.cache import PrefixCache
 from instructedit.lm.cache.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes, filled_cache, laid_down
 from instructedit.lm.decoding import attends_to_all
 from instructedit.lm.prefix_trees import WIDTH, PrefixTrees
-from instructedit.lm.tokens import TokenBatch, rows_of
+from instructedit.lm.tokens import TokenBatch, alike, rounded_up, rows_of
+
+#: Keys and values of a prompt prefix are padded to a multiple of so many tokens.
+BEHIND = 32
+#: Tokens of a pass, those of prompt prefixes among them: more make it no faster, and their keys and values are there.
+PASS = {"cpu": 2048, "gpu": 16384}
 
 
 class PrefixStates:
-    """Computes the hidden states that enter a block, each shared beginning of rows once where the model allows it."""
+    """Computes the hidden states that enter a block, a prompt prefix that rows share once where the model allows it.
+
+    A row is computed in a pass of rows of its own shape (`TokenBatch.in_shapes`). So its states have the same bits on a
+    CPU whatever else is unknown at the time, and a run that goes on with an empty cache is the run that did not stop.
+    """
 
     def __init__(self, applied: Applied, cache: PrefixCache, prompt_prefixes: PromptPrefixes) -> None:
         self.applied, self.forward = applied, applied.forward
         self.cache, self.prompt_prefixes = cache, prompt_prefixes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a pass."""
+        return PASS["cpu" if self.forward.device.type == "cpu" else "gpu"]
 
     def of(self, batch: TokenBatch, block: int) -> Tensor:
         """The hidden states that enter a block, from the cache where they are known, [rows, seq, hidden]."""
@@ -30,54 +44,65 @@ class PrefixStates:
             return self.forward.up_to_block(batch, block)
         return self.cache.states(batch, block, functools.partial(self._unknown, block=block))
 
+    @torch.no_grad()
     def _unknown(self, batch: TokenBatch, block: int) -> Tensor:
-        trees = max(batch.lengths) <= WIDTH and self.takes_trees  # tried out on rows no longer than that
-        return (self._in_trees if trees else self.forward.up_to_block)(batch, block)
-
-    @torch.no_grad()
-    def _in_trees(self, batch: TokenBatch, block: int) -> Tensor:
-        """Like `Forward.up_to_block`, but what rows begin with together is computed once."""
+        """Like `Forward.up_to_block`; prompt prefixes that are known are not computed again."""
         rows = batch.unpadded()
-        if block and self.takes_prompt_prefixes:
-            states = self._behind_prompt_prefixes(rows, [self.prompt_prefixes.of(row) for row in rows], block)
-            return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-        return self._of_trees(rows, block)
+        begun = self._begun(rows, block)
+        sizes = [len(one.ids) if one else 0 for one in begun]
+        shapes = [
+            (rounded_up(behind, BEHIND), rounded_up(len(row) - behind))
+            for row, behind in zip(rows, sizes, strict=True)
+        ]
+        states: list[Tensor] = [torch.empty(0)] * len(rows)
+        for shape, part in alike(shapes, self.tokens):
+            found = self._pass([rows[i][sizes[i] :] for i in part], [begun[i] for i in part], shape, block)
+            for i, own in zip(part, found, strict=True):
+                one, own = begun[i], own[: len(rows[i]) - sizes[i]]
+                states[i] = own if one is None else torch.cat([one.states, own])
+        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
 
-    @torch.no_grad()
-    def _of_trees(self, rows: list[list[int]], block: int) -> Tensor:
-        prefix_trees = PrefixTrees.fitting(rows)
-        inputs = prefix_trees.inputs(self.forward.device, self.forward.model.dtype)
-        return prefix_trees.states(hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs)))
+    def _pass(
+        self, rests: list[list[int]], begun: list[Beginning | None], shape: tuple[int, int], block: int
+    ) -> Tensor:
+        """The states of what stands behind beginnings (or of whole rows), [rows, width, hidden].
 
-    @torch.no_grad()
-    def _behind_prompt_prefixes(
-        self, rows: list[list[int]], beginnings: list[tuple[int, ...]], block: int
-    ) -> list[Tensor]:
-        """The states that enter a block, [length, hidden] for each row; known beginnings are not computed again."""
-        begun = self._begun(beginnings, block)
-        which = {id(one): number for number, one in enumerate(begun)}  # rows behind one beginning share trees
-        rests = [row[len(one.ids) if one else 0 :] for row, one in zip(rows, begun, strict=True)]
-        prefix_trees = PrefixTrees.fitting(rests, [which[id(one)] for one in begun])
-        of_trees = [begun[number] for number in prefix_trees.groups.tolist()]
-        behind = torch.tensor([0 if one is None else len(one.ids) for one in of_trees])
-        width = int(behind.max())
-        inputs: dict[str, Any] = prefix_trees.inputs(
-            self.forward.device, self.forward.model.dtype, behind if width else None
-        )
-        if width:
-            inputs["past_key_values"] = filled_cache(self.forward.model.config, of_trees, width)
-        found = hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs)).flatten(0, 1)
-        own = [found[places.to(self.forward.device)] for places in prefix_trees.places]
-        return [row if one is None else torch.cat([one.states, row]) for row, one in zip(own, begun, strict=True)]
+        Args:
+            rests: Token ids.
+            begun: The beginning of each.
+            shape: Tokens that beginnings and rests are padded to.
+            block: Which the states enter.
+        """
+        behind, width = shape
+        batch = rows_of(rests, min(width, self.forward.max_length)).to(self.forward.device)
+        if not behind:
+            return self.forward.up_to_block(batch, block)
+        sizes = torch.tensor([0 if one is None else len(one.ids) for one in begun])
+        before = (torch.arange(behind) < sizes[:, None])[:, None].expand(-1, width, -1)
+        own = torch.ones(width, width, dtype=torch.bool).tril().expand(len(rests), -1, -1)
+        dtype = self.forward.model.dtype
+        mask = torch.zeros(len(rests), 1, width, behind + width, dtype=dtype)
+        mask.masked_fill_(~torch.cat([before, own], -1)[:, None], torch.finfo(dtype).min)
+        positions = (sizes[:, None] + torch.arange(width)).clamp(max=self.forward.max_length - 1)
+        inputs: dict[str, Any] = {
+            "input_ids": batch.inputs["input_ids"],
+            "position_ids": positions.to(self.forward.device),
+            "attention_mask": mask.to(self.forward.device),
+            "past_key_values": filled_cache(begun, behind),
+        }
+        return hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs))
 
-    def _begun(self, wanted: list[tuple[int, ...]], block: int) -> list[Beginning | None]:
+    def _begun(self, rows: list[list[int]], block: int) -> list[Beginning | None]:
         """What rows begin with: found, or made and kept; None for nothing."""
+        if not block or not self.takes_prompt_prefixes:
+            return [None] * len(rows)
+        wanted = [self.prompt_prefixes.of(row) if len(row) <= WIDTH else () for row in rows]  # no longer ones were tried
         found = {ids: self.prompt_prefixes.find(block, ids) or self._begin(ids, block) for ids in set(wanted) if ids}
         return [found.get(ids) for ids in wanted]
 
     def _begin(self, ids: tuple[int, ...], block: int) -> Beginning:
         """Makes and keeps a beginning: on its own, since rounding would tell what stood beside it."""
-        cache = filled_cache(self.forward.model.config, (), 0)
+        cache = filled_cache((), 0)
         inputs = rows_of([list(ids)]).to(self.forward.device).inputs | {"past_key_values": cache}
         states = hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs))[0]
         beginning = Beginning(ids, states.clone(), *laid_down(cache, block))
@@ -86,20 +111,26 @@ class PrefixStates:
 
     @functools.cached_property
     def takes_prompt_prefixes(self) -> bool:
-        """Whether a tree behind keys and values of its beginning sees what it sees in one piece: tried out."""
+        """Whether rows behind keys and values of their beginning see what they see in one piece: tried out."""
         if not self.prompt_prefixes.max_bytes or not self.takes_trees:
             return False
-        opening, top = [1 + i % 3 for i in range(2 * SHORTEST)], len(self.forward.blocks) - 1
-        rows = [[*opening, 2, 1], [*opening, 3, 3, 1], [2, 1]]
-        begun = [tuple(opening), tuple(opening), ()]
+        opening, top = self._spread([1 + i % 3 for i in range(2 * SHORTEST)]), len(self.forward.blocks) - 1
+        rests = [self._spread(rest) for rest in ([2, 1], [3, 3, 1], [2, 1])]
+        rows, behind = [opening + rests[0], opening + rests[1], rests[2]], [len(opening), len(opening), 0]
         expected = self.forward.up_to_block(rows_of(rows).to(self.forward.device), top)
         try:
-            found = self._behind_prompt_prefixes(rows, begun, top)
+            with torch.no_grad():
+                one = self._begin(tuple(opening), top)
+                shape = (rounded_up(len(opening), BEHIND), rounded_up(1))
+                found = self._pass(rests, [one, one, None], shape, top)
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
         finally:
             self.prompt_prefixes.clear()
-        return all(tryout.close(one, expected[i, : len(one)]) for i, one in enumerate(found))
+        return all(
+            tryout.close(own[: len(row) - size], whole[size : len(row)])
+            for own, whole, row, size in zip(found, expected, rows, behind, strict=True)
+        )
 
     @functools.cached_property
     def takes_trees(self) -> bool:
@@ -107,13 +138,23 @@ class PrefixStates:
 
         Not so where a layer attends to the last tokens alone, or the model counts positions in its own way.
         """
-        if not attends_to_all(self.forward.model.config):
+        if not attends_to_all(self.forward.model.config, WIDTH):
             return False
         long = [1 + i % 7 for i in range(min(WIDTH, self.forward.max_length))]  # no config names every window
-        batch = rows_of([long, [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2]]).to(self.forward.device)
+        rows = [self._spread(row) for row in (long, [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2])]
+        batch = rows_of(rows).to(self.forward.device)
         kept, top = batch.attention_mask.bool(), len(self.forward.blocks) - 1
         try:
             found = self._of_trees(batch.unpadded(), top)[kept]
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False
         return tryout.close(found, self.forward.up_to_block(batch, top)[kept])
+
+    def _spread(self, tokens: list[int]) -> list[int]:
+        return tryout.spread(tokens, self.forward.model.config.get_text_config().vocab_size)
+
+    @torch.no_grad()
+    def _of_trees(self, rows: list[list[int]], block: int) -> Tensor:
+        prefix_trees = PrefixTrees.fitting(rows)
+        inputs = prefix_trees.inputs(self.forward.device, self.forward.model.dtype)
+        return prefix_trees.states(hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs)))

@@ -69,21 +69,10 @@ class PrefixTrees:
         """The tree of each row, [rows]."""
         return torch.stack([places[0] for places in self.places]) // self.ids.shape[1]
 
-    def inputs(self, device: torch.device, dtype: torch.dtype, behind: Tensor | None = None) -> dict[str, Tensor]:
-        """What a model of this dtype is called with.
-
-        Args:
-            device: Where the model is.
-            dtype: Of the model.
-            behind: How many tokens stand before each tree, in a cache of keys and values padded at its end, [trees].
-        """
-        sees, positions = self.sees, self.positions
-        if behind is not None:
-            before = torch.arange(int(behind.max())) < behind.unsqueeze(-1)
-            sees = torch.cat([before.unsqueeze(1).expand(-1, sees.shape[1], -1), sees], -1)
-            positions = positions + behind.unsqueeze(-1)
-        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
-        inputs = {"input_ids": self.ids, "position_ids": positions, "attention_mask": mask.unsqueeze(1)}
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a model of this dtype is called with."""
+        mask = torch.zeros(self.sees.shape, dtype=dtype).masked_fill_(~self.sees, torch.finfo(dtype).min)
+        inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": mask.unsqueeze(1)}
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def states(self, found: Tensor) -> Tensor:

@@ -71,7 +71,12 @@ class Scores:
 
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
         start = self.forward.resumed_from(start)
-        return self.forward.from_block(batch.inputs, start, self.prefix.of(batch, start) if start else None)
+        states: list[Tensor] = [torch.empty(0)] * len(batch)
+        for rows, part in batch.in_shapes(self.forward.max_length, self.prefix.tokens):
+            hidden = self.prefix.of(part, start) if start else None
+            for i, own in zip(rows, self.forward.from_block(part.inputs, start, hidden), strict=True):
+                states[i] = own[: batch.lengths[i]]
+        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
 
     def chunked_logits(self, states: Tensor, what: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Computes something of the logits, which are never in memory all at once.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -96,6 +96,25 @@ class TokenBatch:
             labels=self.labels[rows, :width], truncated=0,
         )  # fmt: skip
 
+    def in_shapes(self, limit: int, tokens: int) -> Iterator[tuple[list[int], Self]]:
+        """Row numbers and rows in parts of one width each, which follows from a row's own length (`rounded_up`).
+
+        What a CPU computes of a row then has the same bits whatever rows come with it: its matrix products choose their
+        order of summing by the number of rows, but not between multiples of eight.
+
+        Args:
+            limit: Tokens a row may have.
+            tokens: Of a part, padding included.
+        """
+        for (width,), part in alike([(min(rounded_up(size), limit),) for size in self.lengths], tokens):
+            rows = self.select(torch.tensor(part))
+            more = (0, width - rows.input_ids.shape[1])
+            pad = torch.nn.functional.pad
+            yield part, replace(
+                rows, input_ids=pad(rows.input_ids, more), attention_mask=pad(rows.attention_mask, more),
+                labels=pad(rows.labels, more, value=IGNORE),
+            )  # fmt: skip
+
     def read_part(self) -> Self:
         """The rows without what stands behind their last answer position: nobody reads what the model makes of it."""
         answered = self.labels != IGNORE
@@ -168,14 +187,15 @@ class TokenBatch:
         return torch.cat(places).argsort().to(self.device)
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[list[int], int]], truncated: int = 0) -> Self:
+    def of(cls, rows: Sequence[tuple[list[int], int]], truncated: int = 0, width: int = 0) -> Self:
         """A batch of token ids.
 
         Args:
             rows: The ids of each row, and how many of the last ones are the answer's.
             truncated: See above.
+            width: Tokens that rows are padded to at least.
         """
-        width = max(len(ids) for ids, _ in rows)
+        width = max(width, *(len(ids) for ids, _ in rows))
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(input_ids)
         labels = torch.full_like(input_ids, IGNORE)
@@ -207,6 +227,21 @@ def behind(ids: list[int], context: list[int], max_length: int, opening: Sequenc
     return ids[:size] + (context[-room:] if room else []) + ids[size:]
 
 
-def rows_of(rows: Sequence[list[int]]) -> TokenBatch:
-    """Token ids as a batch that answers nothing."""
-    return TokenBatch.of([(ids, 0) for ids in rows])
+def rows_of(rows: Sequence[list[int]], width: int = 0) -> TokenBatch:
+    """Token ids as a batch that answers nothing, padded to `width` tokens at least."""
+    return TokenBatch.of([(ids, 0) for ids in rows], width=width)
+
+
+def rounded_up(tokens: int, multiple: int = 8) -> int:
+    """The least multiple that is no less."""
+    return -(-tokens // multiple) * multiple
+
+
+def alike(shapes: Sequence[tuple[int, ...]], tokens: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """Each shape and the numbers of the rows that have it, in parts of at most so many tokens (or of one row)."""
+    numbers: dict[tuple[int, ...], list[int]] = {}
+    for i, shape in enumerate(shapes):
+        numbers.setdefault(shape, []).append(i)
+    for shape, rows in numbers.items():
+        most = max(1, tokens // sum(shape))
+        yield from ((shape, rows[i : i + most]) for i in range(0, len(rows), most))

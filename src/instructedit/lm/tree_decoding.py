@@ -12,7 +12,7 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm.applied import Applied
 from instructedit.lm.decoding import preallocated_cache
-from instructedit.lm.prefix_trees import PrefixTrees
+from instructedit.lm.prefix_trees import WIDTH, PrefixTrees
 from instructedit.lm.small_batch import small_batch_matmul
 
 
@@ -35,7 +35,7 @@ def continue_trees(
     one = edit is None or len(edit) == 1
     index = None if edit is None or one else applied.index(edit, applied.named(edit, rows), len(prompts))
     prefix_trees = PrefixTrees.fitting(prompts, None if index is None else index.tolist())
-    cache = preallocated_cache(forward.model.config, prefix_trees.room(max(lengths)))
+    cache = preallocated_cache(forward.model.config, prefix_trees.room(max(lengths)), longest=WIDTH)
     of_trees = None if one else prefix_trees.groups.to(forward.device)
     with applied.at_layers(edit, of_trees), small_batch_matmul(forward.model.modules()):
         decoder = TreeDecoder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,20 @@ ROWS, SHARED = [[3, 1, 4, 1, 5, 9], [3, 1, 4, 1, 6, 2]], 4
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two ways of computing the same agree but for rounding."""
-    gap = (found.float() - expected.float()).abs().max()
-    return bool(gap <= expected.float().abs().max() * torch.finfo(found.dtype).eps ** 0.5)
+    """Whether two ways of computing the same agree but for rounding.
+
+    In bfloat16 rounding is 2 % of what leaves the last block of a small LM, and a token less in front of it 7 to 30 %.
+    """
+    gap = (found.float() - expected.float()).norm()
+    return bool(gap <= expected.float().norm() * min(0.05, torch.finfo(found.dtype).eps ** 0.5))
+
+
+def spread(tokens: Sequence[int], vocabulary: int) -> list[int]:
+    """Small numbers as token ids from all over a vocabulary.
+
+    The first ids are often special ones, at which states are so large that rounding them hides everything.
+    """
+    return [7919 * (1 + token) % vocabulary for token in tokens]
 
 
 @torch.no_grad()

@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 import lightning as L  # noqa: N812
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
 from instructedit.data.batch import EditBatch
@@ -189,12 +191,17 @@ class EditingModule(L.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """The trainer's; gradients that are held as products are clipped by their norm."""
-        if not isinstance(optimizer, ProductAdamW):
+        plugin, how = self.trainer.precision_plugin, GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        if isinstance(optimizer, ProductAdamW):
+            if how == GradClipAlgorithmType.VALUE:
+                raise UserError("factored_gradients: no single value is known before the step; clip by norm")
+            if gradient_clip_val:
+                optimizer.clip(gradient_clip_val)
+        elif isinstance(plugin, MixedPrecision) and not plugin.scaler and gradient_clip_val:
+            # Lightning refuses every fused optimiser here, for the sake of a loss scaling that bfloat16 has not.
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val, how)
+        else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_algorithm == "value":
-            raise UserError("factored_gradients: no single value is known before the step; clip by norm")
-        elif gradient_clip_val:
-            optimizer.clip(gradient_clip_val)
 
     def on_fit_start(self) -> None:
         if not self.editor.trainable:

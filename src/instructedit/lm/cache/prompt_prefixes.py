@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache
 
 #: Lines of fewer tokens in front of a prompt's last one are computed with it.
 SHORTEST = 12
@@ -87,15 +87,16 @@ class PromptPrefixes:
             self.bytes -= self._known.popitem(last=False)[1].nbytes
 
 
-def filled_cache(config: PreTrainedConfig, beginnings: Sequence[Beginning | None], width: int) -> DynamicCache:
+def filled_cache(beginnings: Sequence[Beginning | None], width: int) -> DynamicCache:
     """A cache of keys and values that opens with the beginnings, one for each row, padded at their end.
 
+    It keeps all of them whatever windows the model has: rows are shorter than those.
+
     Args:
-        config: Of the model.
         beginnings: Of each row; None for none.
         width: Tokens that they are padded to.
     """
-    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    cache = DynamicCache()
     one = next((b for b in beginnings if b is not None), None)
     if one is None:
         return cache
