@@ -60,7 +60,7 @@ class PrefixStates:
             for i, own in zip(part, found, strict=True):
                 one, own = begun[i], own[: len(rows[i]) - sizes[i]]
                 states[i] = own if one is None else torch.cat([one.states, own])
-        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        return batch.padded(states)
 
     def _pass(
         self, rests: list[list[int]], begun: list[Beginning | None], shape: tuple[int, int], block: int

@@ -76,7 +76,7 @@ class Scores:
             hidden = self.prefix.of(part, start) if start else None
             for i, own in zip(rows, self.forward.from_block(part.inputs, start, hidden), strict=True):
                 states[i] = own[: batch.lengths[i]]
-        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        return batch.padded(states)
 
     def chunked_logits(self, states: Tensor, what: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Computes something of the logits, which are never in memory all at once.

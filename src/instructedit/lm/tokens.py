@@ -115,6 +115,13 @@ class TokenBatch:
                 labels=pad(rows.labels, more, value=IGNORE),
             )  # fmt: skip
 
+    def padded(self, states: Sequence[Tensor]) -> Tensor:
+        """Something of each row's tokens, [length, …] each, side by side, [rows, seq, …], with zeros at padding."""
+        whole = states[0].new_zeros(*self.input_ids.shape, *states[0].shape[1:])
+        for i, own in enumerate(states):
+            whole[i, : len(own)] = own
+        return whole
+
     def read_part(self) -> Self:
         """The rows without what stands behind their last answer position: nobody reads what the model makes of it."""
         answered = self.labels != IGNORE

@@ -97,9 +97,7 @@ class PrefixCache:
             return [found[keys[i]] for i in rows]
 
         self.hits += len(keys)
-        rows = self._memoized(keys, find)
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return torch.nn.functional.pad(padded, (0, 0, 0, batch.input_ids.shape[1] - padded.shape[1]))
+        return batch.padded(self._memoized(keys, find))
 
     def memoized(self, kind: str, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
         """What was found out once about rows, from memory alone.
