@@ -256,7 +256,7 @@ def test_everything_public_says_what_it_is():
 #: From the ground up: a room imports from those of earlier lines alone.
 ROOMS = (
     ("sharding",),
-    ("tokens", "joining", "gguf", "hooks", "feed_forward", "chunked_logits", "fingerprint"),
+    ("tokens", "joining", "gguf", "hooks", "feed_forward", "chunked_logits", "position_losses", "fingerprint"),
     ("architectures", "prefix_trees"),
     ("text", "sites", "tryout", "reading", "small_batch", "cache"),
     ("forward", "pretrained", "decoding", "adapters"),

@@ -70,7 +70,8 @@ def arguments(lm: Path, on_disk: bool = True) -> list[str]:
         "fit", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--guards.base_records=0",
         "--trainer.enable_model_summary=false", f"--model.lm.name={lm}", f"--trainer.max_steps={STEPS}",
         "--model.editor=InstructEdit", "--model.editor.rank=4", "--model.editor.edit_rate=1e-2", "--model.lr=1e-3",
-        *(["--model.lm.cache_dir=cache"] if on_disk else []), "--data.train=[{name: counterfact, size: 5}, {name: recent, size: 4}]",
+        *(["--model.lm.cache_dir=cache"] if on_disk else []),
+        "--data.train=[{name: counterfact, size: 5}, {name: recent, size: 4}]",
         "--data.batch_size=3", "--data.val_size=2", f"--trainer.val_check_interval={VALIDATE}",
         f"--checkpoint.every_n_train_steps={EVERY}", "--trainer.log_every_n_steps=1",
     ]  # fmt: skip

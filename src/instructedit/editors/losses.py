@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from instructedit.data.batch import EditBatch, ProbeBatch
 from instructedit.edits import Edit
 from instructedit.lm import FrozenLM
+from instructedit.lm.position_losses import answer_losses, divergences
 from instructedit.metrics import row_mean
 from instructedit.processes import mean_over_processes
 from instructedit.rows import in_full
@@ -61,13 +61,10 @@ def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch, unlikelihood: float
 def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, *, weight: float = 1.0) -> Tensor:
     """Mean over requests of: mean NLL of the wanted answers + mean unlikelihood −log(1 − p) of the unwanted ones."""
     tokens = probes.tokens
-    unwanted_at = probes.unwanted[tokens.places[0]]
+    unwanted_at = probes.unwanted[tokens.places[0]].to(lm.device) if probes.unwanted.any() else None
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor]:
-        logits, answers = in_full(logits), tokens.answers[at]
-        nll = F.cross_entropy(logits, answers, reduction="none")
-        unwanted = unwanted_at[at].nonzero().squeeze(-1).to(logits.device)
-        return (nll.index_copy(0, unwanted, _unlikelihood(logits[unwanted], answers[unwanted])),)
+        return (answer_losses(logits, tokens.answers[at], None if unwanted_at is None else unwanted_at[at]),)
 
     (terms,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), read)
     per_row = row_mean(terms, tokens.rows, len(tokens))
@@ -76,12 +73,6 @@ def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, *, w
         _per_request(per_row, probes.request_index, s, requests)[0] for s in (~unwanted, unwanted)
     )
     return (wanted_part + weight * unwanted_part).mean()
-
-
-def _unlikelihood(logits: Tensor, tokens: Tensor) -> Tensor:
-    """−log(1 − p) of each token, from logits: finite and with the right slope also where p rounds to 1."""
-    others = logits.scatter(-1, tokens[:, None], -torch.inf)
-    return logits.logsumexp(-1) - others.logsumexp(-1)
 
 
 def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: int) -> Tensor:
@@ -103,8 +94,7 @@ def _divergences(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: 
     before = lm.scores.unedited_states(tokens, lm.first_block(edit.sites))
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor]:
-        expected = in_full(lm.forward.head(before[at])).log_softmax(-1)
-        return (F.kl_div(in_full(logits).log_softmax(-1), expected, log_target=True, reduction="none").sum(-1),)
+        return (divergences(logits, lm.forward.head(before[at]).detach()),)
 
     (divergence,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), read)
     per_row = row_mean(divergence, tokens.rows, len(tokens))

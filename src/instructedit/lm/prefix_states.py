@@ -51,8 +51,7 @@ class PrefixStates:
         begun = self._begun(rows, block)
         sizes = [len(one.ids) if one else 0 for one in begun]
         shapes = [
-            (rounded_up(behind, BEHIND), rounded_up(len(row) - behind))
-            for row, behind in zip(rows, sizes, strict=True)
+            (rounded_up(behind, BEHIND), rounded_up(len(row) - behind)) for row, behind in zip(rows, sizes, strict=True)
         ]
         states: list[Tensor] = [torch.empty(0)] * len(rows)
         for shape, part in alike(shapes, self.tokens):
@@ -96,7 +95,9 @@ class PrefixStates:
         """What rows begin with: found, or made and kept; None for nothing."""
         if not block or not self.takes_prompt_prefixes:
             return [None] * len(rows)
-        wanted = [self.prompt_prefixes.of(row) if len(row) <= WIDTH else () for row in rows]  # no longer ones were tried
+        wanted = [
+            self.prompt_prefixes.of(row) if len(row) <= WIDTH else () for row in rows
+        ]  # no longer ones were tried
         found = {ids: self.prompt_prefixes.find(block, ids) or self._begin(ids, block) for ids in set(wanted) if ids}
         return [found.get(ids) for ids in wanted]
 

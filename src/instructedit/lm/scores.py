@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm.chunked_logits import parts, positionwise
 from instructedit.lm.context import ContextStates
+from instructedit.lm.position_losses import answer_losses
 from instructedit.lm.tokens import TokenBatch
 from instructedit.metrics import row_mean
-from instructedit.rows import in_full, take_rows
+from instructedit.rows import take_rows
 
 #: Logits that are there at once: of so many positions at least, and of more within so many bytes of float32.
 HEAD = {"cpu": (128, 8 << 20), "gpu": (512, 256 << 20)}
@@ -106,7 +106,7 @@ class Scores:
         """Scores answer tokens, [positions], by states that left the last block, [positions, hidden]."""
 
         def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
-            return F.cross_entropy(in_full(logits), answers[at], reduction="none"), logits.detach().argmax(-1)
+            return answer_losses(logits, answers[at]), logits.detach().argmax(-1)
 
         return _checked(self.name, TokenScores(*self.chunked_logits(states, read)))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
+Shape = TypeVar("Shape", bound=tuple[int, ...])
 HOST = torch.device("cpu")
 #: Label of a position whose output nobody reads.
 IGNORE = -100
@@ -244,9 +245,9 @@ def rounded_up(tokens: int, multiple: int = 8) -> int:
     return -(-tokens // multiple) * multiple
 
 
-def alike(shapes: Sequence[tuple[int, ...]], tokens: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+def alike(shapes: Sequence[Shape], tokens: int) -> Iterator[tuple[Shape, list[int]]]:
     """Each shape and the numbers of the rows that have it, in parts of at most so many tokens (or of one row)."""
-    numbers: dict[tuple[int, ...], list[int]] = {}
+    numbers: dict[Shape, list[int]] = {}
     for i, shape in enumerate(shapes):
         numbers.setdefault(shape, []).append(i)
     for shape, rows in numbers.items():

@@ -1,0 +1,118 @@
+"""Losses of logits, one for each position, whose slopes are written down rather than traced.
+
+A large vocabulary makes logits the largest tensor of a pass, and autograd would keep a float32 copy for every step of a
+loss. Here a few rows at a time are turned into float32, in reach of a CPU's cache, forward and backward.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instructedit.rows import in_full
+
+#: Numbers of a block of rows on a CPU; a GPU takes all rows at once.
+BLOCK = 1 << 19
+
+
+def answer_losses(logits: Tensor, answers: Tensor, unwanted: Tensor | None = None) -> Tensor:
+    """−log p of each answer token; of the unwanted ones −log(1 − p).
+
+    Finite, with the right slope, also where p rounds to 1.
+
+    Args:
+        logits: [positions, vocab].
+        answers: Token ids, [positions].
+        unwanted: Whether the model is to say something else, [positions]; by default nowhere.
+
+    Returns:
+        [positions], in float32 or float64.
+    """
+    found: Tensor = _AnswerLosses.apply(logits, answers, unwanted)
+    return found
+
+
+def divergences(logits: Tensor, expected: Tensor) -> Tensor:
+    """KL(expected ‖ found) at each position, in nats.
+
+    Args:
+        logits: [positions, vocab].
+        expected: Logits that the divergence is from, which get no gradient, [positions, vocab].
+
+    Returns:
+        [positions], in float32 or float64.
+    """
+    found: Tensor = _Divergences.apply(logits, expected)
+    return found
+
+
+class _AnswerLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, answers: Tensor, unwanted: Tensor | None) -> Tensor:
+        found = []
+        for at in _blocks(logits):
+            logs = in_full(logits[at]).log_softmax(-1)
+            own = answers[at, None]
+            loss = -logs.gather(-1, own).squeeze(-1)
+            if unwanted is not None and (rows := unwanted[at].nonzero().squeeze(-1)).numel():
+                others = logs[rows].scatter_(-1, own[rows], -torch.inf)
+                loss = loss.index_copy(0, rows, -others.logsumexp(-1))
+            found.append(loss)
+        ctx.save_for_backward(logits, answers, unwanted)
+        return torch.cat(found)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, answers, unwanted = ctx.saved_tensors
+        slopes = torch.empty_like(logits)
+        for at in _blocks(logits):
+            logs, own = in_full(logits[at]).log_softmax(-1), answers[at, None]
+            rows = None if unwanted is None else unwanted[at].nonzero().squeeze(-1)
+            others = None
+            if rows is not None and rows.numel():
+                # p of the others among themselves; log(1 − p) of the answer's own is what they sum up to.
+                others = logs[rows].scatter_(-1, own[rows], -torch.inf).softmax(-1)
+            p = logs.exp_()
+            if rows is None or others is None:
+                p.scatter_add_(-1, own, p.new_full(own.shape, -1.0))
+            else:
+                less = p.new_full(own.shape, -1.0).index_fill_(0, rows, 0.0)
+                p.scatter_add_(-1, own, less).index_add_(0, rows, others, alpha=-1)
+            slopes[at] = p.mul_(grad[at, None])
+        return slopes, None, None
+
+
+class _Divergences(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, expected: Tensor) -> Tensor:
+        found = []
+        for at in _blocks(logits):
+            before, after = (
+                in_full(part[at]).log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)  # 0 · (∞ − ∞) is no number
+                for part in (expected, logits)
+            )
+            found.append(before.exp().mul_(before.sub_(after)).sum(-1))
+        ctx.save_for_backward(logits, expected)
+        return torch.cat(found)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, expected = ctx.saved_tensors
+        slopes = torch.empty_like(logits)
+        for at in _blocks(logits):
+            after, before = in_full(logits[at]).softmax(-1), in_full(expected[at]).softmax(-1)
+            slopes[at] = after.sub_(before).mul_(grad[at, None])
+        return slopes, None
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    rows, width = logits.shape
+    size = max(1, BLOCK // width) if logits.device.type == "cpu" else max(1, rows)
+    ends = [*range(0, rows, size), rows] if rows else [0, 0]
+    return (slice(start, end) for start, end in itertools.pairwise(ends))
