@@ -7,6 +7,7 @@ from tests.reference import assert_untouched, dense, dense_copy, footprint, gree
 
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
+from instructedit.lm import tree_decoding
 from instructedit.lm.tree_decoding import continue_trees
 
 FRONT = "Task: CounterFact\nDescription: a sentence about the world.\nInput: "
@@ -69,6 +70,24 @@ def test_one_edit_goes_for_all_prompts(lm, factors):
     edit = edit_of(factors)[1]
     model = dense_copy(lm, dense(factors, 1))
     assert lm.generate(PROMPTS, 4, edit) == [words(lm, model, prompt, 4) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("branch", [1, 2, 8])
+def test_a_tree_of_many_prompts_goes_on_in_branches(lm, factors, branch, monkeypatch):
+    """Most rows are of one edit, and end at very different lengths."""
+    monkeypatch.setattr(tree_decoding, "BRANCH", branch)
+    prompts = [FRONT * (i % 2) + f"The capital of {'xyz'[i % 3] * (i // 3 + 1)} is" for i in range(15)]
+    rows, rooms = [1] * 12 + [0, 2, 0], [1 + 5 * i % 13 for i in range(15)]
+    slots = []
+    lm.forward.blocks[0].register_forward_hook(
+        lambda _, args, output: slots.append((output[0] if isinstance(output, tuple) else output).shape[:2].numel())
+    )
+    found = lm.generate(prompts, rooms, edit_of(factors), rows)
+    steps = slots[-max(rooms) + 1 :]
+    assert steps == sorted(steps, reverse=True)  # what has ended is dropped
+    assert steps[0] <= 15 + 3 * branch
+    models = [dense_copy(lm, dense(factors, i)) for i in range(3)]
+    assert found == [words(lm, models[row], *asked) for row, *asked in zip(rows, prompts, rooms, strict=True)]
 
 
 def test_what_prompts_of_an_edit_begin_with_is_read_once(lm, factors):

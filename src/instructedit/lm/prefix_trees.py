@@ -60,10 +60,6 @@ class PrefixTrees:
         """Tokens of all trees, padding included."""
         return self.ids.numel()
 
-    def room(self, tokens: int) -> int:
-        """Tokens of a tree whose rows all go on for so many."""
-        return self.ids.shape[1] + int(self.of_rows.bincount().max()) * tokens
-
     @property
     def of_rows(self) -> Tensor:
         """The tree of each row, [rows]."""

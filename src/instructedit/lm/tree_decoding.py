@@ -15,6 +15,9 @@ from instructedit.lm.decoding import preallocated_cache
 from instructedit.lm.prefix_trees import WIDTH, PrefixTrees
 from instructedit.lm.small_batch import small_batch_matmul
 
+#: Rows of a tree that go on together.
+BRANCH = 8
+
 
 @torch.no_grad()
 def continue_trees(
@@ -35,23 +38,27 @@ def continue_trees(
     one = edit is None or len(edit) == 1
     index = None if edit is None or one else applied.index(edit, applied.named(edit, rows), len(prompts))
     prefix_trees = PrefixTrees.fitting(prompts, None if index is None else index.tolist())
-    cache = preallocated_cache(forward.model.config, prefix_trees.room(max(lengths)), longest=WIDTH)
-    of_trees = None if one else prefix_trees.groups.to(forward.device)
-    with applied.at_layers(edit, of_trees), small_batch_matmul(forward.model.modules()):
-        decoder = TreeDecoder(
-            prefix_trees, lambda inputs: forward.from_block(inputs, 0, None), forward.head, cache, forward.model.dtype,
-            forward.device,
-        )  # fmt: skip
+    cache = preallocated_cache(forward.model.config, prefix_trees.ids.shape[1] + BRANCH * max(lengths), longest=WIDTH)
+
+    def run(inputs: dict[str, Any], trees: Tensor) -> Tensor:
+        with applied.at_layers(edit, None if one else prefix_trees.groups[trees].to(forward.device)):
+            return forward.from_block(inputs, 0, None)
+
+    with small_batch_matmul(forward.model.modules()):
+        decoder = TreeDecoder(prefix_trees, run, forward.head, cache, forward.model.dtype, forward.device)
         return decoder(lengths, ends)
 
 
 class TreeDecoder:
     """Continues prompts token by token, each new token a leaf of its prompt's tree.
 
+    Once the prompts are read, a tree goes on as several, each with a few of its rows, the soonest ended together: all
+    trees of a step have as many new tokens as the one with most, and those whose rows have all ended are dropped.
+
     Args:
         prefix_trees: The prompts' trees.
-        forward: From a model's inputs to the states that leave its last block, [trees, tokens, hidden]; the model has
-            the cache and the edits that its trees are to have.
+        forward: From a model's inputs, and the trees that they are of, [rows], to the states that leave its last block,
+            [rows, tokens, hidden]; the model has the cache and the edits that these trees are to have.
         head: From states, [positions, hidden], to logits.
         cache: Of keys and values, empty.
         dtype: Of the model.
@@ -59,13 +66,14 @@ class TreeDecoder:
     """
 
     def __init__(
-        self, prefix_trees: PrefixTrees, forward: Callable[[dict[str, Any]], Tensor], head: Callable[[Tensor], Tensor],
-        cache: Any, dtype: torch.dtype, device: torch.device,
+        self, prefix_trees: PrefixTrees, forward: Callable[[dict[str, Any], Tensor], Tensor],
+        head: Callable[[Tensor], Tensor], cache: Any, dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self.prefix_trees, self.forward, self.head, self.cache = prefix_trees, forward, head, cache
         self.dtype, self.device = dtype, device
         width = prefix_trees.ids.shape[1]
-        self._tree: list[int] = prefix_trees.of_rows.tolist()
+        self._trees = torch.arange(len(prefix_trees.ids))  # that are in the cache
+        self._place: list[int] = prefix_trees.of_rows.tolist()  # of each row's tree among them
         self._sees = torch.zeros(
             len(prefix_trees.places), width, dtype=torch.bool
         )  # of each row, among all that is cached
@@ -83,26 +91,56 @@ class TreeDecoder:
         Raises:
             UserError: If the model gives no numbers (NaN).
         """
-        states = self.forward(self.prefix_trees.inputs(self.device, self.dtype) | {"past_key_values": self.cache})
+        inputs = self.prefix_trees.inputs(self.device, self.dtype) | {"past_key_values": self.cache}
+        states = self.forward(inputs, self._trees)
         lasts = torch.stack([places[-1] for places in self.prefix_trees.places]).to(self.device)
         new: list[list[int]] = [[] for _ in rooms]
         live, stops = list(range(len(rooms))), set(ends)
         chosen = self._chosen(states.flatten(0, 1)[lasts])
+        self._branch(rooms)
         while live:
             for i, token in zip(live, chosen, strict=True):
                 new[i].append(token)
             live = [i for i in live if len(new[i]) < rooms[i] and new[i][-1] not in stops]
             if live:
+                self._drop_ended(live)
                 chosen = self._step(live, new)
         return new
 
+    def _branch(self, rooms: Sequence[int]) -> None:
+        """Lets each tree go on as several, of at most `BRANCH` rows."""
+        origin: list[int] = []
+        filled: dict[int, int] = {}  # rows of each tree's last branch
+        last: dict[int, int] = {}
+        for row in sorted(range(len(rooms)), key=lambda row: rooms[row]):
+            tree = self._place[row]
+            if filled.setdefault(tree, BRANCH) == BRANCH:
+                filled[tree], last[tree] = 0, len(origin)
+                origin.append(tree)
+            filled[tree] += 1
+            self._place[row] = last[tree]
+        self._keep(origin)
+
+    def _drop_ended(self, live: list[int]) -> None:
+        """Drops the trees whose rows have all ended, if they are many: what stays is copied."""
+        kept = sorted({self._place[row] for row in live})
+        if len(kept) <= 0.75 * len(self._trees):
+            place = {old: number for number, old in enumerate(kept)}
+            for row in live:
+                self._place[row] = place[self._place[row]]
+            self._keep(kept)
+
+    def _keep(self, which: list[int]) -> None:
+        self.cache.batch_select_indices(torch.tensor(which, device=self.device))
+        self._trees = self._trees[which]
+
     def _step(self, live: list[int], new: list[list[int]]) -> list[int]:
         """Reads the last new token of the rows that go on, and gives their next ones."""
-        slots = [0] * len(self.prefix_trees.ids)
+        slots = [0] * len(self._trees)
         at = []
         for i in live:
-            at.append((self._tree[i], slots[self._tree[i]]))
-            slots[self._tree[i]] += 1
+            at.append((self._place[i], slots[self._place[i]]))
+            slots[self._place[i]] += 1
         trees, places = (torch.tensor(part) for part in zip(*at, strict=True))
         wide = max(slots)
         ids = torch.zeros(len(slots), wide, dtype=torch.long)
@@ -118,7 +156,7 @@ class TreeDecoder:
         mask = torch.zeros(sees.shape, dtype=self.dtype).masked_fill_(~sees, torch.finfo(self.dtype).min)
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask.unsqueeze(1)}
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        states = self.forward(inputs | {"past_key_values": self.cache})
+        states = self.forward(inputs | {"past_key_values": self.cache}, self._trees)
         return self._chosen(states[trees.to(self.device), places.to(self.device)])
 
     def _chosen(self, states: Tensor) -> list[int]:
