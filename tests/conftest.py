@@ -27,9 +27,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def one_thread():
-    """Several test processes share the cores."""
+    """Several test processes share the cores; what sets more (the benchmark) does so for its own test."""
     torch.set_num_threads(1)
 
 

@@ -225,7 +225,9 @@ def test_no_edit_is_a_sequence_of_edits_that_change_nothing():
     assert torch.equal(edit.change("any", x, y, torch.tensor([0, 1])), y)
 
 
-def test_the_model_wears_no_edit(lm):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_model_wears_no_edit(lm, threads):
+    torch.set_num_threads(threads)
     batch = TokenBatch.cat([lm.encode([("A", "b c"), ("The capital of", "it")])] * 2)
     said = lm.logits(batch)
     assert torch.equal(lm.logits(batch, IdentityEdit(4)), said)

@@ -47,6 +47,8 @@ class ContextStates:
         """The states at answer positions, [nodes, hidden], and which of them each position has, [positions]."""
         if edit is None and self.applied.prompt_prefix is not None:
             edit, rows = self.applied.prompt_prefix
+        elif edit is not None and edit.is_identity:
+            edit = rows = None  # runs as the model does without one: to the same bits
         if start is None:
             start = self.applied.sites.first_block(edit.sites) if edit is not None else 0
         if not isinstance(edit, ContextEdit):
