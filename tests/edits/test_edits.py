@@ -231,6 +231,8 @@ def test_the_model_wears_no_edit(lm, threads):
     batch = TokenBatch.cat([lm.encode([("A", "b c"), ("The capital of", "it")])] * 2)
     said = lm.logits(batch)
     assert torch.equal(lm.logits(batch, IdentityEdit(4)), said)
+    with lm.edited(None):
+        said = lm.logits(batch)
     with lm.edited(IdentityEdit(1)):
         assert torch.equal(lm.logits(batch), said)
     merged = lm.merge(IdentityEdit(1)).state_dict()

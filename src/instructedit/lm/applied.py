@@ -49,9 +49,6 @@ class Applied:
     def edited(self, edit: Edit | None, rows: Sequence[int] | Tensor | None = None) -> Iterator[None]:
         """Applies edits inside a ``with`` block, at layers or in front of prompts (see `FrozenLM.edited`)."""
         index = self.named(edit, rows)
-        if edit is not None and edit.is_identity:
-            yield
-            return
         if not isinstance(edit, ContextEdit):
             with self.at_layers(edit, index):
                 yield
