@@ -256,8 +256,8 @@ def test_everything_public_says_what_it_is():
 #: From the ground up: a room imports from those of earlier lines alone.
 ROOMS = (
     ("sharding",),
-    ("tokens", "joining", "gguf", "hooks", "feed_forward", "chunked_logits", "position_losses", "fingerprint"),
-    ("architectures", "prefix_trees"),
+    ("tokens", "joining", "gguf", "hooks", "feed_forward", "chunked_logits", "fingerprint"),
+    ("architectures", "prefix_trees", "position_losses"),
     ("text", "sites", "tryout", "reading", "small_batch", "cache"),
     ("forward", "pretrained", "decoding", "adapters"),
     ("edit_sites", "loading"),

@@ -182,7 +182,7 @@ def fate(rng: random.Random, whole: float) -> tuple[str, Act, float | None]:
 def trial(folder: Path, lm: Path, rng: random.Random, whole: float, most: int) -> Counter[str]:
     """Runs lives until one comes to its end, the last one unharmed; counts the ends by what brought them about.
 
-    Every second one has its prefix cache on disk: what it holds must make no difference.
+    Half of the trials have their prefix cache on disk: what it holds must make no difference.
     """
     ends: Counter[str] = Counter()
     on_disk = rng.random() < 0.5

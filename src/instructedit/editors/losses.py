@@ -61,10 +61,10 @@ def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch, unlikelihood: float
 def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, *, weight: float = 1.0) -> Tensor:
     """Mean over requests of: mean NLL of the wanted answers + mean unlikelihood −log(1 − p) of the unwanted ones."""
     tokens = probes.tokens
-    unwanted_at = probes.unwanted[tokens.places[0]].to(lm.device) if probes.unwanted.any() else None
+    unwanted_at = probes.unwanted[tokens.places[0]]
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor]:
-        return (answer_losses(logits, tokens.answers[at], None if unwanted_at is None else unwanted_at[at]),)
+        return (answer_losses(logits, tokens.answers[at], unwanted_at[at]),)
 
     (terms,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), read)
     per_row = row_mean(terms, tokens.rows, len(tokens))
@@ -94,7 +94,7 @@ def _divergences(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: 
     before = lm.scores.unedited_states(tokens, lm.first_block(edit.sites))
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor]:
-        return (divergences(logits, lm.forward.head(before[at]).detach()),)
+        return (divergences(logits, lm.forward.head(before[at])),)
 
     (divergence,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), read)
     per_row = row_mean(divergence, tokens.rows, len(tokens))

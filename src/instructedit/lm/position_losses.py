@@ -6,13 +6,12 @@ loss. Here a few rows at a time are turned into float32, in reach of a CPU's cac
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from instructedit.lm.chunked_logits import parts
 from instructedit.rows import in_full
 
 #: Numbers of a block of rows on a CPU; a GPU takes all rows at once.
@@ -27,12 +26,13 @@ def answer_losses(logits: Tensor, answers: Tensor, unwanted: Tensor | None = Non
     Args:
         logits: [positions, vocab].
         answers: Token ids, [positions].
-        unwanted: Whether the model is to say something else, [positions]; by default nowhere.
+        unwanted: Whether the model is to say something else, [positions], on the host; by default nowhere.
 
     Returns:
         [positions], in float32 or float64.
     """
-    found: Tensor = _AnswerLosses.apply(logits, answers, unwanted)
+    nowhere = torch.zeros(len(logits), dtype=torch.bool)
+    found: Tensor = _AnswerLosses.apply(logits, answers, nowhere if unwanted is None else unwanted)
     return found
 
 
@@ -52,16 +52,12 @@ def divergences(logits: Tensor, expected: Tensor) -> Tensor:
 
 class _AnswerLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, answers: Tensor, unwanted: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, answers: Tensor, unwanted: Tensor) -> Tensor:
         found = []
         for at in _blocks(logits):
-            logs = in_full(logits[at]).log_softmax(-1)
-            own = answers[at, None]
-            loss = -logs.gather(-1, own).squeeze(-1)
-            if unwanted is not None and (rows := unwanted[at].nonzero().squeeze(-1)).numel():
-                others = logs[rows].scatter_(-1, own[rows], -torch.inf)
-                loss = loss.index_copy(0, rows, -others.logsumexp(-1))
-            found.append(loss)
+            logs, own, rows = _read(logits[at], answers[at], unwanted[at])
+            others = logs[rows].scatter_(-1, own[rows], -torch.inf)
+            found.append(-logs.gather(-1, own).squeeze(-1).index_copy(0, rows, others.logsumexp(-1)))
         ctx.save_for_backward(logits, answers, unwanted)
         return torch.cat(found)
 
@@ -71,20 +67,17 @@ class _AnswerLosses(torch.autograd.Function):
         logits, answers, unwanted = ctx.saved_tensors
         slopes = torch.empty_like(logits)
         for at in _blocks(logits):
-            logs, own = in_full(logits[at]).log_softmax(-1), answers[at, None]
-            rows = None if unwanted is None else unwanted[at].nonzero().squeeze(-1)
-            others = None
-            if rows is not None and rows.numel():
-                # p of the others among themselves; log(1 − p) of the answer's own is what they sum up to.
-                others = logs[rows].scatter_(-1, own[rows], -torch.inf).softmax(-1)
-            p = logs.exp_()
-            if rows is None or others is None:
-                p.scatter_add_(-1, own, p.new_full(own.shape, -1.0))
-            else:
-                less = p.new_full(own.shape, -1.0).index_fill_(0, rows, 0.0)
-                p.scatter_add_(-1, own, less).index_add_(0, rows, others, alpha=-1)
+            logs, own, rows = _read(logits[at], answers[at], unwanted[at])
+            others = logs[rows].scatter_(-1, own[rows], -torch.inf).softmax(-1)
+            less = grad.new_full(own.shape, -1.0).index_fill_(0, rows, 0.0)
+            p = logs.exp_().scatter_add_(-1, own, less).index_add_(0, rows, others, alpha=-1)
             slopes[at] = p.mul_(grad[at, None])
         return slopes, None, None
+
+
+def _read(logits: Tensor, answers: Tensor, unwanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, the answers as a column, and the numbers of the unwanted rows (no device is waited for)."""
+    return in_full(logits).log_softmax(-1), answers[:, None], unwanted.nonzero().squeeze(-1).to(logits.device)
 
 
 class _Divergences(torch.autograd.Function):
@@ -111,8 +104,6 @@ class _Divergences(torch.autograd.Function):
         return slopes, None
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def _blocks(logits: Tensor) -> list[slice]:
     rows, width = logits.shape
-    size = max(1, BLOCK // width) if logits.device.type == "cpu" else max(1, rows)
-    ends = [*range(0, rows, size), rows] if rows else [0, 0]
-    return (slice(start, end) for start, end in itertools.pairwise(ends))
+    return parts(rows, max(1, BLOCK // width if logits.device.type == "cpu" else rows))

@@ -34,7 +34,7 @@ class PrefixStates:
         self.cache, self.prompt_prefixes = cache, prompt_prefixes
 
     @property
-    def tokens(self) -> int:
+    def pass_tokens(self) -> int:
         """Tokens of a pass."""
         return PASS["cpu" if self.forward.device.type == "cpu" else "gpu"]
 
@@ -54,7 +54,7 @@ class PrefixStates:
             (rounded_up(behind, BEHIND), rounded_up(len(row) - behind)) for row, behind in zip(rows, sizes, strict=True)
         ]
         states: list[Tensor] = [torch.empty(0)] * len(rows)
-        for shape, part in alike(shapes, self.tokens):
+        for shape, part in alike(shapes, self.pass_tokens):
             found = self._pass([rows[i][sizes[i] :] for i in part], [begun[i] for i in part], shape, block)
             for i, own in zip(part, found, strict=True):
                 one, own = begun[i], own[: len(rows[i]) - sizes[i]]

@@ -72,7 +72,7 @@ class Scores:
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
         start = self.forward.resumed_from(start)
         states: list[Tensor] = [torch.empty(0)] * len(batch)
-        for rows, part in batch.in_shapes(self.forward.max_length, self.prefix.tokens):
+        for rows, part in batch.in_shapes(self.forward.max_length, self.prefix.pass_tokens):
             hidden = self.prefix.of(part, start) if start else None
             for i, own in zip(rows, self.forward.from_block(part.inputs, start, hidden), strict=True):
                 states[i] = own[: batch.lengths[i]]
