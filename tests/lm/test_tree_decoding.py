@@ -86,6 +86,7 @@ def test_a_tree_of_many_prompts_goes_on_in_branches(lm, factors, branch, monkeyp
     steps = slots[-max(rooms) + 1 :]
     assert steps == sorted(steps, reverse=True)  # what has ended is dropped
     assert steps[0] <= 15 + 3 * branch
+    assert steps[-1] == 1  # one row is the longest, and no tree stands beside its own
     models = [dense_copy(lm, dense(factors, i)) for i in range(3)]
     assert found == [words(lm, models[row], *asked) for row, *asked in zip(rows, prompts, rooms, strict=True)]
 
