@@ -10,7 +10,7 @@ from torch import Tensor
 
 from instructedit.editors.mend import ResidualLayers
 from instructedit.edits import Factors, LowRankEdit
-from instructedit.rows import take_rows
+from instructedit.rows import gated, take_rows
 
 ROWS = 6000  # threads share out an addition from some 30,000 numbers on
 
@@ -64,3 +64,27 @@ def test_the_gradient_of_edits_that_rows_share_is_the_same_each_time() -> None:
     edit = LowRankEdit({"site": Factors(a, b)})
     inputs, outputs = random(ROWS, 1, 16), random(ROWS, 1, 16)
     repeated(lambda: edit.change("site", inputs, outputs, index(4)), [a, b])
+
+
+@pytest.mark.parametrize("ascending", [True, False])
+def test_a_gate_is_its_formula_and_so_are_its_gradients(ascending: bool) -> None:
+    which = index(5).sort().values if ascending else index(5)
+    which = which + (which > 2)  # one scale has no row
+    given = [random(ROWS, 24, seed=3), random(ROWS, 24, seed=4), random(6, 24, seed=5), random(6, 24, seed=6)]
+    given[1][:9] = given[3][which[:9]] = 0  # at zero, where hypernetworks start, the relu has slope 1
+
+    def formula(z: Tensor, mapped: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        before = mapped * scale[which] + shift[which]
+        return z + before * (before >= 0)
+
+    own = [tensor.clone().requires_grad_() for tensor in given]
+    exact = [tensor.double().requires_grad_() for tensor in given]
+    torch.testing.assert_close(gated(*own, which), formula(*exact).float(), rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients(lambda: gated(*own, which), own), gradients(lambda: formula(*exact), exact), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-3)
+
+
+def test_a_gates_gradient_is_the_same_each_time() -> None:
+    own = [random(rows, 96, seed=rows + i).requires_grad_() for rows in (ROWS, 8) for i in range(2)]
+    which = index(8).sort().values
+    repeated(lambda: gated(*own, which), own)

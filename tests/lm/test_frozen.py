@@ -112,6 +112,22 @@ def test_rows_hit_the_cache_in_any_company(lm):
     assert (lm.cache.bytes, len(lm.cache)) == (0, 0)
 
 
+def test_rows_of_several_batches_are_made_known_together(lm, monkeypatch):
+    batches = [lm.encode(PAIRS[:2]), lm.encode(PAIRS[1:])]
+    expected = lm.prefixes.of(lm.encode(PAIRS), 2).clone()
+    lm.forget()
+    runs, run = [], lm.forward.run
+    monkeypatch.setattr(lm.forward, "run", lambda inputs: runs.append(inputs) or run(inputs))
+    lm.prefixes.warm(batches, 2)
+    assert len(runs) == 2  # of two widths
+    assert torch.equal(lm.prefixes.of(lm.encode(PAIRS), 2), expected)
+    assert len(runs) == 2
+    lm.forget()
+    lm.cache.max_bytes = 1
+    lm.prefixes.warm(batches, 2)
+    assert len(runs) == 2  # what cannot be kept is not made
+
+
 def test_the_cache_keeps_to_its_bytes_and_throws_out_the_oldest(lm):
     sizes = [int(lm.encode([pair]).attention_mask.sum()) * 32 * 4 for pair in PAIRS]  # width 32, float32
     lm.cache.max_bytes = sizes[0] + sizes[1]

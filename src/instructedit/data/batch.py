@@ -80,6 +80,11 @@ class EditBatch:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def tokens(self) -> list[TokenBatch]:
+        """All rows of it."""
+        return [self.requests.tokens, self.in_scope.tokens, *([self.locality.tokens] if self.locality else [])]
+
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
         locality = self.locality and self.locality.to(device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from instructedit.data.batch import EditBatch, RequestBatch, batch_rendered, batch_requests
 from instructedit.editors.card import model_card
-from instructedit.editors.losses import LossWeights, editing_loss
+from instructedit.editors.losses import EditingLoss, LossWeights, editing_loss
 from instructedit.editors.options import check_numbers, options
 from instructedit.editors.report import TargetReport, check_finite, target_report
 from instructedit.editors.saved import SavedEditor, check_made_for, made_for, read_editor, upload, write_folder
@@ -153,9 +153,14 @@ class Editor(nn.Module, ABC):
 
         By default MEND's (its section 3.2): c_edit · L_e + c_loc · KL.
         """
-        edit, locality = editing_loss(self.lm, self.compute_edit(batch.requests), batch, weights.unlikelihood)
+        edit, locality = self.editing_loss(batch, weights)
         loss = weights.edit * edit + weights.locality * locality
         return {"loss": loss, "edit_loss": edit, "locality_loss": locality}
+
+    def editing_loss(self, batch: EditBatch, weights: LossWeights) -> EditingLoss:
+        """Edits a batch and gives both terms of the outer loss; states below the edit are computed all at once."""
+        self.lm.prefixes.warm(batch.tokens, self.lm.first_block([site.name for site in self.sites]))
+        return editing_loss(self.lm, self.compute_edit(batch.requests), batch, weights.unlikelihood)
 
     def on_validation_end(self, scores: Mapping[str, float]) -> None:
         """Told after each validation in training: metric → mean over the tasks, 0..100."""

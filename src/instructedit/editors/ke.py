@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from instructedit.data.batch import EditBatch, RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.editors.losses import LossWeights, editing_loss
+from instructedit.editors.losses import LossWeights
 from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.lm import Site
@@ -122,7 +122,7 @@ class Ke(Editor):
 
     def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
         """c_edit · L_e + λ · (KL − m), λ by gradient ascent (De Cao et al., section 3.2); c_loc takes no part."""
-        edit, locality = editing_loss(self.lm, self.compute_edit(batch.requests), batch, weights.unlikelihood)
+        edit, locality = self.editing_loss(batch, weights)
         loss = weights.edit * edit + self.multiplier * (locality - self.allowed)
         excess = mean_over_processes(locality.detach() - self.allowed)
         self.multiplier = (self.multiplier + self.multiplier_rate * excess).clamp(min=0)

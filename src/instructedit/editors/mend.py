@@ -18,7 +18,7 @@ from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import LayerGradients
-from instructedit.rows import in_full, take_rows
+from instructedit.rows import gated, in_full, take_rows
 
 #: The paper's edit rate: what ``edit_rate: auto`` stands for until `fit` has measured a better one.
 PAPER_RATE = 1e-4
@@ -60,10 +60,12 @@ class ResidualLayers(nn.Module):
             [tokens, size].
         """
         for i, (up, down, bias) in enumerate(zip(self.up, self.down, self.bias, strict=True)):
-            scale, shift = take_rows(self.scale[i], site), take_rows(self.shift[i], site)
-            if film is not None and row is not None:
-                scale, shift = scale + take_rows(film[i, 0], row), shift + take_rows(film[i, 1], row)
             mapped = linear(linear(z, down), up, bias)
+            if film is None or row is None:
+                z = gated(z, mapped, self.scale[i], self.shift[i], site)
+                continue
+            scale = take_rows(self.scale[i], site) + take_rows(film[i, 0], row)
+            shift = take_rows(self.shift[i], site) + take_rows(film[i, 1], row)
             # clamp, unlike relu, has slope 1 at zero, where the identity start puts every unit
             z = z + torch.addcmul(shift, mapped, scale).clamp(min=0)
         return z
@@ -203,7 +205,8 @@ class Mend(Editor):
             new_u, new_delta = pseudo(number, SiteTokens(u[site, row, at], delta[site, row, at], site, row))
             a = u.new_zeros(*u.shape[:2], width, u.shape[-1]).index_put((site, row, slot), new_u)
             b = u.new_zeros(*u.shape[:2], width, delta.shape[-1]).index_put((site, row, slot), new_delta)
-            factors |= {names[i]: Factors(a[j], b[j]) for j, i in enumerate(group)}
+            # unbind, unlike an index each, has one gradient for all sites
+            factors |= {names[i]: Factors(*own) for i, *own in zip(group, a.unbind(), b.unbind(), strict=True)}
         return {name: factors[name] for name in names}
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

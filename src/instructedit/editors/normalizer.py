@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from instructedit.processes import sum_over_processes
 
+#: Tokens that are there in double precision at once.
+_AT_ONCE = 1024
+
 
 class RunningNorm(nn.Module):
     """Standardises each coordinate by a running mean and deviation over tokens.
@@ -40,7 +43,7 @@ class RunningNorm(nn.Module):
         """Standardised x, [tokens, size], by what has been seen so far."""
         deviation = (self.squares / (self.count - 1).clamp(min=1)).sqrt().to(x.dtype)
         known = (self.count > 1) & (deviation > 0)
-        return torch.where(known, (x - self.mean) / (deviation + self.eps), x - self.mean)
+        return (x - self.mean).div_(torch.where(known, deviation + self.eps, torch.ones_like(deviation)))
 
     def reset(self) -> None:
         """Forgets all tokens."""
@@ -61,7 +64,9 @@ class RunningNorm(nn.Module):
             both = sum_over_processes(torch.cat([count[None], total]))
             count, total = both[0], both[1:]
         mean = total / count.clamp(min=1)  # no token at all changes nothing, without a look at how many there are
-        squares = (x.double() - mean).square().sum(0)
+        squares = torch.zeros_like(total)
+        for part in x.split(_AT_ONCE):
+            squares += (part.double() - mean).square_().sum(0)
         if everywhere:
             squares = sum_over_processes(squares)
         shift = mean - self.mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ class PrefixStates:
         if self.applied.reach_below(block):
             return self.forward.up_to_block(batch, block)
         return self.cache.states(batch, block, functools.partial(self._unknown, block=block))
+
+    def warm(self, batches: Sequence[TokenBatch], block: int) -> None:
+        """Computes now, in passes together, what `of` would compute batch by batch; nothing if there is no room."""
+        rows = TokenBatch.cat(batches)
+        width = self.applied.sites.width * self.forward.model.dtype.itemsize
+        if block and self.cache.has_room(sum(rows.lengths) * width) and not self.applied.reach_below(block):
+            self.of(rows, block)
 
     @torch.no_grad()
     def _unknown(self, batch: TokenBatch, block: int) -> Tensor:

@@ -240,7 +240,12 @@ def rows_of(rows: Sequence[list[int]], width: int = 0) -> TokenBatch:
     return TokenBatch.of([(ids, 0) for ids in rows], width=width)
 
 
-def rounded_up(tokens: int, multiple: int = 8) -> int:
+#: Rows are padded to a multiple of so many tokens: a multiple of eight (see `TokenBatch.in_shapes`), and one that keeps
+#: passes few, since one of few rows takes as long as reading the weights does.
+SHAPE = 16
+
+
+def rounded_up(tokens: int, multiple: int = SHAPE) -> int:
     """The least multiple that is no less."""
     return -(-tokens // multiple) * multiple
 

@@ -62,6 +62,10 @@ class PrefixCache:
         if self.disk:
             self.disk.flush()
 
+    def has_room(self, size: int) -> bool:
+        """Whether it can keep so many bytes at once."""
+        return self.max_bytes >= size or self.disk is not None
+
     def on_disk(self, batch: TokenBatch, block: int) -> list[bool]:
         """Which rows of a batch need not be computed since the disk has their states, [rows]; none is read."""
         keys = _keys(batch, block)
@@ -79,7 +83,7 @@ class PrefixCache:
         Returns:
             [rows, seq, hidden]; padding positions hold zeros or the states of padding, which nothing attends to.
         """
-        if not self.max_bytes and not self.disk:
+        if not self.has_room(1):
             return compute(batch)
         keys = _keys(batch, block)
         partition = self._partition(batch, block)
