@@ -10,7 +10,7 @@ from transformers import GPT2Config, MistralConfig
 
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.lm import decoding
+from instructedit.lm import decoding, hooks
 from instructedit.lm.decoding import Draw, _Buffer, draws, preallocated_cache
 
 PROMPTS = ["The capital of France is", "A", "In the year 1969 the first people"]
@@ -194,3 +194,19 @@ def test_the_random_state_stays(lm):
     state = torch.get_rng_state()
     lm.sample(PROMPTS, 4, [0, 1, 2])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_head_reads_last_positions_in_one_piece(tokenizer, architecture):
+    lm, given = random_lm(architecture, tokenizer), []
+    _ = lm.generation.decoder.layout
+
+    head = lm.model.get_output_embeddings()
+    seen = head.register_forward_hook(lambda _, args, __: given.append(args[0].is_contiguous()))
+    lm.sample(PROMPTS, 3, [1, 2, 3])
+    seen.remove()
+    assert len(given) == 3
+    assert all(given)
+    assert not head._forward_pre_hooks
+    with hooks.contiguous_inputs(None):  # of a model without a head
+        pass

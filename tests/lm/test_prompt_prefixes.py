@@ -7,7 +7,7 @@ import torch
 from tests.conftest import ARCHITECTURES, random_lm
 
 from instructedit.lm.cache.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes
-from instructedit.lm.tokens import IGNORE, rows_of
+from instructedit.lm.tokens import IGNORE, SHAPE, rows_of
 
 BREAK = 99
 INSTRUCTION = [*range(10, 10 + 2 * SHORTEST), BREAK]
@@ -55,7 +55,7 @@ def test_a_known_instruction_does_not_run_again(tokenizer):
     seen = read(lm)
     lm.prefixes.of(rows_of([[*INSTRUCTION, 1, 2]]), 2)
     lm.prefixes.of(rows_of([[*INSTRUCTION, 4, 5, 6], [*INSTRUCTION, 4, 7]]), 2)
-    assert seen == [len(INSTRUCTION), 8, 16]  # what stands behind it is padded to eight tokens
+    assert seen == [len(INSTRUCTION), SHAPE, 2 * SHAPE]  # what stands behind it is padded
     lm.forget()
     lm.prefixes.of(rows_of([[*INSTRUCTION, 8, 5]]), 2)
     assert seen[3:] == [len(INSTRUCTION), 8]

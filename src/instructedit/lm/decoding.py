@@ -190,7 +190,8 @@ class Decoder:
         Raises:
             UserError: If the model gives no numbers (NaN).
         """
-        with torch.autocast(self.model.device.type, enabled=False), small_batch_matmul(self.model.modules()):
+        exact, head = torch.autocast(self.model.device.type, enabled=False), self.model.get_output_embeddings()
+        with exact, small_batch_matmul(self.model.modules()), hooks.contiguous_inputs(head):
             return self._continued(self.layout, prompts, rooms, choose, ends, at_rest)
 
     @functools.cached_property
