@@ -48,6 +48,13 @@ def test_an_unknown_variant_is_refused() -> None:
         prefix("upside_down")
 
 
+@pytest.mark.parametrize("variant", ["other_task", "task_name", "left_out"])
+def test_a_sentence_beside_a_variant_that_has_nothing_of_it_is_refused(variant: str) -> None:
+    with pytest.raises(UserError, match=f"the variant {variant}, which has none of it"):
+        Instructor(sentence="Change the fact.", variant=variant)  # type: ignore[arg-type]
+    assert "Change" in Instructor(sentence="Change the fact.", variant="shuffled").prefix(FACT)
+
+
 def test_evaluation_hands_the_variant_on(lm) -> None:  # type: ignore[no-untyped-def]
     import instructedit as ie
 

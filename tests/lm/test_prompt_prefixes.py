@@ -58,7 +58,7 @@ def test_a_known_instruction_does_not_run_again(tokenizer):
     assert seen == [len(INSTRUCTION), SHAPE, 2 * SHAPE]  # what stands behind it is padded
     lm.forget()
     lm.prefixes.of(rows_of([[*INSTRUCTION, 8, 5]]), 2)
-    assert seen[3:] == [len(INSTRUCTION), 8]
+    assert seen[3:] == [len(INSTRUCTION), SHAPE]
 
 
 def test_states_do_not_depend_on_what_came_before(tokenizer):

@@ -30,7 +30,8 @@ class NullSpace:
     def __init__(self, moment: Tensor, energy: float) -> None:
         values, vectors = torch.linalg.eigh(moment.double())
         values = values.clamp(min=0)
-        size = int((values.cumsum(0) <= energy * values.sum()).sum())
+        reached = values.cumsum(0)  # its last one, since a sum of its own may round to less: a share of 1 is all
+        size = int((reached <= energy * reached[-1]).sum())
         self.basis = vectors[:, :size]
         #: E‖P u‖², what is left of plain text in these directions.
         self.left = values[:size].sum().item()

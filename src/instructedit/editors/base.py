@@ -77,8 +77,7 @@ class Editor(nn.Module, ABC):
         super().__init__()
         check_numbers(self)
         self.sites: tuple[Site, ...] = ()
-        #: Of the last call of `edit`, where the method optimises.
-        self.report: TargetReport | None = None
+        self.report: TargetReport | None = None  # of the last call of `edit`, where the method optimises
         self._tokenization: Text | None = None  # where a method reads text in its own way
         self._lm: list[FrozenLM] = []  # in a list, so that the LM is no submodule: never saved, trained or moved
 
@@ -154,8 +153,7 @@ class Editor(nn.Module, ABC):
         By default MEND's (its section 3.2): c_edit · L_e + c_loc · KL.
         """
         edit, locality = self.editing_loss(batch, weights)
-        loss = weights.edit * edit + weights.locality * locality
-        return {"loss": loss, "edit_loss": edit, "locality_loss": locality}
+        return {"loss": weights.edit * edit + weights.locality * locality, "edit_loss": edit, "locality_loss": locality}
 
     def editing_loss(self, batch: EditBatch, weights: LossWeights) -> EditingLoss:
         """Edits a batch and gives both terms of the outer loss; states below the edit are computed all at once."""

@@ -35,7 +35,8 @@ class Instructor:
         variant: What becomes of the instruction that was drawn, see `Variant`.
 
     Raises:
-        UserError: If there is no such split or variant, or both a description and a sentence are given.
+        UserError: If there is no such split or variant, or both a description and a sentence are given, or a
+            variant that has nothing of the sentence.
     """
 
     split: Split | None = "train"
@@ -50,6 +51,10 @@ class Instructor:
             raise UserError(f"unknown variant {self.variant!r} of instructions; one of {', '.join(get_args(Variant))}")
         if self.description_id is not None and self.sentence is not None:
             raise UserError("give either the id of a description or an instruction of your own, not both")
+        if self.sentence is not None and self.variant not in ("own", "shuffled"):
+            raise UserError(
+                f"give either an instruction of your own or the variant {self.variant}, which has none of it"
+            )
         if self.split is not None:
             check_split(self.split)
 
