@@ -15,6 +15,7 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, TokenBatch
 from instructedit.lm.own_text import documents_of
+from instructedit.lm.position_losses import answer_losses, divergences
 from instructedit.paths import cache_folder
 
 #: The fixed sample of text: so many rows of so many tokens, at most.
@@ -135,10 +136,8 @@ def drifts(lm: FrozenLM, sample: TokenBatch, edit: Edit) -> list[Drift]:
 
     def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
         same = torch.arange(at.start, at.stop, device=lm.device) % count
-        p, q = (each.float().log_softmax(-1) for each in (lm.forward.head(before[same]), logits))
-        kl = (p.exp() * (p - q)).sum(-1)
-        own = answers[at].unsqueeze(-1)
-        return kl, -p.gather(-1, own).squeeze(-1), -q.gather(-1, own).squeeze(-1)
+        unedited = lm.forward.head(before[same])
+        return divergences(logits, unedited), answer_losses(unedited, answers[at]), answer_losses(logits, answers[at])
 
     columns = lm.scores.chunked_logits(lm.scores.states(tiled, edit, owners), read)
     means = torch.stack([column.view(n, count).mean(-1) for column in columns], -1).tolist()
