@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from instructedit.callbacks import pace
@@ -28,6 +29,22 @@ def test_a_fit_says_now_and_then_how_far_it_is(monkeypatch):
     clock[0] += 1000
     silent.on_train_batch_end(trainer, None, None, None, 0)
     assert len(said) == 2
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_test_says_how_many_records_are_through(several, monkeypatch):
+    clock, said = [5.0], []
+    monkeypatch.setattr(pace.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(pace, "rank_zero_info", said.append)
+    monkeypatch.setattr(pace.sys.stdout, "isatty", lambda: False, raising=False)
+    loader = SimpleNamespace(dataset=range(80))
+    trainer = SimpleNamespace(test_dataloaders=[loader, loader] if several else loader)
+    callback = pace.Pace(every=60)
+    callback.on_test_start(trainer, None)
+    for seconds in (30.0, 90.0, 100.0):
+        clock[0] = 5.0 + seconds
+        callback.on_test_batch_end(trainer, None, None, [None] * 20, 0)
+    assert said == [f"tested 40 of {160 if several else 80} records, about {4 if several else 2} min left"]
 
 
 def test_durations_in_words():
