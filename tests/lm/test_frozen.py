@@ -128,6 +128,27 @@ def test_rows_of_several_batches_are_made_known_together(lm, monkeypatch):
     assert len(runs) == 2  # what cannot be kept is not made
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_rows_share_what_they_begin_with_where_bits_do_not_matter(lm, kept, monkeypatch):
+    asked = lm.encode([(PAIRS[2][0], answer) for answer in ("Spree", "Seine", "the Rhine")])
+    alone, read = lm.prefixes.of(asked, 2).clone(), asked.attention_mask.bool()
+    lm.forget()
+    lm.cache.max_bytes = (1 << 20) * kept
+    seen, run = [], lm.forward.run
+    monkeypatch.setattr(lm.forward, "run", lambda inputs: seen.append(inputs["input_ids"].numel()) or run(inputs))
+    together = [lm.prefixes.of(asked, 2, together=True).clone() for _ in range(2)]
+    assert seen == [seen[0]] * (1 if kept else 2)
+    assert seen[0] < sum(asked.lengths)
+    torch.testing.assert_close(together[0][read], alone[read], **FLOAT32)
+    assert torch.equal(*together)
+    assert torch.equal(together[0][0, : asked.lengths[0] - 3], together[0][1, : asked.lengths[0] - 3])
+    assert torch.equal(lm.prefixes.of(asked, 2)[read], alone[read])  # training computes its own, the same as ever
+    assert len(seen) > (1 if kept else 2)
+    seen.clear()
+    assert torch.equal(lm.prefixes.of(asked, 2, together=True), together[0])
+    assert len(seen) == (0 if kept else 1)
+
+
 def test_the_cache_keeps_to_its_bytes_and_throws_out_the_oldest(lm):
     sizes = [int(lm.encode([pair]).attention_mask.sum()) * 32 * 4 for pair in PAIRS]  # width 32, float32
     lm.cache.max_bytes = sizes[0] + sizes[1]

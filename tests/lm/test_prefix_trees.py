@@ -52,6 +52,17 @@ def test_trees_are_full_and_hold_nothing_twice(rows, width):
     assert prefix_trees.ids.shape == (len(members), max(sizes))
 
 
+@given(rows=ROWS, width=st.integers(1, 20))
+def test_what_stands_in_several_trees_is_read_from_one(rows, width):
+    prefix_trees = PrefixTrees.of(rows, width)
+    once = prefix_trees.read_once(rows)
+    first = {}
+    for row, own, places in zip(rows, prefix_trees.places, once.places, strict=True):
+        assert once.ids.flatten()[places].tolist() == row
+        for end, place in enumerate(places.tolist(), 1):
+            assert first.setdefault(tuple(row[:end]), int(own[end - 1])) == place
+
+
 def test_padding_sees_itself():
     prefix_trees = PrefixTrees.of([[1] * 4, [2]], 4)
     assert prefix_trees.ids.shape == (2, 4)

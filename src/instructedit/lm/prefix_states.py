@@ -28,6 +28,8 @@ class PrefixStates:
 
     A row is computed in a pass of rows of its own shape (`TokenBatch.in_shapes`). So its states have the same bits on a
     CPU whatever else is unknown at the time, and a run that goes on with an empty cache is the run that did not stop.
+    Where that does not matter, rows may share what they begin with instead (a prompt and its aliases are mostly
+    prompt); what is found so is kept for such passes alone.
     """
 
     def __init__(self, applied: Applied, cache: PrefixCache, prompt_prefixes: PromptPrefixes) -> None:
@@ -39,10 +41,19 @@ class PrefixStates:
         """Tokens of a pass."""
         return PASS["cpu" if self.forward.device.type == "cpu" else "gpu"]
 
-    def of(self, batch: TokenBatch, block: int) -> Tensor:
-        """The hidden states that enter a block, from the cache where they are known, [rows, seq, hidden]."""
+    def of(self, batch: TokenBatch, block: int, together: bool = False) -> Tensor:
+        """The hidden states that enter a block, from the cache where they are known, [rows, seq, hidden].
+
+        Args:
+            batch: Rows of tokens.
+            block: Number of the block.
+            together: Unknown rows may share what they begin with: less work, but their last bits then depend on what
+                else is unknown, so not in training.
+        """
         if self.applied.reach_below(block):
             return self.forward.up_to_block(batch, block)
+        if together and self._takes_together(batch, block):
+            return self.cache.states(batch, block, functools.partial(self._together, block=block), apart=True)
         return self.cache.states(batch, block, functools.partial(self._unknown, block=block))
 
     def warm(self, batches: Sequence[TokenBatch], block: int) -> None:
@@ -51,6 +62,15 @@ class PrefixStates:
         width = self.applied.sites.width * self.forward.model.dtype.itemsize
         if block and self.cache.has_room(sum(rows.lengths) * width) and not self.applied.reach_below(block):
             self.of(rows, block)
+
+    def _takes_together(self, batch: TokenBatch, block: int) -> bool:
+        """Whether it can be done, and nothing of it is wanted on disk."""
+        alone = self.cache.disk or not block or len(batch) == 1
+        return not alone and max(batch.lengths) <= WIDTH and self.takes_trees
+
+    def _together(self, batch: TokenBatch, block: int) -> Tensor:
+        """Like `_unknown`, in trees."""
+        return self._of_trees(batch.unpadded(), block)
 
     @torch.no_grad()
     def _unknown(self, batch: TokenBatch, block: int) -> Tensor:
@@ -166,4 +186,6 @@ class PrefixStates:
     def _of_trees(self, rows: list[list[int]], block: int) -> Tensor:
         prefix_trees = PrefixTrees.fitting(rows)
         inputs = prefix_trees.inputs(self.forward.device, self.forward.model.dtype)
-        return prefix_trees.states(hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs)))
+        return prefix_trees.read_once(rows).states(
+            hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs))
+        )

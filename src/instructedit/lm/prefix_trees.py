@@ -8,7 +8,7 @@ attention then gives it the row's own states.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,24 @@ class PrefixTrees:
         mask = torch.zeros(self.sees.shape, dtype=dtype).masked_fill_(~self.sees, torch.finfo(dtype).min)
         inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": mask.unsqueeze(1)}
         return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def read_once(self, rows: Sequence[list[int]]) -> PrefixTrees:
+        """The same trees, where what stands in several of them is read from the first that has it.
+
+        Each tree rounds in its own way; so rows that begin alike have the same states there, to the bit.
+
+        Args:
+            rows: Token ids of the trees' rows.
+        """
+        known: dict[tuple[int, int], int] = {}
+        places: list[Tensor] = []
+        for row, own in zip(rows, self.places, strict=True):
+            read, last = [], -1
+            for token, place in zip(row, own.tolist(), strict=True):
+                last = known.setdefault((last, token), place)
+                read.append(last)
+            places.append(torch.tensor(read))
+        return replace(self, places=places)
 
     def states(self, found: Tensor) -> Tensor:
         """The trees' states row by row, [trees, width, hidden] → [rows, longest row, hidden]; padding holds some."""

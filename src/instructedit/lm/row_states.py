@@ -46,7 +46,7 @@ class RowStates:
         self, batch: TokenBatch, prefix_trees: PrefixTrees, edit: Edit | None, start: int
     ) -> tuple[Tensor, Tensor]:
         start = self.forward.resumed_from(start)
-        hidden = prefix_trees.gather(self.prefix.of(batch, start)) if start else None
+        hidden = prefix_trees.gather(self.prefix.of(batch, start, not torch.is_grad_enabled())) if start else None
         rows = None if edit is None or len(edit) == 1 else prefix_trees.groups.to(self.forward.device)
         with self.applied.at_layers(edit, rows):
             found = self.forward.from_block(

@@ -22,6 +22,7 @@ class _Key(NamedTuple):
 
     block: int
     tokens: bytes
+    apart: bool = False
 
 
 class PrefixCache:
@@ -72,13 +73,16 @@ class PrefixCache:
         partition = self._partition(batch, block)
         return [partition is not None and row_key(key.tokens) in partition for key in keys]
 
-    def states(self, batch: TokenBatch, block: int, compute: Callable[[TokenBatch], Tensor]) -> Tensor:
+    def states(
+        self, batch: TokenBatch, block: int, compute: Callable[[TokenBatch], Tensor], apart: bool = False
+    ) -> Tensor:
         """The hidden states that enter a block.
 
         Args:
             batch: Rows of tokens.
             block: Number of the block.
             compute: Gives the states of a batch, [rows, seq, hidden]; called for the rows that are not cached.
+            apart: What is computed is given to calls that say so alone, and is not written to disk.
 
         Returns:
             [rows, seq, hidden]; padding positions hold zeros or the states of padding, which nothing attends to.
@@ -91,17 +95,19 @@ class PrefixCache:
         def find(rows: list[int]) -> list[Tensor]:
             found = self._read(partition, [keys[i] for i in rows], batch.device)
             self.from_disk += len(found)
+            found |= {keys[i]: self._rows[keys[i]] for i in rows if apart and keys[i] in self._rows}
             missing = [i for i in rows if keys[i] not in found]
             self.hits -= len(missing)
             self.misses += len(missing)
             if missing:
                 part = batch.select(torch.tensor(missing))
                 states = zip(missing, compute(part), part.lengths, strict=True)
-                found |= self._written(partition, {keys[i]: row[:length].clone() for i, row, length in states})
+                computed = {keys[i]: row[:length].clone() for i, row, length in states}
+                found |= computed if apart else self._written(partition, computed)
             return [found[keys[i]] for i in rows]
 
         self.hits += len(keys)
-        return batch.padded(self._memoized(keys, find))
+        return batch.padded(self._memoized([key._replace(apart=apart) for key in keys], find))
 
     def memoized(self, kind: str, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
         """What was found out once about rows, from memory alone.
