@@ -30,7 +30,7 @@ FILES = {
 }
 TESTED = "counterfact/test_cf_first100.json"
 #: Steps, of which the first two are not counted, and records tested.
-STEPS, RECORDS = 6, 16
+STEPS, RECORDS = 6, 32
 
 
 def train(lm: str, dtype: str, data: Path) -> dict[str, Any]:
