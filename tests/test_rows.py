@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from instructedit.editors.gated import gated
 from instructedit.editors.mend import ResidualLayers
 from instructedit.edits import Factors, LowRankEdit
-from instructedit.rows import gated, take_rows
+from instructedit.rows import take_rows
 
 ROWS = 6000  # threads share out an addition from some 30,000 numbers on
 

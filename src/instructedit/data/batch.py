@@ -82,8 +82,8 @@ class EditBatch:
 
     @property
     def tokens(self) -> list[TokenBatch]:
-        """All rows of it."""
-        return [self.requests.tokens, self.in_scope.tokens, *([self.locality.tokens] if self.locality else [])]
+        """All rows of it; the requests' are among those of `in_scope`."""
+        return [self.in_scope.tokens, *([self.locality.tokens] if self.locality else [])]
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
 from instructedit.editors.factored_gradients import linear
+from instructedit.editors.gated import gated, gated_each
 from instructedit.editors.normalizer import RunningNorm
 from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import LayerGradients
-from instructedit.rows import gated, in_full, take_rows
+from instructedit.rows import in_full, take_rows
 
 #: The paper's edit rate: what ``edit_rate: auto`` stands for until `fit` has measured a better one.
 PAPER_RATE = 1e-4
@@ -66,8 +67,7 @@ class ResidualLayers(nn.Module):
                 continue
             scale = take_rows(self.scale[i], site) + take_rows(film[i, 0], row)
             shift = take_rows(self.shift[i], site) + take_rows(film[i, 1], row)
-            # clamp, unlike relu, has slope 1 at zero, where the identity start puts every unit
-            z = z + torch.addcmul(shift, mapped, scale).clamp(min=0)
+            z = gated_each(z, mapped, scale, shift)
         return z
 
 

@@ -53,7 +53,7 @@ class PrefixStates:
         if self.applied.reach_below(block):
             return self.forward.up_to_block(batch, block)
         if together and self._takes_together(batch, block):
-            return self.cache.states(batch, block, functools.partial(self._together, block=block), apart=True)
+            return self.cache.states(batch, block, lambda part: self._of_trees(part.unpadded(), block), apart=True)
         return self.cache.states(batch, block, functools.partial(self._unknown, block=block))
 
     def warm(self, batches: Sequence[TokenBatch], block: int) -> None:
@@ -67,10 +67,6 @@ class PrefixStates:
         """Whether it can be done, and nothing of it is wanted on disk."""
         alone = self.cache.disk or not block or len(batch) == 1
         return not alone and max(batch.lengths) <= WIDTH and self.takes_trees
-
-    def _together(self, batch: TokenBatch, block: int) -> Tensor:
-        """Like `_unknown`, in trees."""
-        return self._of_trees(batch.unpadded(), block)
 
     @torch.no_grad()
     def _unknown(self, batch: TokenBatch, block: int) -> Tensor:
