@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from instructedit.edits import CodebookEdit, ContextEdit, DenseEdit, Factors, LowRankEdit, SlotEdit, Slots
+from instructedit.edits import (
+    CodebookEdit,
+    ContextEdit,
+    DenseEdit,
+    Factors,
+    Gate,
+    LowRankEdit,
+    ScopedEdit,
+    SlotEdit,
+    Slots,
+)
 
 SITES = ("h.0.up", "h.0.down")
 #: Inputs and outputs of both sites are of one size, so that every sort of edit fits the same tests.
@@ -54,7 +64,16 @@ def context_edit(n=3, seed=0, adapter=True):
     return ContextEdit(ids, lengths, low_rank if adapter else None)
 
 
+def scoped_edit(n=3, seed=0, entries=1):
+    rng = rng_of(seed)
+    shapes = {site: tuple(torch.randn(n * entries, 2, WIDTH, generator=rng) for _ in range(2)) for site in SITES}
+    keys, projection = torch.randn(n, entries, 3, generator=rng), torch.randn(3, 5, generator=rng)
+    gate = Gate(keys, projection, torch.tensor(1.0), torch.tensor(2.0), torch.tensor(1))
+    return ScopedEdit(LowRankEdit({site: Factors(*pair) for site, pair in shapes.items()}), gate)
+
+
 SORTS = {
+    "scoped": scoped_edit,
     "dense": dense_edit,
     "chosen dense": chosen_dense_edit,
     "slots": slot_edit,
@@ -78,7 +97,12 @@ def same(one, other):
 
 
 def behaviour(edit, i):
-    """All that edit i does: to random inputs and on its own keys; and the tokens that it puts in front."""
+    """All that edit i does: to random inputs and on its own keys; and the tokens that it puts in front.
+
+    A low-rank change, whose products round by how many there are, is taken at its factors, with its place in the scope.
+    """
+    if isinstance(edit, ScopedEdit):
+        return [*(part[i] for factors in edit.changes.factors.values() for part in factors), edit.gate.keys[i]]
     x, y = torch.randn(1, 6, WIDTH, generator=rng_of(5)), torch.randn(1, 6, WIDTH, generator=rng_of(6))
     if isinstance(edit, CodebookEdit):
         x[0, : edit.keys.shape[1]] = edit.keys[i] + 0.01

@@ -246,7 +246,13 @@ def test_another_dtype_leaves_integers_integers(sort):
             assert other.dtype == tensor.dtype
             assert torch.equal(other, tensor)
     whole = {name for name, tensor in edit.state().items() if not tensor.is_floating_point()}
-    wanted = {"dense": {"which"}, "slots": {"activation"}, "context": {"ids", "lengths"}, "codebook": {"h.0.up:labels"}}
+    wanted = {
+        "dense": {"which"},
+        "slots": {"activation"},
+        "context": {"ids", "lengths"},
+        "codebook": {"h.0.up:labels"},
+        "scoped": {"gate:block"},
+    }
     assert whole == wanted[edit.name]
     assert moved.sites == edit.sites
 

@@ -268,7 +268,7 @@ def test_a_second_edit_in_front_of_the_prompts_is_refused(lm):
     edit = context_edit(lm, CONTEXTS[:1])
     with lm.edited(edit):
         with (
-            pytest.raises(UserError, match="prepends a context is applied already"),
+            pytest.raises(UserError, match="depends on the prompt is applied already"),
             lm.edited(edit),
         ):
             pass
@@ -304,7 +304,7 @@ def test_after_an_exception_nothing_is_left(lm, error, inside, monkeypatch):
         with pytest.raises(error):
             run()
     assert_untouched(lm, before)
-    assert (lm.applied.prompt_prefix, lm.applied.layers) == (None, 0)
+    assert (lm.applied.prompt_edit, lm.applied.layers) == (None, 0)
     assert torch.equal(lm.logits(batch), said)
     with lm.edited(edit):
         assert not torch.equal(lm.logits(batch), said)

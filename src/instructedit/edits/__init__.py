@@ -3,16 +3,19 @@
 from instructedit.edits.adding import add, to_dense
 from instructedit.edits.base import Edit, load_edit
 from instructedit.edits.codebook import CodebookEdit
-from instructedit.edits.context import ContextEdit, Gate
+from instructedit.edits.context import ContextEdit
 from instructedit.edits.dense import DenseEdit
 from instructedit.edits.identity import IdentityEdit
 from instructedit.edits.low_rank import ADAPTER, Factors, LowRankEdit, stack
+from instructedit.edits.match import MatchGate
+from instructedit.edits.scope import Gate, PromptEdit, Prompts
+from instructedit.edits.scoped import ScopedEdit
 from instructedit.edits.slots import SlotEdit, Slots
 from instructedit.renamed import renamed_names
 
 __all__ = [
     "ADAPTER", "CodebookEdit", "ContextEdit", "DenseEdit", "Edit", "Factors", "Gate", "IdentityEdit", "LowRankEdit",
-    "SlotEdit", "Slots", "add", "load_edit", "stack", "to_dense",
+    "MatchGate", "PromptEdit", "Prompts", "ScopedEdit", "SlotEdit", "Slots", "add", "load_edit", "stack", "to_dense",
 ]  # fmt: skip
 
 __getattr__ = renamed_names(__name__, NoEdit=IdentityEdit)

@@ -16,7 +16,7 @@ from instructedit.analysis.curves import curves_figure, sequence_curves
 from instructedit.drawing import save_figure
 from instructedit.editors import Editor
 from instructedit.editors.report import check_finite
-from instructedit.edits import ContextEdit, Edit, add
+from instructedit.edits import Edit, PromptEdit, add
 from instructedit.errors import UserError
 from instructedit.evaluation.runner import ask_all
 from instructedit.evaluation.scoring import Row
@@ -202,9 +202,9 @@ class _Run:
 def carrying(lm: FrozenLM, carried: Edit | None) -> AbstractContextManager[Any]:
     """Inside, the model has the edits on that the next one is made on top of.
 
-    Contexts in front of prompts change no layer, so that what is made next does not depend on them.
+    What depends on the prompt changes no layer for good: the next edit is made on the unedited model.
     """
-    return nullcontext() if carried is None or isinstance(carried, ContextEdit) else lm.edited(carried)
+    return nullcontext() if carried is None or isinstance(carried, PromptEdit) else lm.edited(carried)
 
 
 def _spread(count: int, sample: int | None) -> list[int]:

@@ -13,7 +13,7 @@ __all__ = ["IGNORE", "FrozenLM", "LayerGradients", "LayerIO", "Loading", "Site",
 
 Renamed.keep(
     FrozenLM,
-    words="token_ids", observe="record_activations", query="context.scope_embedding", in_front="context.contexts_of",
+    words="token_ids", observe="record_activations", query="context.scope_embedding",
     prefix="prefixes.of", takes_trees="prefixes.takes_trees", beginnings="prefixes.prompt_prefixes",
     judged="scores.token_scores", unedited_judged="scores.unedited_predictions", read="scores.chunked_logits",
     unedited_states="scores.unedited_states", states="scores.states", predictions="scores.predictions",

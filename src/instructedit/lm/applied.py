@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from instructedit.edits import ContextEdit, Edit
+from instructedit.edits import Edit, PromptEdit
 from instructedit.errors import UserError
 from instructedit.lm import hooks
 from instructedit.lm.edit_sites import EditSites
@@ -19,17 +19,17 @@ class Applied:
 
     Attributes:
         blocks: The lowest edited block of each edit that the model's layers have now; above all for one without sites.
-        prompt_prefix: The edit that prepends contexts to prompts, with the edit of each row; None without one.
+        prompt_edit: The edit that depends on prompts, with the edit of each row; None without one.
     """
 
     def __init__(self, sites: EditSites) -> None:
         self.sites, self.forward = sites, sites.forward
         self.blocks: list[int] = []
-        self.prompt_prefix: tuple[ContextEdit, Tensor | None] | None = None
+        self.prompt_edit: tuple[PromptEdit, Tensor | None] | None = None
 
     def __bool__(self) -> bool:
         """True while an edit is applied."""
-        return bool(self.layers) or self.prompt_prefix is not None
+        return bool(self.layers) or self.prompt_edit is not None
 
     @property
     def layers(self) -> int:
@@ -47,19 +47,19 @@ class Applied:
 
     @contextmanager
     def edited(self, edit: Edit | None, rows: Sequence[int] | Tensor | None = None) -> Iterator[None]:
-        """Applies edits inside a ``with`` block, at layers or in front of prompts (see `FrozenLM.edited`)."""
+        """Applies edits inside a ``with`` block, at layers or by the prompt (see `FrozenLM.edited`)."""
         index = self.named(edit, rows)
-        if not isinstance(edit, ContextEdit):
+        if not isinstance(edit, PromptEdit):
             with self.at_layers(edit, index):
                 yield
             return
-        if self.prompt_prefix is not None:
-            raise UserError("an edit that prepends a context is applied already; join the two")
-        self.prompt_prefix = (edit, index)
+        if self.prompt_edit is not None:
+            raise UserError("an edit that depends on the prompt is applied already; join the two")
+        self.prompt_edit = (edit, index)
         try:
             yield
         finally:
-            self.prompt_prefix = None
+            self.prompt_edit = None
 
     @contextmanager
     def at_layers(self, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from instructedit.edits import ContextEdit, Edit, LowRankEdit
+from instructedit.edits import Edit, PromptEdit
 from instructedit.errors import UserError
+from instructedit.lm import hooks
 from instructedit.lm.cache.shard import STORAGE_DTYPES
 from instructedit.lm.context import ContextStates
 from instructedit.lm.decoding import Choice, Decoder, Draw, draws, likeliest
@@ -53,8 +54,11 @@ class Drawing:
             )
 
 
-#: Given the numbers of some rows, their prompts' token ids, and how long each text may be: the token ids that follow.
-_Continue = Callable[[list[int], list[list[int]], list[int]], list[list[int]]]
+#: Edits, and which of them each row has.
+_Applied = tuple[Edit, list[int] | None]
+#: Given the numbers of some rows, their prompts' token ids, how long each text may be, and what they are read with: the
+#: token ids that follow.
+_Continue = Callable[[list[int], list[list[int]], list[int], _Applied | None], list[list[int]]]
 
 
 class Generation:
@@ -82,8 +86,8 @@ class Generation:
 
     def shares_prompts(self, edit: Edit | None) -> bool:
         """True if prompts of one edit share the work of what they begin with, with no edit applied by the caller."""
-        positionwise = edit is None or (edit.positionwise and not isinstance(edit, ContextEdit))
-        return positionwise and not self.applied and self.context.prefix.takes_prompt_prefixes
+        positionwise = edit is None or (edit.positionwise and not isinstance(edit, PromptEdit))
+        return positionwise and not self.applied.layers and self.context.prefix.takes_prompt_prefixes
 
     @torch.inference_mode()
     def generate(
@@ -100,17 +104,28 @@ class Generation:
         """
         if len(lengths) != len(prompts):
             raise UserError(f"max_new_tokens has {len(lengths)} numbers for {len(prompts)} prompts")
-        ends, shared = self._ends(), self.shares_prompts(edit)
+        ends, chooses = self._ends(), isinstance(edit, PromptEdit)
+        given = None if edit is None or chooses else (edit, self._index(edit, rows, len(prompts)))
 
-        def go_on(which: list[int], ids: list[list[int]], own: list[int]) -> list[list[int]]:
-            mine = None if rows is None else [rows[i] for i in which]
-            if shared and max(map(len, ids)) + max(own) <= WIDTH:
-                return continue_trees(self.applied, ids, own, ends, edit, mine)
-            with self.applied.edited(edit, mine) if shared else nullcontext():
+        def go_on(which: list[int], ids: list[list[int]], own: list[int], by: _Applied | None) -> list[list[int]]:
+            mine = given and (given[0], None if given[1] is None else [given[1][i] for i in which])
+            edits = [pair for pair in (mine, by) if pair is not None]
+            one = edits[0] if edits else (None, None)
+            if len(edits) < 2 and self.shares_prompts(one[0]) and max(map(len, ids)) + max(own) <= WIDTH:
+                return continue_trees(self.applied, ids, own, ends, *one)
+            with ExitStack() as stack:
+                for pair in edits:
+                    stack.enter_context(self.applied.edited(*pair))
                 return self.decoder(ids, own, likeliest, ends)
 
-        with nullcontext() if shared else self.applied.edited(edit, rows):
+        with self.applied.edited(edit, rows) if chooses else nullcontext():
             return self._texts(prompts, lengths, go_on)
+
+    def _index(self, edit: Edit, rows: Sequence[int] | None, count: int) -> list[int] | None:
+        """Which edit each prompt has; None where it is one for all."""
+        index = self.applied.named(edit, rows)
+        hooks.check_rows(edit, index, count)
+        return None if len(edit) == 1 else list(range(count)) if index is None else index.tolist()
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], how: Drawing) -> list[str]:
@@ -131,30 +146,17 @@ class Generation:
         ends = self._ends()
         stops, never = (ends, []) if how.ends else ([], ends)
 
-        def go_on(rows: list[int], ids: list[list[int]], lengths: list[int]) -> list[list[int]]:
+        def go_on(rows: list[int], ids: list[list[int]], lengths: list[int], by: _Applied | None) -> list[list[int]]:
             choose: Choice = Draw(drawn[rows], how.top_k, never, how.top_p, how.temperature)
-            return self.decoder(ids, lengths, choose, stops, STORAGE_DTYPES[how.kv_dtype])
+            with self.applied.edited(*by) if by else nullcontext():
+                return self.decoder(ids, lengths, choose, stops, STORAGE_DTYPES[how.kv_dtype])
 
         return self._texts(prompts, [tokens] * len(prompts), go_on)
 
     def _texts(self, prompts: Sequence[str], lengths: Sequence[int], go_on: _Continue) -> list[str]:
-        """The text that follows the prompts; those that an adapter reads a context for are continued with it on."""
+        """The text that follows the prompts; those that are read in one way are continued together."""
         if not prompts:
             return []
-        ids, adapted, adapter = self._prompts(prompts, lengths)
-        new: list[list[int]] = [[]] * len(ids)
-        for inside in (False, True):
-            if group := [i for i, own in enumerate(adapted) if own == inside]:
-                with self.applied.edited(adapter) if inside else nullcontext():
-                    found = go_on(group, [ids[i] for i in group], [lengths[i] for i in group])
-                for i, own in zip(group, found, strict=True):
-                    new[i] = own
-        return list(self.text.tokenizer.batch_decode(new, skip_special_tokens=True))
-
-    def _prompts(
-        self, prompts: Sequence[str], lengths: Sequence[int]
-    ) -> tuple[list[list[int]], list[bool], LowRankEdit | None]:
-        """Token ids of prompts behind their contexts, which of them an adapter reads, and that adapter."""
         limit = self.forward.max_length
         if min(lengths) < 1:
             raise UserError(f"max_new_tokens must be 1 or more, got {min(lengths)}")
@@ -164,11 +166,21 @@ class Generation:
         ids = self.text.prompts(prompts)
         if not all(ids):  # an empty prompt is a text's beginning where the tokenizer has a token for it
             raise UserError("an empty prompt has nothing to continue")
-        contexts, adapter = self.context.contexts_of([row[-limit:] for row in ids])
-        opening = self.text.opening
-        ids = [row if c is None else behind(row, c, width, opening) for row, c in zip(ids, contexts, strict=True)]
-        adapted = [adapter is not None and context is not None for context in contexts]
-        return self.text.shortened(ids, width), adapted, adapter
+        new: list[list[int]] = [[]] * len(ids)
+        for route in self.context.routes_of([row[-limit:] for row in ids]):
+            rows = route.rows.tolist()
+            own = self._behind([ids[i] for i in rows], route.contexts, width)
+            index = None if route.numbers is None else route.numbers.tolist()
+            found = go_on(rows, own, [lengths[i] for i in rows], None if route.edit is None else (route.edit, index))
+            for i, text in zip(rows, found, strict=True):
+                new[i] = text
+        return list(self.text.tokenizer.batch_decode(new, skip_special_tokens=True))
+
+    def _behind(self, ids: list[list[int]], contexts: Sequence[torch.Tensor] | None, width: int) -> list[list[int]]:
+        """Token ids of prompts behind their contexts, no longer than `width`."""
+        if contexts is not None:
+            ids = [behind(row, c.tolist(), width, self.text.opening) for row, c in zip(ids, contexts, strict=True)]
+        return self.text.shortened(ids, width)
 
     def _ends(self) -> list[int]:
         """Tokens that end a text: all that is read of a model's own generation settings."""

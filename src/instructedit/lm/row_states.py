@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class RowStates:
         """The rows as trees of one edit each, if the model takes trees and these have fewer tokens than the rows."""
         # Edits that a caller put on know the batch as it is.
         if (
-            self.applied
+            self.applied.layers
             or len(batch) == 1
             or max(batch.lengths) > WIDTH
             or not (edit is None or edit.positionwise)
@@ -65,7 +65,7 @@ class RowStates:
             mine = None if index is None else index[group.to(self.forward.device)]
             return self.of(batch.select(group), edit, mine, start)
 
-        return in_groups(batch, groups, run)
+        return in_order(batch, groups, [run(group) for group in groups])
 
     def of(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
         """The states at answer positions of rows in one forward pass, [positions, hidden]."""
@@ -75,7 +75,6 @@ class RowStates:
             return self.forward.from_block(batch.inputs, start, hidden)[batch.answer_at]
 
 
-def in_groups(batch: TokenBatch, groups: Sequence[Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
-    """Runs groups of a batch's rows, each in ascending order, and puts their answer positions back in order."""
-    parts = [run(group) for group in groups]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)[batch.in_order(groups)]
+def in_order(batch: TokenBatch, groups: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """Puts the answer positions of groups of a batch's rows, each in ascending order, back in order."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))[batch.in_order(groups)]

@@ -1,0 +1,86 @@
+"""A gate that matches prompts with requests by what they ask for and token by token."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from instructedit.edits.scope import Prompts
+
+#: Numbers that a comparison of tokens holds at once, at most (128 MB).
+_ROOM = 1 << 25
+
+
+class MatchGate(NamedTuple):
+    """Which prompts are in scope of which entry, by two readings of both.
+
+    logit = bias − scale · ‖P q − k‖² − sharpness · (1 − Σ_i w_i max_j cos(t_i, T x_j)) − crowd · log entries, in scope
+    where it is positive. q is read of the whole prompt, above most blocks, and says what is asked; the x_j are its
+    tokens, read above few, among which each token t_i of the request looks for its like (late interaction; Khattab and
+    Zaharia 2020): there subjects are told apart. The more entries there are, the closer a match must be.
+
+    Attributes:
+        keys: k of each entry, [n, entries, size].
+        tokens: t of each entry, unit vectors, [n, entries, tokens, width]; zeros are padding.
+        weights: w of each entry, [n, entries, tokens]; they sum to one, padding has none.
+        projection: P, [size, 2 · hidden].
+        token_projection: T, [width, hidden].
+        bias, scale, sharpness, crowd: Scalars.
+        block, token_block: Blocks whose inputs q and x are, scalars.
+    """
+
+    keys: Tensor
+    tokens: Tensor
+    weights: Tensor
+    projection: Tensor
+    token_projection: Tensor
+    bias: Tensor
+    scale: Tensor
+    sharpness: Tensor
+    crowd: Tensor
+    block: Tensor
+    token_block: Tensor
+
+    def scores(self, prompts: Prompts, rows: Tensor) -> Tensor:
+        """For each row its prompt against the entries of its edit, [rows, entries], a part of the rows at a time."""
+        asked = prompts(int(self.block)).to(self.projection.dtype) @ self.projection.T
+        states, there = prompts.tokens(int(self.token_block))
+        words = F.normalize(states.to(self.projection.dtype) @ self.token_projection.T, dim=-1)
+        per_row = self.tokens[0, ..., 0].numel() * max(words.shape[1], words.shape[2])
+        size = max(1, _ROOM // per_row)
+        parts = zip(*(each.split(size) for each in (asked, words, there, rows)), strict=True)
+        return torch.cat([self._logits(*part) for part in parts])
+
+    def _logits(self, asked: Tensor, words: Tensor, there: Tensor, rows: Tensor) -> Tensor:
+        distance = (asked.unsqueeze(1) - self.keys[rows]).square().sum(-1)
+        alike = torch.einsum("rxd,retd->retx", words, self.tokens[rows])
+        alike = alike.masked_fill(~there[:, None, None], -1.0).amax(-1)  # [rows, entries, tokens]
+        matched = (alike * self.weights[rows]).sum(-1)
+        needed = self.crowd * math.log(self.keys.shape[1])
+        return self.bias - self.scale * distance - self.sharpness * (1 - matched) - needed
+
+    def select(self, chosen: list[int]) -> MatchGate:
+        """The entries of the chosen edits."""
+        return self._replace(**{name: tensor[chosen] for name, tensor in self._entries().items()})
+
+    def joined(self) -> MatchGate:
+        """All entries as those of one edit."""
+        return self._replace(**{name: tensor.flatten(0, 1)[None] for name, tensor in self._entries().items()})
+
+    def beside(self, other: MatchGate) -> MatchGate:
+        """The entries of both, edit by edit; all else is taken to be the same."""
+        width = max(self.tokens.shape[2], other.tokens.shape[2])
+        pairs = zip(self._padded(width).items(), other._padded(width).values(), strict=True)
+        return self._replace(**{name: torch.cat([own, more], 1) for (name, own), more in pairs})
+
+    def _entries(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "tokens": self.tokens, "weights": self.weights}
+
+    def _padded(self, width: int) -> dict[str, Tensor]:
+        missing = width - self.tokens.shape[2]
+        tokens, weights = F.pad(self.tokens, (0, 0, 0, missing)), F.pad(self.weights, (0, missing))
+        return {"keys": self.keys, "tokens": tokens, "weights": weights}

@@ -1,0 +1,100 @@
+"""Low-rank changes that hold for prompts in scope alone: what ScopedEdit makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from instructedit.edits.base import as_list
+from instructedit.edits.low_rank import LowRankEdit, stack
+from instructedit.edits.match import MatchGate
+from instructedit.edits.scope import Gate, PromptEdit
+from instructedit.errors import UserError
+
+
+@dataclass(frozen=True)
+class ScopedEdit(PromptEdit):
+    """n edits; a prompt is read with the entry in whose scope it lies, and by the unedited model if it lies in none.
+
+    Entries do not add up: of a thousand that are joined, each prompt is read with one at most.
+
+    Attributes:
+        changes: The changes of weights, [n · entries], those of one edit together.
+        gate: Chooses among them.
+    """
+
+    changes: LowRankEdit
+    gate: Gate | MatchGate
+    name: ClassVar[str] = "scoped"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.changes.sites
+
+    @property
+    def entries(self) -> int:
+        return self.gate.keys.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.gate.keys)
+
+    def __getitem__(self, index: int | slice | list[int]) -> Self:
+        chosen, count = as_list(index, len(self)), self.entries
+        changes = self.changes[[i % len(self) * count + entry for i in chosen for entry in range(count)]]
+        return type(self)(changes, self.gate.select(chosen))
+
+    def joined(self) -> Self:
+        return type(self)(self.changes, self.gate.joined())
+
+    def plus(self, other: Self) -> Self:
+        """The entries of both; they are taken to share the gate, but for its keys."""
+        if len(self) != len(other) or set(self.sites) != set(other.sites):
+            raise UserError(f"{len(self)} edits of {self.sites} and {len(other)} of {other.sites} do not go together")
+        changes = stack([self.changes, other.changes])
+        if len(self) > 1:
+            second = len(self.changes)
+            starts = [(i * self.entries, second + i * other.entries) for i in range(len(self))]
+            changes = changes[
+                [s + k for a, b in starts for s, n in ((a, self.entries), (b, other.entries)) for k in range(n)]
+            ]
+        return type(self)(changes, self.gate.beside(other.gate))  # type: ignore[arg-type]
+
+    def ungated(self) -> LowRankEdit:
+        """The changes of weights of all entries, for every prompt, whatever the gate says."""
+        return self.changes
+
+    def contexts(self, chosen: Tensor) -> list[Tensor]:
+        return [torch.zeros(0, dtype=torch.long, device=chosen.device)] * len(chosen)
+
+    def reading(self, chosen: Tensor) -> tuple[LowRankEdit, Tensor]:
+        return self.changes, chosen
+
+    def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
+        """The output within the scope of the only entry.
+
+        Raises:
+            UserError: If there are several: which of them holds depends on the prompt.
+        """
+        if self.entries != 1:
+            raise UserError(f"which of {self.entries} entries holds depends on the prompt")
+        return self.changes.change(site, inputs, outputs, rows)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"changes:{k}": v for k, v in self.changes.state().items()} | {
+            f"gate:{k}": v for k, v in self.gate._asdict().items()
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Self:
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{name}:"): v for k, v in state.items() if k.startswith(f"{name}:")}
+
+        read = part("gate")
+        gate = MatchGate(**read) if "tokens" in read else Gate(**read)
+        changes = LowRankEdit.from_state(part("changes"))
+        if gate.keys.ndim != 3 or gate.keys.shape[0] * gate.keys.shape[1] != len(changes):
+            raise UserError(f"{len(changes)} changes do not fit keys {list(gate.keys.shape)}")
+        return cls(changes, gate)
