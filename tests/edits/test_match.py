@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from instructedit.edits import MatchGate
-from instructedit.edits import match as module
+from instructedit.edits import gates as module
 
 HIDDEN, SIZE, WIDTH = 6, 3, 4
 

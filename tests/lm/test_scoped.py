@@ -97,7 +97,7 @@ def test_many_keys_are_compared_a_part_at_a_time(lm, monkeypatch):
     edit, _ = scoped(lm, PROMPTS)
     batch, rows = lm.encode(PAIRS * 3), torch.arange(3).repeat(3)
     whole = edit.choose(rows, lambda block: lm.context.scope_embedding(batch, block))
-    monkeypatch.setattr("instructedit.edits.scope._ROOM", 10)
+    monkeypatch.setattr("instructedit.edits.gates._ROOM", 10)
     assert torch.equal(edit.choose(rows, lambda block: lm.context.scope_embedding(batch, block)), whole)
     assert whole.tolist() == [0, 1, 2] * 3
 

@@ -19,7 +19,7 @@ from instructedit.data.batch import RequestBatch
 from instructedit.editors.mend import Mend, ResidualLayers, SiteTokens
 from instructedit.editors.options import options
 from instructedit.editors.ridge import PastKeys, PriorKeys, ridge
-from instructedit.edits import Factors, LowRankEdit
+from instructedit.edits import Edit, Factors, LowRankEdit
 from instructedit.lm.covariance import covariances
 from instructedit.lm.own_text import text_for
 from instructedit.lm.tokens import TokenBatch, rows_of
@@ -115,8 +115,8 @@ class RidgeEdit(Mend):
         super().start_at(rate)
         self.log_alpha_second.fill_(math.log(rate))
 
-    def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
-        """N requests → n edits; with two steps their factors stand one behind the other.
+    def compute_edit(self, batch: RequestBatch) -> Any:
+        """N requests → n edits (`LowRankEdit`); with two steps their factors stand one behind the other.
 
         In training request i has the i mod (n / together)-th of n / together edits.
         """
@@ -127,11 +127,11 @@ class RidgeEdit(Mend):
         made = self._made(batch, edits)[0]
         return made if edits in (1, count) else made[[i % edits for i in range(count)]]
 
-    def compute_joint_edit(self, batch: RequestBatch) -> LowRankEdit:
+    def compute_joint_edit(self, batch: RequestBatch) -> Edit:
         """N requests → the one ridge solution for the keys of all of them."""
         return self._made(batch, 1)[0]
 
-    def begin_sequence(self) -> dict[str, PastKeys]:
+    def begin_sequence(self) -> Any:
         """C⁻¹ of each site, before any edit; nothing without ridge."""
         if not self.ridge:
             return {}
@@ -142,7 +142,7 @@ class RidgeEdit(Mend):
             found[name] = PastKeys(self.prior(name).solve(torch.eye(size, device=weights.device), log_weights))
         return found
 
-    def make_next(self, batch: RequestBatch, state: dict[str, PastKeys]) -> tuple[LowRankEdit, dict[str, PastKeys]]:
+    def make_next(self, batch: RequestBatch, state: Any) -> tuple[Edit, Any]:
         """Solves with the keys of all edits before in C: what is edited leaves them as they are."""
         edit, keys = self._made(batch, 1, state)
         return edit, {name: past.and_these(keys[name][0].detach()) for name, past in state.items()}

@@ -151,8 +151,8 @@ class ScopeEdit(RidgeEdit):
         probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
         own = torch.cat([part.request_index for part in probes])
         inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
-        prompts = [self._prompts(tokens) for tokens in (batch.requests.tokens, TokenBatch.cat(batch.tokens))]
-        loss, right = self.matcher.loss(*prompts, own, inside)
+        asked = self._prompts(TokenBatch.cat(batch.tokens))
+        loss, right = self.matcher.loss(self._prompts(batch.requests.tokens), asked, own, inside)
         parts["loss"] = parts["loss"] + self.scope_weight * loss
         return parts | {"scope_loss": loss, "scope_accuracy": right}
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from instructedit.edits.base import as_list
+from instructedit.edits.by_prompt import PromptEdit
+from instructedit.edits.gates import Gate
 from instructedit.edits.low_rank import LowRankEdit
-from instructedit.edits.scope import Gate, PromptEdit
 from instructedit.errors import UserError
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from instructedit.edits.base import as_list
+from instructedit.edits.by_prompt import PromptEdit
+from instructedit.edits.gates import Gate, MatchGate
 from instructedit.edits.low_rank import LowRankEdit, stack
-from instructedit.edits.match import MatchGate
-from instructedit.edits.scope import Gate, PromptEdit
 from instructedit.errors import UserError
 
 

@@ -68,6 +68,7 @@ class ContextStates:
         """The states at answer positions, [nodes, hidden], and which of them each position has, [positions]."""
         if edit is None and self.applied.prompt_edit is not None:
             edit, rows = self.applied.prompt_edit
+            start = start or 0  # out of scope as the model runs where nothing is applied, to the same bits
         elif edit is not None and edit.is_identity:
             edit = rows = None  # runs as the model does without one: to the same bits
         if start is None:
@@ -120,6 +121,7 @@ class PromptStates:
         return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in (last, mean)], -1)
 
     def tokens(self, block: int) -> tuple[Tensor, Tensor]:
+        """States at each token of a prompt, [prompts, seq, hidden], and which are there, bool [prompts, seq]."""
         hidden, there = self._read(block)
         return F.layer_norm(hidden, hidden.shape[-1:]), there.bool()
 

@@ -30,7 +30,7 @@ class RowStates:
         """The rows as trees of one edit each, if the model takes trees and these have fewer tokens than the rows."""
         # Edits that a caller put on know the batch as it is.
         if (
-            self.applied.layers
+            self.applied
             or len(batch) == 1
             or max(batch.lengths) > WIDTH
             or not (edit is None or edit.positionwise)

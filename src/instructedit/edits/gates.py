@@ -1,18 +1,67 @@
-"""A gate that matches prompts with requests by what they ask for and token by token."""
+"""Which prompts an edit is for: gates that compare a prompt with the entries of an edit."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from instructedit.edits.scope import Prompts
-
-#: Numbers that a comparison of tokens holds at once, at most (128 MB).
+#: Numbers that a comparison of prompts and entries holds at once, at most (128 MB).
 _ROOM = 1 << 25
+
+
+class Prompts(Protocol):
+    """What a gate may read of prompts: hidden states that enter a block of the unedited model, normalised."""
+
+    def __call__(self, block: int) -> Tensor:
+        """At the last token, and on average, [prompts, 2 · hidden]."""
+
+    def tokens(self, block: int) -> tuple[Tensor, Tensor]:
+        """At each token, [prompts, seq, hidden], and which of them are there, bool [prompts, seq]."""
+
+
+class Gate(NamedTuple):
+    """Which prompts are in scope of which entry: logit = bias − scale · ‖P q − k‖², in scope where it is positive.
+
+    Attributes:
+        keys: One for each entry, [n, entries, size].
+        projection: P, [size, query].
+        bias: Scalar.
+        scale: Scalar, positive.
+        block: Queries q are made of hidden states that enter this block (`ContextStates.scope_embedding`), scalar.
+    """
+
+    keys: Tensor
+    projection: Tensor
+    bias: Tensor
+    scale: Tensor
+    block: Tensor
+
+    def logits(self, query: Tensor, rows: Tensor) -> Tensor:
+        """For each row its prompt against the entries of its edit, [rows, entries]."""
+        gaps = (query @ self.projection.T).unsqueeze(1) - self.keys[rows]
+        return self.bias - self.scale * gaps.square().sum(-1)
+
+    def scores(self, prompts: Prompts, rows: Tensor) -> Tensor:
+        """The same of prompts that are read now, a part of them at a time."""
+        query = prompts(int(self.block)).to(self.projection.dtype)
+        size = max(1, _ROOM // self.keys[0].numel())
+        return torch.cat([self.logits(*part) for part in zip(query.split(size), rows.split(size), strict=True)])
+
+    def select(self, chosen: list[int]) -> Gate:
+        """The keys of the chosen edits."""
+        return self._replace(keys=self.keys[chosen])
+
+    def joined(self) -> Gate:
+        """All keys as those of one edit."""
+        return self._replace(keys=self.keys.flatten(0, 1)[None])
+
+    def beside(self, other: Gate) -> Gate:
+        """The keys of both, edit by edit; all else is taken to be the same."""
+        return self._replace(keys=torch.cat([self.keys, other.keys], 1))
 
 
 class MatchGate(NamedTuple):
