@@ -159,6 +159,13 @@ def test_a_change_may_be_kept_at_a_lower_rank(lm, rank):
         torch.testing.assert_close(lost, best, atol=1e-6, rtol=1e-2)
 
 
+def test_reach_is_added_to_what_the_scope_has_learned(lm):
+    near, far = (new_editor(lm, reach=reach).edit(REQUESTS[:2]) for reach in (0.0, 2.5))
+    prompts = PromptStates(lm.context, lm.encode([("Who", "it"), ("In France", "it")]).prompts())
+    rows = torch.tensor([0, 1])
+    torch.testing.assert_close(far.gate.scores(prompts, rows), near.gate.scores(prompts, rows) + 2.5)
+
+
 def test_it_reads_no_instruction_unless_it_is_asked_to(lm):
     assert new_editor(lm).instructor() is None
     editor = new_editor(lm, instructions=True)

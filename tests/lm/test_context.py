@@ -21,7 +21,7 @@ from tests.reference import assert_untouched, dense_copy, footprint, greedy, pla
 
 from instructedit.edits import ContextEdit, load_edit
 from instructedit.errors import UserError
-from instructedit.lm import FrozenLM
+from instructedit.lm import FrozenLM, TokenBatch
 
 # -- logits -----------------------------------------------------------------------------------------------------------
 
@@ -337,3 +337,19 @@ def test_to_disk_and_back(lm, tmp_path, adapted, gated):
     half = again.to(torch.bfloat16)
     assert half.ids.dtype == half.lengths.dtype == torch.long
     assert torch.equal(half.ids, edit.ids)
+
+
+def test_a_scope_reads_the_same_prompt_where_a_lone_space_is_not_scored(tokenizer):
+    """SmolLM2 writes " 4" in two tokens; the first is the answer's, though it is not scored."""
+
+    lm = random_lm("gpt2", tokenizer)
+    space, pairs = lm.token_ids(" "), [("The number of cities is", "4"), ("The number of cities is", "four of them")]
+    plain = lm.encode(pairs)
+    assert len(space) == 1
+    ids = [row[: len(lm.token_ids(pairs[0][0]))] for row in plain.unpadded()]
+    rows = [(ids[0] + space + lm.token_ids("4"), 1), (ids[1] + lm.token_ids(" four"), len(lm.token_ids(" four")))]
+    batch = dataclasses.replace(TokenBatch.of(rows), unscored=torch.tensor([1, 0]))
+    assert batch.prompts().unpadded() == ids
+    assert batch.select(torch.tensor([1, 0])).prompts().unpadded() == ids
+    assert TokenBatch.cat([plain, batch]).prompts().unpadded() == ids * 2
+    assert torch.equal(*lm.context.scope_embedding(batch, 2))

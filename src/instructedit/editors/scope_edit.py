@@ -104,6 +104,7 @@ class ScopeEdit(RidgeEdit):
         token_embedding: The same for its tokens.
         token_block: Share of the LM's blocks below the hidden states by which tokens are compared.
         scope_weight: Of the scope's loss beside the others.
+        reach: Added to the scope's bias, as it was learned: above zero edits are missed less and hold too far more.
         kept_rank: Of a change that is kept; 0 keeps the whole.
     """
 
@@ -116,6 +117,7 @@ class ScopeEdit(RidgeEdit):
     token_embedding: int = 32
     token_block: float = 0.15
     scope_weight: float = 1.0
+    reach: float = 0.0
     kept_rank: int = 0
 
     def build(self) -> None:
@@ -132,7 +134,8 @@ class ScopeEdit(RidgeEdit):
             return changes
         if self.kept_rank:
             changes = changes.compressed(self.kept_rank)
-        return ScopedEdit(changes, self.matcher.gate(self._prompts(batch.tokens)))
+        gate = self.matcher.gate(self._prompts(batch.tokens))
+        return ScopedEdit(changes, gate._replace(bias=gate.bias + self.reach))
 
     def compute_joint_edit(self, batch: RequestBatch) -> Edit:
         """N requests → one edit of n entries."""

@@ -113,7 +113,7 @@ class Text:
 
     def lengths(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
         """Tokens of each prompt with its answer, whole."""
-        return [len(tokens.ids) for tokens, _ in self._answered(pairs)]
+        return [len(tokens.ids) for tokens, *_ in self._answered(pairs)]
 
     def joined(self, prompt: str, answer: str) -> str:
         """A prompt and its answer as plain text."""
@@ -135,7 +135,8 @@ class Text:
         rows: list[tuple[list[int], int]] = []
         truncated = 0
         end = [self.tokenizer.eos_token_id] if self.ends else []
-        for i, (tokens, size) in enumerate(self._answered(pairs, scored)):
+        answered = self._answered(pairs, scored)
+        for i, (tokens, size, _) in enumerate(answered):
             ids, room = tokens.ids + end, self.max_length - len(self._kept(tokens.ids))
             if not 0 < size < min(len(tokens.ids), room - len(end)):
                 name = where[i] if where else repr(pairs[i][0][-60:])
@@ -147,7 +148,10 @@ class Text:
             rows.append((self._cut(ids, self.max_length), size + len(end)))
         if truncated:
             warnings.warn(f"{_CUT} (counted in data/truncated)", stacklevel=2)
-        return TokenBatch.of(rows, truncated)
+        batch = TokenBatch.of(rows, truncated)
+        if scored:
+            batch.unscored = torch.tensor([unscored for *_, unscored in answered])
+        return batch
 
     def positions(self, pairs: Sequence[tuple[str, str]], ends: Sequence[int], batch: TokenBatch) -> Tensor:
         """For each row of a batch the last token of a stretch of its prompt, [rows].
@@ -158,7 +162,7 @@ class Text:
             batch: The rows.
         """
         found = []
-        for (tokens, _), (prompt, _), end, size in zip(self._answered(pairs), pairs, ends, batch.lengths, strict=True):
+        for (tokens, *_), (prompt, _), end, size in zip(self._answered(pairs), pairs, ends, batch.lengths, strict=True):
             end += (len(self._turn.before) if self._turn else 0) - (len(prompt) - len(prompt.lstrip()))
             places = [t for t, (start, stop) in enumerate(tokens.offsets) if start < end and stop > start]
             kept = len(self._kept(tokens.ids)) if size < len(tokens.ids) else 0
@@ -186,8 +190,8 @@ class Text:
         prompt = stripped(prompt)
         return prompt if self._turn is None else f"{self._turn.before}{prompt}{self._turn.after}"
 
-    def _answered(self, pairs: Sequence[tuple[str, str]], scored: bool = False) -> list[tuple[_Tokens, int]]:
-        """Whole rows, and how many of their tokens are the answer's (see `encode`)."""
+    def _answered(self, pairs: Sequence[tuple[str, str]], scored: bool = False) -> list[tuple[_Tokens, int, int]]:
+        """Whole rows, and how many of their tokens are the answer's, scored and left out (see `encode`)."""
         fronts, texts, starts = [], [], []
         for prompt, answer in pairs:
             fronts.append(self._front(prompt))
@@ -204,7 +208,7 @@ class Text:
             first = len(alone.ids)
             if scored:
                 first = next((t for t, (_, stop) in enumerate(whole.offsets) if stop > start), len(whole.ids))
-            rows.append((whole, len(whole.ids) - first))
+            rows.append((whole, len(whole.ids) - first, first - len(alone.ids)))
         return rows
 
     def _going_on(self, text: str) -> _Tokens:

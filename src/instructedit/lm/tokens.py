@@ -30,6 +30,7 @@ class TokenBatch:
             answer; `IGNORE` elsewhere. So the position that predicts the first answer token is labelled too.
         truncated: Rows whose prompt had to lose its beginning.
         device: Where the model is.
+        unscored: Tokens of each answer that stand in front of its first label, [rows]; None is none.
     """
 
     input_ids: Tensor
@@ -37,6 +38,7 @@ class TokenBatch:
     labels: Tensor
     truncated: int = 0
     device: torch.device = HOST
+    unscored: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -95,6 +97,7 @@ class TokenBatch:
         return replace(
             self, input_ids=self.input_ids[rows, :width], attention_mask=self.attention_mask[rows, :width],
             labels=self.labels[rows, :width], truncated=0,
+            unscored=None if self.unscored is None else self.unscored[rows],
         )  # fmt: skip
 
     def in_shapes(self, limit: int, tokens: int) -> Iterator[tuple[list[int], Self]]:
@@ -138,12 +141,14 @@ class TokenBatch:
         """The rows without their answers."""
         first = (self.labels != IGNORE).long().argmax(-1)  # the last token of the prompt predicts the answer's first
         answered = (self.labels != IGNORE).any(-1)
+        if self.unscored is not None:
+            first = (first - self.unscored).clamp(min=0)
         ends = torch.where(answered, first + 1, self.attention_mask.sum(-1))
         mask = (torch.arange(self.input_ids.shape[1]) < ends.unsqueeze(-1)).long()
         width = int(ends.max())
         return replace(
             self, input_ids=self.input_ids[:, :width], attention_mask=mask[:, :width],
-            labels=torch.full_like(self.labels[:, :width], IGNORE), truncated=0,
+            labels=torch.full_like(self.labels[:, :width], IGNORE), truncated=0, unscored=None,
         )  # fmt: skip
 
     def after_prompts(self) -> Self:
@@ -225,6 +230,8 @@ class TokenBatch:
         return cls(
             joined("input_ids", 0), joined("attention_mask", 0), joined("labels", IGNORE),
             sum(b.truncated for b in batches), batches[0].device,
+            torch.cat([torch.zeros(len(b), dtype=torch.long) if b.unscored is None else b.unscored for b in batches])
+            if any(b.unscored is not None for b in batches) else None,
         )  # fmt: skip
 
 
