@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -65,16 +66,16 @@ class Matcher(nn.Module):
             inside: Whether it is in scope, bool [probes].
 
         Returns:
-            The loss, and the share of probes that are told right where their request stands alone, scalars.
+            The loss, and the share of probes that are classified right where their request stands alone, scalars.
         """
         gate = self.gate(requests).joined()
         logits = gate.scores(probes, torch.zeros_like(own))  # [probes, requests]
-        wordings = [request.tolist() for request in map(torch.tensor, requests.prompts.unpadded())]
+        wordings = requests.prompts.unpadded()
         same = torch.tensor([[asked == words for words in wordings] for asked in probes.prompts.unpadded()])
         others = torch.arange(len(wordings), device=own.device) != own.unsqueeze(-1)
         logits = logits.masked_fill(others & same.to(own.device), -torch.inf)  # as much in that one's scope
         count = len(wordings)
-        alone = logits.gather(-1, own.unsqueeze(-1)).squeeze(-1) + gate.crowd * torch.tensor(float(count)).log()
+        alone = logits.gather(-1, own.unsqueeze(-1)).squeeze(-1) + gate.crowd * math.log(count)
         apart = F.binary_cross_entropy_with_logits(alone, inside.to(alone.dtype), reduction="none")
         none = torch.cat([logits, logits.new_zeros(len(logits), 1)], -1)
         among = F.cross_entropy(none, own.where(inside, count), reduction="none")

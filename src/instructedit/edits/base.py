@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -164,6 +165,11 @@ def as_list(index: int | slice | list[int], count: int) -> list[int]:
         return index
     chosen = range(count)[index]
     return [chosen] if isinstance(chosen, int) else list(chosen)
+
+
+def nested(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The state of a part of an edit, whose tensors are called ``name:…`` in that of the whole."""
+    return {key.removeprefix(f"{name}:"): tensor for key, tensor in state.items() if key.startswith(f"{name}:")}
 
 
 def pad_to(tensor: Tensor, size: int, dim: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from instructedit.edits.base import as_list
+from instructedit.edits.base import as_list, nested
 from instructedit.edits.by_prompt import PromptEdit
 from instructedit.edits.gates import Gate
 from instructedit.edits.low_rank import LowRankEdit
@@ -93,10 +93,7 @@ class ContextEdit(PromptEdit):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{name}:"): v for k, v in state.items() if k.startswith(f"{name}:")}
-
-        adapter, gate, ids, lengths = part("adapter"), part("gate"), state["ids"], state["lengths"]
+        adapter, gate, ids, lengths = nested(state, "adapter"), nested(state, "gate"), state["ids"], state["lengths"]
         if ids.ndim != 3 or ids.shape[:2] != lengths.shape or not ((lengths >= 0) & (lengths <= ids.shape[2])).all():
             raise UserError(f"contexts {list(ids.shape)} do not fit lengths {lengths.tolist()}")
         return cls(

@@ -70,7 +70,7 @@ class MatchGate(NamedTuple):
     logit = bias − scale · ‖P q − k‖² − sharpness · (1 − Σ_i w_i max_j cos(t_i, T x_j)) − crowd · log entries, in scope
     where it is positive. q is read of the whole prompt, above most blocks, and says what is asked; the x_j are its
     tokens, read above few, among which each token t_i of the request looks for its like (late interaction; Khattab and
-    Zaharia 2020): there subjects are told apart. The more entries there are, the closer a match must be.
+    Zaharia 2020): there subjects differ. The more entries there are, the closer a match must be.
 
     Attributes:
         keys: k of each entry, [n, entries, size].

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from instructedit.edits.base import as_list
+from instructedit.edits.base import as_list, nested
 from instructedit.edits.by_prompt import PromptEdit
 from instructedit.edits.gates import Gate, MatchGate
 from instructedit.edits.low_rank import LowRankEdit, stack
@@ -89,12 +89,9 @@ class ScopedEdit(PromptEdit):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{name}:"): v for k, v in state.items() if k.startswith(f"{name}:")}
-
-        read = part("gate")
+        read = nested(state, "gate")
         gate = MatchGate(**read) if "tokens" in read else Gate(**read)
-        changes = LowRankEdit.from_state(part("changes"))
+        changes = LowRankEdit.from_state(nested(state, "changes"))
         if gate.keys.ndim != 3 or gate.keys.shape[0] * gate.keys.shape[1] != len(changes):
             raise UserError(f"{len(changes)} changes do not fit keys {list(gate.keys.shape)}")
         return cls(changes, gate)
