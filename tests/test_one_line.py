@@ -80,7 +80,7 @@ def test_a_checkpoint_with_options_that_there_are_not(refused, tmp_path):
 
 NUMBERS = {
     "batch_size": 0, "eval_batch_size": 0, "num_workers": -1, "val_size": -1, "rephrases": -1, "locality": -2,
-    "replies": -1, "max_length": 0,
+    "replies": -1, "max_length": 0, "portability": -1,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Edit what a language model knows: one editor for many tasks, told by an instruction which."""
+"""Knowledge editing for language models: one instruction-guided editor for many tasks."""
 
 from __future__ import annotations
 

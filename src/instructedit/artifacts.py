@@ -1,4 +1,4 @@
-"""Where a run's tables, figures and files go: to each of its loggers, as far as it can take them."""
+"""Storage of a run's tables, figures and files with each of its loggers, as far as the logger supports it."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-_SHOWN = 500  # rows of a table that a browser of artifacts shows
+_SHOWN = 500  # rows in the CSV copy of a table, which artifact browsers show
 
 
 class Artifacts(ABC):
-    """Keeps tables, figures and plain data of a run as files; a subclass says where a file goes.
+    """Base class that stores a run's tables, figures and plain data as files; a subclass decides where they go.
 
-    A logger that is one itself, such as `MLflowTracker`, is used as it is.
+    A logger that is an `Artifacts` itself, such as `MLflowTracker`, is used directly.
     """
 
     @abstractmethod
     def log_file(self, path: str | Path, folder: str | None = None) -> None:
-        """Keeps a copy of a file, or of a folder, in the run's folder ``folder``."""
+        """Stores a copy of a file or folder in the run's folder ``folder``."""
 
     @abstractmethod
     def has(self, name: str) -> bool:
-        """Says whether the run keeps a file or folder of this name, outside any folder."""
+        """True if the run has a file or folder of this name at its top level."""
 
     @rank_zero_only
     def log_table(self, df: DataFrame, name: str) -> None:
-        """Logs a table as ``tables/<name>.parquet``, and its first rows as CSV, which browsers of artifacts show.
+        """Logs a table as ``tables/<name>.parquet``, and its first rows as CSV, which artifact browsers can show.
 
-        That file is ``<name>.csv``, or ``<name>.first-500.csv`` where there are more.
+        The CSV file is ``<name>.csv``, or ``<name>.first-500.csv`` if the table has more rows.
         """
         path = Path("tables", name)
         shown = f"{path.name}.csv" if len(df) <= _SHOWN else f"{path.name}.first-{_SHOWN}.csv"
@@ -79,29 +79,29 @@ class Artifacts(ABC):
 
     @rank_zero_only  # noqa: B027  # most loggers have no such place
     def log_datasets(self, datasets: Sequence[Mapping[str, Any]]) -> None:
-        """Shows which records a run read, where a logger has a place for it; all keep them as ``data.<stage>.json``.
+        """Shows which records a run read, if the logger supports it; every logger also keeps ``data.<stage>.json``.
 
         Args:
-            datasets: ``task, split, source, kept, fingerprint`` of each.
+            datasets: The ``task, split, source, kept, fingerprint`` of each dataset.
         """
 
     @rank_zero_only
     def log_editor(self, folder: Path, name: str, example: dict[str, str]) -> None:
-        """Keeps a saved editor's folder.
+        """Stores a copy of a saved editor's folder.
 
         Args:
-            folder: Where it was saved.
-            name: What to call it where editors have names.
-            example: A request, for where an example is shown: ``prompt``, ``target``, ``task``.
+            folder: Folder in which the editor was saved.
+            name: Name of the editor, for loggers that name editors.
+            example: A request (``prompt``, ``target``, ``task``), for loggers that show an example.
         """
         self.log_file(folder)
 
 
 class FolderArtifacts(Artifacts):
-    """Keeps everything as files in a folder, beside what a logger writes there itself.
+    """Stores everything as files in a folder, next to what a logger writes there itself.
 
     Args:
-        folder: Of the run; made when it is not there.
+        folder: Folder of the run; created if it does not exist.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -121,12 +121,12 @@ class FolderArtifacts(Artifacts):
 
 
 class TensorBoardArtifacts(FolderArtifacts):
-    """Shows figures in TensorBoard, and keeps the rest as files in the logger's folder.
+    """Shows figures in TensorBoard, and stores the rest as files in the logger's folder.
 
     Args:
-        folder: Of the run.
-        logger: TensorBoard's.
-        step: The optimiser step that figures stand at.
+        folder: Folder of the run.
+        logger: The TensorBoard logger.
+        step: The optimiser step at which figures are logged.
     """
 
     def __init__(self, folder: str | Path, logger: TensorBoardLogger, step: int) -> None:
@@ -139,10 +139,10 @@ class TensorBoardArtifacts(FolderArtifacts):
 
 
 def artifacts(trainer: Trainer) -> list[Artifacts]:
-    """Lists what takes the tables, figures and files of a run: one for each of its loggers that can.
+    """Lists the stores of a run's tables, figures and files: one for each logger that can keep them.
 
-    A logger that keeps artifacts itself does so; any other with a folder of its own has them as files there. A logger
-    without one is named once. `fast_dev_run` keeps nothing.
+    A logger that stores artifacts itself is used directly; for any other logger with a folder, they become files in
+    that folder. A logger without a folder is reported once. `fast_dev_run` stores nothing.
     """
     found = [_artifacts_of(logger, trainer.global_step) for logger in trainer.loggers]
     return [each for each in found if each is not None]
@@ -163,7 +163,7 @@ def _artifacts_of(logger: Logger, step: int) -> Artifacts | None:
 
 
 def _run_folder(logger: Logger) -> Path | None:
-    """A logger's folder of this run: its own, or where Lightning puts the checkpoints."""
+    """Returns a logger's folder for this run: its own, or the one in which Lightning puts the checkpoints."""
     if own := getattr(logger, "log_dir", None):
         return Path(own)
     if not logger.save_dir:

@@ -1,4 +1,4 @@
-"""Whether a run's results still follow from what it logged: its probe rows, its editor's file, its data."""
+"""Audit of a run: checks that its results still follow from its logged probe rows, its editor's file and its data."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from pandas import DataFrame
 
-#: Relative; the Trainer's own means are sums in float32.
+#: Relative and absolute tolerance; the Trainer computes its own means in float32.
 _TOLERANCE = 1e-5
 _CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that an audit looked at.
+    """Result of one check of an audit.
 
     Attributes:
-        what: Its name.
-        said: What was found, a phrase.
-        agrees: Whether it is as the run says.
+        what: Name of the thing that was checked.
+        said: What was found, as a phrase.
+        agrees: Whether it agrees with what the run logged.
     """
 
     what: str
@@ -42,15 +42,15 @@ class Finding:
 
 
 def audit(run: str, root: str | Path = "mlruns") -> list[Finding]:
-    """Recomputes what a run logged, and compares its files with what they were.
+    """Recomputes what a run logged, and checks that its files have not changed.
 
     Args:
         run: Id of the run, or its name.
         root: Folder of the store.
 
     Returns:
-        A finding for each thing looked at: the summary and the logged means, recomputed from the probe rows; the
-        editor's file; each dataset's fingerprint; and what training and test records share (which is no difference).
+        A finding for each check: the summary and the logged means, recomputed from the probe rows; the editor's file;
+        each dataset's fingerprint; and what training and test records share (which does not count as a difference).
 
     Raises:
         UserError: If there is no such run, or it logged no probe rows.
@@ -81,7 +81,7 @@ def _tables(run: Run, root: Path) -> Iterator[Finding]:
 
 
 def _scores(rows: DataFrame) -> Finding:
-    """Scores lie between 0 and 1, and no probe stands twice."""
+    """Checks that accuracies lie between 0 and 1, that scores are finite, and that no probe occurs twice."""
     from instructedit.metrics import editing_metrics
 
     apart = []
@@ -118,7 +118,7 @@ def _editor(run: Run, root: Path) -> Iterator[Finding]:
 
 
 def _moved(file: Path, root: Path) -> Path:
-    """Where a checkpoint of the store lies now, if the store was moved or copied: its last four parts stay."""
+    """Returns a checkpoint's path in a store that was moved or copied: its last four components stay the same."""
     there = root.joinpath(*file.parts[-4:])
     return there if there.is_file() else file
 
@@ -166,9 +166,9 @@ def _shared(run: Run, root: Path) -> Iterator[Finding]:
 
 
 def shared(train: Iterable[EditRecord], test: Iterable[EditRecord]) -> tuple[int, int]:
-    """How many test records share their subject, and how many their prompt, with a training record.
+    """Counts the test records that share their subject, and those that share a prompt, with a training record.
 
-    Case and white space do not count. A prompt is the request's or a rephrasing's.
+    Case and white space are ignored. A record's prompts are those of its request and its rephrasings.
     """
     train = list(train)
     subjects = {_plain(r.request.subject) for r in train if r.request.subject}
@@ -186,7 +186,7 @@ def _plain(text: str) -> str:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two numbers are the same but for rounding; two that are not there are."""
+    """True if two numbers are equal up to rounding, or both are missing (NaN)."""
     return (math.isnan(a) and math.isnan(b)) or math.isclose(a, b, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
 
 

@@ -13,7 +13,7 @@ from instructedit.errors import UserError, one_line, unknown
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 DEBUG = "INSTRUCTEDIT_DEBUG"
-#: What to do after Ctrl-C.
+#: How to resume each command after Ctrl-C.
 _RESUMING = {
     "fit": "; to go on, give the same command with --ckpt_path and the run's last.ckpt",
     "experiment": "; the same command goes on with the rows that are left",
@@ -23,7 +23,7 @@ _RESUMING = {
 
 
 def usage() -> str:
-    """The top of ``instructedit --help``."""
+    """Returns the text that ``instructedit --help`` prints."""
     lines = [
         "usage: instructedit COMMAND [options]      (instructedit COMMAND --help explains every option; --version)",
         "",
@@ -43,7 +43,7 @@ def usage() -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit status: 0, 2 for a `UserError`, 130 for Ctrl-C."""
+    """Runs a command and returns its exit status: 0, 2 for a `UserError`, 130 for Ctrl-C."""
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(usage())
@@ -76,7 +76,7 @@ def _say(error: UserError) -> int:
 
 
 def run() -> Any:
-    """Entry point of the console script."""
+    """Runs the command line and exits with its status; the entry point of the console script."""
     sys.exit(main())
 
 

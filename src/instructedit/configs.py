@@ -1,4 +1,4 @@
-"""Finds config files by name: those that a scale, an editor at that scale, and the other groups of configs/ mean."""
+"""Lookup of config files by name: those of a scale, of an editor at that scale, and of the other groups in configs/."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from instructedit.errors import UserError, unknown
 
 T = TypeVar("T")
 
-_LARGEST = 1_000_000  # values that a file may make
+_LARGEST = 1_000_000  # values that a file may expand to
 SCALE, EDITOR, TASK, CONFIG = "--scale", "--editor", "--task", ("--config", "-c")
 
-#: Folders of ``configs/`` with an option of their name, for what is the same at every scale.
+#: Folders of ``configs/`` with an option of the same name, for settings that all scales share.
 GROUPS = ("callbacks", "logger", "debug")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale is a language model and what goes with it: a file of ``configs/scale/``, or a user's own.
+    """A language model with its trainer, data and editor configs, read from ``configs/scale/`` or a user's own file.
 
     Its keys name files of ``configs/<key>/`` without their suffix, or give a path that ends in ``.yaml`` and is
     relative to the scale's own file.
 
     Attributes:
-        file: The file that says the rest.
+        file: The scale's own file, which names the rest.
         lm: Config of the language model.
         trainer: Config of the training: steps, batches, device.
         data: Configs of the data, in order.
         editors: Folders with this scale's variants of editors, in order: names in ``configs/editor/``, or paths with a
-            slash, relative to the file. An editor that is in none of them has its plain config.
-        paper: The model whose published figures stand beside ours.
+            slash, relative to the file. An editor that is in none of them uses its plain config.
+        paper: The model whose published results are shown next to ours.
     """
 
     file: Path
@@ -52,14 +52,14 @@ class Scale:
         """Reads a scale by its name or by the path of its file.
 
         Raises:
-            UserError: If there is none, or a key is missing, unknown or of the wrong kind.
+            UserError: If there is no such scale, or a key is missing, unknown or of the wrong kind.
         """
         file = _named("scale", given, [_group("scale")])
         return parsed(cls, read_yaml(file), str(file), file=file)
 
     @classmethod
     def of_model(cls, lm: str) -> Self | None:
-        """Finds the scale that is called as a model is: the hyper-parameters that were chosen for it; None without."""
+        """Loads the scale named after a model, with the hyper-parameters chosen for it; None if there is none."""
         return cls.load(lm) if lm in _names([_group("scale")]) else None
 
     @property
@@ -69,7 +69,7 @@ class Scale:
 
     @property
     def option(self) -> str:
-        """What ``--scale`` is given to get this scale: its name, or the path of a user's own file."""
+        """Value of ``--scale`` that selects this scale: its name, or the path of a user's own file."""
         return self.name if self.file.parent == _group("scale") else str(self.file)
 
     def editor(self, name: str) -> Path:
@@ -81,14 +81,14 @@ class Scale:
         return _named("editor", name, [*map(self._variants, self.editors), _group("editor")])
 
     def files(self, editor: str | None = None, more: Iterable[Path] = ()) -> list[Path]:
-        """Lists the configs of a run in the order in which they are read: the last one that sets an option has its way.
+        """Lists the configs of a run in the order in which they are read: the last one that sets an option wins.
 
         Args:
-            editor: Name or path of the editor's config; without it the files say nothing of an editor.
-            more: Further configs, which stand before the editor's.
+            editor: Name or path of the editor's config; without it the files do not set an editor.
+            more: Further configs, read before the editor's.
 
         Raises:
-            UserError: If one of them is not there.
+            UserError: If one of them does not exist.
         """
         named = (("lm", self.lm), ("trainer", self.trainer), *(("data", name) for name in self.data))
         own = [self._own(key, name) for key, name in named]
@@ -98,7 +98,7 @@ class Scale:
         """Reads the LM's config: ``name``, and further arguments of `FrozenLM.from_pretrained`.
 
         Raises:
-            UserError: If the config says nothing of an LM.
+            UserError: If the config does not set an LM.
         """
         return _section(self._own("lm", self.lm), "model", "lm")
 
@@ -106,7 +106,7 @@ class Scale:
         """Reads an editor's hyper-parameters at this scale, as `build_editor` takes them.
 
         Raises:
-            UserError: If there is no such editor, or its config says nothing of one.
+            UserError: If there is no such editor, or its config does not set one.
         """
         return dict(_section(self.editor(name), "model", "editor").get("init_args") or {})
 
@@ -125,10 +125,10 @@ class Scale:
 
 
 def config_files(scale: str | None, editor: str | None) -> list[Path]:
-    """Lists the configs that a scale and an editor mean; without a scale the editor has its plain one.
+    """Lists the configs that a scale and an editor stand for; without a scale, the editor's plain config is used.
 
     Raises:
-        UserError: If one of them is not there.
+        UserError: If one of them does not exist.
     """
     if scale:
         return Scale.load(scale).files(editor)
@@ -136,17 +136,17 @@ def config_files(scale: str | None, editor: str | None) -> list[Path]:
 
 
 def expanded(args: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Replaces ``--scale``, ``--editor``, ``--task`` and `GROUPS` in a command line by what they mean.
+    """Replaces ``--scale``, ``--editor``, ``--task`` and `GROUPS` in a command line by what they stand for.
 
-    Configs come right behind the command, in this order, so that explicit configs and options override them. A task
-    takes the place of all tasks that any of these name. Configs that
-    ship are found by their path in the repository (``configs/lm/tiny.yaml``) from any folder.
+    Their configs are inserted right after the command, in this order, so that explicit configs and options override
+    them. A task replaces all tasks that any of these configs name. Shipped configs are found by their path in the
+    repository (``configs/lm/tiny.yaml``) from any working directory.
 
     Args:
         args: The command and its options.
 
     Returns:
-        The new command line, and the files that the names mean.
+        The new command line, and the files that the names stand for.
 
     Raises:
         UserError: If there is no such scale, editor or file, or a file is not YAML.
@@ -164,7 +164,7 @@ def expanded(args: Sequence[str]) -> tuple[list[str], list[Path]]:
 
 
 def located(args: Sequence[str]) -> list[str]:
-    """Makes sure that each ``--config`` is a YAML file; the shipped ones are found from any folder.
+    """Checks that each ``--config`` is a YAML file, and finds the shipped ones from any working directory.
 
     Raises:
         UserError: If one is not.
@@ -186,7 +186,7 @@ def located(args: Sequence[str]) -> list[str]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Reads YAML and refuses a key that stands twice, of which else the last would win in silence."""
+    """YAML loader that rejects duplicate keys, of which the last would otherwise win silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -199,27 +199,27 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_yaml(text: str) -> Any:
-    """Reads YAML: plain values alone, no key twice, and no aliases that multiply to more than a million values.
+    """Parses YAML into plain values; rejects duplicate keys, and aliases that expand to more than a million values.
 
     Raises:
-        yaml.YAMLError: If it is none, or too large or too deep.
+        yaml.YAMLError: If the text is not YAML, or too large or too deeply nested.
     """
     try:
         value = yaml.load(text, _UniqueKeys)
         _check_size(value, {})
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deep") from error
-    except ValueError as error:  # a date that there is not, a number of thousands of digits
+    except ValueError as error:  # an impossible date, or a number of thousands of digits
         raise yaml.YAMLError(str(error)) from error
     return value
 
 
 def _check_size(value: Any, known: dict[int, int]) -> int:
-    """How many values one is made of, those that several names share counted for each."""
+    """Counts the values that a value consists of; shared ones count once for each reference."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
-        known[id(value)] = _LARGEST + 1  # of one that holds itself
+        known[id(value)] = _LARGEST + 1  # for a value that contains itself
         inner = value.values() if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_check_size(each, known) for each in inner)
     if known[id(value)] > _LARGEST:
@@ -231,7 +231,7 @@ def read_yaml(file: Path, what: str = "") -> Any:
     """Reads a YAML file.
 
     Raises:
-        UserError: If it is not YAML, with `what` before its name.
+        UserError: If it is not YAML; the message has `what` before the file's name.
     """
     try:
         return load_yaml(file.read_text())
@@ -240,13 +240,13 @@ def read_yaml(file: Path, what: str = "") -> Any:
 
 
 def parsed(kind: type[T], spec: Any, where: str, **known: Any) -> T:
-    """Makes a dataclass from plain data, whose keys and their types are checked.
+    """Builds a dataclass from plain data after checking the keys and the types of their values.
 
     Args:
         kind: The dataclass.
         spec: Its fields by name.
-        where: Where they stand, for errors.
-        known: Fields that are no keys, with their values.
+        where: Where the data come from, for error messages.
+        known: Fields that are not among the keys, with their values.
 
     Raises:
         UserError: If a key is missing, unknown or of the wrong kind.
@@ -264,13 +264,13 @@ def parsed(kind: type[T], spec: Any, where: str, **known: Any) -> T:
 
 
 def shown(file: Path) -> str:
-    """Shortens the path of a config to that from the working directory or in the repository, where it lies there."""
+    """Shortens a config's path to one relative to the working directory or the repository, if it lies in either."""
     homes = (home for home in (Path.cwd(), paths.SHARED) if file.is_relative_to(home))
     return str(next((file.relative_to(home) for home in homes), file))
 
 
 def _section(file: Path, *keys: str) -> dict[str, Any]:
-    """A part of a config."""
+    """Returns the part of a config file under the given nested keys."""
     part = read_yaml(file)
     for key in keys:
         part = part.get(key) if isinstance(part, dict) else None
@@ -284,7 +284,7 @@ def _group(name: str) -> Path:
 
 
 def _named(kind: str, name: str | Path, folders: Sequence[Path], base: Path = Path()) -> Path:
-    """A file by its path (``.yaml``), from `base`, or by its name in the first of the folders that has it."""
+    """Finds a file by its path (``.yaml``, relative to `base`), or by its name in the first folder that has it."""
     if str(name).endswith(".yaml"):
         file = base / Path(name).expanduser()
         if not file.is_file():
@@ -301,7 +301,7 @@ def _names(folders: Iterable[Path]) -> Iterator[str]:
 
 
 def _taken(args: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """The value of a flag, in either spelling, and the arguments without it."""
+    """Returns a flag's value (from ``--flag VALUE`` or ``--flag=VALUE``) and the arguments without the flag."""
     left, value, rest = iter(args), None, []
     for arg in left:
         name, equals, given = arg.partition("=")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-#: Pixels an inch.
+#: Pixels per inch.
 DPI = 150
 
 
@@ -29,7 +29,7 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> tuple[Path, 
 
 @contextmanager
 def laid_out(figure: Figure) -> Iterator[None]:
-    """Lays a figure out once for all files that are written inside: the layout takes longer than the drawing."""
+    """Computes a figure's layout once for all files written within the context: layout takes longer than drawing."""
     engine, dpi = figure.get_layout_engine(), figure.dpi
     figure.set_dpi(DPI)
     if engine is not None:

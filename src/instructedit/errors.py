@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-_LONGEST = 2000  # characters of a line
+_LONGEST = 2000  # characters of an error's line
 
 
 class UserError(ValueError):
@@ -17,20 +17,20 @@ class UserError(ValueError):
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line that is no longer than somebody reads; files of strangers can be quoted in it."""
+    """Returns an error's message as one line, shortened where it is too long: it may quote text from any file."""
     line = " ".join(str(error).split())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 4 :]}"
 
 
 def at_least(low: float, **values: float | None) -> None:
-    """Refuses values that are too small, or no numbers; None is no value.
+    """Checks that values are not below a minimum and not NaN; None is skipped.
 
     Args:
         low: The smallest value that is allowed.
-        values: Them by their names.
+        values: The values by their names.
 
     Raises:
-        UserError: For the first that is.
+        UserError: For the first value that fails the check.
     """
     for name, value in values.items():
         if value is not None and not value >= low:
@@ -38,7 +38,7 @@ def at_least(low: float, **values: float | None) -> None:
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> UserError:
-    """The error for a name that is not there: one line with the nearest of those that are, and all of them."""
+    """Builds the error for an unknown name: one line with the closest known name and the list of all known names."""
     near = get_close_matches(name, known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return UserError(f"unknown {kind} {name!r}{hint}; there are: {', '.join(known) or 'none'}")

@@ -1,4 +1,4 @@
-"""fit, validate, test and predict: LightningCLI over the editing module and the data module."""
+"""The commands `fit`, `validate`, `test` and `predict`: a LightningCLI over the editing module and the data module."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ NAMED = {
 LIGHTNINGS_OWN = ("best", "last", "hpc")
 
 
-#: Parts of a checkpoint that Lightning reads: to score it, and to go on training.
+#: Parts of a checkpoint that Lightning needs: to score it, and to resume training.
 _VERSION = ("pytorch-lightning_version",)
 _NEEDED = (_VERSION, (*_VERSION, "optimizer_states", "lr_schedulers", "epoch", "global_step"))
 
 
 class EditingCLI(LightningCLI):
-    """The parser of `fit`, `validate`, `test` and `predict`.
+    """LightningCLI for the commands `fit`, `validate`, `test` and `predict`.
 
     Attributes:
         typed: The command line as it was given, before names of configs were replaced by their files.
@@ -68,11 +68,11 @@ class EditingCLI(LightningCLI):
     typed: tuple[str, ...] = ()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Configs by name, for the help alone (`expanded` reads them), and every run's callbacks with their options."""
+        """Adds the options that name configs, for the help alone (`expanded` reads them), and every run's callbacks."""
         for flag, what in NAMED.items():
             parser.add_argument(flag, metavar="NAME", default=SUPPRESS, help=what)
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        parser.add_lightning_class_args(EditRateSweep, "edit_rate")  # before the guards, which see where rates start
+        parser.add_lightning_class_args(EditRateSweep, "edit_rate")  # before the guards, which note the initial rates
         parser.add_lightning_class_args(Guards, "guards")
         parser.add_lightning_class_args(DataReport, "data_report")
         parser.add_lightning_class_args(Pace, "pace")
@@ -83,7 +83,7 @@ class EditingCLI(LightningCLI):
         parser.add_lightning_class_args(EditingAreaDump, "areas")
 
     def fit(self, **options: Any) -> None:
-        """Runs `Trainer.fit`, and says what comes next."""
+        """Runs `Trainer.fit`, then prints the commands that usually follow."""
         self._call(self.trainer.fit, options)
         for logger in self._trackers():
             if not logger.is_child:
@@ -98,7 +98,7 @@ class EditingCLI(LightningCLI):
         self._score(self.trainer.validate, options)
 
     def test(self, **options: Any) -> None:
-        """Runs `Trainer.test` without its own table of bare means: ours has intervals."""
+        """Runs `Trainer.test` without Lightning's table of bare means: ours has intervals."""
         self._score(self.trainer.test, options | {"verbose": False})
 
     def predict(self, **options: Any) -> None:
@@ -106,7 +106,7 @@ class EditingCLI(LightningCLI):
         self._score(self.trainer.predict, options)
 
     def _score(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        """An untrained editor is not scored under its method's name."""
+        """Runs a scoring command; rejects an untrained editor, which must not be scored under its method's name."""
         editor = self.model.editor
         if editor.trainable and not options["ckpt_path"]:
             raise UserError(
@@ -115,9 +115,9 @@ class EditingCLI(LightningCLI):
         self._call(function, options)
 
     def _call(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
-        """Calls Lightning, which goes on without a checkpoint where ``last`` finds none, and has errors of its own."""
+        """Calls Lightning; a missing checkpoint is a `UserError`, even for ``last``, where Lightning would go on."""
         asked = options["ckpt_path"]
-        if self._weights:  # of a saved editor, which Lightning cannot read: they are in place
+        if self._weights:  # of a saved editor, which Lightning cannot read: they are loaded already
             options = options | {"ckpt_path": None}
         with warnings.catch_warnings():
             if asked in LIGHTNINGS_OWN:
@@ -130,7 +130,7 @@ class EditingCLI(LightningCLI):
                 raise
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Errors in the arguments are one line."""
+        """Parses the arguments and reports errors in them as one line."""
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
@@ -138,15 +138,15 @@ class EditingCLI(LightningCLI):
             raise UserError(f"{' '.join(str(error).split())}{hint}") from error
 
     def _parse_ckpt_path(self) -> None:
-        """Finds the checkpoint, takes the editor's options from it, and says where they differ from the command line.
+        """Finds the checkpoint, takes the editor's options from it, and reports where the command line's differ.
 
-        LightningCLI would take all of the model's, so that one could not test a checkpoint in another way than it was
-        trained: with another instruction, say, or in another dtype.
+        LightningCLI would take all options of the model, so that a checkpoint could not be tested in another way than
+        it was trained: with another instruction, say, or in another dtype.
 
         Raises:
-            UserError: If there is none.
+            UserError: If there is no usable checkpoint.
         """
-        self._weights: dict[str, Tensor] | None = None  # of an editor that is no checkpoint
+        self._weights: dict[str, Tensor] | None = None  # of a saved editor that is not a checkpoint
         config = self.config[self.config.subcommand]
         asked = config.get("ckpt_path")
         if not asked or asked in LIGHTNINGS_OWN:
@@ -164,7 +164,7 @@ class EditingCLI(LightningCLI):
         self._take(saved)
 
     def _take(self, saved: dict[str, Any]) -> None:
-        """Puts a saved editor's class and options in the place of the command line's."""
+        """Replaces the editor's class and options in the command line's configuration by those of a saved editor."""
         before = _flat(self.config[self.config.subcommand].model.editor)
         taken = {self.config.subcommand: {"model": {"editor": saved}}}
         try:
@@ -177,7 +177,7 @@ class EditingCLI(LightningCLI):
             rank_zero_info(f"the checkpoint's own editor is used: {', '.join(changed)}")
 
     def before_instantiate_classes(self) -> None:
-        """Looks at the local store before anything is made: jsonargparse would hide what is wrong with it."""
+        """Checks the local store before anything is instantiated: jsonargparse would hide what is wrong with it."""
         config = self.config[self.config.subcommand]
         if getattr(config.trainer.logger, "class_path", "").endswith(f".{MLflowTracker.__name__}"):
             options = config.trainer.logger.init_args
@@ -186,7 +186,7 @@ class EditingCLI(LightningCLI):
                 check_run_id(options.get("run_id"))
 
     def after_instantiate_classes(self) -> None:
-        """Introduces module and data to each other, names the run, and puts the weights of a saved editor in place."""
+        """Connects the module and the data, names the run, and loads the weights of a saved editor."""
         self.model.connect(self.datamodule)
         config = self.config[self.config.subcommand]
         checkpoint = config.get("ckpt_path") if self.config.subcommand != "fit" else None
@@ -202,15 +202,15 @@ class EditingCLI(LightningCLI):
 
 
 def _store(config: Any) -> str:
-    """Folder of the store that a command logs to."""
+    """Returns the folder of the store that a command logs to."""
     options = getattr(config.trainer.logger, "init_args", None) or {}
     return str(options.get("root") or "mlruns")
 
 
 def _go_on(config: Any, checkpoint: Path) -> None:
-    """A run that was killed, or failed, goes on as the same run; one that was finished is the start of a new one."""
+    """Continues a killed or failed run as the same run; the checkpoint of a finished run starts a new one."""
     options = getattr(config.trainer.logger, "init_args", None)
-    if options is None or options.get("run_id", "") is not None:  # another logger, or told which run
+    if options is None or options.get("run_id", "") is not None:  # another logger, or the run is given
         return
     if run_id := unfinished_run(checkpoint, _store(config)):
         rank_zero_info(f"run {run_id} goes on")
@@ -218,7 +218,7 @@ def _go_on(config: Any, checkpoint: Path) -> None:
 
 
 def _saved_editor(found: Path, needed: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-    """Class and options of a saved editor as the parser has them; and its weights, if it is no checkpoint.
+    """Returns a saved editor's class and options in the parser's form, and its weights if it is not a checkpoint.
 
     Raises:
         UserError: If it is damaged, or a checkpoint of something else.
@@ -238,7 +238,7 @@ def _flat(config: Any, prefix: str = "editor") -> dict[str, Any]:
 
 
 class Built(EditingCLI):
-    """Builds module, data and Trainer of a command, and does not run it."""
+    """CLI that builds the module, data and Trainer of a command without running it."""
 
     def _score(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         pass
@@ -248,10 +248,10 @@ class Built(EditingCLI):
 
 
 def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defaults: Any) -> EditingCLI:
-    """Parses and runs one command, or only builds what it needs with `Built`.
+    """Parses and runs one command; with `Built`, only builds what it needs.
 
     Raises:
-        UserError: If the arguments are wrong, or the run's input is.
+        UserError: If the arguments or the run's input are wrong.
     """
     plugins(Editor, PACKAGE)  # imports every editing method, so that its class name alone resolves
     _quiet()
@@ -275,7 +275,7 @@ def run(args: Sequence[str], cls: type[EditingCLI] = EditingCLI, **trainer_defau
 
 
 def _of_one_command(cls: type[EditingCLI], command: str, typed: tuple[str, ...]) -> type[EditingCLI]:
-    """The same command line with the parser of one command alone, since a parser takes half a second to build."""
+    """Returns the CLI with the parser of one command alone, since each parser takes half a second to build."""
     every = cls.subcommands()
     chosen = {command: every[command]} if command in every else every
     return type(
@@ -288,7 +288,7 @@ def _class_names() -> list[str]:
 
 
 def _quiet() -> None:
-    """Warnings that every run would print and that ask nothing of the user."""
+    """Silences warnings that every run would print and that need no action from the user."""
     for message in (
         ".*does not have many workers.*",
         ".*is an instance of `nn.Module` and is already saved during checkpointing.*",
@@ -297,7 +297,7 @@ def _quiet() -> None:
         "The dirpath has changed.*",  # a test has a run of its own
     ):
         warnings.filterwarnings("ignore", message)
-    # Lightning's advertisements, and the devices that are not there, come as log messages.
+    # Lightning's advertisements, and its lines about missing devices, are log messages.
     silent = ("💡", "GPU available: False", "TPU available: False")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not any(words in record.getMessage() for words in silent)

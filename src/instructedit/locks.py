@@ -1,6 +1,6 @@
-"""Locks between processes: who makes or searches something, and who is alive.
+"""Locks between processes: they let one process at a time do a job, and show which processes are alive.
 
-A lock is a file that a living process holds (flock); the system lets go of it when the process ends, however it ends.
+A lock is a file that a live process holds (flock); the system releases it when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _ALIVE = "running"
 
 @contextmanager
 def one_at_a_time(place: Path, waiting: str = "") -> Iterator[None]:
-    """Holds a lock, and waits for it while another process does.
+    """Holds a lock within the context, after waiting for any other process that holds it.
 
     Args:
-        place: A folder, which is locked itself; or the lock's own file, made when it is not there.
-        waiting: What to print before waiting.
+        place: A folder, which is locked itself; or the lock's own file, created if it does not exist.
+        waiting: Message to print before waiting.
     """
     descriptor = os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR | os.O_CREAT)
     try:
@@ -39,11 +39,11 @@ def one_at_a_time(place: Path, waiting: str = "") -> Iterator[None]:
 
 
 class Alive:
-    """Tells other processes that somebody is alive, for as long as this process is.
+    """Marker that tells other processes that its owner is alive, for as long as this process runs.
 
     Args:
         root: Folder of the store.
-        name: Of whoever it is; no name comes again.
+        name: Name of the owner; a name is never used again.
     """
 
     def __init__(self, root: Path, name: str) -> None:
@@ -54,10 +54,10 @@ class Alive:
             part.parent.mkdir(exist_ok=True)
             self._file = part.open("w")
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.rename(self._place)  # never there without its lock
+            part.rename(self._place)  # so that the file never exists without its lock
 
     def end(self) -> None:
-        """Says that it is over."""
+        """Removes the marker, which says that the owner ended in an orderly way."""
         with suppress(OSError):
             self._place.unlink(missing_ok=True)
             if self._file is not None:
@@ -65,9 +65,9 @@ class Alive:
 
 
 def dead(root: Path) -> Iterator[str]:
-    """Names of those that were `Alive`, did not end, and whose process is gone.
+    """Yields the names of `Alive` markers that were not ended although their process is gone.
 
-    A name comes again until whoever got it has done what is to be done, and asks for the next.
+    A name is yielded by later calls too, until a caller has handled it and asks for the next one.
     """
     for place in sorted((root / _ALIVE).glob("[!.]*")):
         try:
@@ -75,5 +75,5 @@ def dead(root: Path) -> Iterator[str]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 yield place.name
                 place.unlink(missing_ok=True)
-        except OSError:  # held: it is alive; or found by another process in the meantime
+        except OSError:  # held, so it is alive; or handled by another process in the meantime
             continue

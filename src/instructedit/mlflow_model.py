@@ -1,4 +1,4 @@
-"""What MLflow loads a registered editor with: ``mlflow.pyfunc.load_model("models:/instructedit-tiny/1")``."""
+"""Loader of registered editors for MLflow: ``mlflow.pyfunc.load_model("models:/instructedit-tiny/1")``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class EditedWords:
-    """Edits a model as each row of a table says, row by row, and answers with the model's words before and after.
+    """MLflow model that makes the edit in each row of a table and returns the LM's output before and after it.
 
     Args:
         editor: A trained editor, bound to its model.
@@ -28,10 +28,10 @@ class EditedWords:
         self.editor = editor
 
     def predict(self, model_input: DataFrame, params: Mapping[str, Any] | None = None) -> DataFrame:
-        """Makes an edit of each row and generates greedily.
+        """Makes the edit in each row and generates greedily before and after it.
 
         Args:
-            model_input: Columns ``prompt`` and ``target``; ``task`` where the editor reads instructions; ``ask``, what
+            model_input: Columns ``prompt`` and ``target``; ``task`` if the editor reads instructions; ``ask``, what
                 the model is asked, by default the prompt.
             params: ``max_new_tokens`` (10).
 
@@ -39,7 +39,7 @@ class EditedWords:
             Columns ``ask, before, after``.
 
         Raises:
-            UserError: If a column is missing, or a row is no request that the editor takes.
+            UserError: If a column is missing, or a row is not a request that the editor accepts.
         """
         from pandas import DataFrame
 

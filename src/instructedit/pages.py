@@ -1,4 +1,4 @@
-"""HTML pages that need nothing else, neither network nor folder, in one style."""
+"""Self-contained HTML pages in one style: they need neither network nor other files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def render(template: str | Path, **values: Any) -> str:
     """Fills a template; every text among the values is escaped.
 
     Args:
-        template: A Jinja file, which puts the common style where it says ``{{ style }}``.
-        values: What it shows.
+        template: A Jinja file, in which ``{{ style }}`` stands for the common style.
+        values: Values that the template shows.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup

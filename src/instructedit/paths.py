@@ -1,4 +1,4 @@
-"""Where the shipped files are, where things are kept on this machine, and whether a folder can be written into."""
+"""Paths of shipped files and of this machine's caches, and checks that folders and files can be written."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 
 from instructedit.errors import UserError
 
-_SQLITE = b"SQLite format 3\0"  # begins every database
+_SQLITE = b"SQLite format 3\0"  # the first bytes of every database
 _HERE = Path(__file__).resolve().parent
 
-#: The folder with ``configs/`` and ``experiments/``: in an installed package what the wheel brought (setup.py), in a
-#: checkout its top, whose files are read where they stand.
+#: The folder with ``configs/`` and ``experiments/``: in an installed package the wheel's copy (setup.py), in a checkout
+#: its top folder.
 SHARED = _HERE / "_shared" if (_HERE / "_shared").is_dir() else _HERE.parents[1]
 
-#: What every run reads first.
+#: The config that every run reads first.
 DEFAULTS = SHARED / "configs" / "default.yaml"
 
 
 def cache_folder() -> Path:
-    """Where models, second moments and states are kept: $INSTRUCTEDIT_CACHE, else ~/.cache/instructedit."""
+    """Returns the folder of models, second moments and states: $INSTRUCTEDIT_CACHE, else ~/.cache/instructedit."""
     return Path(os.environ.get("INSTRUCTEDIT_CACHE") or Path.home() / ".cache" / "instructedit").expanduser()
 
 
 def check_writable(folder: str | Path, option: str) -> Path:
-    """Finds out before any work whether a folder, there already or not, can be written; makes nothing.
+    """Checks before any work that a folder, existing or not, can be written; creates nothing.
 
     Args:
         folder: The folder.
-        option: What the user calls it, for the error.
+        option: The user's name for it, for the error message.
 
     Returns:
-        Its absolute path, without links and "..".
+        Its absolute path, with links and ".." resolved.
 
     Raises:
         UserError: If it is a file, lies below one, or cannot be written.
@@ -50,7 +50,7 @@ def check_writable(folder: str | Path, option: str) -> Path:
 
 
 def check_writable_file(file: str | Path, option: str) -> Path:
-    """Finds out before any work whether a file, there already or not, can be written; makes nothing.
+    """Checks before any work that a file, existing or not, can be written; creates nothing.
 
     Raises:
         UserError: If it is a folder, or its own folder cannot be written (see `check_writable`).
@@ -63,7 +63,7 @@ def check_writable_file(file: str | Path, option: str) -> Path:
 
 
 def check_database(file: Path) -> None:
-    """Finds out before any work whether an SQLite database, if it is there, can be used.
+    """Checks before any work that an SQLite database, if it exists, can be used.
 
     Raises:
         UserError: If it is damaged, or cannot be written.

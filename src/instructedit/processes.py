@@ -1,4 +1,4 @@
-"""What several processes that train or test one editor must do alike, and which of them do the same work.
+"""Helpers for several processes that train or test one editor: shares of the records, and sums over processes.
 
 Where the LM is sharded over groups of processes (`FrozenLM.shard`), the processes of a group see the same records: they
 are *copies* of one another, and count once.
@@ -17,15 +17,15 @@ _copies = 1
 
 
 def several() -> bool:
-    """Whether this process is one of several (`torch.distributed`)."""
+    """True if this process is one of several (`torch.distributed`)."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def groups_of(count: int) -> int:
-    """How many groups of `count` processes there are; from now on those of a group are copies.
+    """Divides the processes into groups of `count`, each made of copies from now on; returns the number of groups.
 
     Raises:
-        UserError: If there is one process alone, or their number is no multiple of `count`.
+        UserError: If the number of processes is not a multiple of `count`.
     """
     global _copies
     world = distributed.get_world_size() if several() else 1
@@ -37,17 +37,17 @@ def groups_of(count: int) -> int:
 
 
 def copies() -> int:
-    """How many processes do the same work."""
+    """Returns the number of processes that do the same work."""
     return _copies if several() else 1
 
 
 def place_among(rank: int, world: int) -> tuple[int, int]:
-    """Which share of the records a process takes, of how many shares: copies take the same."""
+    """Returns which share of the records a process takes, and the number of shares; copies take the same share."""
     return rank // copies(), world // copies()
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of a tensor over all processes that are no copies; they call this together. Without gradients."""
+    """Sums a tensor over all processes, which call this together, counting copies once; without gradients."""
     value = value.detach().clone()
     if several():
         distributed.all_reduce(value)
@@ -56,13 +56,13 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, which call this together; without gradients."""
+    """Averages a tensor over all processes, which call this together; without gradients."""
     shares = distributed.get_world_size() // copies() if several() else 1
     return sum_over_processes(value) / shares
 
 
 def from_all(rows: list[_T]) -> list[_T]:
-    """The rows of all processes, those of copies once; they call this together."""
+    """Collects the rows of all processes, which call this together; the rows of copies come once."""
     if not several():
         return rows
     parts: list[list[_T]] = [[] for _ in range(distributed.get_world_size())]

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, the code's commit, the machine's kind."""
+"""Provenance of a run: versions of packages, the code's commit, and the kind of machine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ UNKNOWN = "unknown"
 
 
 def provenance() -> dict[str, str]:
-    """Says with which software, code and kind of machine this process runs. Names no host, user or folder.
+    """Describes the software, the code and the kind of machine of this process; names no host, user or folder.
 
     Returns:
         ``python`` and the packages' versions, ``git.commit`` and ``git.dirty`` ("true" when something is changed or
         untracked), ``platform``, ``device`` and, where there is a constraints.txt in the working directory or above
-        the package, its sha256 as ``constraints``. What cannot be found out is "unknown".
+        the package, its sha256 as ``constraints``. What cannot be determined is "unknown".
     """
     facts = {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
     facts |= _git() | {"platform": platform.platform(), "device": _device()}
@@ -42,7 +42,7 @@ def _version(package: str) -> str:
 
 
 def _git() -> dict[str, str]:
-    # An installed copy may lie in somebody else's repository (their .venv): that commit would say nothing of ours.
+    # An installed copy may lie in somebody else's repository (their .venv): that commit would say nothing about ours.
     installed = "site-packages" in _HERE.parts
     commit = None if installed else _ask_git("rev-parse", "HEAD")
     changes = None if commit is None else _ask_git("status", "--porcelain")
@@ -67,7 +67,7 @@ def _device() -> str:
 
 
 def flat_parameters(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested parameters by paths with slashes: keys of mappings and dataclasses, numbers in lists of mappings."""
+    """Flattens nested parameters to slash-separated paths, made of keys and, for lists of mappings, of indices."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     elif isinstance(value, Namespace):

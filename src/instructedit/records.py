@@ -1,4 +1,4 @@
-"""What an edit is, in plain text: the request, its probes, and the record that holds both. No torch here."""
+"""Edits in plain text: the request, its probes, and the record that holds both. This module does without torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ KINDS: tuple[str, ...] = get_args(ProbeKind)
 
 
 def stripped(prompt: str) -> str:
-    """A prompt without stray spaces: no white space in front, no space at the end. A last newline stays."""
+    """Strips leading white space and trailing spaces from a prompt; a final newline stays."""
     return prompt.lstrip().rstrip(" \t\r\f\v\u00a0\u3000")
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: JSON may hold half a surrogate pair, which no tokenizer reads."""
+    """True if a string can be encoded as UTF-8: JSON may hold half a surrogate pair, which no tokenizer reads."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -29,8 +29,8 @@ class EditRequest:
     """One change that a user wants: after the edit the model continues ``prompt`` with ``target``.
 
     Attributes:
-        prompt: What the model is asked, without an instruction. Stray spaces are taken off (see `stripped`).
-        target: What it should say next; white space around it is taken off.
+        prompt: What the model is asked, without an instruction. Stray spaces are removed (see `stripped`).
+        target: How it should continue; surrounding white space is removed.
         task: Name of the editing task, which chooses the instruction bank; None for an edit without a task.
         subject: The entity that the edit is about, where the data names it.
         slots: Values for the slots of the task's instructions, such as ``{"LABEL": "positive"}``.
@@ -61,12 +61,12 @@ class Probe:
     """A question that shows what an edit did.
 
     Attributes:
-        kind: Which metric it belongs to.
-        prompt: What the model is asked, without an instruction. Stray spaces are taken off (see `stripped`).
+        kind: The metric that it belongs to.
+        prompt: What the model is asked, without an instruction. Stray spaces are removed (see `stripped`).
         answers: The right answer first, then its aliases; any of them counts. For locality the first answer only
             fixes the positions at which the edited and the unedited model are compared. White space around them is
-            taken off.
-        group: The dataset's own name for this sort of probe, e.g. ``Relation_Specificity``.
+            removed.
+        group: The dataset's own name for this kind of probe, e.g. ``Relation_Specificity``.
     """
 
     kind: ProbeKind
@@ -94,7 +94,7 @@ class EditRecord:
     Attributes:
         id: Unique within its dataset; results are keyed by it.
         request: The edit.
-        probes: Everything to ask the edited model, beside the request itself.
+        probes: Everything to ask the edited model besides the request itself.
         cluster: Records of one cluster are averaged before they count (ConvSent: the ten cases of one topic), and
             the bootstrap resamples clusters. Defaults to the id.
     """
@@ -119,6 +119,6 @@ class EditRecord:
         return Probe("reliability", self.request.prompt, (self.request.target,))
 
     def of(self, *kinds: str) -> tuple[Probe, ...]:
-        """The probes of the given kinds, in order; ``reliability`` is the request itself."""
+        """Returns the probes of the given kinds, in order; ``reliability`` is the request itself."""
         own = (self.reliability,) if "reliability" in kinds else ()
         return own + tuple(p for p in self.probes if p.kind in kinds)

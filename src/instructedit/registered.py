@@ -1,4 +1,4 @@
-"""A trained editor as MLflow knows models: its folder loads with ``mlflow.pyfunc``, and its name has versions."""
+"""Trained editors as MLflow models: their folders load with ``mlflow.pyfunc``, and their names have versions."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from instructedit.run_names import NOTE
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-#: The module whose ``_load_pyfunc`` makes a model of an editor's folder.
+#: The module whose ``_load_pyfunc`` loads an editor's folder as a model.
 LOADER = "instructedit.mlflow_model"
 _EXAMPLE = "input_example.json"
-#: Columns of the requests that such a model takes, and whether they must be there.
+#: Input columns of such a model, and whether they are required.
 INPUTS = {"prompt": True, "target": True, "task": False, "ask": False}
 OUTPUTS = ("ask", "before", "after")
-#: New tokens of an answer, where a call does not say it.
+#: New tokens of an answer, unless a call sets their number.
 MAX_NEW_TOKENS = 10
 
 
 def describe_model(folder: Path, run_id: str, example: dict[str, str]) -> None:
-    """Writes beside a saved editor's files what MLflow wants to know of a model, and an example of its input.
+    """Writes MLflow's description of a model, and an example of its input, next to a saved editor's files.
 
     Args:
-        folder: Of the saved editor.
+        folder: Folder of the saved editor.
         run_id: The run that it is logged in.
         example: A request, by the columns `INPUTS`.
     """
@@ -48,16 +48,16 @@ def describe_model(folder: Path, run_id: str, example: dict[str, str]) -> None:
 
 
 def register(client: MlflowClient, name: str, run_id: str, folder: str) -> str | None:
-    """Makes a logged editor the next version of a registered model.
+    """Registers a logged editor as the next version of a registered model.
 
     Args:
-        client: Of the store.
-        name: Of the registered model, which is made when it is not there; what MLflow does not allow becomes ``_``.
+        client: Client of the store.
+        name: Name of the registered model, which is created if needed; characters that MLflow forbids become ``_``.
         run_id: The run that it is logged in.
         folder: Its folder among the run's artifacts.
 
     Returns:
-        The version; None, with a warning, where the store keeps no registry.
+        The version; None, with a warning, if the store has no registry.
     """
     from mlflow.exceptions import MlflowException
 

@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def plugins(base: type[T], package: str) -> dict[str, type[T]]:
-    """Every named subclass of `base`: those in the modules of `package`, and those that a user's code defined.
+    """Finds every named subclass of `base`: those in the modules of `package`, and those that a user's code defined.
 
-    A class takes part by setting its own ``name``.
+    A class is included if it sets its own ``name``.
     """
     folder = importlib.import_module(package)
     for module in pkgutil.iter_modules(folder.__path__):
@@ -32,7 +32,7 @@ def plugins(base: type[T], package: str) -> dict[str, type[T]]:
 
 
 def plugin(base: type[T], package: str, name: str) -> type[T]:
-    """The subclass of `base` called `name`; one of another package is imported now, by its entry point.
+    """Returns the subclass of `base` called `name`; one of another package is imported now, by its entry point.
 
     Raises:
         UserError: If there is none (the message lists those that exist), or another package's cannot be used.
@@ -46,13 +46,13 @@ def plugin(base: type[T], package: str, name: str) -> type[T]:
 
 
 def names(base: type[T], package: str) -> list[str]:
-    """The names of all plug-ins in order, those of other packages too, which are not imported for it."""
+    """Lists the names of all plug-ins in order, including those of other packages, which are not imported."""
     return sorted({*plugins(base, package), *_brought(package)})
 
 
 @cache  # reading every installed package's metadata takes a while
 def _brought(package: str) -> dict[str, EntryPoint]:
-    """What other packages bring: entry points whose group is called like our own package of such plug-ins."""
+    """Finds the plug-ins of other packages: entry points whose group is named after our package of such plug-ins."""
     return {point.name: point for point in entry_points(group=package)}
 
 
@@ -60,7 +60,7 @@ def _loaded(base: type[T], point: EntryPoint) -> type[T]:
     where = f"entry point {point.name!r} of group {point.group!r} ({point.value})"
     try:
         found = point.load()
-    except Exception as error:  # any: it is another package's code
+    except Exception as error:  # any error: it is another package's code
         raise UserError(f"{where}: cannot be loaded: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base) and found.__dict__.get("name") == point.name):
         raise UserError(f"{where}: is no subclass of {base.__name__} with the name {point.name!r}")

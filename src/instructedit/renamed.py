@@ -1,4 +1,4 @@
-"""Old names of public things, which work for one version more and warn of the new ones."""
+"""Deprecated names of public objects, which work for one more version and warn of the new ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Renamed:
-    """Gives an attribute that has another name or place now, with a DeprecationWarning that says which.
+    """Descriptor that forwards a renamed or moved attribute, with a DeprecationWarning that gives the new name.
 
     Args:
         old: The old name, for the message.
-        path: The new one, as seen from the object: ``token_ids``, ``scores.token_scores``.
+        path: The new name, as seen from the object: ``token_ids``, ``scores.token_scores``.
     """
 
     def __init__(self, old: str, path: str) -> None:
@@ -24,13 +24,13 @@ class Renamed:
 
     @classmethod
     def keep(cls, owner: type, **paths: str) -> None:
-        """Lets a class have attributes under their old names: old name → new path."""
+        """Makes attributes of a class available under their old names too: old name → new path."""
         for name, path in paths.items():
             setattr(owner, name, cls(f"{owner.__name__}.{name}", path))
 
     @classmethod
     def adopt(cls, owner: type, **new: str) -> None:
-        """Takes methods that a subclass defines under their old names for the new ones: old name → new name."""
+        """Uses methods that a subclass defines under old names as those of the new names: old name → new name."""
         for old in new.keys() & vars(owner).keys():
             warn_renamed(f"{owner.__name__}.{old}", new[old])
             setattr(owner, new[old], vars(owner)[old])
@@ -48,11 +48,11 @@ class Renamed:
 
 
 def renamed_names(module: str, **new: Any) -> Callable[[str], Any]:
-    """Makes a module's ``__getattr__``, which gives what has another name now under its old one, with a warning.
+    """Makes a module's ``__getattr__``, which resolves old names to the renamed objects, with a warning.
 
     Args:
         module: The module's name.
-        new: Old name → what it names.
+        new: Old name → the object that it names.
     """
 
     def __getattr__(name: str) -> Any:  # noqa: N807
@@ -81,5 +81,5 @@ def renamed_arguments(**new: str) -> Callable[[F], F]:
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Warns the caller's caller that a name is an old one."""
+    """Warns the caller's caller that a name is deprecated."""
     warnings.warn(f"{old} is deprecated: use {new}", DeprecationWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""What a run is called, how it was started, and what to do with it next."""
+"""Names and tags of runs, and the command that comes next after a run."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _CHECKPOINT = "--ckpt_path"
 
 
 def run_name(command: str, editor: str, lm: str, seed: object) -> str:
-    """A name that says what a run is: ``fit · InstructEdit · smollm2-135m · seed 0``."""
+    """Returns a name that describes a run: ``fit · InstructEdit · smollm2-135m · seed 0``."""
     return " · ".join([command, editor, Path(lm).name or lm, f"seed {seed}"])
 
 
 def run_tags(typed: Sequence[str], checkpoint: str | None = None) -> dict[str, str]:
-    """A run's tags: its command line, also as its description, and the run whose checkpoint it takes."""
+    """Returns a run's tags: its command line, also as its description, and the run whose checkpoint it uses."""
     command = shlex.join(["instructedit", *typed])[:_LONGEST]
     tags = {COMMAND: command, NOTE: f"`{command}`"}
     parts = [part for part in Path(checkpoint or "").parts if _RUN_ID.fullmatch(part)]
@@ -29,10 +29,10 @@ def run_tags(typed: Sequence[str], checkpoint: str | None = None) -> dict[str, s
 
 
 def next_command(run_id: str, status: str, tags: Mapping[str, str]) -> str:
-    """The command that comes after a run; empty where there is none.
+    """Returns the command that comes next after a run; empty if there is none.
 
-    A fit that is through is to be tested, with the options that it was started with; one that stopped goes on from its
-    last checkpoint; an editor that was tested makes edits.
+    A finished fit is tested with the options that it was started with; an unfinished one resumes from its last
+    checkpoint; a tested editor makes edits.
     """
     words = shlex.split(tags.get(COMMAND, ""))
     if len(words) < 2:

@@ -1,4 +1,4 @@
-"""Makes local MLflow stores: whole or not at all, whoever else makes the same one."""
+"""Creation of local MLflow stores: completely or not at all, even if other processes create the same one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from instructedit.locks import one_at_a_time
 
 DATABASE = "mlflow.db"
-#: Seconds to wait while somebody else writes to the database, or a slow disk does: SQLite's own five end a run.
+#: Seconds to wait for another process that writes to the database, or a slow disk: SQLite's default of 5 ends a run.
 _PATIENCE = 60
-_MAKING = ".making-"  # begins the name of a folder in which a store is made
+_MAKING = ".making-"  # prefix of a folder in which a store is made
 
 
 def local_store(root: Path) -> str:
-    """The URI of the store, made when it is not there; tidies up after a process that was killed while it made it."""
+    """Returns the store's URI, creating the store if needed; cleans up after a process killed while creating it."""
     database = root / DATABASE
     if not database.exists() or any(root.glob(f"{_MAKING}*")):
         root.mkdir(parents=True, exist_ok=True)
@@ -29,15 +29,15 @@ def local_store(root: Path) -> str:
 
 
 def database_uri(file: Path) -> str:
-    """The URI of an SQLite database whose users wait for one another."""
+    """Returns the URI of an SQLite database, with the time for which its users wait for one another."""
     return f"sqlite:///{file}?timeout={_PATIENCE}"
 
 
 def _make_store(root: Path) -> None:
     database = root / DATABASE
     if not database.exists():
-        # MLflow migrates a new database for seconds, without a lock: a second process, or an end in between, would
-        # leave it broken for good. So it is made aside, and whoever is first puts a whole one in place.
+        # MLflow takes seconds to migrate a new database, without a lock: a second process, or a kill in between, would
+        # leave it broken for good. So it is made elsewhere, and the first process to finish puts it in place.
         with tempfile.TemporaryDirectory(dir=root, prefix=_MAKING, ignore_cleanup_errors=True) as folder:
             made = Path(folder, DATABASE)
             make_database(made)
@@ -50,7 +50,7 @@ def _make_store(root: Path) -> None:
 
 
 def make_database(file: Path) -> None:
-    """Makes an empty database with MLflow's tables, without its lines about every one of them."""
+    """Creates an empty database with MLflow's tables, without MLflow's log lines about each of them."""
     from mlflow import MlflowClient
 
     noisy = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]

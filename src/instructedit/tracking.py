@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 _LONGEST_VALUE = 6000  # characters that MLflow keeps of a parameter
 _LARGEST_BATCH = 100  # parameters, and tags, that MLflow takes at once
 _LONGEST_DIGEST = 36  # characters that MLflow keeps of a dataset's digest
-_PROCESS = "process"  # tag: what the file in running/ of the process that logs the run is called
+_PROCESS = "process"  # tag: name of the file in running/ of the process that logs the run
 _PARENT = "mlflow.parentRunId"
-_KIND = "mlflow.experimentKind"  # which of its two faces the UI shows
-_MOST_RUNS = 50_000  # that MLflow finds at once
+_KIND = "mlflow.experimentKind"  # which of its two layouts the UI shows
+_MOST_RUNS = 50_000  # runs that MLflow finds in one search
 _LISTED = 20  # names that an error lists: it stays one readable line
 
 # Lightning says "finished" only when SLURM is about to stop the job and queue it again.
@@ -55,21 +55,21 @@ _STATUS = {"success": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "
 
 
 class MLflowTracker(Artifacts, MLFlowLogger):
-    """Logs to MLflow: by default to a local store, which needs no server.
+    """Logger for MLflow, by default with a local store, which needs no server.
 
     A run starts when something is first logged, with the tags ``provenance.*``. Lightning's Trainer ends it: FINISHED,
-    FAILED after an exception, KILLED after Ctrl-C or SIGTERM. Without a Trainer, use ``with tracker:``; a run that
-    nobody ended when the process exits is FAILED.
+    FAILED after an exception, KILLED after Ctrl-C or SIGTERM. Without a Trainer, use ``with tracker:``; a run that is
+    still open when the process exits is FAILED.
 
     Args:
-        experiment_name: The MLflow experiment that the run belongs to; made when it is not there.
+        experiment_name: The MLflow experiment that the run belongs to; created if it does not exist.
         run_name: Name of the run; MLflow makes one up by default.
-        root: Folder of the local store and of the checkpoints; made when it is not there.
+        root: Folder of the local store and of the checkpoints; created if it does not exist.
         tracking_uri: Address of an MLflow server, or another store, to use in place of the local one.
         parent_run_id: The run to show this one under, as one of several that belong together.
         tags: Further tags for the run.
-        run_id: An existing run to continue. Parameters and tags of its that have changed keep their first value; the
-            new one becomes a tag, ``changed.<name>``.
+        run_id: An existing run to continue. Parameters and tags that have changed keep their first value; the new
+            value becomes a tag, ``changed.<name>``.
     """
 
     def __init__(
@@ -123,20 +123,20 @@ class MLflowTracker(Artifacts, MLFlowLogger):
             self._log(self._mlflow_client, {}, self.tags)
         else:
             self.tags[_PROCESS] = process
-            with suppress(MlflowException):  # of several first runs at once, all but one find the experiment there
+            with suppress(MlflowException):  # of several first runs at once, only one creates the experiment
                 self._mlflow_client.create_experiment(
                     self._experiment_name, self._artifact_location, {_KIND: "custom_model_development"}
                 )
 
     def describe(self, name: str, tags: Mapping[str, str]) -> None:
-        """Gives a run, before it starts, a name if it has none, and further tags; one to continue keeps its own."""
+        """Sets a run's name, if it has none, and further tags before it starts; a continued run keeps its own."""
         if self._run_id is None:
             self._run_name = self._run_name or name
             self.tags = {**tags, **(self.tags or {})}
 
     @property
     def is_child(self) -> bool:
-        """Whether the run is one of several that belong together, such as the rows of an experiment."""
+        """True if the run is one of several that belong together, such as the rows of an experiment."""
         return _PARENT in (self.tags or {})
 
     def _log(self, client: MlflowClient, params: dict[str, str], tags: dict[str, str]) -> None:
@@ -157,12 +157,12 @@ class MLflowTracker(Artifacts, MLFlowLogger):
 
     @property
     def save_dir(self) -> str:
-        """The folder below which the Trainer puts checkpoints, also when a server keeps the rest."""
+        """Folder below which the Trainer puts checkpoints, even when a server keeps the rest."""
         return str(self._root)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        """Logs parameters, nested ones as ``a/b``. MLflow keeps a first value: a changed one becomes a tag."""
+        """Logs parameters, nested ones as ``a/b``; a changed value becomes a tag, since MLflow keeps the first one."""
         flat = flat_parameters(params)
         # LightningCLI leaves `_instantiator` among the hyper-parameters.
         new = {k: str(v)[:_LONGEST_VALUE] for k, v in flat.items() if k.split("/")[-1] != "_instantiator"}
@@ -172,7 +172,7 @@ class MLflowTracker(Artifacts, MLFlowLogger):
     def log_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
         """Logs which data the run used, as tags ``data.<name>``: ``{"counterfact/train": "<sha256>"}``.
 
-        Warns where a run that goes on reads other data than it began with.
+        Warns if a continued run reads other data than it began with.
         """
         tags = {f"data.{name}": value for name, value in fingerprints.items()}
         began = self.experiment.get_run(str(self.run_id)).data.tags
@@ -206,7 +206,7 @@ class MLflowTracker(Artifacts, MLFlowLogger):
 
     @rank_zero_only
     def log_editor(self, folder: Path, name: str, example: dict[str, str]) -> None:
-        """Logs a saved editor's folder as a model of MLflow's; a run that stands alone registers it, too."""
+        """Logs a saved editor's folder as an MLflow model, and registers it unless the run is one of several."""
         describe_model(folder, str(self.run_id), example)
         self.log_file(folder)
         if not self.is_child:
@@ -217,7 +217,7 @@ class MLflowTracker(Artifacts, MLFlowLogger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Ends the run. Lightning says "failed" for every exception; an interrupt is told from a failure here."""
+        """Ends the run, with interrupts told from failures: Lightning says "failed" for every exception."""
         if status == "failed" and isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
             status = "interrupted"
         super().finalize(_STATUS.get(status, status))
@@ -239,14 +239,14 @@ class MLflowTracker(Artifacts, MLFlowLogger):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Logs the whole configuration of a command as ``config.yaml``, with which it can be run again."""
+    """Callback that logs a command's whole configuration as ``config.yaml``, with which it can be run again."""
 
     def __init__(self, parser: LightningArgumentParser, config: jsonargparse.Namespace, **options: Any) -> None:
-        # The log folder is shared by all runs, where the second run's file would be refused.
+        # All runs share the log folder, where the second run's file would be refused.
         super().__init__(parser, config, **{"save_to_log_dir": False, **options})
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Logs the configuration; `fast_dev_run` has no such logger. Called on rank zero only."""
+        """Logs the configuration, except in `fast_dev_run`, which keeps nothing. Called on rank zero only."""
         text = redacted(self.parser.dump(self.config, skip_unset=False))
         for keeper in artifacts(trainer):
             # A `test` in the run of its `fit` must not take the place of the fit's configuration.
@@ -283,7 +283,7 @@ def runs(experiment: str = "instructedit", root: str | Path = "mlruns") -> DataF
 
 
 def finished_runs(root: str | Path = "mlruns") -> list[tuple[str, str]]:
-    """Lists the finished runs of all experiments in a local store, the one that ended last first.
+    """Lists the finished runs of all experiments in a local store, the most recently ended first.
 
     Returns:
         (run id, name) of each; none where there is no store.
@@ -295,11 +295,11 @@ def finished_runs(root: str | Path = "mlruns") -> list[tuple[str, str]]:
 
 
 def recent_runs(root: str | Path = "mlruns", children: bool = False) -> list[Run]:
-    """Lists the runs of all experiments in a local store, the one that began last first.
+    """Lists the runs of all experiments in a local store, the most recently started first.
 
     Args:
         root: Folder of the store.
-        children: Also the runs that stand under another, such as the rows of an experiment.
+        children: Include the runs that belong to another, such as the rows of an experiment.
 
     Raises:
         UserError: If there is no such store.
@@ -320,7 +320,7 @@ def find_run(run: str, root: str | Path = "mlruns") -> Run:
     """Finds a run in a local store by its id, or by the name of a finished run.
 
     Raises:
-        UserError: If there is no such store or run, or the name is that of several finished runs.
+        UserError: If there is no such store or run, or several finished runs have the name.
     """
     named = [run_id for run_id, name in finished_runs(root) if name == run]
     if len(named) > 1:
@@ -356,7 +356,7 @@ def load_table(run_id: str, name: str, root: str | Path = "mlruns") -> DataFrame
 
 
 def _mark_dead(client: MlflowClient, root: Path) -> None:
-    """Marks the runs whose process was killed, which else would be RUNNING for ever."""
+    """Marks as KILLED the runs whose process was killed, which otherwise would stay RUNNING for ever."""
     for process in dead(root):
         experiments = [each.experiment_id for each in client.search_experiments()]
         for run in client.search_runs(experiments, f"tags.{_PROCESS} = '{process}'"):
@@ -365,7 +365,7 @@ def _mark_dead(client: MlflowClient, root: Path) -> None:
 
 
 def unfinished_run(checkpoint: Path, root: str | Path = "mlruns") -> str | None:
-    """The id of the run in a local store that a checkpoint is of, if it ended before it was finished."""
+    """Returns the id of the run that a checkpoint belongs to, if it was killed or failed; None otherwise."""
     folder = Path(root).expanduser().absolute()
     try:
         _, run_id, *_ = checkpoint.absolute().relative_to(folder).parts

@@ -15,7 +15,7 @@ from tests.reference import (
     random_factors,
 )
 
-from instructedit.edits import Factors, LowRankEdit
+from instructedit.edits import ContextEdit, Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import TokenBatch
 
@@ -76,6 +76,20 @@ def test_unedited_logits_run_each_block_once_for_each_row(lm, start, cache_bytes
     edit = edit_of(random_factors(lm.select(blocks=[0]), 1, 2))
     with lm.edited(edit), pytest.raises(UserError, match="an edit is applied"):
         lm.scores.unedited_states(lm.encode(PAIRS))
+
+
+def test_what_an_applied_edit_predicts_is_not_kept_as_the_unedited_model_s(lm):
+    batch = lm.encode(PAIRS)
+    for edit in (
+        edit_of(random_factors(lm.select(blocks=[0]), 1, 2)),
+        ContextEdit(torch.tensor([[[5, 6, 7]]]), torch.tensor([[3]])),
+    ):
+        with lm.edited(edit), pytest.raises(UserError, match="an edit is applied"):
+            lm.scores.unedited_predictions(batch)
+        with lm.edited(edit), pytest.raises(UserError, match="an edit is applied"):
+            lm.scores.unedited_states(batch)
+    expected = -one_by_one(lm, PAIRS).log_softmax(-1)[range(len(batch.answers)), batch.answers]
+    torch.testing.assert_close(lm.scores.unedited_predictions(batch).nll, expected, **FLOAT32)
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 2 << 20])

@@ -1,4 +1,4 @@
-"""What the edits look like, and how the results read: editing areas, figures and tables."""
+"""Analysis of edits and results: editing areas, summaries, figures and tables."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name == "save_figure":
         return getattr(import_module("instructedit.drawing"), name)
-    # At first use: a table needs no torch, and no training run needs either.
+    # Imported at first use: a table needs no torch, and a training run needs neither figures nor tables.
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,7 +1,7 @@
-"""Editing areas (Section 4.2): where in weight space an editor writes, and how well that tells the tasks apart.
+"""Editing areas (Section 4.2): where in weight space an editor writes, and how well that separates the tasks.
 
 The editing area of a record at an edited matrix is its update ΔW = Σ_t b_t a_tᵀ divided by its Frobenius norm. It is
-kept as the factors a and b; whatever is computed here comes from small Gram matrices, never from a dense ΔW.
+kept as the factors a and b; everything here is computed from small Gram matrices, never from a dense ΔW.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class EditingAreas:
     Attributes:
         ids: Record ids, [records].
         tasks: Task of each record, [records].
-        factors: Site name to a, [records, rank, in], and b, [records, rank, out]; zero rows fill up the rank. Each
+        factors: Site name to a, [records, rank, in], and b, [records, rank, out], padded with zero rows. Each
             record's Σ_t b_t a_tᵀ has Frobenius norm 1, or is zero where the editor changed nothing.
         norms: Site name to the Frobenius norms before normalising, [records].
 
@@ -71,7 +71,7 @@ class EditingAreas:
     def from_factors(
         cls, ids: Sequence[str], tasks: Sequence[str], factors: Mapping[str, tuple[Tensor, Tensor]]
     ) -> EditingAreas:
-        """Normalise updates Σ_t b_t a_tᵀ, given in the layout of the attributes; the scale goes into b.
+        """Normalises updates Σ_t b_t a_tᵀ, given in the layout of the attributes; the scale goes into b.
 
         Raises:
             UserError: If an update is not finite.
@@ -92,13 +92,13 @@ class EditingAreas:
     def of_edits(
         cls, ids: Sequence[str], tasks: Sequence[str], edit: LowRankEdit, max_rank: int | None = None
     ) -> EditingAreas:
-        """The areas of n edits, on the CPU: all their directions, or the leading ones (errors: see `from_factors`)."""
+        """Returns the areas of n edits on the CPU, with all or the leading directions (errors: see `from_factors`)."""
         kept = (edit.compressed(max_rank) if max_rank else edit).to("cpu")
         return cls.from_factors(ids, tasks, dict(kept.factors))
 
     @staticmethod
     def concat(parts: Sequence[EditingAreas]) -> EditingAreas:
-        """The records of all parts, one after the other; zero rows fill up the largest rank.
+        """Concatenates the records of all parts; zero rows pad them to the largest rank.
 
         Raises:
             ValueError: If there is no part, or the parts do not have the same sites.
@@ -115,11 +115,11 @@ class EditingAreas:
         return EditingAreas(ids, tasks, factors, norms)
 
     def save(self, path: str | Path, half: bool = False) -> None:
-        """Write one safetensors file; the ids, tasks and site names stand in its metadata.
+        """Writes one safetensors file, with the ids, tasks and site names in its metadata.
 
         Args:
             path: The file.
-            half: Store the factors in float16: half the bytes, three digits.
+            half: Store the factors in float16, which takes half the bytes and keeps three digits.
         """
         kind = torch.float16 if half else torch.float32
         tensors = {f"{site}/norm": norm for site, norm in self.norms.items()}
@@ -131,10 +131,10 @@ class EditingAreas:
 
     @classmethod
     def load(cls, path: str | Path) -> EditingAreas:
-        """Read a file that ``save`` wrote.
+        """Reads a file that ``save`` wrote.
 
         Raises:
-            UserError: If the file is missing, damaged, or something else.
+            UserError: If the file is missing, corrupt, or of another format.
         """
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
@@ -152,16 +152,16 @@ class EditingAreas:
 
 
 def cosines(areas: EditingAreas, site: str, other: EditingAreas | None = None, chunk: int = 2048) -> Tensor:
-    """Frobenius inner products ⟨ΔW_i, ΔW_j⟩ = Σ_st (a_is · a_jt)(b_is · b_jt) of normalised updates.
+    """Computes Frobenius inner products ⟨ΔW_i, ΔW_j⟩ = Σ_st (a_is · a_jt)(b_is · b_jt) of normalised updates.
 
-    The time grows with the square of the ranks' sum, padding left out. Beside the result, memory holds the factors once
-    more without their padding, two blocks of chunk² floats, and one of records x chunk. Rounding errors are some 1e-7,
-    and 1e-7 / ρ² for updates whose rows cancel down to a share ρ of their size.
+    The time grows with the square of the sum of the ranks, padding excluded. Besides the result, memory holds a copy of
+    the factors without their padding, two blocks of chunk² floats, and one of records x chunk. Rounding errors are
+    about 1e-7, and 1e-7 / ρ² for updates whose rows cancel down to a share ρ of their size.
 
     Args:
         areas: The rows of the result.
         site: Name of the edited matrix.
-        other: The columns, such as another editor's areas; by default ``areas`` again.
+        other: The columns of the result, such as another editor's areas; by default ``areas`` again.
         chunk: Factor rows multiplied at once.
 
     Returns:
@@ -178,17 +178,17 @@ def cosines(areas: EditingAreas, site: str, other: EditingAreas | None = None, c
             rows, columns = slice(i, i + chunk), slice(j, j + chunk)
             products = (a[rows] @ a_other[columns].T).mul_(b[rows] @ b_other[columns].T)
             if other is None and i == j:
-                products /= 2  # the result is mirrored below, where this block would count twice
+                products /= 2  # the result is mirrored below, which would count this block twice
             summed = a.new_zeros(len(areas), products.shape[1]).index_add_(0, owner[rows], products)
             result.index_add_(1, owner_other[columns], summed)
     return (result + result.T if other is None else result).clamp_(-1, 1)
 
 
 def principal_components(areas: EditingAreas, site: str, k: int = 50) -> NDArray[np.float64]:
-    """Exact principal component coordinates of the vectorised areas, from the centred Gram matrix.
+    """Computes exact principal component coordinates of the vectorised areas from the centred Gram matrix.
 
     Returns:
-        [records, min(k, records)], largest variance first; of each component the largest entry is positive.
+        [records, min(k, records)], largest variance first; the largest entry of each component is positive.
 
     Raises:
         UserError: If there is no such site.
@@ -197,20 +197,20 @@ def principal_components(areas: EditingAreas, site: str, k: int = 50) -> NDArray
 
 
 def fitting_perplexity(records: int, perplexity: float) -> float:
-    """The perplexity that ``embed`` uses: at most a third of a record's neighbours, and at least 1."""
+    """Returns the perplexity that ``embed`` uses: at most a third of a record's neighbours, and at least 1."""
     return min(perplexity, max(1.0, (records - 1) / 3))
 
 
 def embed(
     areas: EditingAreas, site: str, method: Literal["tsne", "pca"] = "tsne", perplexity: float = 30, seed: int = 0
 ) -> NDArray[np.float64]:
-    """A map of the areas: their first two principal components, or t-SNE of the first 50.
+    """Computes a map of the areas: their first two principal components, or t-SNE of the first 50.
 
-    t-SNE (van der Maaten and Hinton 2008) keeps neighbourhoods; distances between clusters mean nothing. Few records
-    reduce its perplexity to ``fitting_perplexity``. The same areas and seed give the same map.
+    t-SNE (van der Maaten and Hinton 2008) keeps neighbourhoods; distances between clusters mean nothing. With few
+    records its perplexity is reduced to ``fitting_perplexity``. The same areas and seed give the same map.
 
     Returns:
-        [records, 2], for t-SNE without a unit.
+        [records, 2]; the coordinates of t-SNE have no unit.
 
     Raises:
         UserError: If there is no such site.
@@ -234,7 +234,7 @@ def embed(
 
 
 def separation(areas: EditingAreas, site: str, seed: int = 0) -> dict[str, float]:
-    """How far the areas of different tasks lie apart, in the full space and not on a map.
+    """Measures how far the areas of different tasks lie apart, in the full space and not on a map.
 
     Returns:
         ``silhouette`` of the tasks under cosine distance, -1 to 1 (Rousseeuw 1987); ``variance_ratio``, the scatter of
@@ -261,18 +261,18 @@ def separation(areas: EditingAreas, site: str, seed: int = 0) -> dict[str, float
 
 
 def _frobenius_norms(a: Tensor, b: Tensor) -> Tensor:
-    """‖Σ_t b_t a_tᵀ‖² = Σ_st (a_s · a_t)(b_s · b_t), rooted: [records] in double precision."""
+    """Returns Frobenius norms, [records], in double precision: ‖Σ_t b_t a_tᵀ‖² = Σ_st (a_s · a_t)(b_s · b_t)."""
     squares = []
     for x, y in zip(torch.split(a, _BLOCK), torch.split(b, _BLOCK), strict=True):
         x, y = x.double(), y.double()
         gram = (x @ x.mT) * (y @ y.mT)
         square, spread = gram.sum((1, 2)), gram.diagonal(dim1=1, dim2=2).sum(1)
-        squares.append(square.masked_fill(square < 1e-12 * spread, 0.0))  # rows that cancel leave rounding errors
+        squares.append(square.masked_fill(square < 1e-12 * spread, 0.0))  # rows that cancel leave only rounding errors
     return torch.cat(squares).sqrt()
 
 
 def _rows(areas: EditingAreas, site: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The factor rows that are not padding, a [rows, in] and b [rows, out], and each row's record [rows]."""
+    """Returns the factor rows that are not padding, a [rows, in] and b [rows, out], and each row's record [rows]."""
     if site not in areas.factors:
         raise UserError(f"no edited matrix named {site}; there are {', '.join(areas.site_names)}")
     a, b = areas.factors[site]
@@ -300,6 +300,6 @@ def _probe(coordinates: NDArray[np.float64], labels: NDArray[np.int64], folds: i
     from sklearn.model_selection import StratifiedKFold, cross_val_score
 
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    # One scale for all components: scaling each would blow up those that are mere rounding errors.
+    # One scale for all components: scaling each on its own would amplify those that are mere rounding errors.
     scaled = coordinates / max(float(coordinates.std()), 1e-12)
     return float(cross_val_score(LogisticRegression(max_iter=1000), scaled, labels, cv=split).mean())

@@ -1,4 +1,4 @@
-"""How scores and cost go over a long sequence of edits: curves, a table and a figure."""
+"""Development of the scores over a long sequence of edits: curves, a table and a figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-#: What a point of a curve is a mean over.
+#: The groups of edits that each point of a curve is a mean over.
 GROUPS = {
     "right after": "edits since the last checkpoint, each scored right after itself",
     "all": "all edits so far, scored again",
@@ -27,12 +27,12 @@ GROUPS = {
 
 
 def sequence_curves(table: pd.DataFrame, method: str) -> pd.DataFrame:
-    """Means of all metrics over the number of edits that the model carries.
+    """Computes the means of all metrics by the number of edits applied to the model.
 
     Args:
-        table: Probe rows with ``position`` (number of the record in the sequence, from 0), ``edits`` (how many records
-            the model was edited with when it was asked) and ``again`` (False right after the record's own edit).
-        method: What to call the editor.
+        table: Probe rows with ``position`` (index of the record in the sequence, from 0), ``edits`` (how many records
+            the model had been edited with when it was asked) and ``again`` (False right after the record's own edit).
+        method: Name of the editor in the curves.
 
     Returns:
         ``edits, group`` (see `GROUPS`), and the columns of `summarise`.
@@ -58,7 +58,7 @@ def _groups(table: pd.DataFrame) -> Iterator[tuple[int, str, pd.DataFrame]]:
 
 
 def curves_table(curves: pd.DataFrame) -> Table:
-    """The headline metrics over the number of edits, for the terminal."""
+    """Builds a table of the headline metrics by the number of edits, for the terminal."""
     from rich.table import Table
     from rich.text import Text
 
@@ -74,11 +74,11 @@ def curves_table(curves: pd.DataFrame) -> Table:
 
 
 def curves_figure(curves: pd.DataFrame, title: str = "") -> Figure:
-    """A row of panels for each task, a panel for each headline metric, a line for each group of edits.
+    """Draws a row of panels for each task, a panel for each headline metric, and a line for each group of edits.
 
     Args:
-        curves: As of `sequence_curves`.
-        title: At the foot, before what the points are.
+        curves: The table of `sequence_curves`.
+        title: Start of the caption, before the explanation of the points.
     """
     from matplotlib.figure import Figure
 
@@ -109,7 +109,7 @@ def curves_figure(curves: pd.DataFrame, title: str = "") -> Figure:
 
 
 def _panel(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any]) -> dict[str, Any]:
-    """Draws the lines of one metric; gives the legend's handles."""
+    """Draws the lines of one metric and returns the legend's handles."""
     handles = {}
     for group, own in rows.groupby("group", sort=False):
         look: dict[str, Any] = {"color": colours[str(group)], "marker": "o", "markersize": 3, "linewidth": 1.2}

@@ -1,4 +1,4 @@
-"""What the wording of the instruction does (Figure 3): every description on its own, the seen ones as the yardstick."""
+"""Effect of the instruction's wording (Figure 3): each description on its own, compared with the seen ones."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: The group that the others are tested against, and those others.
+#: The groups of descriptions; the others are tested against the seen ones.
 SEEN, HELD_OUT, NOVEL = "seen", "held out", "novel"
 GROUPS = (SEEN, HELD_OUT, NOVEL)
 
 
 def description_spread(summary: pd.DataFrame, groups: Mapping[str, str]) -> pd.DataFrame:
-    """How far the descriptions of a group lie apart.
+    """Measures how far the results of a group's descriptions lie apart.
 
     Args:
-        summary: ``method, task, metric, mean`` of each description, its name in ``method``.
+        summary: ``method, task, metric, mean`` of each description, with its name in ``method``.
         groups: Description to its group.
 
     Returns:
-        ``task, metric, group, descriptions, mean, lowest, highest, deviation``: of the descriptions' means; the last
-        is their standard deviation, nan for one description alone.
+        ``task, metric, group, descriptions, mean, lowest, highest, deviation``: the number of descriptions, then
+        statistics of their means; ``deviation`` is the standard deviation, nan for a single description.
     """
     shown = summary[summary["metric"].isin(headline_metrics())].assign(group=lambda frame: frame["method"].map(groups))
     spread = shown.groupby(["task", "metric", "group"], sort=False)["mean"].agg(
@@ -40,20 +40,20 @@ def description_spread(summary: pd.DataFrame, groups: Mapping[str, str]) -> pd.D
 def description_tests(
     tables: Mapping[str, pd.DataFrame], groups: Mapping[str, str], resamples: int = 20_000, seed: int = 0
 ) -> pd.DataFrame:
-    """Each description that is not seen, and each group of them, against the mean over the seen ones.
+    """Tests each description that was not seen in training, and each group of them, against the mean of the seen ones.
 
-    Record by record: a record's value is its mean over seeds, and for a group its mean over the group's descriptions.
-    Paired bootstrap over records (ConvSent: topics), p-values corrected for all tests of the table (Holm 1979).
+    Records are paired: a record's value is its mean over seeds, and for a group also over the group's descriptions. The
+    bootstrap is over records (ConvSent: topics); p-values are corrected for all tests of the table (Holm 1979).
 
     Args:
-        tables: Description to its probe rows, those of all seeds, told apart by the column ``seed``.
+        tables: Description to its probe rows; the column ``seed`` tells the seeds apart.
         groups: Description to its group.
-        resamples: Number of bootstrap samples: so many that a corrected p-value can be small.
-        seed: Of the bootstrap.
+        resamples: Number of bootstrap samples; the default is large so that a corrected p-value can be small.
+        seed: Seed of the bootstrap.
 
     Returns:
-        ``description, group, task, metric, mean, low, high, p_value, corrected, n``: differences × 100. The
-        description of a whole group is ``all <group>``.
+        ``description, group, task, metric, mean, low, high, p_value, corrected, n``: differences × 100. A
+        whole group has the description ``all <group>``.
     """
     import pandas as pd
 
@@ -85,12 +85,12 @@ def description_tests(
 def description_dots(
     summary: pd.DataFrame, groups: Mapping[str, str], titles: Mapping[str, str] | None = None
 ) -> Figure:
-    """A row of panels for each task, a panel for each metric, a dot with its interval for each description.
+    """Draws a row of panels for each task, a panel for each metric, and a dot with its interval for each description.
 
     Args:
-        summary: ``method, task, metric, mean, low, high`` of each description, its name in ``method``.
-        groups: Description to its group; groups stand beside each other, each in its colour, a line at its mean.
-        titles: Task name to the title of its panels; its order is the order of the rows, others follow.
+        summary: ``method, task, metric, mean, low, high`` of each description, with its name in ``method``.
+        groups: Description to its group; groups are drawn side by side, each in its colour with a line at its mean.
+        titles: Task name to the title of its panels; tasks appear in this order, others follow.
     """
     from matplotlib.figure import Figure
 
@@ -135,7 +135,7 @@ def _panel(
 
 
 def _values(table: pd.DataFrame) -> pd.Series:
-    """A record's value, indexed by ``task, metric, cluster, record``."""
+    """Returns the value of each record, indexed by ``task, metric, cluster, record``."""
     import pandas as pd
 
     from instructedit.analysis.summary import metric_values
@@ -146,7 +146,7 @@ def _values(table: pd.DataFrame) -> pd.Series:
 
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """Metrics of a task in the order of the result table."""
+    """Sorts the rows of each task by the order of metrics in the result table."""
     order, shown = {task: i for i, task in enumerate(frame["task"].unique())}, headline_metrics()
     places = frame["task"].map(order) * len(shown) + frame["metric"].map(shown.index)
     return frame.iloc[places.argsort(kind="stable")].reset_index(drop=True)

@@ -1,6 +1,6 @@
 """Figures of results and of editing areas (the paper's Figure 4), in one style that colour-blind readers can read.
 
-Figures are plain matplotlib objects that no global state holds on to: show them in a notebook, or save them.
+Figures are plain matplotlib objects without global state: show them in a notebook, or save them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _SMALL = 6.5  # points, the values above the bars
 
 
 def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) -> Figure:
-    """Bars of all methods, grouped by metric: one panel a task, and a small one for fluency, which has its own scale.
+    """Draws bars of all methods by metric: a panel for each task, and a small one for fluency, which has its own scale.
 
     Args:
         summary: One row for each ``method``, ``task`` and ``metric``, with ``mean``, the interval from ``low`` to
-            ``high`` (x 100), and the number of records ``n``. Others than the headline metrics are left out.
-        titles: Task name to the panel's title; its order is the order of the panels, others follow.
+            ``high`` (x 100), and the number of records ``n``. Only the headline metrics are drawn.
+        titles: Task name to the panel's title; tasks appear in this order, others follow.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -77,13 +77,13 @@ def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) 
 def metric_dots(
     summary: pd.DataFrame, titles: Mapping[str, str] | None = None, baselines: pd.DataFrame | None = None
 ) -> Figure:
-    """Dots of many methods: a line for each method, a row of panels for each task, a panel for each metric.
+    """Draws dots of many methods: a line for each method, a row of panels for each task, a panel for each metric.
 
     Args:
         summary: As for ``metric_bars``.
-        titles: Task name to the title of its panels; its order is the order of the rows, others follow.
-        baselines: Published means, with the columns ``method``, ``task``, ``metric`` and ``mean``: hollow diamonds on
-            the lines of the summary's methods.
+        titles: Task name to the title of its panels; tasks appear in this order, others follow.
+        baselines: Published means, with the columns ``method``, ``task``, ``metric`` and ``mean``, drawn as hollow
+            diamonds on the lines of the summary's methods.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -121,14 +121,14 @@ def metric_dots(
 def area_map(
     coordinates: NDArray[Any], tasks: Sequence[str], title: str, note: str = "", titles: Mapping[str, str] | None = None
 ) -> Figure:
-    """Scatter of editing areas, one colour and marker a task.
+    """Draws a scatter plot of editing areas, with one colour and marker for each task.
 
     Args:
-        coordinates: The map, [records, 2], as of ``embed``.
+        coordinates: The map, [records, 2], as ``embed`` returns it.
         tasks: Task of each record, [records].
         title: What the map shows.
-        note: Small print below, such as the method and its perplexity.
-        titles: Task name to its name in the legend; its order is the order of the legend, others follow.
+        note: Caption, such as the method and its perplexity.
+        titles: Task name to its name in the legend; tasks appear in this order, others follow.
     """
     from matplotlib.figure import Figure
 
@@ -150,15 +150,15 @@ def area_maps(
     seed: int = 0,
     titles: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Maps of several editors' areas: a row for each editor, in it a map for each edited matrix.
+    """Draws maps of several editors' areas: a row for each editor, with a map for each edited matrix.
 
     Args:
-        areas_by_title: What to call an editor, to its areas.
+        areas_by_title: Name of an editor to its areas.
         sites: Names of the edited matrices; by default all that an editor has.
         method: ``"tsne"`` or ``"pca"``, as for ``embed``.
-        perplexity: Of t-SNE.
-        seed: Of t-SNE.
-        titles: Task name to its name in the legend; its order is the order of the legend, others follow.
+        perplexity: Perplexity of t-SNE.
+        seed: Seed of t-SNE.
+        titles: Task name to its name in the legend; tasks appear in this order, others follow.
 
     Raises:
         UserError: If an editor has no such site.
@@ -191,13 +191,13 @@ def area_maps(
 
 
 def parameter_effects(trials: pd.DataFrame, parameters: Sequence[str], metric: str) -> Figure:
-    """What each searched option does: a panel for each, a dot for each trial, a line through the means.
+    """Draws the effect of each searched option: a panel for each, a dot for each trial, a line through the means.
 
     Args:
         trials: One row for each trial, with a column for each option, ``score`` and ``state``; a trial whose state is
-            not ``complete`` is drawn hollow and does not count for the line.
+            not ``complete`` is drawn hollow and left out of the means.
         parameters: The options.
-        metric: What the score is.
+        metric: Name of the score, for the axis.
 
     Raises:
         ValueError: If no trial has a score.
@@ -231,13 +231,13 @@ def parameter_effects(trials: pd.DataFrame, parameters: Sequence[str], metric: s
 
 
 def _by_size(value: Any) -> tuple[bool, float, str]:
-    """Numbers by size, then the rest by name."""
+    """Returns a sort key that puts numbers first by size, then other values by name."""
     number = isinstance(value, int | float) or hasattr(value, "__float__")
     return (not number, float(value) if number else 0.0, str(value))
 
 
 def many_edits_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
-    """Cost of an edit against the number of edits: flat where nothing grows with what was edited before.
+    """Draws the cost of an edit against the number of edits; the line is flat if earlier edits do not add to it.
 
     Args:
         rows: ``edits``, ``ms_per_edit`` and ``memory_mb`` (peak above the start) of each run.
@@ -259,11 +259,11 @@ def many_edits_figure(rows: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def edit_rate_curve(sweep: pd.DataFrame, chosen: float) -> Figure:
-    """The untrained editor's outer loss by its edit rate, with its two parts and the rate that was chosen.
+    """Draws the untrained editor's outer loss and its two parts by edit rate, and marks the chosen rate.
 
     Args:
         sweep: One row for each rate, with ``rate``, ``loss``, ``edit_loss`` and ``locality_loss``; rate 0 is the
-            unedited model, drawn as a line across.
+            unedited model, drawn as a horizontal line.
         chosen: The rate that training starts at.
     """
     from matplotlib.figure import Figure
@@ -288,7 +288,7 @@ def edit_rate_curve(sweep: pd.DataFrame, chosen: float) -> Figure:
 
 
 def _method_looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The unedited model in grey, the others in colour, hatched once the colours come round again."""
+    """Returns the look of each method: grey if unedited, else coloured, and hatched once the colours repeat."""
     looks = {UNEDITED: {"color": "0.78"}}
     for i, (method, colour) in enumerate(colours_of([name for name in methods if name != UNEDITED]).items()):
         looks[method] = {"color": colour, "hatch": "//" * (i // len(SPREAD))}
@@ -298,7 +298,7 @@ def _method_looks(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _bar_panel(
     axes: Axes, rows: pd.DataFrame, metrics: Sequence[str], looks: Mapping[str, dict[str, Any]], group: float
 ) -> dict[str, Any]:
-    """Bars of one task, ``group`` inches for each metric, with whiskers from low to high and values above."""
+    """Draws the bars of one task, ``group`` inches for each metric, with whiskers from low to high and values above."""
     width = 0.86 / len(looks)
     fitting = 72 * group * width / (0.62 * _SMALL)  # digits above a bar
     handles = {}
@@ -319,7 +319,7 @@ def _bar_panel(
 
 
 def _dot_panel(axes: Axes, rows: pd.DataFrame, published: pd.DataFrame, methods: Sequence[str]) -> dict[str, Any]:
-    """Means of one task and metric from the first method at the top down, with whiskers from low to high."""
+    """Draws the means of one task and metric, first method at the top, with whiskers from low to high."""
     blue, orange = colours_of(["measured", "paper"]).values()
     places = {method: place for place, method in enumerate(methods)}
     handles: dict[str, Any] = {}
@@ -345,13 +345,13 @@ def _is_share(metric: str) -> bool:
 
 
 def _by_unit(metrics: Sequence[str]) -> list[list[str]]:
-    """Puts the shares, which have one axis, together, and every other metric on its own."""
+    """Groups the metrics that are shares, which have a common axis; every other metric is on its own."""
     shares = [metric for metric in metrics if _is_share(metric)]
     return [part for part in (shares, *([metric] for metric in metrics if metric not in shares)) if part]
 
 
 def _drawn(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows that a figure shows; metrics in lower case."""
+    """Selects the rows that a figure shows, with metrics in lower case."""
     shown = summary.assign(metric=summary["metric"].str.lower())
     shown = shown[shown["metric"].isin(headline_metrics()) & shown["mean"].notna()]
     if shown.empty:

@@ -1,7 +1,7 @@
-"""How large the edits of each task are (Figure 4d): the Frobenius norm of each record's update at each edited matrix.
+"""Size of the edits of each task (Figure 4d): the Frobenius norm of each record's update at each edited matrix.
 
-The norms are those of ΔW = −α ∇̃. The learned rate α is one number for an edited matrix, so that it moves all tasks of a
-panel alike.
+The norms are those of ΔW = −α ∇̃. The learned rate α is one number for an edited matrix, so it scales all tasks of
+a panel alike.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def magnitudes(areas: Mapping[str, Mapping[int, EditingAreas]]) -> pd.DataFrame:
-    """The norm of every update.
+    """Collects the norm of every update in a table.
 
     Args:
-        areas: What to call an editor, to its areas by the seed that it was trained with.
+        areas: Name of an editor to its areas by the seed that it was trained with.
 
     Returns:
-        ``method, seed, site, task, record, norm``.
+        One row for each update: ``method, seed, site, task, record, norm``.
     """
     import pandas as pd
 
@@ -44,14 +44,14 @@ def magnitudes(areas: Mapping[str, Mapping[int, EditingAreas]]) -> pd.DataFrame:
 
 
 def magnitude_spread(norms: pd.DataFrame) -> pd.DataFrame:
-    """How much the tasks' magnitudes differ, in each edited matrix.
+    """Measures how much the magnitudes of the tasks' edits differ in each edited matrix.
 
     Args:
-        norms: As of `magnitudes`.
+        norms: The table of `magnitudes`.
 
     Returns:
-        ``method, site, median, ratio, low, high, seeds``: the median norm over all records, and the largest task's
-        median over the smallest one's, its mean over seeds with a t interval (see `across_seeds`).
+        ``method, site, median, ratio, low, high, seeds``: the median norm over all records, and the ratio of the
+        largest task median to the smallest, averaged over seeds with a t interval (see `across_seeds`).
     """
     import pandas as pd
 
@@ -66,14 +66,14 @@ def magnitude_spread(norms: pd.DataFrame) -> pd.DataFrame:
 def magnitude_boxes(
     norms: pd.DataFrame, titles: Mapping[str, str] | None = None, sites: Sequence[str] | None = None
 ) -> Figure:
-    """Boxes of the norms: a row of panels for each editor, a panel for each edited matrix, a box for each task.
+    """Draws the norms as boxes: a row of panels for each editor, a panel for each edited matrix, a box for each task.
 
     Boxes run from the first to the third quartile with a line at the median, whiskers from the 5th to the 95th
     percentile; the scale is logarithmic, and the same in all panels. Updates of norm 0 are left out.
 
     Args:
-        norms: As of `magnitudes`; all seeds count.
-        titles: Task name to its name in the legend; its order is the order of the boxes, others follow.
+        norms: The table of `magnitudes`; all seeds are pooled.
+        titles: Task name to its name in the legend; boxes appear in this order, others follow.
         sites: The edited matrices to show; all by default.
     """
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What several seeds say: the mean of one figure a seed, and how sure it is."""
+"""Means over seeds with their uncertainty, from one value for each seed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from instructedit.metrics.intervals import Interval
 def across_seeds(
     values: Iterable[float], level: float = 0.95, bounds: tuple[float, float] = (-math.inf, math.inf)
 ) -> Interval:
-    """Mean of one value a seed with Student's t interval, nan values left out.
+    """Computes the mean of one value for each seed with Student's t interval; nan values are left out.
 
-    Records say how a run varies over data; this says how the figure varies when the editor is trained again. With two
-    or three seeds the interval is wide, as it should be.
+    Intervals over records show how a run varies over data; this one shows how a value varies when the editor is trained
+    again. With two or three seeds the interval is wide, as it should be.
 
     Args:
-        values: One number a seed.
+        values: One number for each seed.
         level: Coverage, between 0 and 1.
-        bounds: Between which the values lie; the interval is cut there.
+        bounds: Range of the values; the interval is cut off there.
 
     Returns:
         The mean, the interval (nan for fewer than two seeds), and the number of seeds that counted.
@@ -37,7 +37,7 @@ def across_seeds(
 
 
 def interval_text(mean: float, low: float, high: float, digits: int = 1) -> str:
-    """``0.53 [0.41, 0.66]``; without an interval the mean alone, without a mean a dash."""
+    """Formats a mean and its interval as ``0.53 [0.41, 0.66]``; the mean alone without one, a dash without a mean."""
     if math.isnan(mean):
         return "–"
     ends = f" [{low:.{digits}f}, {high:.{digits}f}]" if not (math.isnan(low) or math.isnan(high)) else ""

@@ -26,29 +26,29 @@ if TYPE_CHECKING:
 
     from instructedit.analysis.areas import EditingAreas
 
-#: What `separation` measures, and what figures call it.
+#: The measures of `separation` and their titles in figures.
 MEASURES = {
     "silhouette": "Silhouette (cosine)",
     "variance_ratio": "Variance between / within tasks",
     "probe_accuracy": "Accuracy of a linear probe",
 }
-#: Between which values they lie.
+#: The range of each measure.
 _BOUNDS = {"silhouette": (-1.0, 1.0), "variance_ratio": (0.0, math.inf), "probe_accuracy": (0.0, 1.0)}
 
 
 def separation_table(areas: Mapping[str, Sequence[EditingAreas]], seed: int = 0) -> pd.DataFrame:
-    """`separation` of every editor and edited matrix.
+    """Computes `separation` for every editor and edited matrix.
 
     Args:
-        areas: What to call an editor, to its areas, one for each seed that it was trained with.
-        seed: Of the probe's folds.
+        areas: Name of an editor to its areas, one item for each seed that it was trained with.
+        seed: Seed of the probe's folds.
 
     Returns:
         ``method, site, measure, mean, low, high, seeds, chance``: means over the seeds with t intervals (see
-        `across_seeds`); ``chance`` is what a blind probe would reach, nan for the other measures.
+        `across_seeds`); ``chance`` is the accuracy of a blind probe, nan for the other measures.
 
     Raises:
-        UserError: If an editor's seeds have not the same edited matrices.
+        UserError: If an editor's seeds do not have the same edited matrices.
     """
     import pandas as pd
 
@@ -67,9 +67,9 @@ def separation_table(areas: Mapping[str, Sequence[EditingAreas]], seed: int = 0)
 
 
 def separation_dots(table: pd.DataFrame) -> Figure:
-    """Dots of `separation_table`: a panel for each measure, a line for each edited matrix, a colour for each editor.
+    """Draws `separation_table` as dots: a panel for each measure, a line for each matrix, a colour for each editor.
 
-    A dashed line is what a blind probe would reach, of the largest share among the editors.
+    A dashed line shows the accuracy of a blind probe, the highest one among the editors.
     """
     from matplotlib.figure import Figure
 
@@ -110,14 +110,14 @@ def map_pairs(
     seed: int = 0,
     titles: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Maps of one edited matrix: a column for each editor that edits it, t-SNE above, principal components below.
+    """Draws maps of one edited matrix: a column for each editor that edits it, t-SNE above, principal components below.
 
     Args:
-        areas: What to call an editor, to its areas.
+        areas: Name of an editor to its areas.
         site: Name of the edited matrix.
-        perplexity: Of t-SNE.
-        seed: Of t-SNE.
-        titles: Task name to its name in the legend; its order is the order of the legend, others follow.
+        perplexity: Perplexity of t-SNE.
+        seed: Seed of t-SNE.
+        titles: Task name to its name in the legend; tasks appear in this order, others follow.
 
     Raises:
         UserError: If no editor has such a site.

@@ -1,4 +1,4 @@
-"""What datasets hold (Table 5): records, edits, probes and tokens."""
+"""Statistics of the datasets (Table 5): numbers of records, edits, probes and tokens."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PROBES = tuple(kind for kind in KINDS if kind != "reliability")
 def dataset_statistics(
     records: Mapping[tuple[str, str], Sequence[EditRecord]], tokens: Callable[[str], int]
 ) -> pd.DataFrame:
-    """One line for each task and split.
+    """Counts the records, edits, probes and tokens of each task and split.
 
     Args:
         records: (task, split) to the edit records.
         tokens: Counts the tokens of a text.
 
     Returns:
-        ``task, split, records, edits``, a column for each kind of probe with their number, and the tokens of a request
-        (prompt and target): ``tokens`` on average and ``longest``. A record of the dataset may give several edits
-        (ConvSent: the cases of a topic); probes that those share count once.
+        One row for each task and split: ``task, split, records, edits``, a column with the number of probes of each
+        kind, and the tokens of a request (prompt and target): ``tokens`` on average and ``longest``. A record of the
+        dataset may give several edits (ConvSent: the cases of a topic); probes that they share count once.
     """
     import pandas as pd
 

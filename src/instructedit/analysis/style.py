@@ -1,4 +1,4 @@
-"""The one style of all figures: colours that colour-blind readers can tell apart, legends, names of edited matrices."""
+"""The shared style of all figures: colours that colour-blind readers can tell apart, legends, names of matrices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CAPTION: dict[str, Any] = {"fontsize": 8, "color": "0.4"}
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Figures made within have the project's style."""
+    """Gives figures that are made within the context the project's style."""
     import matplotlib
     import seaborn as sns
 
@@ -36,7 +36,7 @@ def styled() -> Iterator[None]:
 
 
 def colours_of(names: Sequence[str]) -> dict[str, Any]:
-    """A colour for each name, the most distinct ones first."""
+    """Assigns a colour to each name, the most distinct ones first."""
     import seaborn as sns
 
     palette = sns.color_palette("colorblind")
@@ -44,13 +44,13 @@ def colours_of(names: Sequence[str]) -> dict[str, Any]:
 
 
 def whiskers(rows: pd.DataFrame) -> NDArray[Any]:
-    """Lengths below and above the means, [2, rows]; 0 where there is no interval."""
+    """Returns the lengths of the whiskers below and above the means, [2, rows]; 0 where there is no interval."""
     lengths: NDArray[Any] = rows[["low", "high"]].sub(rows["mean"], axis=0).abs().fillna(0).to_numpy().T
     return lengths
 
 
 def task_styles(tasks: Sequence[str], titles: Mapping[str, str] | None) -> dict[str, tuple[str, Any, str]]:
-    """Task to its name, colour and marker; sorted, so that the same tasks look the same in every figure."""
+    """Maps each task to its name, colour and marker; sorted, so that the same tasks look the same in every figure."""
     names = in_order(sorted(set(tasks)), titles or {})
     looks = zip(colours_of(names).items(), cycle(_MARKERS), strict=False)
     return {task: ((titles or {}).get(task, task), colour, marker) for (task, colour), marker in looks}
@@ -59,7 +59,7 @@ def task_styles(tasks: Sequence[str], titles: Mapping[str, str] | None) -> dict[
 def scatter_tasks(
     axes: Axes, coordinates: NDArray[Any], tasks: Sequence[str], styles: Mapping[str, tuple[str, Any, str]]
 ) -> dict[str, Any]:
-    """Dots of a map, in each task's colour and marker; gives the legend's handles."""
+    """Draws the dots of a map in each task's colour and marker, and returns the legend's handles."""
     handles = {}
     size = min(max(4000 / len(tasks), 8), 28)  # points²
     look: dict[str, Any] = {"s": size, "alpha": 0.8, "linewidths": 0.3, "edgecolors": "white"}
@@ -72,7 +72,7 @@ def scatter_tasks(
 
 
 def legend(figure: Figure, handles: Mapping[str, Any]) -> None:
-    """A legend above the panels, in as many lines as the figure's width asks for."""
+    """Adds a legend above the panels, in as many lines as the figure's width requires."""
     inches = sum(0.5 + 0.075 * len(name) for name in handles)
     columns = math.ceil(len(handles) / math.ceil(inches / figure.get_figwidth()))
     look = {"frameon": False, "markerscale": 1.5, "handlelength": 1.3, "columnspacing": 1.6}
@@ -80,14 +80,14 @@ def legend(figure: Figure, handles: Mapping[str, Any]) -> None:
 
 
 def short_site(site: str) -> str:
-    """``transformer.h.45.mlp.c_proj.weight`` as ``block 45 · c_proj``."""
+    """Shortens the name of a matrix: ``transformer.h.45.mlp.c_proj.weight`` becomes ``block 45 · c_proj``."""
     name = site.removesuffix(".weight")
     block = re.search(r"(?:^|\.)(\d+)\.", name)
     return f"block {block[1]} · {name.rsplit('.', 1)[-1]}" if block else name
 
 
 def map_note(method: str, records: Iterable[int], perplexity: float, seed: int) -> str:
-    """How a map was made, for its foot."""
+    """Describes how a map was made, for its caption."""
     from instructedit.analysis.areas import fitting_perplexity
 
     if method == "pca":

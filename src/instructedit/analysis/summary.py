@@ -1,4 +1,4 @@
-"""Probe rows → the metrics of each task, with intervals."""
+"""Summaries of probe rows: the metrics of each task, with intervals."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from instructedit.metrics import bootstrap_interval, editing_metrics, headline_m
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-#: So small a p-value can be told from 0 that it survives the correction for some hundred comparisons.
+#: Enough samples for p-values that stay significant when corrected for some hundred comparisons.
 _RESAMPLES = 20_000
 
 
 def metric_values(table: DataFrame) -> Iterator[tuple[str, str, Series]]:
-    """Every metric of every task as one value for each record.
+    """Yields every metric of every task as one value for each record.
 
-    With a column ``seed`` a record is scored under each seed on its own, and is the mean of that: one value, however
-    many seeds it was seen with.
+    With a column ``seed``, a record is scored under each seed separately and its scores are averaged: one value,
+    however many seeds there are.
 
     Yields:
-        (task, metric, values 0..1 indexed by (cluster, record)). A record's probes are averaged first. ``.exact`` is
-        exact match of the whole answer, ``.generated`` the same under free generation, ``.plain`` asked without an
-        instruction, and ``portability.<group>`` and ``locality.<group>`` the dataset's own groups.
+        (task, metric, values 0..1 indexed by (cluster, record)). A record's probes are averaged first. ``.exact`` means
+        an exact match of the whole answer, ``.generated`` a right answer under free generation, ``.plain`` prompts
+        without an instruction, and ``portability.<group>`` and ``locality.<group>`` the dataset's own groups.
     """
     if "seed" not in table:
         yield from _metrics(table)
@@ -47,15 +47,15 @@ def _metrics(table: DataFrame) -> Iterator[tuple[str, str, Series]]:
 
 
 def summarise(table: DataFrame, method: str, level: float = 0.95, seed: int = 0) -> DataFrame:
-    """Means with bootstrap intervals.
+    """Computes the mean of each metric with a bootstrap interval.
 
-    The intervals are over records (clusters), of the mean over seeds; how far the seeds lie apart is ``spread``.
+    The intervals are over records (clusters), after averaging over seeds; ``spread`` tells how far the seeds lie apart.
 
     Args:
-        table: Probe rows, as `evaluate` gives them; those of several runs with a column ``seed``.
-        method: What to call the editor.
-        level: Of the intervals.
-        seed: Of the bootstrap.
+        table: Probe rows, as in `Scores.table`; those of several runs with a column ``seed``.
+        method: Name of the editor in the summary.
+        level: Coverage of the intervals.
+        seed: Seed of the bootstrap.
 
     Returns:
         ``method, task, metric, mean, low, high, n``, ×100; n is the number of clusters. With a column ``seed`` also
@@ -74,7 +74,7 @@ def summarise(table: DataFrame, method: str, level: float = 0.95, seed: int = 0)
 
 
 def _spread(table: DataFrame) -> DataFrame:
-    """``task, metric, seeds, spread``: the number of seeds and the standard deviation of their means, ×100."""
+    """Returns ``task, metric, seeds, spread``: the number of seeds and the standard deviation of their means, ×100."""
     import pandas as pd
 
     means = [
@@ -87,7 +87,7 @@ def _spread(table: DataFrame) -> DataFrame:
 
 
 def compare(table: DataFrame, baseline_table: DataFrame, method: str, baseline: str, seed: int = 0) -> DataFrame:
-    """Two methods record by record (paired bootstrap), on the metrics of the result table.
+    """Compares two methods record by record (paired bootstrap) on the metrics of the result table.
 
     Returns:
         ``method, baseline, task, metric, mean, low, high, p_value, n``: differences method − baseline, ×100.
@@ -112,7 +112,7 @@ def compare(table: DataFrame, baseline_table: DataFrame, method: str, baseline: 
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for being that many (Holm 1979); nan ones do not count and stay."""
+    """Corrects p-values for multiple comparisons (Holm 1979); nan values are not counted and stay nan."""
     order = sorted((i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i])
     corrected, largest = list(p_values), 0.0
     for rank, i in enumerate(order):

@@ -1,7 +1,7 @@
 """Result tables with intervals, for the terminal, Markdown and HTML, in two layouts.
 
-``wide`` is the paper's Table 3: a row for each task and metric, a column for each method. ``tall`` is for many methods:
-a part for each task, in it a row for each method and a column for each metric.
+``wide`` is the layout of the paper's Table 3: a row for each task and metric, a column for each method. ``tall`` is for
+many methods: a part for each task, with a row for each method and a column for each metric.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Group
 
-#: The method name of the model before any edit. It keeps its own locality at 100, so it takes no part in a ranking.
+#: The method name of the model before any edit. Its locality is 100 by definition, so it is left out of rankings.
 UNEDITED = "unedited"
 
 Layout = Literal["wide", "tall"]
@@ -34,7 +34,7 @@ _Shown = dict[tuple[str, str], list[str]]  # (task, its title) to its metrics
 
 
 class _Mark(Enum):
-    """How a mean ranks among the methods, or that it was published."""
+    """The rank of a mean among the methods, or the mark of a published number."""
 
     BEST = "best"
     SECOND = "second"
@@ -52,7 +52,7 @@ class _Cell:
 class _Row:
     names: list[str]
     cells: list[_Cell]
-    section: bool = False  # whether a section begins here
+    section: bool = False  # True if a section begins here
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Part:
     names: int  # columns that hold names; the others hold cells
 
     def widths(self) -> Iterable[int]:
-        """Characters that each column takes, its numbers aligned."""
+        """Returns the width of each column in characters, with its numbers aligned."""
         lines = [self.header, *([*row.names, *(_aligned(cell.text) for cell in row.cells)] for row in self.rows)]
         return (max(map(len, column)) for column in zip(*lines, strict=True))
 
@@ -76,18 +76,18 @@ def rich_table(
     metrics: Sequence[str] | None = None,
     layout: Layout = "wide",
 ) -> Group:
-    """Table for the terminal.
+    """Builds a result table for the terminal.
 
     A cell reads ``83.2 [80.1, 86.0]``, mean and interval. The best mean of a task and metric is bold, the next one
-    underlined; means that read the same rank the same. The unedited model and published numbers take no part in that.
+    underlined; means that are printed alike rank alike. The unedited model and published numbers are not ranked.
 
     Args:
         summary: One row for each ``method``, ``task`` and ``metric``, with ``mean``, ``low`` and ``high`` (x 100).
-        titles: Task name to what the table calls it; its order is the order of the tasks, others follow.
+        titles: Task name to its title in the table; tasks appear in this order, others follow.
         baselines: Published numbers, with the columns ``method``, ``task``, ``metric`` and ``mean``, for the summary's
             tasks and metrics. Wide: columns at the right, headed ``… (paper)``. Tall: a column ``paper`` beside each
             metric, for the summary's methods.
-        metrics: The metrics to show, in order, whatever their case; all of them are the higher, the better.
+        metrics: The metrics to show, in order, in upper or lower case; higher is taken to be better for all of them.
         layout: ``wide`` or ``tall``. Tall numbers from 100 on have no decimal, so that 120 columns are enough.
 
     Raises:
@@ -104,7 +104,7 @@ def rich_table(
     widths = [max(widths) for widths in zip_longest(*(part.widths() for part in parts), fillvalue=0)]
     tables = []
     for part in parts:
-        # Tall: every part has the same columns, a published number is nearer to its own metric than to the next one.
+        # Tall: all parts have equal column widths, and a published number stands closer to its own metric.
         table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True, padding=(0, 0 if tall else 1))
         for position, name in enumerate(part.header):
             left = position < part.names
@@ -128,7 +128,7 @@ def markdown_table(
     metrics: Sequence[str] | None = None,
     layout: Layout = "wide",
 ) -> str:
-    """The table of ``rich_table`` in GitHub's Markdown, underlined with ``<ins>``; a table for each part."""
+    """Formats the table of ``rich_table`` as GitHub Markdown, underlined with ``<ins>``; one table for each part."""
     styles = {_Mark.BEST: "**{}**", _Mark.SECOND: "<ins>{}</ins>", _Mark.NONE: "{}", _Mark.PUBLISHED: "{}"}
 
     def line(cells: Iterable[str]) -> str:
@@ -152,10 +152,10 @@ def html_table(
     metrics: Sequence[str] | None = None,
     layout: Layout = "wide",
 ) -> str:
-    """The table of ``rich_table`` as HTML, all text escaped: one ``table`` for each part.
+    """Formats the table of ``rich_table`` as HTML with all text escaped: one ``table`` for each part.
 
-    A cell has its interval in ``small``; the best means are in ``b``, the second best in ``u``, published ones have the
-    class ``paper``.
+    Intervals are in ``small``, the best means in ``b`` and the second best in ``u``; cells with published means have
+    the class ``paper``.
     """
     tags = {_Mark.BEST: "<b>{}</b>", _Mark.SECOND: "<u>{}</u>", _Mark.NONE: "{}", _Mark.PUBLISHED: "{}"}
 
@@ -178,7 +178,7 @@ def html_table(
 
 
 def in_order(names: Iterable[str], first: Iterable[str]) -> list[str]:
-    """Each name once: those in ``first`` in its order, then the others as they come."""
+    """Returns each name once: those in ``first`` in its order, then the others in order of appearance."""
     present = dict.fromkeys(names)
     return [name for name in dict.fromkeys([*first, *present]) if name in present]
 
@@ -190,7 +190,7 @@ def _parts(
     metrics: Sequence[str] | None,
     layout: Layout,
 ) -> list[_Part]:
-    """What all formats share: one part or more."""
+    """Arranges the results in the parts that all output formats share."""
     metrics = headline_metrics() if metrics is None else metrics
     titles = titles or {}
     ours = _values(summary)
@@ -232,7 +232,7 @@ def _tall(shown: _Shown, ours: _Values, published: _Values) -> list[_Part]:
 
 
 def _values(frame: pd.DataFrame) -> _Values:
-    """The frame's numbers, as far as it has them; metrics in lower case."""
+    """Returns the mean and, where the frame has them, the bounds of each row, with metrics in lower case."""
     frame = frame.assign(metric=frame["metric"].str.lower())
     keys, columns = ["method", "task", "metric"], [name for name in ("mean", "low", "high") if name in frame]
     if frame.duplicated(keys).any():
@@ -246,9 +246,9 @@ def _methods(values: _Values) -> list[str]:
 
 
 def _ranked(values: _Values, methods: list[str], task: str, metric: str, short: bool = False) -> list[_Cell]:
-    """A cell for each method."""
+    """Returns a cell for each method, with the best and second-best mean marked."""
     found = [values.get((method, task, metric), (math.nan,)) for method in methods]
-    # Ranked as shown: a difference that the table does not show should not decide what it stresses.
+    # Ranked by the rounded means: a difference that the table does not show should not decide what it highlights.
     shown = [float(_number(mean, short)) for mean, *_ in found]
     ranked = [math.nan if method == UNEDITED else mean for method, mean in zip(methods, shown, strict=True)]
     best = sorted({mean for mean in ranked if not math.isnan(mean)}, reverse=True)
@@ -257,7 +257,7 @@ def _ranked(values: _Values, methods: list[str], task: str, metric: str, short: 
 
 
 def _published(values: _Values, methods: list[str], task: str, metric: str, short: bool = False) -> list[_Cell]:
-    """A cell for each method."""
+    """Returns a cell for each method, marked as published."""
     found = (values.get((method, task, metric), (math.nan,)) for method in methods)
     return [_Cell(_text(value, short), _Mark.PUBLISHED) for value in found]
 
@@ -272,13 +272,13 @@ def _text(value: Sequence[float], short: bool) -> str:
 
 
 def _number(value: float, short: bool) -> str:
-    """One decimal; if ``short``, none from 100 on."""
+    """Formats a number with one decimal; if ``short``, with none from 100 on."""
     text = f"{value:.1f}"
     return f"{value:.0f}" if short and abs(float(text)) >= 100 else text
 
 
 def _aligned(text: str) -> str:
-    """Every number as wide as ``94.1``, so that those of a column stand below each other."""
+    """Pads every number to the width of ``94.1``, so that the numbers of a column line up."""
     return re.sub(r"[-\d.]+", lambda number: number[0].rjust(4), text)
 
 

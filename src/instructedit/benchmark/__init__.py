@@ -1,1 +1,1 @@
-"""How fast editing is: the engine beside a plain implementation, on the same weights, records, rank and threads."""
+"""Benchmark of the engine against a plain implementation, on the same weights, records, rank and threads."""

@@ -1,4 +1,4 @@
-"""What the benchmark runs: the same LM, hypernetwork and records for the engine and the plain implementation."""
+"""Workloads of the benchmark: the same LM, hypernetwork and records for the engine and the plain implementation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ACCUMULATE = 2
 
 
 class Lean(NamedTuple):
-    """What is done at once where little memory is wanted: training examples, edits evaluated, and tokens of a pass.
+    """Sizes of the low-memory variant: training examples, edits evaluated, and tokens of a forward pass at once.
 
     `kv_dtype` is that of `Evaluation`.
     """
@@ -47,16 +47,16 @@ LEAN = Lean()
 
 @dataclass(frozen=True)
 class Shape:
-    """A model with random weights, or a real one.
+    """Shape of a model with random weights, or a real model.
 
     Attributes:
-        architecture: Sort of blocks; ``real``: the model of the setting's name is loaded.
+        architecture: Kind of blocks; ``real``: the model that the setting names is loaded.
         layers, width, heads, vocab: Its size, if its weights are random.
-        dtype: Of the LM.
+        dtype: Data type of the LM.
         gpu: Whether it is meant for a GPU alone.
-        batch: Edits that the engine works on at once, unless told otherwise.
-        tokens: Of one forward pass of its evaluation, at most, unless told otherwise.
-        lean: The same where little memory is wanted.
+        batch: Default number of edits that the engine works on at once.
+        tokens: Default maximum of tokens in one forward pass of the engine's evaluation.
+        lean: Sizes of the low-memory variant.
     """
 
     architecture: Literal["gpt2", "llama", "real"]
@@ -83,18 +83,18 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed.
+    """Settings of a timed run.
 
     Attributes:
         shape: One of `SHAPES`, or a model's name, folder or hub id.
-        rank: Of the hypernetwork (paper: 1920).
+        rank: Rank of the hypernetwork (paper: 1920).
         edits: Edits in a run.
         batch: Edits that the engine works on at once; in training their gradients are summed over the run, as
             `accumulate_grad_batches` does. By default the shape's.
-        tokens: Of one forward pass of its evaluation, at most. By default the shape's.
-        instructions: Put an instruction in front of each request and its in-scope probes.
+        tokens: Maximum of tokens in one forward pass of the engine's evaluation. By default the shape's.
+        instructions: Whether to put an instruction in front of each request and its in-scope probes.
         fluency_tokens: Length of sampled text in evaluation.
-        device: Where it runs.
+        device: Device on which it runs.
         threads: CPU threads.
     """
 
@@ -110,12 +110,12 @@ class Setting:
 
     @property
     def model(self) -> Shape:
-        """What is known of the model before it is there."""
+        """Shape of the model, which is known before the model is loaded."""
         return SHAPES.get(self.shape, Shape("real"))
 
 
 class Bench:
-    """The same LM, hypernetwork, records and optimiser for both."""
+    """LM, hypernetwork, records and optimiser that the engine and the plain implementation share."""
 
     def __init__(self, setting: Setting) -> None:
         torch.set_num_threads(setting.threads)
@@ -143,19 +143,19 @@ class Bench:
         )
 
     def run(self, measure: str, variant: str) -> None:
-        """One run of what is timed."""
+        """Runs one variant of a measure once."""
         with self.precision():
             getattr(self, f"{measure}_{variant}")()
 
     def precision(self) -> torch.autocast:
-        """Beside an LM in half precision the hypernetwork multiplies in it too, as under ``--trainer.precision``."""
+        """Returns autocast to the LM's half precision for the hypernetwork too, as with ``--trainer.precision``."""
         kind = self.lm.model.dtype
         return torch.autocast(self.lm.device.type, kind, enabled=kind != torch.float32)
 
     # -- what is timed ------------------------------------------------------------------------------------------------
 
     def train_plain(self) -> None:
-        """One pass over the records, one at a time."""
+        """Trains for one pass over the records with the plain implementation, one record at a time."""
         self.editor.train()
         for number, record in enumerate(self.records, 1):
             loss = self.plain.loss(record, WEIGHTS)
@@ -164,16 +164,16 @@ class Bench:
                 self._step()
 
     def train_cold(self) -> None:
-        """The same pass batch by batch, the prefix cache empty."""
+        """Trains for one pass over the records with the engine, batch by batch, from an empty prefix cache."""
         self.lm.forget()
         self._train(self.batches)
 
     def train_warm(self) -> None:
-        """The same pass batch by batch."""
+        """Trains for one pass over the records with the engine, batch by batch, with the prefix cache kept."""
         self._train(self.batches)
 
     def train_lean(self) -> None:
-        """The same pass in small batches, and the hypernetwork's gradients as products."""
+        """Trains for one pass over the records with the engine, in small batches and with factored gradients."""
         factor_gradients(self.editor.parameters())
         try:
             self._train(self.small)
@@ -193,21 +193,21 @@ class Bench:
         self.adam.zero_grad(set_to_none=True)
 
     def evaluate_plain(self) -> None:
-        """The full metric set of the test records, one at a time."""
+        """Computes all metrics of the test records with the plain implementation, one record at a time."""
         for record in self.tested:
             self.plain.scores(record, self.setting.fluency_tokens)
 
     def evaluate_cold(self) -> None:
-        """The same batch by batch, the prefix cache empty."""
+        """Computes all metrics of the test records with the engine, batch by batch, from an empty prefix cache."""
         self.lm.forget()
         self._evaluate(self.size, self.tokens)
 
     def evaluate_warm(self) -> None:
-        """The same batch by batch."""
+        """Computes all metrics of the test records with the engine, batch by batch, with the prefix cache kept."""
         self._evaluate(self.size, self.tokens)
 
     def evaluate_lean(self) -> None:
-        """The same with little memory."""
+        """Computes all metrics of the test records with the engine, in the sizes of the low-memory variant."""
         self._evaluate(self.lean.edits, self.lean.tokens, self.lean.kv_dtype)
 
     def _evaluate(self, size: int, tokens: int, kv_dtype: Literal["float32", "float16"] = "float32") -> None:
@@ -216,18 +216,18 @@ class Bench:
             evaluate_batch(self.lm, self.editor, records, settings)
 
     def one_plain(self) -> None:
-        """One edit, made."""
+        """Makes one edit with the plain implementation."""
         record = self.records[0]
         self.editor.eval()
         self.plain.deltas(record.request.prompt, record.request.target)
 
     def one_cold(self) -> None:
-        """The same."""
+        """Makes one edit with the engine, from an empty prefix cache."""
         self.lm.forget()
         self.editor.edit([self.records[0].request])
 
     def one_warm(self) -> None:
-        """The same, its prompt known."""
+        """Makes one edit with the engine, with its prompt in the prefix cache."""
         self.editor.edit([self.records[0].request])
 
 
@@ -241,12 +241,12 @@ def _lm(setting: Setting) -> FrozenLM:
 
 
 def parts(whole: Sequence[T], size: int) -> list[Sequence[T]]:
-    """A sequence in pieces of a size, the last one shorter."""
+    """Splits a sequence into pieces of a size; the last one may be shorter."""
     return [whole[i : i + size] for i in range(0, len(whole), size)]
 
 
 def _instructed(record: EditRecord) -> EditRecord:
-    """With its instruction in the prompts themselves, so that both sides see it."""
+    """Puts a record's instruction into the prompts themselves, so that both implementations see it."""
     (rendered,) = render_records([record], Instructor("train"))
     probes = [replace(probe, prompt=rendered.ask(probe)) for probe in record.probes]
     request = replace(record.request, prompt=rendered.prompt)
@@ -254,5 +254,5 @@ def _instructed(record: EditRecord) -> EditRecord:
 
 
 def _trimmed(record: EditRecord) -> EditRecord:
-    """With the probes that one training example has: one rephrasing and two of locality."""
+    """Keeps the probes of a record that one training example has: one rephrasing and two of locality."""
     return replace(record, probes=record.of("generalization")[:1] + record.of("locality")[:2])

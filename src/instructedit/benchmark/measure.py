@@ -1,4 +1,4 @@
-"""Training, evaluation, latency and memory of the engine beside the plain implementation, run in turn."""
+"""Measurement of training, evaluation, latency and memory: the engine and the plain implementation run in turn."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ MEASURES = {
     "one": ("edits/s", ("plain", "cold", "warm")),
 }
 
-#: Edits until a new process has loaded its code and filled its allocator's own room; they are not counted.
+#: Edits that warm up a new process, until its code is loaded and its allocator filled; they are not counted.
 SETTLED = 120
 
 
 def measure(setting: Setting, repeats: int = 5, names: Iterable[str] = MEASURES) -> list[dict[str, Any]]:
-    """Rates of every measure and variant, in alternating runs, with ratios and the share of the floor.
+    """Times every variant of every measure in alternating runs, with ratios and the share of the floor.
 
     Returns:
         One row for each measure and variant: ``shape, measure, variant, unit, rate`` (median), ``ratio`` to plain (the
-        median of the ratios run by run), ``gflop`` and ``gbyte`` a run, ``floor_share`` (time that these take at
+        median of the ratios run by run), ``gflop`` and ``gbyte`` per run, ``floor_share`` (time that these take at
         the machine's measured rates ÷ time taken), and ``memory_mb`` above LM, editor and Adam.
     """
     bench, rows = Bench(setting), []
@@ -78,7 +78,7 @@ def _wait(setting: Setting) -> None:
 
 
 def machine_rates(setting: Setting, seconds: float = 1.0) -> Rates:
-    """What the machine does at best, the products in the LM's dtype."""
+    """Measures the machine's best rates, that of matrix products in the LM's dtype."""
     size = 8192 if setting.device.startswith("cuda") else 1536
     kind = getattr(torch, setting.model.dtype)
     a, b = (torch.randn(size, size, device=setting.device, dtype=kind) for _ in range(2))
@@ -100,11 +100,11 @@ def _best(run: Callable[[], Any], setting: Setting, seconds: float) -> float:
 
 
 def many_edits(setting: Setting, counts: Sequence[int]) -> list[dict[str, float]]:
-    """Time and peak memory of an edit, from few to many: made and scored batch by batch, no prompt seen before.
+    """Measures time per edit and peak memory for each number of edits, made and scored batch by batch, without cache.
 
-    The edits are those of ten records again and again, with nothing cached: longer prompts cost more, and would hide
-    whether something piles up. Both figures are of one process for each count, which gives freed memory back at once:
-    without that the peak is mostly of what glibc keeps, and with it an edit takes somewhat longer.
+    The edits are those of ten records again and again, with nothing cached: longer prompts would cost more, and hide
+    whether something accumulates. Each count has a process of its own, which returns freed memory at once: without
+    that, the peak is mostly what glibc keeps, and with it an edit takes somewhat longer.
     """
     return [in_own_process(_so_many_edits, setting, count) for count in counts]
 
@@ -129,5 +129,5 @@ def _so_many_edits(setting: Setting, count: int) -> dict[str, float]:
 
 
 def _around(records: Sequence[EditRecord], count: int, size: int) -> list[Sequence[EditRecord]]:
-    """So many records, from the first one again after the last one, in batches."""
+    """Returns `count` records in batches, starting again from the first record after the last one."""
     return parts([records[i % len(records)] for i in range(count)], size)

@@ -1,4 +1,4 @@
-"""How much memory something takes at its peak."""
+"""Measurement of peak memory, in processes of their own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from instructedit.benchmark.bench import Bench, Setting
 
 
 def peak_memory(setting: Setting, name: str, variant: str) -> float:
-    """Most memory of a run above what LM, editor and Adam hold, in MB, in a process of its own; nan where unknown.
+    """Measures a run's peak memory above LM, editor and Adam, in MB, in a process of its own; NaN if unknown.
 
-    Of the second run: what the first one loads or leaves in the prefix cache (unless `variant` is cold) does not count.
-    A process that fails is said and gives nan: what was timed before it is not lost.
+    It is that of the second run: what the first one loads or leaves in the prefix cache (unless `variant` is cold) does
+    not count. A process that fails gives a warning and NaN, so that earlier timings are not lost.
     """
     try:
         return float(in_own_process(_peak, setting, name, variant))
@@ -31,7 +31,7 @@ def peak_memory(setting: Setting, name: str, variant: str) -> float:
 
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function of a module gives in a fresh process that gives freed memory back at once.
+    """Calls a module's function in a new process that returns freed memory at once, and returns its result.
 
     Raises:
         RuntimeError: If that process ends without a result; its own traceback is on the terminal.
@@ -41,7 +41,7 @@ def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
     process = context.Process(target=_answer, args=(theirs, function, *args))
     with _returned():
         process.start()
-    theirs.close()  # else a process that died would be waited for
+    theirs.close()  # otherwise this would wait for a process that died
     try:
         return ours.recv()
     except EOFError:
@@ -57,9 +57,10 @@ def _answer(pipe: Any, function: Callable[..., Any], *args: Any) -> None:
 
 @contextmanager
 def _returned() -> Iterator[None]:
-    """Processes that start within give freed memory back at once (glibc): their peak is of what is in use.
+    """Makes processes that start within the context return freed memory at once (glibc): their peak is of used memory.
 
-    Tensors below the bound may find room that others left, and then do not count; a lower one makes too many calls.
+    Tensors below the threshold may reuse memory that others left, and then do not count; a lower one makes too many
+    calls.
     """
     name = "MALLOC_MMAP_THRESHOLD_"
     before = os.environ.get(name)
@@ -71,10 +72,10 @@ def _returned() -> Iterator[None]:
 
 
 def _peak(setting: Setting, name: str, variant: str) -> float:
-    if variant == "plain":  # whose edits come one by one, however many
+    if variant == "plain":  # which makes edits one by one, however many
         setting = replace(setting, edits=min(setting.edits, 4))
     bench = Bench(setting)
-    bench.run(name, variant)  # makes Adam's moments, and loads the code: neither is counted
+    bench.run(name, variant)  # creates Adam's moments, and loads the code: neither is counted
     if variant == "cold":
         bench.lm.forget()
     gc.collect()
@@ -85,14 +86,14 @@ def _peak(setting: Setting, name: str, variant: str) -> float:
 
 @contextmanager
 def watched(setting: Setting) -> Iterator[Callable[[], float]]:
-    """Gives a function that tells the peak within, in MB above the start."""
+    """Yields a function that returns the peak memory within the context, in MB above that at its start."""
     if setting.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
         yield lambda: (torch.cuda.max_memory_allocated() - start) / 1e6
         return
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     yield lambda: (_status("VmHWM") - before) / 1e3
 
@@ -100,6 +101,6 @@ def watched(setting: Setting) -> Iterator[Callable[[], float]]:
 def _status(key: str) -> float:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return float("nan")
     return next(float(line.split()[1]) for line in lines if line.startswith(key))

@@ -1,7 +1,7 @@
-"""MEND in its plainest form, which the engine is timed against: one edit at a time, whole forward passes, dense ΔW.
+"""Plain implementation of MEND to time the engine against: one edit at a time, whole forward passes, dense ΔW.
 
-This is what public code does, without its accidents: no statistics on dense matrices, no copies through files. It gives
-the engine's numbers (a test holds that), so that a difference in time is one of method alone.
+This is what public code does, without its avoidable costs: no statistics on dense matrices, no copies through files. It
+gives the engine's numbers (a test checks that), so that a difference in time is due to the method alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PlainMend:
 
     @torch.enable_grad()
     def deltas(self, prompt: str, target: str) -> dict[str, Tensor]:
-        """Dense ΔW [out, in] of each site for one request."""
+        """Computes the dense ΔW [out, in] of each site for one request."""
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         handles = []
         for name, layer in self.layers.items():
@@ -59,7 +59,7 @@ class PlainMend:
                 handle.remove()
         loss.backward()
         for layer in self.layers.values():
-            layer.get_parameter("weight").grad = None  # the dense gradient, made and thrown away
+            layer.get_parameter("weight").grad = None  # the dense gradient, computed and thrown away
         found: dict[str, Tensor] = {}
         for group, network in zip(self.editor.groups, self.editor.networks, strict=True):
             for number, i in enumerate(group):
@@ -76,14 +76,14 @@ class PlainMend:
     def answers(
         self, prompt: str, answer: str, weights: dict[str, Tensor] | None = None, scored: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Logits of one row at its answer positions, [tokens, vocab], out of those of all, and the answer tokens."""
+        """Returns one row's logits at its answer positions, [tokens, vocab], out of all; and its answer tokens."""
         batch = self.lm.encode([(prompt, answer)], scored=scored)
-        with torch.autocast(self.lm.device.type, enabled=False):  # the LM keeps its own dtype, here and there
+        with torch.autocast(self.lm.device.type, enabled=False):  # the LM keeps its own dtype, as in the engine
             output = functional_call(self.model, weights or {}, (), {**batch.inputs, "use_cache": False})
         return output.logits[batch.answer_at].float(), batch.answers
 
     def edited(self, deltas: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The dense weights W + ΔW by parameter name, differentiable in ΔW."""
+        """Returns the dense weights W + ΔW by parameter name, differentiable in ΔW."""
         transposed = {site.name: site.transposed for site in self.editor.sites}
         weights = {}
         for name, delta in deltas.items():
@@ -94,7 +94,7 @@ class PlainMend:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def loss(self, record: EditRecord, weights: LossWeights) -> Tensor:
-        """The outer loss of one record with all its rephrasings and locality probes."""
+        """Computes the outer loss of one record with all its rephrasings and locality probes."""
         edited = self.edited(self.deltas(record.request.prompt, record.request.target))
         asked = [(p.prompt, p.answers[0]) for p in record.of("reliability", "generalization")]
         edit = torch.stack([F.cross_entropy(*self.answers(*pair, edited)) for pair in asked]).mean()
@@ -111,7 +111,7 @@ class PlainMend:
 
     @contextmanager
     def installed(self, deltas: dict[str, Tensor]) -> Iterator[None]:
-        """Inside, the copy's weights hold the edit."""
+        """Adds the edit to the copy's weights within the context."""
         before = {name: layer.get_parameter("weight").detach().clone() for name, layer in self.layers.items()}
         sites: dict[str, Site] = {site.name: site for site in self.editor.sites}
         with torch.no_grad():
@@ -123,7 +123,7 @@ class PlainMend:
 
     @torch.no_grad()
     def scores(self, record: EditRecord, fluency_tokens: int) -> list[dict[str, float]]:
-        """The full metric set of one record: teacher-forced scores of every probe and alias, words, fluency."""
+        """Computes all metrics of one record: teacher-forced scores of every probe and alias, generations, fluency."""
         self.editor.eval()
         probes = (record.reliability, *record.probes)
         pairs = [(p, a) for p in probes for a in (p.answers[:1] if p.kind == "locality" else p.answers)]
@@ -152,7 +152,7 @@ class PlainMend:
                     text = self._words(probe.prompt, longest + 4, do_sample=False)
                     rows.append({"generated": float(answer_match(text, probe.answers))})
         if not record.of("wanted"):
-            self._words(record.request.prompt, 8, do_sample=False)  # the words before the edit
+            self._words(record.request.prompt, 8, do_sample=False)  # the generation before the edit
         return rows
 
     def _words(self, prompt: str, tokens: int, **options: object) -> str:

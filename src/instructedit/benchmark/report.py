@@ -1,4 +1,4 @@
-"""What the benchmark found: a table, a figure, and everything as JSON."""
+"""Report of the benchmark: a table, a figure, and everything as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from instructedit.provenance import provenance
 
 
 def report(rows: list[dict[str, Any]], many: list[dict[str, float]], setting: Setting, file: str | None) -> None:
-    """Prints the table; writes everything as JSON, and beside it the figure of many edits."""
+    """Prints the table; writes everything as JSON, and next to it the figure of many edits."""
     console().print(_table(rows))
     for each in many:
         console().print(

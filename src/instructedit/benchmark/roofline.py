@@ -1,4 +1,4 @@
-"""What a run cannot do without: the FLOPs of its matrix products, and the bytes of matrices too large for a cache."""
+"""Floor of a run's work: the FLOPs of its matrix products, and the bytes of matrices too large for a cache."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-#: Smaller tensors, in bytes, may still be in a cache when they are read: their bytes do not count.
+#: Size in bytes below which a tensor may still be in a cache when it is read: its bytes do not count.
 CACHED = 4 << 20
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
 class Rates(NamedTuple):
-    """What the machine does at best: FLOP/s of a matrix product, bytes/s read in a sum, and moved by a copy."""
+    """The machine's best rates: FLOP/s of a matrix product, bytes/s read in a sum, and bytes/s moved by a copy."""
 
     flops: float
     read: float
@@ -25,11 +25,11 @@ class Rates(NamedTuple):
 
 @dataclass
 class Work:
-    """What was counted.
+    """Work counted in a run.
 
     Attributes:
-        flops: Of all matrix products.
-        bytes: Of the large matrices that they read or write.
+        flops: FLOPs of all matrix products.
+        bytes: Bytes of the large matrices that they read or write.
         seconds: The least time of the products one by one: each takes that of its FLOPs or of its bytes, whichever is
             longer.
     """
@@ -40,7 +40,7 @@ class Work:
 
 
 def counted(run: Callable[[], Any], rates: Rates) -> Work:
-    """Runs something, and counts."""
+    """Runs a function and counts the work of its matrix products."""
     work = Work()
 
     def formula(product: Any) -> Callable[..., int]:
@@ -52,7 +52,7 @@ def counted(run: Callable[[], Any], rates: Rates) -> Work:
             work.seconds += max(flops / rates.flops, moved / rates.read)
             return flops
 
-        count._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
+        count._get_raw = True  # type: ignore[attr-defined]  # the counter gets tensors, not their shapes
         return count
 
     with FlopCounterMode(display=False, custom_mapping={product: formula(product) for product in PRODUCTS}):

@@ -1,4 +1,4 @@
-"""One concern a file: guards, data reports, result tables, editing areas."""
+"""Lightning callbacks, one concern in each file: guards, data reports, result tables, editing areas and others."""
 
 from instructedit.callbacks.areas import EditingAreaDump
 from instructedit.callbacks.data_report import DataReport

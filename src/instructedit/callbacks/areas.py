@@ -19,11 +19,11 @@ from instructedit.records import EditRecord
 class EditingAreaDump(L.Callback):
     """Logs ``areas/areas.safetensors`` (factored) and ``figures/areas`` (t-SNE coloured by task).
 
-    Only edits of low rank have areas. Each process dumps its own share of the records; the first one's is logged.
+    Only edits of low rank have areas. With several processes only the first one's share of the records is collected.
 
     Args:
-        records_per_task: So many of each task's test records; 0 turns the dump off.
-        max_rank: Keep each area's leading directions up to this rank; all by default.
+        records_per_task: Number of test records of each task; 0 turns the dump off.
+        max_rank: Number of leading directions of each area to keep; None keeps all.
     """
 
     def __init__(self, records_per_task: int = 60, max_rank: int | None = 8) -> None:
@@ -46,7 +46,7 @@ class EditingAreaDump(L.Callback):
             return
         chosen = []
         for i, record in enumerate(records):
-            # One record of a cluster stands for it: ten cases of one topic are one place on the map.
+            # One record represents its cluster: ten cases of one topic would fall on one spot of the map.
             if self.seen[record.task] < self.records_per_task and not self.seen[f"cluster {record.cluster}"]:
                 self.seen.update([record.task, f"cluster {record.cluster}"])
                 chosen.append(i)

@@ -1,4 +1,4 @@
-"""Logs what was read and what was dropped."""
+"""Logs which data were read and which were dropped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instructedit.artifacts import artifacts
 
 
 class DataReport(L.Callback):
-    """Logs each dataset, its fingerprint as a tag, and its reading report as ``data.<stage>.json``."""
+    """Logs each dataset, its fingerprint as a tag, and the report of its reader as ``data.<stage>.json``."""
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         data = pl_module.data

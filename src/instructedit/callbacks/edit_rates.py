@@ -1,4 +1,4 @@
-"""Measures the edit rate that suits the model, before a training starts."""
+"""Finds the edit rate that suits the model, before training starts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from instructedit.editors.rates import RateLoss, best_rate, sweep_rates
 
 
 class EditRateSweep(L.Callback):
-    """Starts MEND's edit rates at the one with the least outer loss on a few training records.
+    """Initialises MEND's edit rates to the rate with the smallest outer loss on a few training records.
 
-    Only where the editor asks for it (``edit_rate: auto``), and not where rates were loaded with a checkpoint. The
-    records are the first of the training stream, as training will see them. Logged: the metric ``edit_rate``,
+    It runs only if the editor asks for it (``edit_rate: auto``) and no rates were loaded with a checkpoint. The records
+    are the first of the training stream, as training will see them. It logs the metric ``edit_rate``,
     ``tables/edit_rates`` and ``figures/edit_rates``.
 
     Args:
-        records: Training records that a rate is measured on.
+        records: Number of training records that each rate is measured on.
 
     Attributes:
-        tried: What was measured; empty where nothing was.
+        tried: The losses that were measured; empty if the sweep did not run.
     """
 
     def __init__(self, records: int = 8) -> None:
@@ -37,7 +37,7 @@ class EditRateSweep(L.Callback):
         pl_module.lm.to(pl_module.device)
         batch = pl_module.data.first_records(self.records).to(pl_module.device)
         self.tried = sweep_rates(editor, batch, pl_module.loss_weights)
-        rate = trainer.strategy.broadcast(best_rate(self.tried))  # one number, whatever rounding does
+        rate = trainer.strategy.broadcast(best_rate(self.tried))  # all processes use the same rate, despite rounding
         editor.start_at(rate)
         least, unedited = min(found.loss for found in self.tried[1:]), self.tried[0].loss
         rank_zero_info(

@@ -1,4 +1,4 @@
-"""Keeps the trained editor with its run, so that it can be loaded without a checkpoint's options."""
+"""Logs the trained editor with its run, so that it can be loaded without the options of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from instructedit.editors import load_editor
 
 
 def best_checkpoint(trainer: Any) -> str:
-    """The checkpoint that a fit is judged by: the best one, or the last one where nothing was validated, or ``""``."""
+    """Returns the checkpoint that a fit is judged by: the best, or the last without validation, or ``""`` if none."""
     checkpoint = trainer.checkpoint_callback
     return str(checkpoint.best_model_path or checkpoint.last_model_path) if checkpoint else ""
 
@@ -21,17 +21,18 @@ def best_checkpoint(trainer: Any) -> str:
 class EditorModel(L.Callback):
     """Logs the editor of the best checkpoint as the artifact folder ``editor/``, which `load_editor` reads.
 
-    Without validation it is the last checkpoint's. In MLflow it is a registered model, ``<method>-<language model>``.
+    Without validation the last checkpoint is used. In MLflow the editor is a registered model,
+    ``<method>-<language model>``.
 
     Args:
-        log: Whether it does so.
+        log: Whether to log the editor.
     """
 
     def __init__(self, log: bool = True) -> None:
         self.log = log
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """After the checkpoints: Lightning writes the last one when training ends."""
+        """Logs the editor; only now, since Lightning writes the last checkpoint when training ends."""
         best = best_checkpoint(trainer)
         keepers = artifacts(trainer)
         if not self.log or not best or not keepers or not trainer.is_global_zero:

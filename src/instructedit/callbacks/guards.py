@@ -1,4 +1,4 @@
-"""Stops a run that can not come to anything, with a message that says why."""
+"""Stops a run that cannot succeed, with a message that says why."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from instructedit.errors import UserError
 
 
 class Guards(L.Callback):
-    """Watches a training run.
+    """Stops a training run whose base model, loss or monitored tensors show that it cannot succeed.
 
     Args:
-        patience: Optimiser steps after which every watched tensor of the editor (MEND's edit rates) must have moved.
-        max_base_loss: The LM's loss on the edit targets before training may be at most so many times that of a
-            uniform guess, ln(vocabulary); more means broken weights, a wrong tokenizer or a wrong dtype.
-        base_records: Records on which that loss is measured; 0 leaves the check out.
+        patience: Number of optimiser steps after which every monitored tensor of the editor (MEND's edit rates) must
+            have changed.
+        max_base_loss: Largest loss of the unedited LM on the edit targets before training, as a multiple of that of a
+            uniform guess, ln(vocabulary); a larger one means broken weights, a wrong tokenizer or a wrong dtype.
+        base_records: Number of records on which that loss is measured; 0 skips the check.
     """
 
     def __init__(self, patience: int = 50, max_base_loss: float = 2.0, base_records: int = 32) -> None:

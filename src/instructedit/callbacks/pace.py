@@ -1,4 +1,4 @@
-"""Says how far a fit or a test is and how long it will take, where no progress bar shows it."""
+"""Reports the progress and remaining time of a fit or a test where no progress bar is shown."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class Pace(L.Callback):
-    """Prints "step 120 of 300, about 3 min left" now and then, in logs and pipes; a terminal has Lightning's bar.
+    """Prints "step 120 of 300, about 3 min left" at intervals, unless a terminal shows Lightning's progress bar.
 
-    Of a test it is "tested 96 of 340 records, about 3 min left".
+    For a test the line is "tested 96 of 340 records, about 3 min left".
 
     Args:
-        every: Seconds between two lines; 0: none.
+        every: Seconds between two lines; 0 prints none.
     """
 
     def __init__(self, every: float = 60.0) -> None:
@@ -26,7 +26,7 @@ class Pace(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._begun = self._said = time.monotonic()
-        self._first = trainer.global_step  # a resumed run began elsewhere
+        self._first = trainer.global_step  # a resumed run does not start at step 0
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         step, last, score = trainer.global_step, trainer.max_steps, trainer.callback_metrics.get("val/score")
@@ -54,7 +54,7 @@ class Pace(L.Callback):
 
 
 def time_left(seconds: float) -> str:
-    """A duration in words: ``about 3 min left``, ``about 2 h 10 min left``."""
+    """Formats a duration in words: ``about 3 min left``, ``about 2 h 10 min left``."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return "less than a minute left"

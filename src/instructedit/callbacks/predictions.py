@@ -1,4 +1,4 @@
-"""What `predict` shows: the model's words before and after each edit."""
+"""Output of `predict`: the model's answers before and after each edit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from instructedit.console import console
 
 
 class PredictionTable(L.Callback):
-    """Prints the words of the first records and logs all of this process as ``tables/predictions``.
+    """Prints the answers of the first records and logs those of the main process as ``tables/predictions``.
 
     Args:
-        shown: How many records to print.
+        shown: Number of records to print.
     """
 
     def __init__(self, shown: int = 20) -> None:

@@ -1,4 +1,4 @@
-"""Reports a run's validation scores while it goes on, and stops it where that is not worth it."""
+"""Reports a run's validation scores while it runs, and stops it if it is not worth continuing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Pruning(L.Callback):
     """Reports a metric after every validation of a fit, and ends the fit when told to.
 
     Args:
-        metric: What is logged in validation and should be high.
-        report: Takes the value and the optimiser step, and says whether to stop here.
+        metric: Metric that validation logs; higher is better.
+        report: Takes the value and the optimiser step, and returns whether to stop.
 
     Attributes:
         best: Highest value so far; -inf before the first validation.

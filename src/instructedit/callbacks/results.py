@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 class ResultTables(L.Callback):
     """Collects the probe rows of `test`, prints the result table, and logs tables, intervals and the bar chart.
 
-    Logged: ``tables/probes`` (one row for each probe, with the model's words before and after), ``tables/summary``
+    It logs ``tables/probes`` (one row for each probe, with the model's answers before and after), ``tables/summary``
     (means with intervals), ``figures/metrics``, and a metric ``test/<task>/<metric>`` for each mean that the module has
     not logged itself (``reliability.exact``, ``locality.Forgetfulness``, …).
 
     Args:
-        method: What to call the editor in tables; its own name by default.
+        method: Name of the editor in tables; by default its own name.
         show: Print the table.
     """
 
@@ -65,5 +65,5 @@ class ResultTables(L.Callback):
                 keeper.log_figure(figure, "metrics")
         means = {f"test/{row.task}/{row.metric}": row.mean for row in self.summary.itertuples()}
         more = {name: mean for name, mean in means.items() if name not in trainer.callback_metrics}
-        for logger in trainer.loggers:  # where Lightning logs its own: the UI draws bars, not lines
+        for logger in trainer.loggers:  # at the step of Lightning's own metrics, so that the UI draws bars, not lines
             logger.log_metrics(more, trainer.global_step)

@@ -1,4 +1,4 @@
-"""Logs which file the editor of a test comes from, so that an audit can tell whether it is still that file."""
+"""Logs which file the editor of a test comes from, so that an audit can detect whether the file has changed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from instructedit.edits.checksums import file_checksum
 class TestedEditor(L.Callback):
     """Logs ``tested_editor.json`` when a test begins: the ``method``, and ``file`` and ``sha256`` of its weights.
 
-    Both are null where the editor has no file: it needs no training, or was never saved.
+    The last two are null if the editor has no file, because it needs no training or was never saved.
     """
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # pytest must not collect this class
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Before anything is scored."""
+        """Logs the file before anything is scored."""
         folder = pl_module.editor_folder
         file = Path(folder, WEIGHTS) if folder else Path(trainer.ckpt_path) if trainer.ckpt_path else None
         if not trainer.is_global_zero:

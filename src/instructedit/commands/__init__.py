@@ -1,9 +1,9 @@
 """The project's own commands, one module each.
 
-A module's docstring is its line in ``instructedit --help``. Its ``main`` is a function, whose signature and docstring
-are the command's own ``--help``, or, for many options, a dataclass of them whose objects are called; or several of
-these by name: subcommands. With ``POSITIONAL`` required arguments need no option. ``RENAMED`` says which options have
-another name now, old → new.
+The first line of a module's docstring is its line in ``instructedit --help``. Its ``main`` is a function, whose
+signature and docstring give the command's own ``--help``; or, for many options, a dataclass of them, whose instance is
+called; or a dictionary of several of these by name, which are subcommands. With ``POSITIONAL``, required arguments are
+positional. ``RENAMED`` maps the old names of renamed options to the new ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from instructedit.renamed import warn_renamed
 
 
 def commands() -> dict[str, ModuleType]:
-    """Name → module of each command. They import what they need when they run."""
+    """Returns the module of each command by name. Commands import what they need when they run."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     return {name.replace("_", "-"): importlib.import_module(f"{__name__}.{name}") for name in names}
 
@@ -31,7 +31,7 @@ def run_command(name: str, args: list[str]) -> None:
     """Runs a command.
 
     Raises:
-        UserError: If the arguments are wrong, or the command finds something to complain of.
+        UserError: If the arguments are wrong, or the command reports an error.
     """
     from jsonargparse import auto_cli
 
@@ -54,7 +54,7 @@ def run_command(name: str, args: list[str]) -> None:
 
 
 def _renamed(names: dict[str, str], args: list[str]) -> list[str]:
-    """Arguments with the new names of options."""
+    """Replaces the old names of renamed options in the arguments by the new ones, with a warning."""
     found = []
     for arg in args:
         option, sign, value = arg.partition("=")
@@ -66,7 +66,7 @@ def _renamed(names: dict[str, str], args: list[str]) -> list[str]:
 
 
 def _underscored(args: list[str]) -> list[str]:
-    """Arguments with options as they are called: ``--score-every 100`` is ``--score_every 100``."""
+    """Replaces hyphens in the names of options by underscores: ``--score-every 100`` to ``--score_every 100``."""
     parts = [(arg[2:].partition("="), arg) for arg in args]
     return [
         f"--{name.replace('-', '_')}{sign}{value}" if arg.startswith("--") else arg
@@ -75,16 +75,16 @@ def _underscored(args: list[str]) -> list[str]:
 
 
 def _switched_on(main: Any, args: list[str]) -> list[str]:
-    """Arguments in which an option that is on or off may stand alone: ``--supported`` is ``--supported=true``."""
+    """Completes on-off options that stand alone in the arguments: ``--supported`` to ``--supported=true``."""
     options = _options(main, "bool")
     alone = [i + 1 == len(args) or args[i + 1].startswith("-") for i in range(len(args))]
     return [f"{arg}=true" if arg in options and bare else arg for arg, bare in zip(args, alone, strict=True)]
 
 
 def _listed(main: Any, args: list[str]) -> list[str]:
-    """Arguments in which the words behind a list's option are its entries: ``--ask A B``, ``--seeds 0 1``.
+    """Joins the words after a list option into one list, its value: ``--ask A B``, ``--seeds 0 1``.
 
-    A list written as one, ``--ask '["A", "B"]'``, stays as it is.
+    A value that is written as a list, ``--ask '["A", "B"]'``, is left unchanged.
     """
     texts = _options(main, "list[str]", "list[str] | None")
     numbers = _options(main, "list[int]", "list[int] | None")
@@ -102,7 +102,7 @@ def _listed(main: Any, args: list[str]) -> list[str]:
 
 
 def _options(main: Any, *annotations: str) -> set[str]:
-    """Options of a command, or of all its subcommands, that have one of these types."""
+    """Returns the options of a command, or of all its subcommands, that have one of the given types."""
     functions = main.values() if isinstance(main, dict) else [main]
     return {
         f"--{name}" for function in functions for name, parameter in inspect.signature(function).parameters.items()

@@ -1,4 +1,4 @@
-"""Say whether a run's results still follow from what it logged, its editor and its data."""
+"""Check whether a run's results still follow from what it logged, its editor and its data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ POSITIONAL = True
 def main(run: str, root: str = "mlruns") -> None:
     """Recomputes the tables of a run, and compares its editor and its data with the files as they are now.
 
-    Prints a line for each thing that was looked at. The status is 1 if something differs.
+    Prints a line for each check. The exit status is 1 if something differs.
 
     Args:
         run: Id of a run of `test`, or of an experiment's row; or its name.

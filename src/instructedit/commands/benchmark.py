@@ -21,28 +21,28 @@ def main(
     device: str = "cpu",
     many: int = 0,
 ) -> None:
-    """Training, evaluation, one edit's latency and peak memory: the engine beside a plain implementation.
+    """Compares training, evaluation, one edit's latency and peak memory of the engine and a plain implementation.
 
     Both have the same weights (random ones, or with --lm a real model's), records, hypernetwork rank and threads, and
     run in turn; rates are medians. The plain one makes one edit at a time, with whole forward passes, logits at every
     position and dense updates.
 
     Args:
-        shapes: Of 6x256, 12x768, 48-narrow, 4x512-gated; on a GPU also gpt2-xl and llama-2-7b. The small four by
-            default, all on a GPU.
+        shapes: Shapes of the model, from 6x256, 12x768, 48-narrow, 4x512-gated; on a GPU also gpt2-xl and llama-2-7b.
+            By default the small four, or all on a GPU.
         lm: A real model instead: its name, folder or hub id.
         json: File for all figures and the machine's description.
-        rank: Of the hypernetwork.
+        rank: Rank of the hypernetwork.
         edits: Edits in a run.
         batch: Edits that the engine works on at once; by default what suits the shape.
-        tokens: Of one forward pass of its evaluation, at most; by default what suits the shape.
+        tokens: Maximum of tokens in one forward pass of the engine's evaluation; by default what suits the shape.
         instructions: Put an instruction in front of each request and its in-scope probes.
         measures: Only these: train, evaluate, one (a single edit).
-        repeats: Runs of each.
+        repeats: Timed runs of each variant.
         fluency_tokens: Length of sampled text in evaluation.
         threads: CPU threads.
         device: cpu, cuda, ….
-        many: Also the cost of each edit, from 10 edits to so many (10000, say) by powers of ten, at the first shape.
+        many: Also measure the cost per edit at the first shape, for 10, 100, … edits up to this number, e.g. 10000.
     """
     from instructedit.benchmark.bench import SHAPES, Setting
     from instructedit.benchmark.measure import MEASURES, many_edits, measure

@@ -24,23 +24,23 @@ def warm(
     batch_size: int = 32,
     shard: str = "1/1",
 ) -> None:
-    """Computes the states that training with these configs can ask for, once; what is there already is left out.
+    """Computes the states that training with these configs can need, once; those in the cache already are skipped.
 
-    They are those below the first edited block, of each record's request, rephrases and replies behind every training
-    description of its task (plain, if the editor takes no instructions) and of its plain locality prompts; and of these
-    what leaves the last block of the unedited LM. A warming that was cut off goes on where it stopped. Training finds
-    them if its model.lm.cache_dir is the same folder.
+    They are the states below the first edited block, for each record's request, rephrases and replies after every
+    training description of its task (alone, if the editor takes no instructions) and for its locality prompts alone;
+    and for the latter also what leaves the last block of the unedited LM. An interrupted run goes on where it stopped.
+    Training finds them if its model.lm.cache_dir is the same folder.
 
     Args:
         configs: The config files that fit is given, e.g. '[lm.yaml, editor.yaml, data.yaml]'.
         scale: The scale that fit is given, a name or a file; configs and overrides come after it.
         editor: The name of the editor's config that fit is given.
-        overrides: Its further options, e.g. '["--model.lm.cache_dtype=bfloat16"]'.
+        overrides: Further options that fit is given, e.g. '["--model.lm.cache_dtype=bfloat16"]'.
         cache_dir: Folder of the cache; by default the configs' model.lm.cache_dir, else "prefix" in $INSTRUCTEDIT_CACHE
             (~/.cache/instructedit).
         batch_size: Rows in one forward pass.
-        shard: Which part of the rows to compute, of how many: 1/4, and 2/4, 3/4, 4/4 in further processes, at once or
-            one after another, on one folder.
+        shard: Which part of the rows to compute, out of how many: 1/4, and 2/4, 3/4, 4/4 in further processes, at once
+            or one after another, with the same folder.
     """
     import torch
     from tqdm import tqdm
@@ -112,11 +112,11 @@ def listing(cache_dir: str | None = None) -> None:
 
 
 def clear(cache_dir: str | None = None, lm: str | None = None) -> None:
-    """Removes what the cache holds. A folder with anything in it that is not the cache's own is left as it is.
+    """Removes what the cache holds. A folder that also holds anything else is left as it is.
 
     Args:
         cache_dir: Folder of the cache; by default "prefix" in $INSTRUCTEDIT_CACHE (~/.cache/instructedit).
-        lm: Remove the states of this LM alone, named as it is listed.
+        lm: Remove the states of this LM alone, by its name in the list.
     """
     from instructedit.lm.cache.folder import clear as remove
     from instructedit.lm.cache.folder import partitions
@@ -141,10 +141,10 @@ def _folder(given: str | None) -> Path:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    """``2/4`` → (2, 4).
+    """Parses the option ``--shard``: ``2/4`` → (2, 4).
 
     Raises:
-        UserError: If it is no part of a whole.
+        UserError: If it is not a part of a whole.
     """
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
@@ -161,9 +161,9 @@ def _size(count: float) -> str:
 
 
 def _training_pairs(editor: Editor, data: EditData) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Every (prompt, answer) that a training batch of these records can hold, once each; then the locality ones alone.
+    """Lists each (prompt, answer) that a training batch of these records can hold; then the locality ones alone.
 
-    As `data.batch.Collator` draws them.
+    They are those that `data.batch.Collator` draws.
     """
     scope = {"generalization": "rephrases", "wanted": "replies", "opposite": "replies"}
     kinds = [kind for kind, most in scope.items() if data.hparams[most]]
@@ -181,7 +181,7 @@ def _training_pairs(editor: Editor, data: EditData) -> tuple[list[tuple[str, str
 
 
 def _renderings(editor: Editor, record: EditRecord) -> list[RenderedRecord]:
-    """A record behind every instruction that training can draw for it."""
+    """Renders a record with every instruction that training can draw for it."""
     from instructedit.instructions import InstructionBank, render_records
 
     if not editor.instructions:

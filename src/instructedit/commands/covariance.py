@@ -1,4 +1,4 @@
-"""Measure what an LM's layers see over plain text, for ROME, MEMIT and AlphaEdit."""
+"""Measure the second moments of the inputs of an LM's layers over plain text, for ROME, MEMIT and AlphaEdit."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def main(
 ) -> None:
     """Computes the second moments C = E[u uᵀ] that ROME, MEMIT and AlphaEdit need, once; they are kept on disk.
 
-    Kept under $INSTRUCTEDIT_CACHE (by default ~/.cache/instructedit), for each model, layer, text and number of tokens.
-    The text is streamed, so any length fits. Editors with the same options find them there.
+    They are kept under $INSTRUCTEDIT_CACHE (by default ~/.cache/instructedit), for each model, layer, text and number
+    of tokens. The text is streamed, so any length fits. Editors with the same options find them there.
 
     Args:
         lm: tiny, tiny-llama, a local folder, or a hub id; by default the scale's, or tiny.
-        editor: Whose layers; the other options are those of that editor, by default as its config at the scale has
-            them, or its own.
+        editor: The editor whose layers are measured; the other options are those of that editor, by default as in its
+            config at the scale, or its own.
         scale: A scale of configs/scale/, or a file of your own: fit finds what is computed here.
         text: auto (the embedded corpus for the embedded models, for any other what it samples itself), sampled, tiny
-            (the embedded corpus), a file (.txt, blank lines part the texts; or .jsonl with a field "text"; also
+            (the embedded corpus), a file (.txt, blank lines separate the texts; or .jsonl with a field "text"; also
             as .gz or .xz), or a dataset on the hub.
-        tokens: So many tokens of it; 100,000 by default.
-        blocks: Blocks, negative from the top; by default as far up as in the method's paper.
+        tokens: Number of tokens of the text to use; 100,000 by default.
+        blocks: Numbers of blocks, negative from the top; by default as far up as in the method's paper.
         site_names: Names or patterns of the layers within them; by default the output projections.
-        dtype: Of the LM's weights and forward pass; by default the scale's, or float32.
-        device: Where the LM runs, e.g. cuda.
+        dtype: Data type of the LM's weights and forward pass; by default the scale's, or float32.
+        device: Device on which the LM runs, e.g. cuda.
     """
     import instructedit as ie
     from instructedit.configs import Scale

@@ -1,4 +1,4 @@
-"""Make an edit, or several, and see what became of each: took, failed, or spread."""
+"""Make one or several edits, and see how each turned out: took, failed, or spread."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ class EditCommand:
             ended last), or the name of a method that needs no training.
         prompt: What the model is asked.
         target: What it should say.
-        requests: Instead of a prompt and a target, a file of several (.json, .jsonl or .csv with a header): prompt,
-            target, and if wanted subject, task, rephrase, neighbours, ask; or the folder of a task of your own, whose
-            test records these are. Each is an edit of its own.
+        requests: A file of several requests, instead of a prompt and a target (.json, .jsonl or .csv with a header):
+            prompt, target, and optionally subject, task, rephrase, neighbours, ask; or the folder of a task of your
+            own, for its test records. Each is an edit of its own.
         options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by
             default those of its config at the scale; without a scale the published ones, with step sizes and radii
             that follow the model's own scales.
         scale: A scale of configs/scale/, or a file of your own, for the LM and the method's hyper-parameters; by
-            default the one that is called as the LM is, if there is one.
+            default the one named after the LM, if there is one.
         lm: tiny, tiny-llama, smollm2-135m, gemma-3-270m, a local folder, a .gguf file, or a hub id; by default the
-            scale's, or that which a trained editor was trained for, or tiny.
-        device: Where the LM lives, e.g. cuda; by default the CPU.
-        dtype: Of the LM's weights, e.g. bfloat16; by default float32.
+            scale's, or the one that a trained editor was trained for, or tiny.
+        device: Device on which the LM runs, e.g. cuda; by default the CPU.
+        dtype: Data type of the LM's weights, e.g. bfloat16; by default float32.
         task: Name of the editing task, or its folder with a task.yaml, for editors that read instructions.
         subject: The entity in the prompt that the edit is about, for ROME and MEMIT.
         description: Id of the instruction's description; by default one that training uses, always the same.
         instruction: A sentence of your own in the description's place, for editors that read instructions; its slots
             are filled.
         slots: Values of the task's instruction slots, e.g. '{"LABEL": "positive", "TOPIC": "tea"}'.
-        rephrase: Other words for the prompt, which the target should follow, too; by default two are drawn where the
+        rephrase: Rephrasings of the prompt, which the target should follow too; by default two are drawn if the
             embedded facts know the relation.
         neighbours: Prompts whose answers should stay; by default ten are drawn from the embedded facts.
         ask: Further prompts to ask before and after.
         joint: Make one edit of all requests.
-        sequential: Make one edit after another on a model that carries those before, and show how the metrics go over
-            the number of edits: right after each edit, and again at checkpoints.
+        sequential: Make one edit after another on a model that carries those before, and show how the metrics change
+            with the number of edits: right after each edit, and again at checkpoints.
         score_every: Edits between two checkpoints of a sequence.
-        batch_size: Requests that one edit of a sequence serves.
-        sample: How many requests of a sequence are scored again at the checkpoints, at most; by default all.
+        batch_size: Number of requests in each edit of a sequence.
+        sample: Maximum number of requests of a sequence that are scored again at the checkpoints; by default all.
         out: Folder for the tables and the figure of a sequence.
-        text: Plain text on which it is measured how far unrelated predictions moved: a file, a hub id, or sampled
+        text: Plain text on which to measure how far unrelated predictions moved: a file, a hub id, or sampled
             (what the model says itself); by default the embedded sentences.
         max_new_tokens: Length of the answers.
         chat: Ask in the LM's own chat template.
@@ -66,10 +66,10 @@ class EditCommand:
         html: File to write the report to as a page.
         save: Folder to save the edit to (a LoRA adapter, for edits of low rank), with its report and requests;
             several edits are saved to numbered folders in it.
-        keep: Name to keep the edit under in a store, for `instructedit edits`; several edits get a number behind it.
+        keep: Name to keep the edit under in a store, for `instructedit edits`; several edits get a number after it.
         store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
-        rank: The largest rank of what is saved or kept; auto is the smallest of 8, 16, 32, 64, … with which all
-            predicted tokens on what was asked stay. By default auto for edits of low rank; dense ones stay dense.
+        rank: The largest rank of what is saved or kept; auto is the smallest of 8, 16, 32, 64, … that leaves all
+            predicted tokens on what was asked unchanged. By default auto for edits of low rank; dense ones stay dense.
         merge: Folder to save a plain transformers model with the edit in its weights to.
     """
 
@@ -157,7 +157,7 @@ def _case(
     requests: str | None, task: str | None, prompt: str | None, target: str | None, subject: str | None,
     slots: dict[str, str] | None, rephrase: list[str] | None, neighbours: list[str] | None,
 ) -> EditCase:  # fmt: skip
-    """The one request of the command line."""
+    """Makes the case of the one request on the command line."""
     import instructedit as ie
 
     if requests:
@@ -177,7 +177,7 @@ def _model(scale: Scale | None, lm: str | None, device: str | None, dtype: str |
 
 
 def _trained_for(editor: str) -> str | None:
-    """The LM that a trained editor was trained for, which is said."""
+    """Returns the LM that a trained editor was trained for, and prints its name; None for other editors."""
     from instructedit.editors import lm_of
 
     if name := lm_of(editor):
@@ -186,7 +186,7 @@ def _trained_for(editor: str) -> str | None:
 
 
 def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None, scale: Scale | None) -> Editor:
-    """A trained editor, or one that needs no training with its hyper-parameters at the scale."""
+    """Returns a trained editor, or one that needs no training with its hyper-parameters at the scale."""
     from instructedit.editors import any_editor, editor_names
 
     own = scale.editor_options(editor) if scale and editor in editor_names() else {}
@@ -194,14 +194,14 @@ def _method(editor: str, lm: FrozenLM, options: dict[str, Any] | None, scale: Sc
 
 
 def _progress(what: str, unit: str = "batch") -> Any:
-    """A bar on the terminal for what takes more than a second."""
+    """Makes a progress bar on the terminal that appears after one second."""
     from tqdm import tqdm
 
     return partial(tqdm, desc=what, unit=f" {unit}", leave=False, delay=1, file=sys.stderr)
 
 
 def _check_sequence(asked: EditCommand) -> None:
-    """Finds out before the work whether what is asked for suits a sequence, and where its tables go."""
+    """Checks before the work that the options suit a sequence, and that the folder of its tables can be written."""
     if asked.out and not asked.sequential:
         raise UserError("--out is the folder of a sequence: add --sequential, or take --json or --html")
     if asked.out:
@@ -228,7 +228,7 @@ def _sequence(asked: EditCommand, lm: FrozenLM, editor: Editor, cases: list[Edit
 
 
 def _finish_sequence(asked: EditCommand, lm: FrozenLM, found: EditSequence) -> None:
-    """Prints a sequence's table and writes what is wanted.
+    """Prints a sequence's table and writes what the options ask for.
 
     Raises:
         UserError: After that, if the sequence ended early.
@@ -254,7 +254,7 @@ def _finish_sequence(asked: EditCommand, lm: FrozenLM, found: EditSequence) -> N
 
 
 def _check_targets(save: str | None, merge: str | None) -> None:
-    """Finds out before the work whether both folders can be written, and that no model gets the edit twice."""
+    """Checks before the work that both folders can be written, and that no model gets the edit twice."""
     adapter = check_writable(save, "--save") if save else None
     model = check_writable(merge, "--merge") if merge else None
     if adapter and adapter == model:
@@ -266,7 +266,7 @@ def _check_targets(save: str | None, merge: str | None) -> None:
 
 
 def _places(keep: str | None, store: str | None, count: int) -> list[Path]:
-    """Where each edit is kept, if any is: found out before the work."""
+    """Returns the folder in which each edit will be kept, if any is; checked before the work."""
     from instructedit.reports.store import free_place, store_folder
 
     if keep is None:
@@ -279,7 +279,7 @@ def _places(keep: str | None, store: str | None, count: int) -> list[Path]:
 def _keep(
     lm: FrozenLM, report: EditReport, rank: int | Literal["auto"] | None, save: Path | None, places: list[Path]
 ) -> None:
-    """Saves and keeps each edit, of a rank that can be served."""
+    """Saves and keeps each edit, at a rank that can be served."""
     from instructedit.reports.ranks import served
     from instructedit.reports.store import keep, write_edit
 

@@ -1,4 +1,4 @@
-"""List, show, ask, compare, undo, combine and export the edits that one keeps."""
+"""List, show, ask, compare, undo, combine and export the edits that you keep."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def show(name: str, store: str | None = None) -> None:
     """Shows the report of a kept edit.
 
     Args:
-        name: Of the edit, or its folder.
+        name: Name of the edit, or its folder.
         store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
     """
     kept = _kept(name, store)
@@ -64,7 +64,7 @@ def ask(
     """Asks a model before and after a kept edit.
 
     Args:
-        name: Of the edit, or its folder.
+        name: Name of the edit, or its folder.
         prompts: What to ask; by default what the edit was asked when it was made.
         lm: The model; by default the one that the edit was made for.
         max_new_tokens: Length of the answers.
@@ -82,11 +82,11 @@ def ask(
 
 
 def diff(first: str, second: str, store: str | None = None) -> None:
-    """Shows where the models with one edit and with another say different things, of what both were asked.
+    """Shows where the models with one edit and with another say different things, among what both were asked.
 
     Args:
         first: Name of an edit, or its folder.
-        second: The same of another.
+        second: Name of another, or its folder.
         store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
     """
     one, other = (
@@ -101,7 +101,7 @@ def undo(name: str, store: str | None = None) -> None:
     """Removes a kept edit. The model itself was never changed.
 
     Args:
-        name: Of the edit.
+        name: Name of the edit.
         store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
     """
     from instructedit.reports import store as edits
@@ -113,13 +113,13 @@ def combine(
     first: str, second: str, keep: str, more: list[str] | None = None, solve: str | None = None,
     store: str | None = None,
 ) -> None:  # fmt: skip
-    """Adds edits up to one, or makes one of all their requests, asks it all that they were asked, and keeps it.
+    """Adds edits up to one, or makes one of all their requests; asks it all that they were asked, and keeps it.
 
     Args:
         first: Name of an edit, or its folder.
-        second: The same of another.
+        second: Name of another, or its folder.
         keep: Name of the new edit.
-        more: Further ones.
+        more: Names of further edits, or their folders.
         solve: An editor that makes one edit of all requests together instead, such as memit: the name of a method, with
             the options that the first edit was made with if that is its method, or a trained editor.
         store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
@@ -132,7 +132,7 @@ def combine(
     edits.free_place(keep, folder)
     parts = [_kept(name, store) for name in (first, second, *(more or []))]
     model = _model(parts[0], None)
-    each = [part.load(model) for part in parts]  # refused where one was made for another model
+    each = [part.load(model) for part in parts]  # refused if one was made for another model
     cases = [case for part in parts for case in part.cases]
     if solve:
         report = edit(model, _editor(solve, model, parts[0]), cases, joint=True)
@@ -150,13 +150,13 @@ def export(
     """Writes a kept edit for others to load: a LoRA adapter, a whole model, or a GGUF file.
 
     Args:
-        name: Of the edit, or its folder.
+        name: Name of the edit, or its folder.
         adapter: Folder for a LoRA adapter in PEFT's layout, of a rank that can be served.
         merge: Folder for a plain transformers model with the edit in its weights.
         gguf: File for a copy of the GGUF file that the model came from, with the edit in its weights, for llama.cpp
-            and Ollama. The file of a model that pip brings is downloaded again.
-        rank: The adapter's largest rank; auto is the smallest of 8, 16, 32, 64, … with which all predicted tokens
-            on what the edit was asked stay.
+            and Ollama. The file of a model that was installed with pip is downloaded again.
+        rank: The adapter's largest rank; auto is the smallest of 8, 16, 32, 64, … that leaves all predicted tokens
+            on what the edit was asked unchanged.
         lm: The model; by default the one that the edit was made for.
         store: Folder of the store; by default $INSTRUCTEDIT_EDITS, or edits/.
     """
@@ -207,21 +207,21 @@ def _kept(name: str, store: str | None) -> KeptEdit:
 
 
 def _model(kept: KeptEdit, lm: str | None) -> FrozenLM:
-    """The model of an edit, by the name it was given then."""
+    """Loads the model of an edit, by default under the name with which the edit was made."""
     import instructedit as ie
 
     return ie.FrozenLM.from_pretrained(lm or kept.model["name"])
 
 
 def _editor(source: str, lm: FrozenLM, kept: KeptEdit) -> Editor:
-    """A trained editor, or a method by its name, as it was when it made an edit."""
+    """Returns a trained editor, or a method by its name, with a kept edit's options if it made that edit."""
     from instructedit.editors import any_editor
 
     return any_editor(source, lm, kept.report["options"] if kept.report["editor"] == source else None)
 
 
 def _probes(kept: KeptEdit) -> list[tuple[str, str]]:
-    """All prompts that an edit was asked, with the target."""
+    """Lists all prompts that an edit was asked, each with its target."""
     return [
         (prompt, case.request.target)
         for case in kept.cases
@@ -230,7 +230,7 @@ def _probes(kept: KeptEdit) -> list[tuple[str, str]]:
 
 
 def _words(request: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Prompt → the words before and after, of one request's report."""
+    """Returns the words before and after the edit for each prompt of one request's report."""
     return {each["prompt"]: (each["before"]["words"], each["after"]["words"]) for each in request["answers"]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def main(licences: bool = False) -> None:
-    """Prints software versions, the device, threads, folders and the variables that are set, one a line.
+    """Prints software versions, the device, threads, folders and the variables that are set, one per line.
 
     Args:
         licences: Print instead the installed packages with their versions and licences.
@@ -31,7 +31,7 @@ def main(licences: bool = False) -> None:
 
 
 def _licences() -> None:
-    """One package a line; a licence as the package itself names it."""
+    """Prints one package per line, with its licence as the package itself names it."""
     from importlib.metadata import distributions
 
     for found in sorted(distributions(), key=lambda each: each.name.lower()):

@@ -20,16 +20,16 @@ def main(
     force: bool = False,
     task: str | None = None,
 ) -> None:
-    """Runs the rows of ``experiments/<name>/grid.yaml`` and puts them side by side.
+    """Runs the rows of ``experiments/<name>/grid.yaml`` and compares them side by side.
 
-    What the store has already is used again, so that a killed experiment goes on where it stopped: runs that are
-    whole, and were made by the same options, configs and code.
+    Runs in the store that are complete, and were made with the same options, configs and code, are used again, so that
+    a killed experiment goes on where it stopped.
 
     Args:
-        name: Of the experiment's folder under experiments/.
-        scale: Which LM and hyper-parameters: a file of configs/scale/ by its name, or a file of your own.
+        name: Name of the experiment's folder under experiments/.
+        scale: LM and hyper-parameters: a file of configs/scale/ by its name, or a file of your own.
         data: real: the records of the real datasets, a folder for each task under data/; by default those of the scale.
-        seeds: One run of every row for each; the grid's own by default.
+        seeds: Seeds, with one run of every row for each; the grid's own by default.
         rows: Only these rows of the grid.
         root: Folder of the MLflow store.
         out: Folder for the results page, tables and figures; by default outputs/<name>, and at another scale

@@ -30,27 +30,27 @@ def generate(
     max_tokens: int = 200_000,
     cache: str | None = None,
 ) -> None:
-    """Writes the instruction bank of a task (Section 4.1): asked for, checked, ranked by clarity and concision.
+    """Has a model write a task's instruction bank (Section 4.1): checked, and ranked by clarity and concision.
 
     A description is refused if it lacks a slot, is a near-duplicate of another (half of their words or more are the
-    same), or contains a subject, target or prompt of a test record: test records serve for nothing else. The same
+    same), or contains a subject, target or prompt of a test record: test records serve no other purpose. The same
     command again takes the replies from the cache. The key comes from the environment.
 
     Args:
         task: Name of the task.
-        model: As the server calls it, or local:NAME for a local model (tiny, a folder, a hub id).
+        model: Name of the model on the server, or local:NAME for a local model (tiny, a folder, a hub id).
         n: Descriptions to be written.
-        keep: Best ones to be kept for training, one of them held out.
-        unseen: Further ones to be kept, for the transfer to unseen instructions.
-        source: Where the task's records are: tiny, a file, a folder or a hub id.
+        keep: Best descriptions to be kept for training, one of them held out.
+        unseen: Further descriptions to be kept, for the transfer to unseen instructions.
+        source: Source of the task's records: tiny, a file, a folder or a hub id.
         about: What the task edits, in a sentence or two; the tasks that ship have their own.
         out: File of the bank; outputs/instructions/TASK.yaml by default.
-        overwrite: Let the new bank take the place of one that is there.
+        overwrite: Replace an existing bank.
         judge: Let the model grade clarity and concision too; by default a measure of the text alone ranks.
-        seed: Of the questions, and of which descriptions are for training, held out and unseen.
+        seed: Seed of the questions, and of the choice of descriptions for training, held out and unseen.
         base_url: Address of a server that speaks OpenAI's protocol (vLLM, Ollama, …); OpenAI's own by default.
         key_env: Environment variable that holds the key.
-        temperature: Of sampling; the model's default if not given.
+        temperature: Sampling temperature; the model's default if not given.
         reply_tokens: Longest reply, in tokens.
         timeout: Seconds to wait for a reply.
         tries: Tries of one question when the server is busy, fails or drops the connection.
@@ -85,34 +85,34 @@ def generate(
 class OptimizeCommand:
     """Improves a task's descriptions by the metrics of a trial editor on validation records, until none improves.
 
-    Each round the model sees every description's figures and failures, and proposes revisions. One is kept only if the
-    paired bootstrap says better: the interval of the difference in score, a record's mean over its metrics, lies above
-    0, corrected for all that the round compares. Every round is a run under one MLflow run. A search that was cut off
+    Each round the model sees every description's figures and failures, and proposes revisions. One is kept only if it
+    is better by the paired bootstrap: the interval of the difference in score, a record's mean over its metrics, lies
+    above 0, corrected for all that the round compares. Every round is a run under one MLflow run. An interrupted search
     goes on with the same command.
 
     Args:
         task: Name of the task.
         editor: The trial editor, which must read instructions: a run's or saved editor's folder, or a hub id.
-        model: The writer: as the server calls it, or local:NAME for a local model (tiny, a folder, a hub id).
+        model: The writer: its name on the server, or local:NAME for a local model (tiny, a folder, a hub id).
         lm: The model that is edited: tiny, tiny-llama, a local folder, or a hub id.
         bank: File of the bank to improve; the task's own by default.
         split: Which of its descriptions to improve; the others stay.
-        rounds: At most so many.
-        patience: Stop when no metric has improved for so many rounds.
+        rounds: Maximum number of rounds.
+        patience: Number of rounds without an improvement after which to stop.
         revisions: Revisions to ask for in a round.
         records: Validation records to measure with; all by default.
-        source: Where the task's records are: tiny, a file, a folder or a hub id.
+        source: Source of the task's records: tiny, a file, a folder or a hub id.
         about: What the task edits, in a sentence or two; the tasks that ship have their own.
         out: File of the improved bank; outputs/instructions/TASK.optimized.yaml by default. Not written if nothing
             was better.
-        overwrite: Let the new bank take the place of one that is there.
+        overwrite: Replace an existing bank.
         work: Folder of the search's state, ledger and figure; outputs/instructions/TASK.optimize by default.
-        force: Begin anew where the folder holds a search.
+        force: Begin anew even if the folder holds a search.
         root: Folder of the MLflow store.
-        seed: Of the questions, the records chosen and the bootstrap.
+        seed: Seed of the questions, the choice of records and the bootstrap.
         base_url: Address of a server that speaks OpenAI's protocol (vLLM, Ollama, …); OpenAI's own by default.
         key_env: Environment variable that holds the key.
-        temperature: Of sampling; the model's default if not given.
+        temperature: Sampling temperature; the model's default if not given.
         reply_tokens: Longest reply, in tokens.
         timeout: Seconds to wait for a reply.
         tries: Tries of one question when the server is busy, fails or drops the connection.

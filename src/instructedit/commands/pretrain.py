@@ -12,13 +12,13 @@ def main(
     seed: int = 0,
     threads: int | None = None,
 ) -> None:
-    """Makes an embedded LM: corpus, tokenizer, training, recall. A cut-off run goes on where it stopped.
+    """Makes an embedded LM: corpus, tokenizer, training, recall. An interrupted run goes on where it stopped.
 
     Args:
         out: Folder of the finished model.
         architecture: gpt2 or llama.
-        passes: Times over all facts.
-        seed: Of the corpus, the weights and the order.
+        passes: Number of passes over all facts.
+        seed: Seed of the corpus, the weights and the order.
         threads: CPU threads.
     """
     import torch

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def main(root: str = "mlruns", count: int = 15, children: bool = False) -> None:
-    """Lists runs, the newest first; ids stand wherever an editor or a checkpoint is asked for.
+    """Lists runs, the newest first; their ids can be given wherever an editor or a checkpoint is asked for.
 
     Args:
         root: Folder of the MLflow store.
-        count: How many.
-        children: Also the runs under an experiment's own: its rows, a run for each seed.
+        count: Number of runs to list.
+        children: Also list the runs under an experiment's own: its rows, a run for each seed.
     """
     from rich.markup import escape
     from rich.table import Table
@@ -39,7 +39,7 @@ def main(root: str = "mlruns", count: int = 15, children: bool = False) -> None:
 
 
 def scores(run: Run) -> str:
-    """What a run is judged by: an experiment's best row, each task's reliability, or the validation score."""
+    """Returns a run's main scores: an experiment's best row, each task's reliability, or the validation score."""
     tags, metrics = run.data.tags, run.data.metrics
     if "best.row" in tags:
         return f"best: {tags['best.row']} {tags['best.score']}"

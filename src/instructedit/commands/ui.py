@@ -1,4 +1,4 @@
-"""Open a page to play with: type an edit, see its report, keep it, undo it, take it home."""
+"""Open a page to try edits: type an edit, see its report, keep it, undo it, download it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instructedit.errors import UserError
 if TYPE_CHECKING:
     from instructedit.reports.workbench import Workbench
 
-#: The page is for whoever sits at this machine: it reads editors from its disk.
+#: The page is only for users at this machine: it reads editors from its disk.
 HOST = "127.0.0.1"
 
 
@@ -21,9 +21,9 @@ def main(models: list[str] | None = None, store: str | None = None, port: int = 
     It needs Gradio: pip install 'instructedit[ui]'.
 
     Args:
-        models: Models that one may choose: names, folders or hub ids; by default tiny and smollm2-135m.
+        models: Models to choose from: names, folders or hub ids; by default tiny and smollm2-135m.
         store: Folder that edits are kept in; by default $INSTRUCTEDIT_EDITS, or edits/.
-        port: Of the page.
+        port: Port of the page.
     """
     _gradio()
     from instructedit.reports.store import store_folder
@@ -39,7 +39,7 @@ def main(models: list[str] | None = None, store: str | None = None, port: int = 
 
 
 def page(bench: Workbench) -> Any:
-    """Builds the page over a workbench, with a visit for each browser tab."""
+    """Builds the page on top of a workbench, with a `Visit` of its own for each browser tab."""
     gr = _gradio()
     from instructedit.editors import editor_names
     from instructedit.reports.workbench import Visit
@@ -76,7 +76,7 @@ def page(bench: Workbench) -> Any:
 
 
 def _plainly(action: Callable[..., Any]) -> Callable[..., Any]:
-    """The action, whose user errors the page shows as one line."""
+    """Wraps an action so that the page shows its user errors as one line."""
     gr = _gradio()
 
     def act(*given: Any) -> Any:
@@ -85,7 +85,7 @@ def _plainly(action: Callable[..., Any]) -> Callable[..., Any]:
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    act.__name__ = action.__name__  # what programs call it by, as /edit
+    act.__name__ = action.__name__  # the name by which programs call it, such as /edit
     return act
 
 

@@ -1,4 +1,4 @@
-"""Edit records as tokens: the requests of a batch, and the probes that its loss reads."""
+"""Batches of edit records as tokens: the requests, and the probes of the loss."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from instructedit.instructions import Instructor, RenderedRecord, render_records
 from instructedit.lm import Text, TokenBatch
 from instructedit.records import EditRecord, EditRequest, Probe
 
-#: Share of the further in-scope probes that are asked plainly in training, where an editor reads the instruction apart.
+#: Share of additional in-scope probes without an instruction in training, if an editor reads instructions separately.
 _PLAIN = 0.5
 
 
 @dataclass
 class RequestBatch:
-    """What an editor is given: n edit requests.
+    """The input of an editor: n edit requests.
 
     Attributes:
-        requests: As the user said them.
-        prompts: Their prompts as the editor reads them, the instruction in front where there is one.
-        tokens: Prompts with targets, row i is request i.
-        instructions: Each one's instruction, empty for none.
+        requests: The requests as given by the user.
+        prompts: Their prompts as the editor reads them, with any prepended instructions.
+        tokens: Prompts with targets; row i is request i.
+        instructions: Each request's instruction; empty if it has none.
     """
 
     requests: list[EditRequest]
@@ -38,17 +38,17 @@ class RequestBatch:
         return len(self.requests)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device."""
+        """Moves the batch to another device."""
         return replace(self, tokens=self.tokens.to(device))
 
 
 @dataclass
 class ProbeBatch:
-    """Probes of n requests.
+    """Tokenised probes of n requests.
 
     Attributes:
         tokens: Prompts with answers.
-        request_index: Which request each row belongs to, [rows].
+        request_index: Index of each row's request, [rows].
         unwanted: Rows whose answer should become unlikely (ConvSent's opposite replies), bool [rows], on the host.
     """
 
@@ -57,7 +57,7 @@ class ProbeBatch:
     unwanted: Tensor
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device."""
+        """Moves the batch to another device."""
         return type(self)(self.tokens.to(device), self.request_index.to(device), self.unwanted)
 
 
@@ -66,8 +66,8 @@ class EditBatch:
     """A training batch: n requests, what they should change, and what they should leave alone.
 
     Attributes:
-        records: Where it came from.
-        requests: For the editor.
+        records: The records that it was made from.
+        requests: The requests, for the editor.
         in_scope: Probes for the edit loss; the requests themselves are the first n rows.
         locality: Probes for the locality loss; None if no record has any.
     """
@@ -82,11 +82,11 @@ class EditBatch:
 
     @property
     def tokens(self) -> list[TokenBatch]:
-        """All rows of it; the requests' are among those of `in_scope`."""
+        """All rows of the batch; those of the requests are included in `in_scope`."""
         return [self.in_scope.tokens, *([self.locality.tokens] if self.locality else [])]
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch on another device."""
+        """Moves the batch to another device."""
         locality = self.locality and self.locality.to(device)
         return type(self)(self.records, self.requests.to(device), self.in_scope.to(device), locality)
 
@@ -98,11 +98,11 @@ def batch_requests(
     """Tokenises edit requests.
 
     Args:
-        text: How prompts and answers become tokens.
+        text: Tokenization of prompts and answers.
         requests: The requests.
-        prefixes: The instruction of each one, in front of its prompt; none by default.
-        names: What to call each in errors.
-        apart: Leave prompts plain: the editor reads instructions beside them.
+        prefixes: Each request's instruction, to prepend to its prompt; none by default.
+        names: Name of each request in errors.
+        apart: Leave prompts plain, because the editor reads instructions separately.
     """
     instructions = list(prefixes) or [""] * len(requests)
     prompts = [r.prompt if apart else prefix + r.prompt for prefix, r in zip(instructions, requests, strict=True)]
@@ -112,7 +112,7 @@ def batch_requests(
 
 
 def batch_rendered(text: Text, rendered: Sequence[RenderedRecord]) -> RequestBatch:
-    """Tokenises the requests of records whose instructions are drawn."""
+    """Tokenises the requests of rendered records."""
     names = [f"record {one.record.id}" for one in rendered]
     apart = any(one.apart for one in rendered)
     requests, prefixes = [one.record.request for one in rendered], [one.prefix for one in rendered]
@@ -121,16 +121,16 @@ def batch_rendered(text: Text, rendered: Sequence[RenderedRecord]) -> RequestBat
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes training batches of records; a pure function of the records, the draws and the seed.
+    """Makes training batches from records, as a pure function of the records, the draws and the seed.
 
     Attributes:
-        text: How prompts and answers become tokens.
+        text: Tokenization of prompts and answers.
         instructor: Draws the instructions; None leaves prompts plain.
-        rephrases: In-scope probes a record contributes beside its request, at most (drawn afresh each time).
-        portability: The same for probes of what follows from the edit.
-        replies: The same for each side of ConvSent's replies.
-        locality: Locality probes a record contributes, at most.
-        seed: Of the draws.
+        rephrases: Most in-scope probes that a record adds to its request (drawn anew each time).
+        portability: Most probes of the edit's implications that a record adds.
+        replies: Most replies of each sentiment that a ConvSent record adds.
+        locality: Most locality probes that a record adds.
+        seed: Seed of the draws.
     """
 
     text: Text
@@ -142,7 +142,7 @@ class Collator:
     portability: int = 0
 
     def __call__(self, drawn: Sequence[tuple[int, EditRecord]]) -> EditBatch:
-        """Tokenises a batch of (number of the draw, record)."""
+        """Makes a batch from pairs of (number of the draw, record)."""
         steps, records = [draw for draw, _ in drawn], [record for _, record in drawn]
         rendered = render_records(records, self.instructor, steps)
         rngs = [random.Random(f"{self.seed}/{draw}/{record.id}") for draw, record in drawn]
@@ -158,7 +158,7 @@ class Collator:
         }  # fmt: skip
         chosen = _drawn(rendered, rngs, most)
         plain = {(i, p) for i, p in chosen if rendered[i].apart and rngs[i].random() < _PLAIN}
-        # What an editor reads plainly is asked behind its instruction too.
+        # Requests that an editor reads plainly are also scored with their instruction prepended.
         chosen = [(i, one.record.reliability) for i, one in enumerate(rendered) if one.apart] + chosen
         request_index = torch.tensor([*range(len(rendered)), *(i for i, _ in chosen)])
         unwanted = torch.tensor([False] * len(rendered) + [p.kind == "opposite" for _, p in chosen])
@@ -184,7 +184,7 @@ class Collator:
 def _drawn(
     rendered: list[RenderedRecord], rngs: list[random.Random], most: Mapping[str, int]
 ) -> list[tuple[int, Probe]]:
-    """Draws probes of each record, at most so many of each kind, with the record's number."""
+    """Draws probes from each record, at most `most` of each kind, and pairs each with its record's index."""
     chosen: list[tuple[int, Probe]] = []
     for i, (one, rng) in enumerate(zip(rendered, rngs, strict=True)):
         for kind, count in most.items():

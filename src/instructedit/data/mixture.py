@@ -1,4 +1,4 @@
-"""Balanced mixing of task streams, the same from any point on."""
+"""Balanced, reproducible mixing of task streams, which can be resumed at any point."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch.utils.data import Sampler
 
 
 def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Iterator[tuple[int, int]]:
-    """An endless stream of (task, index of a record).
+    """Generates an endless stream of (task, index of a record).
 
-    Tasks come in the proportion of their weights, as evenly spread as whole records allow; each task goes through its
-    own records in a new random order every time.
+    Tasks occur in proportion to their weights, spread as evenly as whole records allow; each task goes through its own
+    records in a new random order every time.
 
     Args:
-        sizes: Records of each task.
+        sizes: Number of each task's records.
         weights: Share of each task in the stream, in any unit.
-        seed: Of the orders.
+        seed: Seed of the orders.
     """
     rngs = [random.Random(f"{seed}/{task}") for task in range(len(sizes))]
     left: list[list[int]] = [[] for _ in sizes]
     drawn = [0] * len(sizes)
     total = sum(weights)
     for draw in count(1):
-        # Of the tasks that are behind, the one whose next turn is due first: no task is ever a whole draw off.
+        # Among the tasks behind their share, the one due first: no task is ever a whole draw off its share.
         behind = [t for t, w in enumerate(weights) if draw * w > drawn[t] * total]
         task = min(behind, key=lambda t: (drawn[t] + 1) / weights[t])
         drawn[task] += 1
@@ -35,16 +35,16 @@ def mixture(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Iterat
 
 
 class MixtureSampler(Sampler[list[tuple[int, int, int]]]):
-    """Endless batches of (number of the draw, task, index) from `mixture`.
+    """A sampler of endless batches of (number of the draw, task, index) from `mixture`.
 
-    The stream depends on the sizes, weights and seed alone. So a resumed run goes on exactly where it stopped, and of
-    several processes each takes its own batches, no record twice.
+    The stream depends only on the sizes, weights and seed. A resumed run thus continues exactly where it stopped, and
+    several processes take disjoint batches of the same stream.
 
     Args:
         sizes, weights, seed: See `mixture`.
-        batch_size: Records a batch.
-        first: Batches of this process that earlier runs have used.
-        rank, world: This process and how many there are.
+        batch_size: Records per batch.
+        first: Number of this process's batches that earlier runs have used.
+        rank, world: Rank of this process, and number of processes.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The LightningDataModule: tasks to train on, tasks to test on, and how they are mixed."""
+"""The LightningDataModule, with the tasks to train, validate and test on, and their mixture."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from instructedit.tasks import LoadReport, load_records, task_name, task_title
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where the records of a task are.
+    """A task in a run, with the source of its records.
 
     Attributes:
-        name: Of the task, or the path of a folder with a ``task.yaml``.
+        name: Name of the task, or the path of a folder with a ``task.yaml``.
         source: ``tiny`` (embedded), a file, a folder with a file for each split, or a hub id ``owner/name``; by default
             the task's place (see `EditData`), and without one its own folder or ``tiny``.
-        split: Which split to read, by default the one of the stage. ``train[:-50]`` and ``train[-50:]`` or
-            ``train[:90%]`` are parts of one, for data without validation records of their own.
-        size: Take so many records, chosen at random; all by default.
-        weight: Share in the training mixture, beside the other tasks' (``mixing: balanced``).
+        split: The split to read; by default that of the stage. ``train[:-50]`` and ``train[-50:]`` or ``train[:90%]``
+            are parts of one, for data without validation records of their own.
+        size: Number of records to choose at random; all by default.
+        weight: Share in the training mixture, relative to the other tasks' (``mixing: balanced``).
         options: Further options of the task's reader.
     """
 
@@ -53,13 +53,13 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class DataLocation:
-    """Where a task's records lie, whatever a run uses them for.
+    """The location of a task's records, with the splits for each stage of a run.
 
     Attributes:
         source: See `TaskSource`.
-        train: Which split, or part of one, to train on.
-        val: Which one to validate on.
-        test: Which one to test on.
+        train: The split, or part of one, to train on.
+        val: The one to validate on.
+        test: The one to test on.
     """
 
     source: str | None = None
@@ -72,25 +72,25 @@ __getattr__ = renamed_names(__name__, Place=DataLocation)
 
 
 class EditData(L.LightningDataModule):
-    """Balanced streams of edit records for training, and whole splits for validation and test.
+    """A data module with balanced streams of edit records for training, and whole splits for validation and test.
 
     Args:
         train: Tasks to train on. One task gives a single-task editor; leaving one out gives a hold-out setting.
         val: Tasks to validate on; those of `train` if empty.
-        test: Tasks to test on, held-out ones among them; those of `train` if empty.
-        places: Task to where it lies, for all tasks above that name no source of their own.
-        batch_size: Edit requests a training step (before accumulation).
-        eval_batch_size: Edit requests an evaluation step.
-        mixing: ``balanced``: tasks in the proportion of their weights, so that a large one such as ConvSent is
-            subsampled; ``natural``: in the proportion of their sizes.
-        rephrases: In-scope probes that a record adds to its request in the edit loss.
-        portability: Probes of what follows from the edit that a record adds; by default training sees none.
-        replies: Replies of each sentiment that a ConvSent record adds.
-        locality: Out-of-scope probes of a record in the locality loss.
-        max_length: Tokens of a training row; the LM's own limit by default (paper: 96).
+        test: Tasks to test on, including held-out ones; those of `train` if empty.
+        places: Location of each task's records, for all tasks above that name no source of their own.
+        batch_size: Edit requests per training step (before accumulation).
+        eval_batch_size: Edit requests per evaluation step.
+        mixing: ``balanced``: tasks in proportion to their weights, so that a large one such as ConvSent is
+            subsampled; ``natural``: in proportion to their sizes.
+        rephrases: Most in-scope probes that a record adds to its request in the edit loss.
+        portability: Most probes of the edit's implications that a record adds; by default training uses none.
+        replies: Most replies of each sentiment that a ConvSent record adds.
+        locality: Most out-of-scope probes of a record in the locality loss.
+        max_length: Most tokens in a training row; the LM's own limit by default (paper: 96).
         val_size: Records of each task to validate on.
-        seed: Of the mixture, the instructions drawn and the probes drawn.
-        num_workers: Processes that tokenise ahead; 0 tokenises between the steps.
+        seed: Seed of the mixture and of the instructions and probes that are drawn.
+        num_workers: Number of processes that tokenise in advance; 0 tokenises between the steps.
     """
 
     def __init__(
@@ -113,7 +113,10 @@ class EditData(L.LightningDataModule):
     ) -> None:
         super().__init__()
         at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
-        at_least(0, num_workers=num_workers, rephrases=rephrases, replies=replies, locality=locality, val_size=val_size)
+        at_least(
+            0, num_workers=num_workers, rephrases=rephrases, replies=replies, locality=locality, val_size=val_size,
+            portability=portability,
+        )  # fmt: skip
         self.save_hyperparameters()
         self.sources = {"fit": train or [], "validate": val or train or [], "test": test or train or []}
         self.places = places or {}
@@ -123,16 +126,16 @@ class EditData(L.LightningDataModule):
         self._encoding: tuple[Text, Callable[..., Instructor | None]] | None = None
 
     def connect(self, text: Text, instructor: Callable[..., Instructor | None]) -> None:
-        """Says how training records become tokens; `EditingModule.connect` calls this with what is its own.
+        """Sets the tokenization of training records; called by `EditingModule.connect` with its editor's.
 
         Args:
-            text: How prompts and answers become tokens.
-            instructor: Makes, of a ``seed``, what draws the instructions; it returns None where prompts stay plain.
+            text: Tokenization of prompts and answers.
+            instructor: Makes an instructor from a ``seed``; it returns None if prompts have no instructions.
         """
         self._encoding = text, instructor
 
     def setup(self, stage: str) -> None:
-        """Reads the records that the stage needs, and says what was dropped."""
+        """Reads the records that the stage needs, and reports what was dropped."""
         wanted = {"fit": ("fit", "validate"), "predict": ("test",)}.get(stage, (stage,))
         for part in wanted:
             if part not in self.records:
@@ -163,7 +166,7 @@ class EditData(L.LightningDataModule):
         return self.places.get(source.name, DataLocation()) if source.source is None else DataLocation(source.source)
 
     def _warn_of_shared(self, part: str) -> None:
-        """Warns of records that are trained on, too, with their number."""
+        """Warns if records of a stage are also trained on, with their number."""
         for source in self.sources[part]:
             name = task_name(source.name)
             trained = {_edit(record) for record in self._trained(name)}
@@ -174,12 +177,12 @@ class EditData(L.LightningDataModule):
                 )
 
     def _trained(self, name: str) -> list[EditRecord]:
-        """The training records of a task; a test, which does not need them, reads them for this if they are at hand."""
+        """Returns a task's training records; a test reads them only for its warning, if they are available locally."""
         if "fit" in self.records:
             return self.records["fit"].get(name, [])
         for source in self.sources["fit"]:
             if task_name(source.name) == name and Path(self._place(source).source or source.name).exists():
-                with suppress(UserError):  # that a test's training records cannot be read is no fault of the test
+                with suppress(UserError):  # a test does not fail because training records cannot be read
                     return self._load(source, "fit")[0]
         return []
 
@@ -191,12 +194,12 @@ class EditData(L.LightningDataModule):
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """What was read: ``task/split`` → sha256 of the bytes."""
+        """Fingerprints of the data that was read, ``task/split`` → SHA-256 of the bytes."""
         return {f"{r.task}/{r.split}": r.fingerprint for r in self.reports}
 
     @property
     def titles(self) -> dict[str, str]:
-        """Test task → its name in tables, with a word for those that are held out of training."""
+        """Titles of the test tasks in tables, with a remark for those that are held out of training."""
         trained = {task_name(source.name) for source in self.sources["fit"]}
         titles = {task_name(source.name): task_title(source.name) for source in self.sources["test"]}
         return {
@@ -204,7 +207,7 @@ class EditData(L.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """An endless stream of `EditBatch`."""
+        """Returns an endless stream of `EditBatch`."""
         options, tasks = self.hparams, self.records["fit"]
         sampler = self._sampler(options["batch_size"], self.batches_used, *self._process())
         return DataLoader(
@@ -213,7 +216,7 @@ class EditData(L.LightningDataModule):
         )  # fmt: skip
 
     def first_records(self, count: int) -> EditBatch:
-        """The first records of the whole training stream as one batch, whatever part of it a process takes."""
+        """Returns the first records of the training stream as one batch, the same in every process."""
         drawn = _Drawn(list(self.records["fit"].values()))
         return self._collator()([drawn[key] for key in next(iter(self._sampler(count)))])
 
@@ -234,9 +237,9 @@ class EditData(L.LightningDataModule):
         )  # fmt: skip
 
     def _whole(self, part: str) -> DataLoader[Any]:
-        """All records of all tasks, each process its share; nothing is repeated to make the shares equal.
+        """Returns this process's share of all tasks' records; no record is repeated to make the shares equal.
 
-        A process without a share has one empty batch, for without any it would not meet the others at the end.
+        A process without a share gets one empty batch, since without any it would not synchronise with the others.
         """
         records = [record for task in self.records[part].values() for record in task]
         rank, world = self._process()
@@ -246,42 +249,42 @@ class EditData(L.LightningDataModule):
         return DataLoader(share, batch_size=self.hparams["eval_batch_size"], collate_fn=list)
 
     def _process(self) -> tuple[int, int]:
-        """Which process this is, of how many; those that share a sharded LM count as one."""
+        """Returns this process's rank and the number of processes, where those that share a sharded LM count as one."""
         return place_among(self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Batches of records."""
+        """Returns batches of validation records."""
         return self._whole("validate")
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of records."""
+        """Returns batches of test records."""
         return self._whole("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of records."""
+        """Returns batches of test records."""
         return self._whole("test")
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        """Tokens move; records are text."""
+        """Moves the tokens of a training batch to the device; records, which are text, stay where they are."""
         return batch.to(device) if isinstance(batch, EditBatch) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """How far into the stream the run is."""
+        """Returns the run's position in the training stream."""
         trainer = self.trainer
         return {"batches_used": trainer.fit_loop.epoch_loop.batch_progress.total.ready if trainer else 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores the run's position in the training stream."""
         self.batches_used = state_dict["batches_used"]
 
 
 def _edit(record: EditRecord) -> tuple[str, str]:
-    """What two splits must not share."""
+    """Returns the key by which two splits must not overlap: prompt and target, regardless of case."""
     return record.request.prompt.casefold(), record.request.target.casefold()
 
 
 class _Drawn(Dataset[tuple[int, EditRecord]]):
-    """(draw, task, index) → (draw, record)."""
+    """A dataset that maps (draw, task, index) to (draw, record)."""
 
     def __init__(self, tasks: list[list[EditRecord]]) -> None:
         self.tasks = tasks

@@ -1,4 +1,4 @@
-"""How an edit is made: one file a method, found by the name that its class carries."""
+"""Editing methods: one file for each method, found by the ``name`` of its class."""
 
 from instructedit.editors.base import Editor, build_editor, load_editor, load_weights
 from instructedit.editors.choosing import any_editor, editor_names, lm_of

@@ -1,4 +1,4 @@
-"""AlphaEdit: MEMIT's update within the null space of what is to be kept (Fang et al. 2025)."""
+"""AlphaEdit: MEMIT's update, projected onto the null space of the knowledge to preserve (Fang et al. 2025)."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from instructedit.lm.covariance import covariances
 
 
 class NullSpace:
-    """The directions that plain text hardly uses at a layer: P = U Uᵀ.
+    """The directions that plain text hardly uses in a layer's input space, with the projection P = U Uᵀ onto them.
 
-    U holds the eigenvectors of E[u uᵀ] with the least eigenvalues, as many as together carry no more than a share of
-    E‖u‖².
+    The columns of U are the eigenvectors of E[u uᵀ] with the smallest eigenvalues, as many as together hold at most a
+    given share of E‖u‖².
 
     Args:
-        moment: E[u uᵀ] of what the layer sees over plain text, [in, in].
-        energy: The share.
+        moment: E[u uᵀ] of the layer's inputs over plain text, [in, in].
+        energy: The share of E‖u‖².
     """
 
     def __init__(self, moment: Tensor, energy: float) -> None:
         values, vectors = torch.linalg.eigh(moment.double())
         values = values.clamp(min=0)
-        reached = values.cumsum(0)  # its last one, since a sum of its own may round to less: a share of 1 is all
+        reached = values.cumsum(0)  # its own last entry, as a separate sum may round lower: a share of 1 keeps all
         size = int((reached <= energy * reached[-1]).sum())
         self.basis = vectors[:, :size]
-        #: E‖P u‖², what is left of plain text in these directions.
+        #: E‖P u‖², what plain text has in these directions.
         self.left = values[:size].sum().item()
 
     def coordinates(self, keys: Tensor) -> Tensor:
-        """Uᵀ k of each key, [n, size] in double precision."""
+        """Computes Uᵀ k for each key, [n, size] in double precision."""
         return keys.double() @ self.basis
 
     def solve(self, coordinates: Tensor, l2: float, kept: Tensor | None) -> Tensor:
-        """U (L2·I + Uᵀ K_p K_pᵀ U)⁻¹ Uᵀ k of each key, [n, in].
+        """Computes U (L2·I + Uᵀ K_p K_pᵀ U)⁻¹ Uᵀ k for each key, [n, in].
 
         Args:
             coordinates: Uᵀ k, [n, size].
             l2: L2.
-            kept: Uᵀ K_p K_pᵀ U of earlier edits' keys K_p, [size, size]; None without any.
+            kept: Uᵀ K_p K_pᵀ U of earlier edits' keys K_p, [size, size]; None if there are none.
         """
         if kept is None:
             return coordinates @ self.basis.T / l2
@@ -56,21 +56,21 @@ class NullSpace:
 
 @options
 class AlphaEdit(SpreadEditor):
-    """ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + L2·I)⁻¹ in each of several blocks: the update leaves plain text alone.
+    """MEMIT restricted to the null space of plain text: ΔW = R Kᵀ P (K_p K_pᵀ P + K Kᵀ P + L2·I)⁻¹ in several blocks.
 
-    P projects onto the null space of what the layer sees over plain text (Fang et al. 2025, equation 14 with L2 from
-    their code), K_p are the keys of edits made before in a sequence, and values and residuals R are MEMIT's. Since
+    P projects onto the null space of the layer's inputs over plain text (Fang et al. 2025, equation 14 with L2 from
+    their code), K_p are the keys of earlier edits in a sequence, and values and residuals R are MEMIT's. Since
     P is symmetric and P² = P, this is MEMIT's solution with M⁻¹ = U (L2·I + Uᵀ K_p K_pᵀ U)⁻¹ Uᵀ and P = U Uᵀ.
 
-    The paper cuts eigenvalues at 2e-2 and has L2 = 10, numbers that only fit the scale at which its models' layers
-    work. Here the null space is given by its share of E‖u‖², which says how much of plain text an edit may touch
-    whatever the units are, and L2 by what a token of plain text has left there, E‖P u‖²: a key that stands out from
-    plain text is written, one that does not is written half.
+    The paper cuts eigenvalues at 2e-2 and sets L2 = 10, numbers that only fit the scale of its models' layers. Here
+    the null space is given by its share of E‖u‖², which says how much of plain text an edit may touch in any units,
+    and L2 by the size of a plain-text token in that space, E‖P u‖²: a key that stands out from plain text is written
+    in full, one that does not is written by half.
 
     Defaults: blocks 13 to 17 of GPT2-XL's 48, values by 20 steps of Adam at 0.5, as in the paper's config for it.
 
     Args:
-        energy: Share of E‖u‖² that lies in the null space, at most.
+        energy: Largest share of E‖u‖² that may lie in the null space.
         l2: L2; ``auto``: E‖P u‖².
     """
 
@@ -85,7 +85,7 @@ class AlphaEdit(SpreadEditor):
         """Checks the options.
 
         Raises:
-            UserError: If the share is not within 0 and 1, or L2 not above zero.
+            UserError: If the share is not between 0 and 1, or L2 is not above zero.
         """
         super().build()
         self._null_spaces: dict[str, NullSpace] = {}
@@ -99,15 +99,15 @@ class AlphaEdit(SpreadEditor):
         return null.solve(null.coordinates(keys), self._l2(null), None)
 
     def begin_sequence(self) -> dict[str, Tensor]:
-        """No keys of earlier edits yet: site → Uᵀ K_p K_pᵀ U."""
+        """Returns the state of a sequence without edits: an empty mapping of site → Uᵀ K_p K_pᵀ U."""
         return {}
 
     def make_next(self, batch: RequestBatch, state: dict[str, Tensor]) -> tuple[LowRankEdit, dict[str, Tensor]]:
-        """The next edit of a sequence, which leaves alone what the keys of earlier ones give.
+        """Computes the next edit of a sequence, which preserves the outputs at the keys of earlier ones.
 
         Args:
-            batch: N requests; the model has the earlier edits on.
-            state: What `begin_sequence` or the last call gave.
+            batch: N requests; the earlier edits are applied to the model.
+            state: Returned by `begin_sequence` or the previous call.
 
         Returns:
             One edit for all of them, and the state for the next call.
@@ -124,7 +124,7 @@ class AlphaEdit(SpreadEditor):
         return self.spread(batch, inverse, together=True), kept
 
     def null_space(self, site: Site) -> NullSpace:
-        """The null space at a site, found on first use.
+        """Returns the null space at a site, computed on first use.
 
         Raises:
             UserError: If the share is too small for a single direction.

@@ -1,4 +1,4 @@
-"""How an edit is made: the one interface of every editing method."""
+"""The interface of every editing method, and functions that build and load editors."""
 
 from __future__ import annotations
 
@@ -40,33 +40,33 @@ _OLD_METHODS = {
 
 @options
 class Editor(nn.Module, ABC):
-    """An editing method: turns edit requests into an `Edit`, and leaves the LM as it is.
+    """An editing method, which turns edit requests into an `Edit` without changing the LM.
 
     A method is one file that defines a subclass with a ``name``, its hyper-parameters as plain fields (or constructor
     arguments kept under their names; they are the config schema), `build` for what depends on the LM's shapes, and
     `compute_edit`.
 
     Args:
-        instructions: Put the task's instruction in front of every request.
+        instructions: Prepend the task's instruction to every request.
         blocks: Blocks whose layers are edited, negative from the top; None means the method's own (`PAPER_BLOCKS`), or
-            else all.
-        site_names: Names or patterns of the edited layers within them; None means the method's own kind of layer.
+            all if it has none.
+        site_names: Names or patterns of the edited layers in these blocks; None means the method's own kind of layer.
     """
 
     name: ClassVar[str] = ""
-    #: Whether `fit` can train it; else it is used as it is built.
+    #: Whether `fit` trains it; otherwise it is used as built.
     trainable: ClassVar[bool] = False
-    #: Whether its edits are changes of weights, which a model can hold for good.
+    #: Whether its edits are changes of weights, which can be merged into a model permanently.
     changes_weights: ClassVar[bool] = True
-    #: The blocks that the method's paper edits, and how many its model has; at other depths those as far up.
+    #: The blocks that the method's paper edits, and the depth of its model; scaled in proportion for other depths.
     PAPER_BLOCKS: ClassVar[tuple[tuple[int, ...], int] | None] = None
-    #: Whether it may change any linear layer of a block, attention's too, rather than those of MLPs.
+    #: Whether it may change any linear layer of a block, including attention's, rather than only those of the MLP.
     EVERY_LAYER: ClassVar[bool] = False
-    #: What to change where edits that are found by optimisation miss their targets; empty if none is.
+    #: What to change if edits found by optimisation miss their targets; empty if the method does not optimise.
     REMEDY: ClassVar[str] = ""
-    #: Whether the method's own kind of layer is the MLP's output projection alone, rather than all its layers.
+    #: Whether it edits only the MLP's output projection by default, rather than all of the MLP's layers.
     OUTPUT_SITES: ClassVar[bool] = False
-    #: Whether instructions are read beside a request, rather than in front of its prompt.
+    #: Whether the editor reads instructions separately, rather than prepended to a request's prompt.
     INSTRUCTIONS_APART: ClassVar[bool] = False
 
     instructions: bool = False
@@ -77,9 +77,9 @@ class Editor(nn.Module, ABC):
         super().__init__()
         check_numbers(self)
         self.sites: tuple[Site, ...] = ()
-        self.report: TargetReport | None = None  # of the last call of `edit`, where the method optimises
-        self._tokenization: Text | None = None  # where a method reads text in its own way
-        self._lm: list[FrozenLM] = []  # in a list, so that the LM is no submodule: never saved, trained or moved
+        self.report: TargetReport | None = None  # from the last call of `edit`, if the method optimises
+        self._tokenization: Text | None = None  # set by methods that tokenise in their own way
+        self._lm: list[FrozenLM] = []  # in a list, so that the LM is not a submodule: never saved, trained or moved
 
     @property
     def lm(self) -> FrozenLM:
@@ -94,11 +94,11 @@ class Editor(nn.Module, ABC):
 
     @property
     def tokenization(self) -> Text:
-        """How requests, and the probes of a training step, become tokens."""
+        """The tokenization of requests and of the probes of a training step."""
         return self._tokenization or self.lm.text
 
     def bind(self, lm: FrozenLM) -> Self:
-        """Chooses the sites in the LM and builds what depends on their shapes.
+        """Binds the editor to an LM: chooses its sites and builds the parts that depend on their shapes.
 
         Raises:
             UserError: If the LM has no such sites.
@@ -117,67 +117,67 @@ class Editor(nn.Module, ABC):
         Renamed.adopt(cls, **_OLD_METHODS)
 
     def build(self) -> None:
-        """Makes the parts whose shapes depend on ``self.sites``. Called once, by `bind`."""
+        """Builds the parts whose shapes depend on ``self.sites``; called once, by `bind`."""
 
     @abstractmethod
     def compute_edit(self, batch: RequestBatch) -> Edit:
-        """N requests → n edits, with gradients to the editor's parameters where it has any."""
+        """Computes one edit for each of n requests, with gradients to the editor's parameters if it has any."""
 
     def compute_joint_edit(self, batch: RequestBatch) -> Edit:
-        """N requests → one edit that serves them all. A method that solves for many at once says how."""
+        """Computes one edit that serves all n requests; by default the separate edits, joined."""
         return self.compute_edit(batch).joined()
 
     def begin_sequence(self) -> Any:
-        """What the editor keeps over a sequence of edits, passed on from one to the next by `make_next`.
+        """Returns the initial state of a sequence of edits, which `make_next` passes on from one edit to the next.
 
-        By default None: an edit depends on those before it only through the model, which carries them.
+        By default None: an edit depends on earlier ones only through the model to which they are applied.
         """
         return None
 
     def make_next(self, batch: RequestBatch, state: Any) -> tuple[Edit, Any]:
-        """The next edit of a sequence, made while the model has those before it on.
+        """Computes the next edit of a sequence, while the earlier ones are applied to the model.
 
         Args:
             batch: N requests.
-            state: What `begin_sequence` or the last call gave.
+            state: Returned by `begin_sequence` or the previous call.
 
         Returns:
-            One edit that serves all of them, to be put on top of those before (`instructedit.edits.add`), and the
+            One edit that serves all of them, to be added to the earlier ones (`instructedit.edits.add`), and the
             state for the next call.
         """
         return self.compute_joint_edit(batch), state
 
     def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
-        """The outer loss of a training step, ``loss``, and the parts of it to be logged; scalars.
+        """Computes the outer loss of a training step, ``loss``, and the terms to log beside it; scalars.
 
-        By default MEND's (its section 3.2): c_edit · L_e + c_loc · KL.
+        By default it is MEND's (section 3.2 of its paper): c_edit · L_e + c_loc · KL.
         """
         edit, locality = self.editing_loss(batch, weights)
         return {"loss": weights.edit * edit + weights.locality * locality, "edit_loss": edit, "locality_loss": locality}
 
     def editing_loss(self, batch: EditBatch, weights: LossWeights) -> EditingLoss:
-        """Edits a batch and gives both terms of the outer loss; states below the edit are computed all at once."""
+        """Edits a batch and computes both terms of the outer loss; states below the edit are computed together."""
         self.lm.prefixes.warm(batch.tokens, self.lm.first_block([site.name for site in self.sites]))
         return editing_loss(self.lm, self.compute_edit(batch.requests), batch, weights.unlikelihood)
 
     def on_validation_end(self, scores: Mapping[str, float]) -> None:
-        """Told after each validation in training: metric → mean over the tasks, 0..100."""
+        """Receives the scores of each validation during training: metric → mean over the tasks, 0..100."""
 
     def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
-        """Turns weights that an older version saved into today's, in place; True if there were any.
+        """Converts weights saved by an older version to the current format, in place; True if there were any.
 
         Args:
             weights: Name → tensor.
-            prefix: What the editor's own names stand behind.
+            prefix: Prefix of the editor's own names.
         """
         return False
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Trained parameters by the learning rate that they take: ``network`` and ``edit_rates``."""
+        """Returns the trained parameters, grouped by learning rate: ``network`` and ``edit_rates``."""
         return {"network": list(self.parameters())}
 
     def monitored(self) -> dict[str, Tensor]:
-        """Small tensors that training must move; a guard stops a run in which they stand still."""
+        """Returns small tensors that training must change; a guard stops a run in which they stay constant."""
         return {}
 
     def edit(
@@ -187,22 +187,22 @@ class Editor(nn.Module, ABC):
         together: bool = False,
         instruction: str | Mapping[str, str] | None = None,
     ) -> Edit:
-        """Makes edits for a user's requests; nothing is applied yet.
+        """Computes edits for a user's requests, without applying them.
 
-        A method that optimises warns of requests whose targets the edited model does not predict, and keeps what it
-        found in ``editor.report``.
+        A method that optimises warns of requests whose targets the edited model does not predict, and keeps its
+        findings in ``editor.report``.
 
         Args:
-            requests: n edit requests: n separate edits.
-            description: Id of the instruction's description; by default one that training uses, always the same.
+            requests: n edit requests, each of which gets its own edit.
+            description: Id of the instruction's description; by default a fixed one of those used in training.
             together: Make one edit that serves all requests instead (MEMIT solves for them at once; the edits of
                 most methods are joined).
-            instruction: A free sentence of your own in the description's place, or one for each task by its name;
-                slots such as [TOPIC] are filled from the request.
+            instruction: A sentence of your own in place of the description, or a mapping from task names to such
+                sentences; slots such as [TOPIC] are filled from the request.
 
         Raises:
-            UserError: If the editor takes instructions and a request names no task, if it takes none and one is
-                given, or a target does not fit.
+            UserError: If the editor takes instructions and a request names no task, if it takes none but one is
+                given, or if a target is too long.
         """
         was_training = self.training
         self.eval()
@@ -218,7 +218,7 @@ class Editor(nn.Module, ABC):
             self.train(was_training)
 
     def _report(self, edit: Edit, batch: RequestBatch) -> None:
-        """Says which requests miss their targets, and keeps what was found in ``self.report``."""
+        """Warns of requests that miss their targets, and keeps the findings in ``self.report``."""
         self.report = target_report(self.lm, edit, batch)
         if failures := self.report.failures(batch):
             warnings.warn(f"editor {self.name!r}: {failures}; try {self.REMEDY}", stacklevel=3)
@@ -231,7 +231,7 @@ class Editor(nn.Module, ABC):
         instruction: str | Mapping[str, str] | None = None,
         variant: Variant = "own",
     ) -> Instructor | None:
-        """Draws this editor's instructions; None if it takes none, which with a free sentence is an error."""
+        """Returns what draws this editor's instructions; None if it takes none (an error if a sentence is given)."""
         if self.instructions:
             return Instructor(split, description, seed, instruction, self.INSTRUCTIONS_APART, variant)
         if instruction is not None:
@@ -256,30 +256,30 @@ class Editor(nn.Module, ABC):
     # -- disk -----------------------------------------------------------------------------------------------------
 
     def options(self) -> dict[str, Any]:
-        """The constructor arguments as plain values; a subclass keeps each under its own name."""
+        """Returns the constructor arguments as plain values; a subclass stores each under its own name."""
         return {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
 
     def save_pretrained(self, folder: str | Path, results: DataFrame | None = None, place: str = "") -> None:
-        """Writes the editor, never the LM: ``editor.json``, ``editor.safetensors`` and a model card.
+        """Writes the editor without the LM: ``editor.json``, ``editor.safetensors`` and a model card.
 
         Args:
-            folder: Made if need be.
-            results: Its scores for the card, as `Scores.summary` or a test run's table ``summary``.
-            place: Where it will be loaded from, for the card.
+            folder: Created if necessary.
+            results: Scores for the card, from `Scores.summary` or a test run's table ``summary``.
+            place: The source to load it from, as named on the card.
         """
         text = model_card(self.lm, self.name, self.options(), results, place)
         write_folder(Path(folder), SavedEditor(self.name, self.options(), self.state_dict(), self.made_for()), text)
 
     def push_to_hub(self, repo_id: str, private: bool = False, results: DataFrame | None = None) -> None:
-        """Uploads the saved editor to ``owner/name`` on the hub (the user's own token); see `save_pretrained`."""
+        """Uploads the saved editor to ``owner/name`` on the hub, with the user's own token; see `save_pretrained`."""
         upload(repo_id, private, partial(self.save_pretrained, results=results, place=repo_id))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, lm: FrozenLM) -> Self:
-        """A trained editor of this method, from a folder, a checkpoint, a run or the hub (see `load_editor`).
+        """Loads a trained editor of this method from a folder, a checkpoint, a run or the hub (see `load_editor`).
 
         Raises:
-            UserError: See `load_editor`; or if it is one of another method.
+            UserError: See `load_editor`; also if the editor is of another method.
         """
         editor = load_editor(source, lm)
         if not isinstance(editor, cls):
@@ -287,7 +287,7 @@ class Editor(nn.Module, ABC):
         return editor
 
     def made_for(self) -> dict[str, Any]:
-        """What its weights fit: the LM's name, its tokenizer, and the sites' shapes."""
+        """Describes the model that its weights fit: the LM's name, its tokenizer, and the sites' shapes."""
         return made_for(self.lm, {site.name: list(site.shape) for site in self.sites})
 
 
@@ -295,7 +295,7 @@ Renamed.keep(Editor, **_OLD_METHODS)
 
 
 def _blocks(editor: Editor, lm: FrozenLM) -> Sequence[int] | None:
-    """The blocks that an editor edits: those of its options, or as far up as in its paper; None for all."""
+    """Returns the blocks that an editor edits: from its options, or else scaled from its paper; None for all."""
     if editor.blocks is not None or editor.PAPER_BLOCKS is None:
         return editor.blocks
     blocks, depth = editor.PAPER_BLOCKS
@@ -309,11 +309,11 @@ def _plain(value: Any) -> Any:
 
 
 def build_editor(name: str, lm: FrozenLM, **options: Any) -> Editor:
-    """A new editor, bound to an LM.
+    """Builds a new editor and binds it to an LM.
 
     Args:
-        name: Of the method, see `editor_names`.
-        lm: What it edits.
+        name: Name of the method, see `editor_names`.
+        lm: The model that it edits.
         options: Its hyper-parameters.
 
     Raises:
@@ -327,7 +327,7 @@ def build_editor(name: str, lm: FrozenLM, **options: Any) -> Editor:
 
 
 def load_editor(source: str | Path, lm: FrozenLM) -> Editor:
-    """A trained editor.
+    """Loads a trained editor and binds it to an LM.
 
     Args:
         source: A folder that `Editor.save_pretrained` wrote, a checkpoint of a run (``.ckpt``), a folder that holds
@@ -335,7 +335,7 @@ def load_editor(source: str | Path, lm: FrozenLM) -> Editor:
         lm: The LM to bind it to.
 
     Raises:
-        UserError: If nothing is there, or it was trained for an LM of other shapes or another tokenizer.
+        UserError: If there is no editor, or it was trained for an LM with other shapes or another tokenizer.
     """
     found = find_editor(source)
     saved = read_editor(found)
@@ -346,10 +346,10 @@ def load_editor(source: str | Path, lm: FrozenLM) -> Editor:
 
 
 def editor_class(name: str) -> type[Editor]:
-    """The editing method whose class has a name. Nothing is imported for it but the package's own methods.
+    """Returns the editing method whose class has a given name; only the package's own modules are imported for it.
 
     Raises:
-        UserError: If no method that is known here has such a class.
+        UserError: If no known method has a class of this name.
     """
     classes = {cls.__name__: cls for cls in plugins(Editor, PACKAGE).values()}
     if name not in classes:
@@ -361,7 +361,7 @@ def load_weights(editor: Editor, weights: dict[str, Tensor], source: str) -> Edi
     """Puts saved weights into a bound editor.
 
     Raises:
-        UserError: If they do not fit: the editor was trained for other sites, or with other options.
+        UserError: If they do not fit, because the editor was trained for other sites or with other options.
     """
     own, weights = editor.state_dict(), dict(weights)
     editor.upgrade(weights)

@@ -19,10 +19,10 @@ from instructedit.errors import UserError
 
 
 def feed_forward_sites(editor: Editor) -> tuple[str, ...]:
-    """Modules of the whole feed-forward layers that hold an editor's sites.
+    """Returns the names of the feed-forward modules that contain an editor's sites.
 
     Raises:
-        UserError: If the model keeps their parts in the block itself, so that there is nothing to put slots beside.
+        UserError: If the model has no such modules, since the layers' parts belong to the block itself.
     """
     modules = dict.fromkeys(site.mlp for site in editor.sites)
     if bare := [name for name in modules if name.rpartition(".")[2].isdigit()]:
@@ -35,13 +35,13 @@ def feed_forward_sites(editor: Editor) -> tuple[str, ...]:
 
 @options
 class SlotEditor(Editor, ABC):
-    """Extra slots beside a feed-forward layer: FFN(x) + Ṽ act(K̃ x), trained while the model is frozen.
+    """Base of methods that add trained slots to a feed-forward layer of the frozen model: FFN(x) + Ṽ act(K̃ x).
 
     Args:
-        slots: How many.
-        activation: Of the slots: ``gelu``, ``relu`` or ``silu``.
-        seed: Of the keys at the start (the same for all requests; values start at zero).
-        blocks: Blocks with slots, negative from the top; None means as far up as in the paper.
+        slots: Number of slots.
+        activation: Activation of the slots: ``gelu``, ``relu`` or ``silu``.
+        seed: Seed of the initial keys (the same for all requests; values start at zero).
+        blocks: Blocks with slots, negative from the top; None means the paper's, scaled to the model's depth.
     """
 
     changes_weights = False
@@ -56,14 +56,14 @@ class SlotEditor(Editor, ABC):
         self.layers = feed_forward_sites(self)
 
     def start(self) -> Values:
-        """Keys of unit length on average, values that say nothing yet; name → [slots, hidden]."""
+        """Returns initial keys, of unit length on average, and zero values; name → [slots, hidden]."""
         size = self.lm.applied.sites.width  # feed-forward layers read and write the residual stream
         generator = torch.Generator().manual_seed(self.seed)
         keys = {f"{m}:keys": torch.randn(self.slots, size, generator=generator) * size**-0.5 for m in self.layers}
         return keys | {f"{module}:values": torch.zeros(self.slots, size) for module in self.layers}
 
     def slot_edit(self, values: Values) -> SlotEdit:
-        """The edits with these keys and values, name → [n, slots, hidden]."""
+        """Builds the edits with these keys and values, name → [n, slots, hidden]."""
 
         def slots(module: str) -> Slots:
             keys = values[f"{module}:keys"]
@@ -74,23 +74,23 @@ class SlotEditor(Editor, ABC):
 
 @options
 class CaliNet(SlotEditor):
-    """Slots that are trained for each request alone, which is the other methods' setting (see `CaliNetTrained`).
+    """CaliNet with slots trained for each request separately, as in the other methods' setting (see `CaliNetTrained`).
 
-    Defaults: 64 slots in the last of twelve blocks (CaliNet, T5-base), AdaFactor (InstructEdit, table 4, at 5e-4). How
-    many steps one request takes is published nowhere: 100 is our choice. What feed-forward layers give differs by a
-    factor of a hundred between models, so the rate is derived from it by default.
+    Defaults: 64 slots in the last of twelve blocks (CaliNet, T5-base), AdaFactor (InstructEdit, table 4, at 5e-4). The
+    number of steps for one request is not published: 100 is our choice. Outputs of feed-forward layers differ by a
+    factor of a hundred between models, so the rate is derived from their size by default.
 
     Args:
-        steps: Gradient steps on a request, at most.
-        lr: Their learning rate; ``auto``: a share of the size of keys for keys, of what the layer gives for values;
-            keys then start at a size at which slots see inputs of size 1.
+        steps: Largest number of gradient steps on a request.
+        lr: Learning rate; ``auto``: for keys a share of their size, for values a share of the size of the layer's
+            outputs; keys are then initialised as if the layer's inputs had size 1.
         optimizer: ``adam`` or ``adafactor``.
-        stop_below: A request is done when its loss is below this.
+        stop_below: A request is finished when its loss falls below this.
     """
 
     name: ClassVar[str] = "calinet"
     REMEDY = "a larger lr, or more steps"
-    #: What ``auto`` is as a share of the sizes, chosen on validation records of the embedded models.
+    #: The share of the sizes that ``auto`` stands for, chosen on validation records of the embedded models.
     AUTO_LR = 0.02
 
     steps: int = 100
@@ -99,11 +99,11 @@ class CaliNet(SlotEditor):
     stop_below: float = 1e-2
 
     def compute_edit(self, batch: RequestBatch) -> SlotEdit:
-        """Slots for each request, trained on its target."""
+        """Trains slots for each request on its target."""
         return self._tuned(batch, together=False)
 
     def compute_joint_edit(self, batch: RequestBatch) -> SlotEdit:
-        """One set of slots, trained on the mean loss of all requests."""
+        """Trains one set of slots on the mean loss of all requests."""
         return self._tuned(batch, together=True)
 
     def _tuned(self, batch: RequestBatch, together: bool) -> SlotEdit:
@@ -114,7 +114,7 @@ class CaliNet(SlotEditor):
         return self.slot_edit(optimise(start, losses, self.steps, lr, self.optimizer, stop_below=self.stop_below))
 
     def _scaled(self, start: Values) -> tuple[Values, dict[str, float]]:
-        """Where keys and values start, and their learning rates, by the scale of each layer."""
+        """Returns initial keys and values and their learning rates, scaled to each layer."""
         start, rates = dict(start), {}
         for module in self.layers:
             scale, keys, values = layer_scale(self.lm, module), f"{module}:keys", f"{module}:values"
@@ -126,7 +126,7 @@ class CaliNet(SlotEditor):
 
 @options
 class CaliNetTrained(SlotEditor):
-    """CaliNet as its paper trains it: one set of slots for a dataset, by `fit`, the same for every request.
+    """CaliNet as trained in its paper: `fit` trains one set of slots on a dataset, the same for every request.
 
     Defaults: 64 slots in the last of twelve blocks (CaliNet, T5-base).
     """
@@ -136,11 +136,11 @@ class CaliNetTrained(SlotEditor):
 
     def build(self) -> None:
         super().build()
-        # Parameter names may hold no dots.
+        # Parameter names must not contain dots.
         self.weights = nn.ParameterDict({k.replace(".", "/"): nn.Parameter(v) for k, v in self.start().items()})
 
     def compute_edit(self, batch: RequestBatch) -> SlotEdit:
-        """The same slots for every request."""
+        """Returns the same slots for every request."""
         return self.slot_edit({k.replace("/", "."): v.expand(len(batch), *v.shape) for k, v in self.weights.items()})
 
     def compute_joint_edit(self, batch: RequestBatch) -> SlotEdit:

@@ -1,4 +1,4 @@
-"""The model card of a saved editor: what it is for, what it scored, its config, and how to load it."""
+"""The model card of a saved editor: its purpose, scores and config, and how to load it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from instructedit.lm.pretrained import known
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-#: What stands in the place of a hub id, a folder or a run in the lines that load an editor.
+#: Placeholder for a hub id, a folder or a run in the lines that load an editor.
 HERE = "path/or/owner/name"
 
 
 def model_card(lm: FrozenLM, name: str, options: Mapping[str, Any], results: DataFrame | None, place: str = "") -> str:
-    """Writes a card in the hub's Markdown.
+    """Writes a model card in the hub's Markdown format.
 
     Args:
         lm: The base model.
-        name: Of the editor's method.
+        name: Name of the editor's method.
         options: Its hyper-parameters.
-        results: Its scores, as `Scores.summary` or a test run's table ``summary``; None where there are none.
-        place: What to load it from; a placeholder without.
+        results: Its scores, from `Scores.summary` or a test run's table ``summary``; None if there are none.
+        place: The source to load it from; a placeholder if empty.
     """
     return "\n".join([*_front(lm, results), *_body(lm, name, options, results, place or HERE), ""])
 
 
 def _front(lm: FrozenLM, results: DataFrame | None) -> Iterator[str]:
     facts: dict[str, Any] = {"library_name": "instructedit", "tags": ["knowledge-editing"]}
-    if lm.name.count("/") == 1 and not Path(lm.name).exists():  # an id of the hub
+    if lm.name.count("/") == 1 and not Path(lm.name).exists():  # a hub id
         facts["base_model"] = lm.name
     if results is not None:
         facts["metrics"] = sorted(set(results["metric"]))

@@ -1,4 +1,4 @@
-"""Chooses an editor by what a user calls it: a method's name, or the place of a trained one."""
+"""Chooses an editor by a method's name or by the location of a trained one."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from instructedit.registry import names
 
 
 def editor_names() -> list[str]:
-    """Names that `build_editor` knows."""
+    """Returns the names that `build_editor` knows."""
     return names(Editor, PACKAGE)
 
 
 def lm_of(source: str | Path) -> str | None:
-    """Name of the LM that a trained editor was trained for; None for a method by its name, or if that was not saved.
+    """Returns the name of the LM that an editor was trained for; None for a method's name, or if it was not saved.
 
     Raises:
-        UserError: If there is no such editor, or a damaged one.
+        UserError: If there is no such editor, or it is damaged.
     """
     if str(source) in editor_names() or not is_place(str(source)):
         return None
@@ -32,15 +32,15 @@ def lm_of(source: str | Path) -> str | None:
 
 
 def any_editor(source: str | Path, lm: FrozenLM, options: Mapping[str, Any] | None = None) -> Editor:
-    """An editor that can edit as it is: a method that needs no training by its name, or a trained editor.
+    """Returns an editor that is ready to edit: a method that needs no training, or a trained editor.
 
     Args:
-        source: The method's name, or what `load_editor` takes.
-        lm: What it edits.
-        options: Hyper-parameters of a method by its name.
+        source: The method's name, or a source that `load_editor` accepts.
+        lm: The model that it edits.
+        options: Hyper-parameters, for a method only.
 
     Raises:
-        UserError: If there is no such editor, the method must be trained first, or a trained one is given options.
+        UserError: If there is no such editor, the method must be trained first, or options are given for a trained one.
     """
     name = str(source)
     if name not in editor_names() and is_place(name):

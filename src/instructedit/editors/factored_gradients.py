@@ -1,7 +1,7 @@
-"""Gradients of large matrices as products of a few rows: ∇W = Xᵀ G, not made before an optimiser needs it.
+"""Gradients of large matrices kept as factors with few rows, ∇W = Xᵀ G, and multiplied only for the optimiser.
 
-What MEND uses of the LM's gradient (rank ≤ tokens; its section 3.1) holds for the hypernetwork's own gradient too: a
-step that sees t tokens gives each of its matrices a gradient of rank t at most.
+The low rank of the LM's gradient that MEND exploits (at most the number of tokens; its section 3.1) holds for the
+hypernetwork's own gradient too: a step that sees t tokens gives each of its matrices a gradient of rank at most t.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 
 class Products:
-    """Σ_k x_kᵀ g_k of one matrix [in, out]: what its gradient is the sum of."""
+    """The gradient of one matrix [in, out] as a sum of products, Σ_k x_kᵀ g_k."""
 
     def __init__(self) -> None:
         self._x: list[Tensor] = []
         self._g: list[Tensor] = []
 
     def __len__(self) -> int:
-        """How many rows."""
+        """Returns the number of rows."""
         return sum(map(len, self._x))
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        """Adds xᵀ g; `x` [rows, in] is kept as it is, `g` [rows, out] too."""
+        """Adds xᵀ g; `x` [rows, in] and `g` [rows, out] are stored without a copy."""
         self._x.append(x)
         self._g.append(g)
 
     def clear(self) -> None:
-        """Forgets all rows."""
+        """Removes all rows."""
         self._x, self._g = [], []
 
     def scale(self, factor: Tensor) -> None:
@@ -38,12 +38,12 @@ class Products:
         self._g = [g * factor for g in self._g]
 
     def square(self) -> Tensor:
-        """‖∇W‖², without ∇W: the sum of (X Xᵀ) ∘ (G Gᵀ)."""
+        """Computes ‖∇W‖² without forming ∇W, as the sum of (X Xᵀ) ∘ (G Gᵀ)."""
         x, g = torch.cat(self._x), torch.cat(self._g)
         return ((x @ x.T) * (g @ g.T)).sum()
 
     def dense(self) -> Tensor:
-        """∇W, [in, out]."""
+        """Computes ∇W, [in, out]."""
         first, *others = zip(self._x, self._g, strict=True)
         total = first[0].T @ first[1]
         for x, g in others:
@@ -52,9 +52,9 @@ class Products:
 
 
 def factor_gradients(parameters: Iterable[nn.Parameter], on: bool = True) -> None:
-    """From now on matrices among the parameters have factored gradients (products of a few rows), or no longer.
+    """Switches factored gradients on or off for all matrices among the parameters.
 
-    Only what `linear` multiplies by them is held so; other uses give a ``grad`` as ever.
+    Only products computed by `linear` are kept as factors; any other use accumulates into ``grad`` as usual.
     """
     for parameter in parameters:
         if parameter.ndim == 2:
@@ -62,14 +62,14 @@ def factor_gradients(parameters: Iterable[nn.Parameter], on: bool = True) -> Non
 
 
 def held(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Products]]:
-    """The matrices that hold rows now."""
+    """Yields the matrices that have factored gradients now, with their factors."""
     for parameter in parameters:
         if products := getattr(parameter, "products", None):
             yield parameter, products
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The affine map x W + b of x [rows, in], W [in, out]; a W that holds products gets its gradient as such."""
+    """Computes x W + b for x [rows, in], W [in, out]; the gradient of W is factored if that is switched on for it."""
     if getattr(weight, "products", None) is None:
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
     product: Tensor = _Linear.apply(x, weight)
@@ -87,13 +87,13 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (x,), weight = ctx.saved_tensors, ctx.weight
-        grad = grad.to(weight.dtype)  # under autocast a product is of fewer bits
+        grad = grad.to(weight.dtype)  # under autocast a product has lower precision
         _take(weight, x.to(weight.dtype), grad)
         return (grad @ weight.detach().T).to(x.dtype) if ctx.needs_input_grad[0] else None, None
 
 
 def _take(weight: Any, x: Tensor, g: Tensor) -> None:
-    """Adds xᵀ g to the gradient of a matrix: as rows, as long as these are smaller than the matrix."""
+    """Adds xᵀ g to the gradient of a matrix, as factors while these are smaller than the matrix."""
     products: Products = weight.products
     if weight.grad is None and (len(products) + len(x)) * sum(weight.shape) < weight.numel():
         products.add(x, g)

@@ -1,4 +1,4 @@
-"""The gate of a hypernetwork's residual layer: z + relu(mapped ⊙ scale + shift), a scale and a shift for each site."""
+"""The gate of a hypernetwork's residual layer, z + relu(mapped ⊙ scale + shift), with a scale and shift per site."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from instructedit.rows import take_rows
 
 
 def gated(z: Tensor, mapped: Tensor, scale: Tensor, shift: Tensor, index: Tensor) -> Tensor:
-    """Computes z + relu(mapped ⊙ scale[index] + shift[index]), the relu with slope 1 at zero.
+    """Computes z + relu(mapped ⊙ scale[index] + shift[index]), where the slope of the relu at zero is 1.
 
-    On a CPU, where the index ascends, no copy of scales and shifts is made for each row, and of the relu a bool of each
-    number is kept.
+    On a CPU with an ascending index, scales and shifts are not copied for each row, and only a boolean mask of the relu
+    is kept for the backward pass.
 
     Args:
-        z: What is added to, [rows, size].
+        z: The residual input, [rows, size].
         mapped: [rows, size].
         scale: [n, size].
         shift: [n, size].
-        index: Which scale and shift a row has, [rows].
+        index: Number of each row's scale and shift, [rows].
     """
     if z.is_cuda or bool((index.diff() < 0).any()):
         return gated_each(z, mapped, take_rows(scale, index), take_rows(shift, index))
@@ -30,7 +30,7 @@ def gated(z: Tensor, mapped: Tensor, scale: Tensor, shift: Tensor, index: Tensor
 
 
 def gated_each(z: Tensor, mapped: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """The same where each row has a scale and a shift of its own, all [rows, size]."""
+    """Computes z + relu(mapped ⊙ scale + shift) where each row has its own scale and shift, all [rows, size]."""
     # clamp, unlike relu, has slope 1 at zero, where the identity start of a hypernetwork puts every unit
     return z + torch.addcmul(shift, mapped, scale).clamp(min=0)
 

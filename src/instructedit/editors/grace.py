@@ -20,35 +20,35 @@ from instructedit.lm import IGNORE
 
 @options
 class Grace(Editor):
-    """Replaces one layer's output where its input lies within ε of a key that an edit left.
+    """Replaces one layer's output where its input lies within ε of the key of an edit.
 
-    Key: what the layer sees at the last token of the prompt. Value: trained so that the layer giving it there makes
-    the model say the target. Each position of a row is looked up on its own, where the original looks at the last
-    prompt token alone: the model needs not be told where a prompt ends, and is scored as every other method's is.
+    The key is the layer's input at the last token of the prompt. The value is trained so that the model predicts the
+    target if the layer outputs it there. Each position of a row is looked up separately, while the original looks only
+    at the last prompt token: the model need not know where a prompt ends, and is scored like every other method's.
 
-    Block 35 of GPT2-XL's 48, its MLP's first layer, 100 steps of Adam, as Hartvigsen et al., who have ε = 1, a rate
-    of 1 and a cold start. What layers see and give differs by a factor of ten and more between models, so the defaults
-    are derived from the model.
+    Defaults: block 35 of GPT2-XL's 48, the first layer of its MLP, 100 steps of Adam, as in Hartvigsen et al., who use
+    ε = 1, a rate of 1 and a cold start. Inputs and outputs of layers differ by a factor of ten and more between models,
+    so those three are derived from the model here.
 
     Args:
-        radius: ε of a new key, in the layer's input space; ``auto``: a share of how far apart unrelated prompts are.
+        radius: ε of a new key, in the layer's input space; ``auto``: a share of the distance between unrelated prompts.
         steps: Gradient steps on a value.
-        lr: Their learning rate; ``auto``: a share of the size of what the layer gives.
-        init: Where a value starts: ``warm``, what the unedited layer gives, or ``cold``, uniform in 0..1 as in the
-            original (the same draw for all requests).
-        stop_below: A request is done when its loss is below this.
-        seed: Of the cold start.
-        blocks: The block, negative from the top; None means as far up as in the paper.
+        lr: Learning rate; ``auto``: a share of the size of the layer's outputs.
+        init: Initial value: ``warm``, the unedited layer's output, or ``cold``, uniform in 0..1 as in the original (the
+            same draw for all requests).
+        stop_below: A request is finished when its loss falls below this.
+        seed: Seed of the cold start.
+        blocks: The block, negative from the top; None means the paper's, scaled to the model's depth.
     """
 
     name: ClassVar[str] = "grace"
     changes_weights = False
     PAPER_BLOCKS = ((35,), 48)
     REMEDY = "a larger lr, or more steps"
-    #: What ``auto`` is as a share of the model's scales. Of 40 validation records of the embedded CounterFact, tiny and
-    #: tiny-llama then score 98 and 99 in Reliability, 50 and 54 in Generalization, 96 and 89 in Locality; on the first
-    #: eight of them a radius of 0.5 in place of 0.3 raises Generalization (from 42 to 69 and 94) and lowers Locality
-    #: (from 92 and 90 to 82 and 79).
+    #: The shares of the model's scales that ``auto`` stands for. On 40 validation records of the embedded CounterFact,
+    #: tiny and tiny-llama then score 98 and 99 in Reliability, 50 and 54 in Generalization, 96 and 89 in Locality; on
+    #: the first eight of them a radius of 0.5 instead of 0.3 raises Generalization (from 42 to 69 and 94) and lowers
+    #: Locality (from 92 and 90 to 82 and 79).
     AUTO_RADIUS, AUTO_LR = 0.3, 0.3
 
     radius: float | Literal["auto"] = AUTO
@@ -60,13 +60,13 @@ class Grace(Editor):
     blocks: Sequence[int] | None = None
 
     def build(self) -> None:
-        """Keeps one layer: the first of those chosen."""
+        """Keeps only the first of the chosen layers."""
         if self.site_names is not None and len(self.sites) != 1:
             raise UserError(f"editor 'grace' edits one layer, got {', '.join(s.name for s in self.sites)}")
         self.sites = self.sites[:1]
 
     def compute_edit(self, batch: RequestBatch) -> CodebookEdit:
-        """One codebook of one entry for each request."""
+        """Computes a codebook of one entry for each request."""
         site, count = self.sites[0], len(batch)
         seen = self.lm.record_activations(batch.tokens.prompts(), [site.name])[site.name]
         last = (batch.tokens.labels != IGNORE).long().argmax(-1)

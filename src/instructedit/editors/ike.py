@@ -1,4 +1,4 @@
-"""IKE, in-context knowledge editing (Zheng et al. 2023): the edit is told, with demonstrations of what edits do."""
+"""IKE, in-context knowledge editing (Zheng et al. 2023): the edit is stated in the prompt, with demonstrations."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from instructedit.tasks import load_records
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Sorts of demonstrations and the kinds of probes that each is made of: the edit itself is copied, its rephrasings are
-#: updated, what lies out of its scope is retained.
+#: Sorts of demonstrations, each with the kinds of probes that it is made from: the edit itself is copied, rephrasings
+#: of it are updated, and prompts out of its scope are retained.
 SORTS: dict[str, tuple[str, ...]] = {
     "copy": ("reliability",),
     "update": ("generalization", "portability", "wanted"),
@@ -33,37 +33,37 @@ TASKS = ("counterfact", "recent", "convsent")
 
 @dataclass(frozen=True)
 class Demonstration:
-    """An edit of the training data, and a question that stands after it with its right answer."""
+    """An edit of the training data, followed by a question and its right answer."""
 
     request: EditRequest
     prompt: str
     answer: str
 
     def told(self, text: Text) -> str:
-        """As the model reads it."""
+        """Returns the demonstration as the model reads it."""
         return f"{told(text, self.request)}{text.joined(self.prompt, self.answer)}\n"
 
 
 def told(text: Text, request: EditRequest) -> str:
-    """The line that tells an edit."""
+    """Returns the line that states an edit."""
     return f"New fact: {text.joined(request.prompt, request.target)}\n"
 
 
 @options
 class Ike(Editor):
-    """Puts demonstrations and the new fact in front of every prompt; no weight is changed.
+    """Prepends demonstrations and the new fact to every prompt; no weight is changed.
 
-    Those demonstrations are taken whose edit is nearest to the request, the nearest last, in the paper's proportion of
-    sorts (copy : update : retain = 1 : 3 : 4). The order of words in front is "New fact: …", then the prompt.
+    The demonstrations are those whose edit is nearest to the request, with the nearest last, in the paper's proportion
+    of sorts (copy : update : retain = 1 : 3 : 4). Each edit is stated as "New fact: …", followed by a prompt.
 
-    Defaults: 32 demonstrations (Zheng et al.); as many of the nearest as the model's context has room for.
+    Defaults: 32 demonstrations (Zheng et al.), or as many of the nearest as fit into the model's context.
 
     Args:
-        demonstrations: How many.
-        ratio: How many of the sorts copy, update and retain, in proportion.
-        sources: Where demonstrations come from, task → source of its training records (``tiny``, a file, a hub id).
-        retriever: ``tfidf`` (scikit-learn), or ``sentence-transformers`` where it is installed.
-        sentence_model: Of sentence-transformers, a name or a folder.
+        demonstrations: Number of demonstrations.
+        ratio: Proportion of the sorts copy, update and retain.
+        sources: Sources of demonstrations, task → source of its training records (``tiny``, a file, a hub id).
+        retriever: ``tfidf`` (scikit-learn), or ``sentence-transformers`` if it is installed.
+        sentence_model: Model for sentence-transformers, a name or a folder.
         room: Share of the model's context that the demonstrations may take.
     """
 
@@ -101,7 +101,7 @@ class Ike(Editor):
         return ContextEdit(ids.to(self.lm.device), lengths.to(self.lm.device))
 
     def _nearest(self, request: EditRequest) -> list[Demonstration]:
-        """Demonstrations for a request, the nearest first, sorts taking turns by their ratio."""
+        """Returns demonstrations for a request, the nearest first, with the sorts interleaved by their ratio."""
         if not self._store:
             self._store = self._read()
         text = f"{request.prompt} {request.target}"
@@ -116,12 +116,12 @@ class Ike(Editor):
         return {sort: _Store(found, self._vectors()) for sort, found in sorts.items()}
 
     def _vectors(self) -> Any:
-        """What turns texts into vectors whose inner products are similarities: fit(texts), then of(texts)."""
+        """Returns an embedder with fit(texts) and of(texts), vectors whose inner products are similarities."""
         return _TfIdf() if self.retriever == "tfidf" else _Sentences(self.sentence_model)
 
 
 def _demonstrations(records: Sequence[EditRecord], kinds: tuple[str, ...]) -> list[Demonstration]:
-    """The first probe of each record that has one of these kinds."""
+    """Builds a demonstration from the first probe of these kinds of each record that has one."""
     firsts = [(record, record.of(*kinds)) for record in records]
     return [Demonstration(r.request, probes[0].prompt, probes[0].answers[0]) for r, probes in firsts if probes]
 
@@ -147,14 +147,14 @@ class _Sentences:
         self.model = SentenceTransformer(model)
 
     def fit(self, texts: list[str]) -> None:
-        """Nothing: the model knows its words."""
+        """Does nothing, since the model is pretrained."""
 
     def of(self, texts: list[str]) -> Any:
         return self.model.encode(texts, normalize_embeddings=True)
 
 
 class _Store:
-    """Demonstrations of one sort, to be searched by the edit that they show."""
+    """A search index of the demonstrations of one sort, by the edit that they show."""
 
     def __init__(self, demonstrations: list[Demonstration], vectors: Any) -> None:
         self.demonstrations, self.vectors = demonstrations, vectors
@@ -165,7 +165,7 @@ class _Store:
         self.index = vectors.of(texts)
 
     def nearest(self, text: str, count: int) -> list[Demonstration]:
-        """The nearest first; ties in the order of the data."""
+        """Returns the nearest demonstrations, nearest first; ties are in the order of the data."""
         if not self.demonstrations:
             return []
         products: Any = self.index @ self.vectors.of([text]).T

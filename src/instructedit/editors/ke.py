@@ -1,4 +1,4 @@
-"""KE, KnowledgeEditor (De Cao et al. 2021): a network reads the edit and gates its gradient."""
+"""KE, KnowledgeEditor (De Cao et al. 2021): a network reads the edit request and gates its gradient."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from instructedit.processes import mean_over_processes
 
 
 class Gates(nn.Module):
-    """What the condition h makes of one site's gradient (KE, equations 6 and 7).
+    """A network that maps the condition h to the gates of one site's gradient (KE, equations 6 and 7).
 
     A weight-normed MLP gives α, β over the inputs, γ, δ over the outputs and η; α̂ = softmax(α) γᵀ and
     β̂ = softmax(β) δᵀ, both of rank 1.
 
     Args:
-        site: Whose shape they have.
+        site: The layer whose shape the gates have.
         condition: Size of h.
         hidden: Size of the hidden layer.
     """
@@ -40,34 +40,34 @@ class Gates(nn.Module):
         )
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """From h, [n, condition], softmax(α) and softmax(β) [n, in], γ and δ [n, out], σ(η) [n, 1]."""
+        """Maps h [n, condition] to softmax(α) and softmax(β) [n, in], γ and δ [n, out], and σ(η) [n, 1]."""
         alpha, beta, gamma, delta, eta = self.layers(condition).split(self.sizes, -1)
         return alpha.softmax(-1), beta.softmax(-1), gamma, delta, eta.sigmoid()
 
 
 @options
 class Ke(Editor):
-    """ΔW = s·σ(η)·(α̂ ⊙ ∇W + β̂), gated by what a bidirectional LSTM reads of the request.
+    """A trained gate on the edit's gradient, ΔW = s·σ(η)·(α̂ ⊙ ∇W + β̂), from a bidirectional LSTM over the request.
 
-    The condition is "<what the model says now> >> <target> || <prompt>", in the LM's own embeddings. The update is
+    The LSTM reads "<current prediction> >> <target> || <prompt>", in the LM's own embeddings. The update is
     never dense: (a bᵀ) ⊙ Σ_t δ_t u_tᵀ = Σ_t (a ⊙ δ_t)(b ⊙ u_t)ᵀ, so its rank is the number of edit tokens plus one.
 
-    Trained under the constraint KL ≤ m: its multiplier climbs by gradient ascent, and the margin m is annealed
+    Training is constrained to KL ≤ m: the multiplier is updated by gradient ascent, and the margin m is annealed
     whenever validation succeeds.
 
     Defaults: De Cao et al.'s code (LSTM of 2 × 128, condition 1024, hidden 128, s = 1, multiplier's rate 0.1, m from
-    1e-3 by 0.8 down to 1e-5). It edits all matrices of its model; here it is the MLPs of the last three blocks, the
-    same as MEND's.
+    1e-3 by 0.8 down to 1e-5). It edits all matrices of its model; the default here is the MLPs of the last three
+    blocks, as for MEND.
 
     Args:
         lstm: Size of each direction of the LSTM.
         condition: Size of h.
         hidden: Size of the hidden layer of the gates.
         scale: s, by which every update is multiplied.
-        margin: m at the start.
-        margin_decay: What m is multiplied by after a validation that succeeds.
-        margin_min: Where the annealing of m ends.
-        success: A validation succeeds with a Reliability above this share.
+        margin: Initial m.
+        margin_decay: Factor by which m is multiplied after a successful validation.
+        margin_min: Smallest m, at which the annealing ends.
+        success: Share that Reliability must exceed for a validation to succeed.
         multiplier_rate: Learning rate of the multiplier of the constraint.
     """
 
@@ -85,7 +85,7 @@ class Ke(Editor):
     multiplier_rate: float = 0.1
 
     def build(self) -> None:
-        """An LSTM over the LM's embeddings, and gates for each site."""
+        """Builds an LSTM over the LM's embeddings, and gates for each site."""
         size = self.lm.model.get_input_embeddings().weight.shape[-1]
         self.reader = nn.LSTM(size, self.lstm, batch_first=True, bidirectional=True)
         self.summary = nn.Linear(2 * self.lstm, self.condition)
@@ -109,7 +109,7 @@ class Ke(Editor):
         return LowRankEdit(factors)
 
     def _read(self, batch: RequestBatch, said: list[str]) -> Tensor:
-        """h, [n, condition]."""
+        """Encodes the requests and the model's current predictions as the condition h, [n, condition]."""
         texts = [
             f"{old.strip()} >> {request.target} || {prompt}"
             for old, request, prompt in zip(said, batch.requests, batch.prompts, strict=True)
@@ -121,7 +121,7 @@ class Ke(Editor):
         return self.summary(torch.cat([last[0], last[1]], -1)).tanh()
 
     def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
-        """c_edit · L_e + λ · (KL − m), λ by gradient ascent (De Cao et al., section 3.2); c_loc takes no part."""
+        """Computes c_edit · L_e + λ · (KL − m), without c_loc; λ by gradient ascent (De Cao et al., section 3.2)."""
         edit, locality = self.editing_loss(batch, weights)
         loss = weights.edit * edit + self.multiplier * (locality - self.allowed)
         excess = mean_over_processes(locality.detach() - self.allowed)

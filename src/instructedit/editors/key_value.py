@@ -1,4 +1,4 @@
-"""What ROME and MEMIT share: a fact is a key at its subject's last token, and a value that makes the model say it."""
+"""The base of ROME and MEMIT: a fact is a key at its subject's last token and a value that makes the model say it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from instructedit.lm.own_text import text_for
 from instructedit.metrics import row_mean
 from instructedit.rows import take_rows
 
-#: What random contexts open with, as MEMIT's do.
+#: Opening words of random contexts, as in MEMIT.
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
 
 
 @dataclass(frozen=True)
 class VectorEdit(Edit):
-    """n vectors, each added to a layer's output at one position: what a value is while it is looked for."""
+    """n vectors, each added to a layer's output at one position while the value there is being optimised."""
 
     site: str
     vectors: Tensor  # [n, out]
@@ -66,16 +66,16 @@ class VectorEdit(Edit):
 
 @dataclass(frozen=True)
 class Facts:
-    """Requests as the prompts that ROME and MEMIT look at.
+    """The prompts of requests from which ROME and MEMIT compute keys and values.
 
     Attributes:
-        tokens: Each request's prompt with its target, first plain, then behind every random context; request by
+        tokens: Each request's prompt with its target, first plain, then after every random context; grouped by
             request, [n · (1 + contexts), seq].
         at: The fact's position in each row: its subject's last token.
-        request_index: Request of each row.
+        request_index: Index of each row's request.
         essence: "<subject> is a" for each request, whose last position shows what the subject is, [n, seq].
-        essence_at: The subject's last token in it, [n].
-        plain: Numbers of the rows without a context, [n].
+        essence_at: Position of the subject's last token in `essence`, [n].
+        plain: Indices of the rows without a context, [n].
     """
 
     tokens: TokenBatch
@@ -88,25 +88,25 @@ class Facts:
 
 @options
 class KeyValueEditor(Editor, ABC):
-    """Reads keys and finds values; a subclass says how weights are solved for.
+    """Base of methods that store facts as keys and values; a subclass solves for the weights.
 
     Args:
-        steps: Gradient steps on a value, at most.
-        lr: Their learning rate.
-        weight_decay: Of a value, by its size against that of what it replaces.
-        clamp: A value may be at most so many times the size of what it replaces away from it.
-        kl: Weight of keeping what the model says of the subject's nature ("<subject> is a").
-        stop_below: A request is done when its loss is below this.
-        contexts: Random texts in front of the prompt over which a key is averaged and a value is trained, beside the
-            prompt alone.
-        context_tokens: Their length.
-        text: What second moments are of: ``auto``, text that suits the model (the embedded corpus for the embedded
-            models, for any other what it samples itself), ``sampled``, ``tiny``, a file, a hub id (see `read_texts`).
-            Computed once, then kept on disk; ``instructedit covariance`` does so ahead.
-        tokens: So many tokens of it.
+        steps: Largest number of gradient steps on a value.
+        lr: Learning rate.
+        weight_decay: Weight decay of a value's change, relative to the size of the value that it replaces.
+        clamp: Largest change of a value, in multiples of the size of the value that it replaces.
+        kl: Weight of preserving the model's predictions about the subject's nature ("<subject> is a").
+        stop_below: A request is finished when its loss falls below this.
+        contexts: Number of random texts before the prompt over which a key is averaged and a value is trained, in
+            addition to the prompt alone.
+        context_tokens: Length of these texts in tokens.
+        text: Text for the covariance: ``auto``, text that suits the model (the embedded corpus for the embedded
+            models, for any other text sampled from it), ``sampled``, ``tiny``, a file, a hub id (see `read_texts`).
+            Computed once, then kept on disk; ``instructedit covariance`` does so in advance.
+        tokens: Number of tokens of this text.
         fact_token: ``subject_last`` (its last token; for a request without a subject the prompt's), or ``last``.
-        seed: Of the random contexts.
-        blocks: Blocks that are edited, negative from the top; None means as far up as in the paper.
+        seed: Seed of the random contexts.
+        blocks: Blocks that are edited, negative from the top; None means the paper's, scaled to the model's depth.
     """
 
     OUTPUT_SITES = True
@@ -127,14 +127,14 @@ class KeyValueEditor(Editor, ABC):
     blocks: Sequence[int] | None = None
 
     def build(self) -> None:
-        self.text = text_for(self.lm, self.text)  # so that a saved editor says which
+        self.text = text_for(self.lm, self.text)  # so that a saved editor records which text
         self._prefixes: list[str] | None = None
         self._factors: dict[str, Tensor] = {}
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
     def facts(self, batch: RequestBatch) -> Facts:
-        """The prompts that show a request's key and value."""
+        """Builds the prompts from which the requests' keys and values are computed."""
         if self._prefixes is None:
             self._prefixes = self._random_contexts()
         fronts = ["", *self._prefixes]
@@ -155,7 +155,7 @@ class KeyValueEditor(Editor, ABC):
             )
         tokens = self.lm.encode(pairs)
         named = [r.subject or p for r, p in zip(batch.requests, batch.prompts, strict=True)]
-        essence_pairs = [(f"{name} is a", "thing") for name in named]  # read before the answer, which is of no account
+        essence_pairs = [(f"{name} is a", "thing") for name in named]  # scored before the answer, which does not matter
         essence = self.lm.encode(essence_pairs).after_prompts()
         essence_at = self.lm.text.positions(essence_pairs, [len(name) for name in named], essence)
         rows = torch.arange(len(pairs), device=tokens.device)
@@ -171,15 +171,15 @@ class KeyValueEditor(Editor, ABC):
         texts = self.lm.sample(openings, self.context_tokens, [f"{self.seed} {i}" for i in range(self.contexts)])
         return [f"{opening}{' '.join(text.split(chr(10)))}. " for opening, text in zip(openings, texts, strict=True)]
 
-    # -- keys, values, second moments -------------------------------------------------------------------------------
+    # -- keys, values, covariances -------------------------------------------------------------------------------
 
     def at_facts(self, facts: Facts, layers: Sequence[str], edit: Edit | None = None) -> dict[str, LayerIO]:
-        """What layers see and give at the fact's position of each row, layer → [rows, in] and [rows, out].
+        """Records layers' inputs and outputs at each row's fact position, layer → [rows, in] and [rows, out].
 
         Args:
             facts: The prompts.
             layers: Names of sites or blocks.
-            edit: Applied to the model meanwhile: one edit for each request, or one for all.
+            edit: Edits applied to the model: one for each request, or one for all.
         """
         rows = facts.request_index if edit is not None and len(edit) > 1 else None
         where = (torch.arange(len(facts.at), device=facts.at.device), facts.at)
@@ -188,16 +188,16 @@ class KeyValueEditor(Editor, ABC):
 
     @staticmethod
     def over_contexts(facts: Facts, rows: Tensor) -> Tensor:
-        """Mean over each request's contexts, [rows, size] → [n, size]."""
+        """Averages over each request's contexts, [rows, size] → [n, size]."""
         return rows.view(len(facts.plain), -1, rows.shape[-1]).mean(1)
 
     def values(self, facts: Facts, site: Site, now: Tensor) -> Tensor:
-        """What should stand at each fact so that the model says the target, [n, out] (ROME, equation 4).
+        """Optimises the vector at each fact's position to make the model predict the target, [n, out] (ROME, eq. 4).
 
         Args:
             facts: The prompts.
             site: The layer to whose output the change is added.
-            now: What stands there now at the plain prompts, [n, out]: the layer's output, or the hidden state that it
+            now: The current vector there in plain prompts, [n, out]: the layer's output, or the hidden state that it
                 is added to (both change by the same vector). Bounds and decay are relative to its size.
         """
         norms = now.norm(dim=-1)
@@ -227,10 +227,10 @@ class KeyValueEditor(Editor, ABC):
         return now + found["delta"]
 
     def solve(self, site: Site, keys: Tensor) -> Tensor:
-        """C⁻¹ k of each key, [n, in] in double precision, with C = E[k kᵀ] of what the site sees over plain text.
+        """Computes C⁻¹ k for each key, [n, in] in double precision; C = E[k kᵀ] of the site's inputs over plain text.
 
         Raises:
-            UserError: If C has no full rank.
+            UserError: If C does not have full rank.
         """
         if not self._factors:
             moments = covariances(self.lm, [s.name for s in self.sites], self.text, self.tokens)

@@ -17,26 +17,26 @@ from instructedit.edits import DenseEdit, Edit
 from instructedit.errors import UserError
 from instructedit.lm import TokenBatch
 
-#: Stands for the loss of a mini-batch that had no turn yet: no mean with it is low.
+#: Stands for the loss of a mini-batch that has not been seen yet: any mean that includes it is high.
 _UNKNOWN = 1e9
 
 
 @options
 class LocFt(FtL):
-    """Fine-tunes the MLP's output projection of one upper block on whole answers, without a bound, as training does.
+    """Fine-tunes the MLP's output projection of one upper block on whole answers, without a bound, as in training.
 
-    What the paper does right where fine-tuning as a baseline of editing did not: many requests are gone through in
-    epochs of mini-batches (breadth first) instead of one after the other, each to its end; the token that ends a text
-    is part of the answer; and the matrix is chosen, an output projection two thirds up. Adam; an epoch takes one step
-    on each mini-batch of ``editor.edit(requests, together=True)``, in the order of the requests. A request alone
-    takes one step an epoch. All stop when the mean loss is below 1e-2.
+    The paper corrects what fine-tuning as an editing baseline did wrong: many requests are trained in epochs of
+    mini-batches (breadth first) instead of one after the other, each to its end; the token that ends a text is part of
+    the answer; and the matrix is well chosen, an output projection two thirds up. The optimiser is Adam; an epoch takes
+    one step on each mini-batch of ``editor.edit(requests, together=True)``, in the order of the requests. A request
+    alone takes one step per epoch. Training stops when the mean loss is below 1e-2.
 
     Defaults: block 22 of LLaMA-3-8B's 32, 25 epochs, mini-batches of 100. The paper's rate for it is 5e-4; as weights
     differ by a factor of ten between models, the default is FT-L's share of their size.
 
     Args:
-        bound: Largest change of any weight; None leaves it free.
-        ends: Teach the model to end its text behind a target.
+        bound: Largest change of any weight; None: no bound.
+        ends: Teach the model to end its text after a target.
         batch_size: Requests in a mini-batch.
     """
 
@@ -50,17 +50,17 @@ class LocFt(FtL):
     blocks: Sequence[int] | None = None
 
     def build(self) -> None:
-        """Makes the targets' text end.
+        """Sets up the tokenization, which appends the end-of-text token to targets if `ends` is set.
 
         Raises:
-            UserError: If a mini-batch is to hold less than one request, or no token ends a text.
+            UserError: If the mini-batch size is less than one, or the tokenizer has no end-of-text token.
         """
         if self.batch_size < 1:
             raise UserError(f"editor {self.name!r}: batch_size must be at least 1, got {self.batch_size}")
         self._tokenization = self.lm.text.ended(self.ends)
 
     def compute_joint_edit(self, batch: RequestBatch) -> DenseEdit:
-        """One ΔW, tuned on mini-batches of the requests in turn."""
+        """Tunes one ΔW on mini-batches of the requests in turn."""
         parts = [batch.tokens.select(rows) for rows in torch.arange(len(batch)).split(self.batch_size)]
         return self._tuned(breadth_first(self._loss(), parts), 1, len(parts))
 
@@ -68,13 +68,13 @@ class LocFt(FtL):
 def breadth_first(
     loss: Callable[[TokenBatch, Edit], Tensor], parts: Sequence[TokenBatch]
 ) -> Callable[[Values, Tensor], Tensor]:
-    """The losses that `optimise` asks for, of one edit that serves mini-batches which take turns.
+    """Returns the loss function for `optimise` of one edit that is trained on mini-batches in turn.
 
-    The gradient is that of one mini-batch, the value the mean of what each had when it was last its turn, so that
-    descent ends when all together are low, and not before each had a turn.
+    The gradient is that of one mini-batch; the value is the mean over all mini-batches of the loss at their last turn,
+    so that optimisation ends only when this mean is low and every mini-batch has had a turn.
 
     Args:
-        loss: Of each row under its edit, [rows].
+        loss: Computes the loss of each row under its edit, [rows].
         parts: The mini-batches.
     """
     last = [_UNKNOWN] * len(parts)

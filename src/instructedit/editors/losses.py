@@ -1,4 +1,4 @@
-"""The outer loss of a trainable editor: what the edited model should say, and what it should leave alone."""
+"""The outer loss of a trainable editor: an edit term for what should change, a locality term for what should not."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from instructedit.metrics import row_mean
 from instructedit.processes import mean_over_processes
 from instructedit.rows import in_full
 
-_FEWEST = 1e-9  # requests with locality probes: where no process has any, the loss is 0 / this
+_FEWEST = 1e-9  # lower limit of the requests with locality probes: if no process has any, the loss is 0 / this
 
 
 class LossWeights(NamedTuple):
-    """Weights of the outer loss: of the edit, of locality, and within the edit of the unlikelihood of unwanted replies.
+    """Weights in the outer loss of the edit term, the locality term, and the unlikelihood of unwanted replies.
 
-    MEND's are 0.1 and 1, SERAC's for unlikelihood 1.
+    The last is relative to the rest of the edit term. MEND has 0.1 and 1; SERAC's weight for unlikelihood is 1.
     """
 
     edit: float = 0.1
@@ -32,13 +32,13 @@ class LossWeights(NamedTuple):
 class EditingLoss(NamedTuple):
     """Mean losses over the requests of a batch, scalars.
 
-    Of several processes each has its own; their mean is the loss of all their requests as one batch.
+    Each of several processes has its own; their mean is the loss of all their requests as one batch.
 
     Attributes:
-        edit: L_e of the in-scope probes under the edited model; with unwanted replies SERAC's, where their
-            unlikelihood is added.
-        locality: KL(unedited ‖ edited) at the answer positions of the out-of-scope probes, the position that predicts
-            the first answer token included.
+        edit: L_e of the in-scope probes under the edited model; with unwanted replies, their unlikelihood is added as
+            in SERAC.
+        locality: KL(unedited ‖ edited) at the answer positions of the out-of-scope probes, including the position that
+            predicts the first answer token.
     """
 
     edit: Tensor
@@ -46,20 +46,20 @@ class EditingLoss(NamedTuple):
 
 
 def editing_loss(lm: FrozenLM, edit: Edit, batch: EditBatch, unlikelihood: float = 1.0) -> EditingLoss:
-    """Both terms of MEND's outer loss, each request under its own edit.
+    """Computes both terms of MEND's outer loss, each request under its own edit.
 
     Args:
         lm: The unedited model.
         edit: One edit for each request of the batch, with gradients.
         batch: Requests and probes.
-        unlikelihood: Weight of the unwanted replies beside the wanted ones (SERAC: 1).
+        unlikelihood: Weight of the unwanted replies relative to the wanted ones (SERAC: 1).
     """
     edit_loss = scope_loss(lm, edit, batch.in_scope, len(batch), weight=unlikelihood)
     return EditingLoss(edit_loss, locality_loss(lm, edit, batch.locality, len(batch)))
 
 
 def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, *, weight: float = 1.0) -> Tensor:
-    """Mean over requests of: mean NLL of the wanted answers + mean unlikelihood −log(1 − p) of the unwanted ones."""
+    """Averages over requests: mean NLL of wanted answers + weight · mean unlikelihood −log(1 − p) of unwanted ones."""
     tokens = probes.tokens
     unwanted_at = probes.unwanted[tokens.places[0]]
 
@@ -76,19 +76,19 @@ def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, *, w
 
 
 def locality_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: int) -> Tensor:
-    """Mean over the requests that have such probes of KL(unedited ‖ edited) per answer position, in nats.
+    """Averages KL(unedited ‖ edited) per answer position over the requests that have locality probes, in nats.
 
-    Several processes divide by how many such requests each has on average: the mean of their gradients is then that of
-    one batch, however unevenly the probes fall.
+    Several processes divide by the average number of such requests per process: the mean of their gradients then
+    equals that of one batch, however unevenly the probes are distributed.
     """
     total, count = _divergences(lm, edit, probes, requests)
     return total / mean_over_processes(count).clamp(min=_FEWEST)
 
 
 def _divergences(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: int) -> tuple[Tensor, Tensor]:
-    """Sum of the divergences of the requests that have locality probes, and the number of these requests."""
+    """Sums the divergences of the requests that have locality probes, and counts these requests."""
     if probes is None:
-        none = in_full(torch.zeros((), dtype=lm.model.dtype, device=lm.device))  # as another process has it
+        none = in_full(torch.zeros((), dtype=lm.model.dtype, device=lm.device))  # with the dtype of other processes
         return none, none
     tokens = probes.tokens
     before = lm.scores.unedited_states(tokens, lm.first_block(edit.sites))
@@ -103,7 +103,7 @@ def _divergences(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: 
 
 
 def _per_request(values: Tensor, request_index: Tensor, chosen: Tensor, requests: int) -> tuple[Tensor, Tensor]:
-    """Mean of the chosen rows of each request, 0 for a request without any, and their number, both [requests]."""
+    """Returns each request's mean over its chosen rows (0 if it has none) and their number, both [requests]."""
     weight = chosen.to(values.dtype)
     total = values.new_zeros(requests).index_add(0, request_index, values * weight)
     count = values.new_zeros(requests).index_add(0, request_index, weight)

@@ -1,4 +1,4 @@
-"""MEMIT: many facts at once, spread over several MLPs (Meng et al. 2023)."""
+"""MEMIT: edits of many facts at once, spread over the MLPs of several blocks (Meng et al. 2023)."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from instructedit.lm import Site
 
 @options
 class SpreadEditor(KeyValueEditor, ABC):
-    """Makes ΔW = R Kᵀ (M + K Kᵀ)⁻¹ in each of several blocks from the bottom up; a subclass says what M is.
+    """Base of methods that spread ΔW = R Kᵀ (M + K Kᵀ)⁻¹ over several blocks from the bottom up; subclasses define M.
 
-    R is what is still missing of each fact's value at the last of the blocks, shared out evenly over the blocks left.
-    n separate edits have one fact each, so that K is one column; ``editor.edit(requests, together=True)`` solves for
-    all requests at once, which is what such a method is for.
+    R is the remaining difference to each fact's value at the last of the blocks, divided evenly among the remaining
+    blocks. n separate edits have one fact each, so that K is one column; ``editor.edit(requests, together=True)``
+    solves for all requests at once, which is the purpose of such a method.
     """
 
     @abstractmethod
     def inverse(self, site: Site, keys: Tensor) -> Tensor:
-        """M⁻¹ k of each key, [n, in] in double precision, where M weighs what the layer must go on doing."""
+        """Computes M⁻¹ k for each key, [n, in] in double precision, where M weights what the layer must preserve."""
 
     def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         return self.spread(batch, self.inverse, together=False)
 
     def compute_joint_edit(self, batch: RequestBatch) -> LowRankEdit:
-        """One edit of rank n in each block that holds all facts."""
+        """Computes one edit with all n facts, of rank n in each block."""
         return self.spread(batch, self.inverse, together=True)
 
     def spread(self, batch: RequestBatch, inverse: Callable[[Site, Tensor], Tensor], together: bool) -> LowRankEdit:
-        """The update of each block in turn, seen by the blocks after it.
+        """Computes the update of each block in turn, with the updates of earlier blocks applied.
 
         Args:
             batch: The requests.
-            inverse: Gives M⁻¹ k of each key, see `inverse`.
-            together: Solve for all requests at once, instead of an edit for each.
+            inverse: Computes M⁻¹ k for each key, see `inverse`.
+            together: Compute one edit for all requests, instead of one for each.
         """
         facts, last = self.facts(batch), self.sites[-1]
         top = self.lm.forward.block_name(last.block)
@@ -59,24 +59,24 @@ class SpreadEditor(KeyValueEditor, ABC):
 
 
 def _single_keys(keys: Tensor, solved: Tensor) -> Tensor:
-    """Kᵀ (M + K Kᵀ)⁻¹ = kᵀ M⁻¹ / (1 + kᵀ M⁻¹ k) where K is one key, [n, 1, in]."""
+    """Computes Kᵀ (M + K Kᵀ)⁻¹ = kᵀ M⁻¹ / (1 + kᵀ M⁻¹ k) for a K of one key each, [n, 1, in]."""
     return (solved / (1 + (solved * keys).sum(-1, keepdim=True))).unsqueeze(1)
 
 
 def _all_keys(keys: Tensor, solved: Tensor) -> Tensor:
-    """Kᵀ (M + K Kᵀ)⁻¹ = (1 + Kᵀ M⁻¹ K)⁻¹ Kᵀ M⁻¹ for all keys at once, [1, n, in]: n × n, not in × in."""
+    """Computes Kᵀ (M + K Kᵀ)⁻¹ = (1 + Kᵀ M⁻¹ K)⁻¹ Kᵀ M⁻¹ for all keys, [1, n, in], from an n × n system."""
     return ridge(keys, solved, solved)[None]
 
 
 @options
 class Memit(SpreadEditor):
-    """ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹ in each of several blocks from the bottom up (equation 14).
+    """MEMIT: ΔW = R Kᵀ (λ C + K Kᵀ)⁻¹ in each of several blocks from the bottom up (equation 14).
 
-    Defaults: GPT2-XL's of Meng et al.: blocks 13 to 17 of 48, λ = 20,000, 20 steps of Adam at 0.5, weight decay 0.5,
-    clamp 0.75, KL 0.0625.
+    Defaults: those of Meng et al. for GPT2-XL: blocks 13 to 17 of 48, λ = 20,000, 20 steps of Adam at 0.5, weight
+    decay 0.5, clamp 0.75, KL 0.0625.
 
     Args:
-        moment_weight: λ, how much what the layers see over plain text weighs beside the facts.
+        moment_weight: λ, the weight of the layers' inputs over plain text relative to the facts.
     """
 
     name: ClassVar[str] = "memit"

@@ -21,27 +21,27 @@ from instructedit.errors import UserError
 from instructedit.lm import LayerGradients
 from instructedit.rows import in_full, take_rows
 
-#: The paper's edit rate: what ``edit_rate: auto`` stands for until `fit` has measured a better one.
+#: The paper's edit rate, which ``edit_rate: auto`` stands for until `fit` has measured a better one.
 PAPER_RATE = 1e-4
 
 
 class ResidualLayers(nn.Module):
-    """Maps z to z of the same width, in layers that serve all sites of a shape (MEND, section 3.2).
+    """Residual layers on vectors z, shared by all sites of a shape (MEND, section 3.2).
 
-    In each layer z ← z + relu((U V z + b) ⊙ s + c) with rank-r factors U, V and a scale s and shift c of the site's
-    own. U starts at zero, so that the layers start as the identity.
+    Each layer computes z ← z + relu((U V z + b) ⊙ s + c) with rank-r factors U, V and the site's own scale s and
+    shift c. U is initialised to zero, so that the layers start as the identity.
 
     Args:
         size: Width of z.
-        sites: How many sites share them.
-        rank: Of U V, at most ``size``.
-        hidden_layers: Layers beside the last.
+        sites: Number of sites that share the layers.
+        rank: Rank of U V, at most ``size``.
+        hidden_layers: Number of layers before the last.
     """
 
     def __init__(self, size: int, sites: int, rank: int, hidden_layers: int) -> None:
         super().__init__()
         layers, rank = hidden_layers + 1, min(rank, size)
-        # One parameter a layer: the gradient of a stack would be made in parts and then copied.
+        # One parameter per layer: the gradient of a stack would be computed in parts and then copied.
         self.up = nn.ParameterList(torch.zeros(rank, size) for _ in range(layers))
         self.down = nn.ParameterList(torch.randn(size, rank) for _ in range(layers))
         self.bias = nn.Parameter(torch.zeros(layers, size))
@@ -53,9 +53,9 @@ class ResidualLayers(nn.Module):
 
         Args:
             z: [tokens, size].
-            site: Number of each token's site, [tokens].
-            film: What each request adds to scales and shifts, [layers, 2, requests, size].
-            row: Request of each token, [tokens].
+            site: Index of each token's site, [tokens].
+            film: Terms that each request adds to scales and shifts, [layers, 2, requests, size].
+            row: Index of each token's request, [tokens].
 
         Returns:
             [tokens, size].
@@ -72,13 +72,13 @@ class ResidualLayers(nn.Module):
 
 
 class GradientNetwork(ResidualLayers):
-    """Maps normalised (u, δ) to pseudo-(ũ, δ̃): z = [norm(u); norm(δ)] through residual layers (MEND, section 3.2).
+    """Maps (u, δ) to pseudo-(ũ, δ̃) by residual layers on z = [norm(u); norm(δ)] (MEND, section 3.2).
 
     Args:
         size_in, size_out: Width of u and of δ.
-        sites: How many sites share it.
-        rank: Of its layers.
-        hidden_layers: Layers beside the last.
+        sites: Number of sites that share it.
+        rank: Rank of its layers.
+        hidden_layers: Number of layers before the last.
     """
 
     def __init__(self, size_in: int, size_out: int, sites: int, rank: int, hidden_layers: int) -> None:
@@ -87,7 +87,7 @@ class GradientNetwork(ResidualLayers):
         self.norm_u, self.norm_delta = RunningNorm(size_in), RunningNorm(size_out)
 
     def forward(self, u: Tensor, delta: Tensor, site: Tensor) -> tuple[Tensor, Tensor]:
-        """Args: u [tokens, in], delta [tokens, out], site [tokens] number of each token's site. Returns (ũ, δ̃)."""
+        """Maps `u` [tokens, in], `delta` [tokens, out] to (ũ, δ̃), given the index of each token's site, [tokens]."""
         new_u, new_delta = self.layers(torch.cat([self.norm_u(u), self.norm_delta(delta)], -1), site).split(
             self.split, -1
         )
@@ -95,9 +95,9 @@ class GradientNetwork(ResidualLayers):
 
 
 class SiteTokens(NamedTuple):
-    """Tokens of several sites of one shape: `u` [tokens, in], `delta` [tokens, out], and whose they are.
+    """Tokens of several sites of one shape: `u` [tokens, in], `delta` [tokens, out], and where they belong.
 
-    `site` and `row`, both [tokens], number the sites of the group and the requests of the batch.
+    `site` and `row`, both [tokens], are indices of sites in the group and of requests in the batch.
     """
 
     u: Tensor
@@ -110,16 +110,16 @@ class SiteTokens(NamedTuple):
 class Mend(Editor):
     """A hypernetwork that turns the gradient of an edit into a low-rank update: ΔW_ℓ = −α_ℓ Σ_t δ̃_t ũ_tᵀ.
 
-    Paper: rank 1920, one hidden layer, edit rate 1e-4, the MLPs of the last three blocks (MEND, appendix B).
+    The paper has rank 1920, one hidden layer, edit rate 1e-4, and edits the MLPs of the last three blocks (appendix B).
 
-    The rates are learned as their logarithms, so that a step of the optimiser changes each by a share of itself.
+    The rates are learned as their logarithms, so that the optimiser changes each in proportion to itself.
 
     Args:
-        rank: Of the hypernetwork's layers.
-        hidden_layers: Its layers beside the last.
-        edit_rate: Where each site's learned step size α starts: a number, or ``auto``, the rate with the least outer
-            loss on a few training records, which `fit` measures before its first step (see `editors.rates`). An
-            editor that was never trained has the paper's 1e-4 in its place.
+        rank: Rank of the hypernetwork's layers.
+        hidden_layers: Number of its layers before the last.
+        edit_rate: Initial value of each site's learned step size α: a number, or ``auto``, the rate with the lowest
+            outer loss on a few training records, which `fit` measures before its first step (see `editors.rates`). An
+            editor that was never trained uses the paper's 1e-4 instead.
     """
 
     name: ClassVar[str] = "mend"
@@ -130,7 +130,7 @@ class Mend(Editor):
     edit_rate: float | Literal["auto"] = "auto"
 
     def build(self) -> None:
-        """One network for each shape of site.
+        """Builds one network for each shape of site.
 
         Raises:
             UserError: If the edit rate is not above zero.
@@ -163,15 +163,15 @@ class Mend(Editor):
     def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
         if (alpha := weights.pop(f"{prefix}alpha", None)) is None:
             return False
-        # Rates were learned as they are, and free to change their sign.
+        # Older versions learned the rates themselves, whose signs could change.
         weights[f"{prefix}log_alpha"] = alpha.abs().clamp(min=torch.finfo(alpha.dtype).tiny).log()
         return True
 
     def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
-        """Equation 3 of InstructEdit for every request and site at once.
+        """Computes equation 3 of InstructEdit for all requests and sites at once.
 
         The networks see all tokens of all requests and of all sites that share a shape in one call. Tokens whose δ is
-        zero (padding, and positions that the edit loss does not read) are dropped.
+        zero (padding, and positions that the edit loss does not depend on) are dropped.
         """
         return LowRankEdit(self.factors(self.lm.capture(batch.tokens, self.names), self.pseudo))
 
@@ -181,7 +181,7 @@ class Mend(Editor):
         return [site.name for site in self.sites]
 
     def pseudo(self, group: int, tokens: SiteTokens) -> tuple[Tensor, Tensor]:
-        """What stands in the place of (u, δ) in an edit: (ũ, −α δ̃), for the tokens of a group of sites."""
+        """Computes (ũ, −α δ̃), which replaces (u, δ) in an edit, for the tokens of a group of sites."""
         new_u, new_delta = self.networks[group](tokens.u, tokens.delta, tokens.site)
         alpha = self.alpha[torch.tensor(self.groups[group], device=new_u.device)]
         return new_u, -take_rows(alpha, tokens.site).unsqueeze(-1) * new_delta
@@ -189,11 +189,11 @@ class Mend(Editor):
     def factors(
         self, captured: LayerGradients, pseudo: Callable[[int, SiteTokens], tuple[Tensor, Tensor]]
     ) -> dict[str, Factors]:
-        """What `pseudo` makes of the tokens that an edit loss depends on, as factors of each site.
+        """Applies `pseudo` to the tokens that an edit loss depends on, and returns each site's factors.
 
         Args:
-            captured: What the edit loss shows at the sites.
-            pseudo: Takes the number of a group of sites of one shape and their tokens; gives [tokens, in] and
+            captured: Inputs and gradients of the edit loss at the sites.
+            pseudo: Maps the index of a group of sites of one shape and their tokens to [tokens, in] and
                 [tokens, out].
         """
         names = self.names
@@ -205,7 +205,7 @@ class Mend(Editor):
             new_u, new_delta = pseudo(number, SiteTokens(u[site, row, at], delta[site, row, at], site, row))
             a = u.new_zeros(*u.shape[:2], width, u.shape[-1]).index_put((site, row, slot), new_u)
             b = u.new_zeros(*u.shape[:2], width, delta.shape[-1]).index_put((site, row, slot), new_delta)
-            # unbind, unlike an index each, has one gradient for all sites
+            # unbind has one backward node for all sites, indexing one for each
             factors |= {names[i]: Factors(*own) for i, *own in zip(group, a.unbind(), b.unbind(), strict=True)}
         return {name: factors[name] for name in names}
 
@@ -217,16 +217,16 @@ class Mend(Editor):
 
 
 def _before_loading(editor: Mend, weights: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Saved rates are found ones, whichever version saved them."""
+    """Upgrades weights before they are loaded, and marks their edit rates as already measured."""
     editor.upgrade(weights, prefix)
     editor.rate_is_open = False
 
 
 def _slots(kept: Tensor) -> tuple[Tensor, int]:
-    """Where a mask [sites, rows, positions] keeps tokens; found on the host, which waits for the device once.
+    """Locates the tokens that a mask [sites, rows, positions] keeps; on the host, which waits for the device once.
 
     Returns:
-        Site, row, position, and place among those kept of the same row, [4, tokens]; most kept of a row.
+        Site, row, position, and rank among the tokens kept of the same row, [4, tokens]; most tokens kept of a row.
     """
     host = kept.cpu()
     reached = host.cumsum(-1)
@@ -237,7 +237,7 @@ def _slots(kept: Tensor) -> tuple[Tensor, int]:
 
 @options
 class InstructEdit(Mend):
-    """MEND that reads the task's instruction in front of every request (Tian et al. 2024, section 4.2)."""
+    """MEND with the task's instruction prepended to every request (Tian et al. 2024, section 4.2)."""
 
     name: ClassVar[str] = "instructedit"
 

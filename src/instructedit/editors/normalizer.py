@@ -1,4 +1,4 @@
-"""Running normalisation of what a hypernetwork reads."""
+"""Running normalisation of a hypernetwork's inputs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from torch import Tensor, nn
 
 from instructedit.processes import sum_over_processes
 
-#: Tokens that are there in double precision at once.
+#: Number of tokens that are converted to double precision at once.
 _AT_ONCE = 1024
 
 
 class RunningNorm(nn.Module):
     """Standardises each coordinate by a running mean and deviation over tokens.
 
-    Estimated in training (before use, as in MEND), frozen in evaluation, the identity before any token. Batches, and
-    the batches of several processes, are merged exactly (Chan et al. 1979): the result is that of all tokens at once.
+    Statistics are updated in training (before use, as in MEND) and frozen in evaluation; before any token the module is
+    the identity. Batches, and those of several processes, are merged exactly (Chan et al. 1979), as if all tokens had
+    come at once.
 
     Args:
-        size: Coordinates.
+        size: Number of coordinates.
         eps: Added to the deviation.
     """
 
@@ -34,36 +35,36 @@ class RunningNorm(nn.Module):
         self.register_buffer("squares", torch.zeros(size))  # Σ (x − mean)²
 
     def forward(self, x: Tensor) -> Tensor:
-        """Standardised x, [tokens, size]."""
+        """Standardises x, [tokens, size]; in training x is first added to the statistics."""
         if self.training:
             self.update(x)
         return self.standardised(x)
 
     def standardised(self, x: Tensor) -> Tensor:
-        """Standardised x, [tokens, size], by what has been seen so far."""
+        """Standardises x, [tokens, size], by the statistics so far."""
         deviation = (self.squares / (self.count - 1).clamp(min=1)).sqrt().to(x.dtype)
         known = (self.count > 1) & (deviation > 0)
         return (x - self.mean).div_(torch.where(known, deviation + self.eps, torch.ones_like(deviation)))
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Resets the statistics to those of no tokens."""
         for buffer in (self.count, self.mean, self.squares):
             buffer.zero_()
 
     @torch.no_grad()
     def update(self, x: Tensor, everywhere: bool = True) -> None:
-        """Adds tokens.
+        """Adds tokens to the statistics.
 
         Args:
             x: [tokens, size].
-            everywhere: Under data parallelism those of every process; else this one's alone.
+            everywhere: Under data parallelism, add the tokens of every process; otherwise only this one's.
         """
         count = torch.full((), len(x), dtype=torch.float64, device=x.device)
         total = x.sum(0).double()
         if everywhere:
             both = sum_over_processes(torch.cat([count[None], total]))
             count, total = both[0], both[1:]
-        mean = total / count.clamp(min=1)  # no token at all changes nothing, without a look at how many there are
+        mean = total / count.clamp(min=1)  # clamped, so that no tokens change nothing without a branch
         squares = torch.zeros_like(total)
         for part in x.split(_AT_ONCE):
             squares += (part.double() - mean).square_().sum(0)

@@ -1,4 +1,4 @@
-"""Gradient descent for many requests at once, each with values, a loss and an end of its own."""
+"""Gradient descent for many requests at once, each with its own values, loss and stopping point."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _adam(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Opti
 def _adafactor(groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
     from transformers.optimization import Adafactor
 
-    # An absolute rate, as CaliNet is trained with; by default the rate would follow the size of the parameter.
+    # An absolute rate, as in CaliNet's training; by default the rate would scale with the size of the parameter.
     options: dict[str, Any] = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
     return Adafactor(groups, weight_decay=weight_decay, **options)
 
 
-#: Name → optimiser of (groups of parameters with a learning rate each, weight decay).
+#: Name → function that makes an optimiser from (parameter groups, each with its learning rate; weight decay).
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimizer]] = {
     "adam": _adam,
     "adafactor": _adafactor,
@@ -37,13 +37,13 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float], torch.optim.Optimi
 def row_losses(
     loss: Callable[[TokenBatch, Edit], Tensor], tokens: TokenBatch, edit: Callable[[Values], Edit], together: bool
 ) -> Callable[[Values, Tensor], Tensor]:
-    """The losses that `optimise` asks for, of requests that are rows of tokens.
+    """Returns the loss function for `optimise` of requests that are rows of tokens.
 
     Args:
-        loss: Of each row under its edit, [rows].
+        loss: Computes the loss of each row under its edit, [rows].
         tokens: Row i is request i.
-        edit: Makes the edits of values, name → [n, …].
-        together: One edit for all rows, and their mean loss, instead of an edit and a loss for each.
+        edit: Makes edits from values, name → [n, …].
+        together: Use one edit for all rows and their mean loss, instead of an edit and a loss for each.
     """
 
     def losses(values: Values, active: Tensor) -> Tensor:
@@ -66,23 +66,23 @@ def optimise(
 ) -> Values:
     """Minimises a loss for each of n requests by gradient descent.
 
-    Requests never meet: each has its own tensors and its own state of the optimiser, and drops out when its loss is
-    low enough, so that n at once end where each would end alone.
+    Requests are independent: each has its own tensors and optimiser state, and drops out when its loss is low enough,
+    so that n requests at once give the same results as each one alone.
 
     Args:
-        start: Name → where the values of all requests start, [n, …].
-        losses: Gives the loss of each request that is still at it, [active], from its values, name → [active, …], and
-            the numbers of these requests, [active].
-        steps: Steps of a request, at most.
-        lr: Learning rate: one for all values, or name → that of the values of this name.
+        start: Name → initial values of all requests, [n, …].
+        losses: Computes the loss of each unfinished request, [active], from their values, name → [active, …], and the
+            indices of these requests, [active].
+        steps: Largest number of steps of a request.
+        lr: Learning rate: one for all values, or a mapping from the names of values to their rates.
         optimizer: One of `OPTIMIZERS`.
-        weight_decay: Decoupled, of all values.
-        stop_below: A request with a loss below this is done.
-        project: Puts the values of one request, name → […], back where they may be, in place; called after each of
-            its steps.
+        weight_decay: Decoupled weight decay of all values.
+        stop_below: A request with a loss below this is finished.
+        project: Projects the values of one request, name → […], onto the allowed region, in place; called after each
+            of its steps.
 
     Returns:
-        Name → where the values end, [n, …].
+        Name → final values, [n, …].
 
     Raises:
         UserError: If there is no such optimiser, or a loss is not finite.
@@ -110,7 +110,7 @@ def optimise(
             if not going:
                 break
             loss[going].sum().backward()
-        # Values without a gradient, those of requests that are done, stay where they are.
+        # Values without a gradient, which belong to finished requests, are not changed by the optimiser.
         active = [active[k] for k in going]
         done = [value for i, values in enumerate(own) if i not in set(active) for value in values.values()]
         for value in done:

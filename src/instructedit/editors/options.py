@@ -1,4 +1,4 @@
-"""Hyper-parameters as fields: one declaration is the constructor, the config schema and the help."""
+"""Hyper-parameters as dataclass fields: one declaration for the constructor, the config schema and the help."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from instructedit.errors import UserError, at_least
 
 T = TypeVar("T")
 
-#: An option's value that stands for one which is derived from the model itself.
+#: Option value that stands for a value derived from the model itself.
 AUTO: Literal["auto"] = "auto"
 
 
 @dataclass_transform(eq_default=False)
 def options(cls: type[T]) -> type[T]:
-    """A dataclass whose constructor knows the types of its arguments, those of inherited fields among them.
+    """Makes a class a dataclass whose constructor has resolved types for its arguments, including inherited ones.
 
     A plain dataclass leaves annotations as strings (``from __future__ import annotations``), which the command line
-    would take for any type at all.
+    would treat as accepting any type.
     """
     made: Any = dataclass(eq=False, repr=False)(cls)
     hints = get_type_hints(made)
@@ -30,17 +30,17 @@ def options(cls: type[T]) -> type[T]:
 
 
 def check_numbers(made: Any) -> None:
-    """Refuses options of an editor that should be numbers and are not; whole numbers are counts, none below zero.
+    """Checks that an editor's numeric options are numbers; integer options are counts and must not be negative.
 
     Raises:
-        UserError: For the first of them.
+        UserError: For the first option that is invalid.
     """
     for option, kind in type(made).__init__.__annotations__.items():
         kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-        if not hasattr(made, option):  # a constructor of its own, which has not got so far
+        if not hasattr(made, option):  # set later by the class's own constructor
             continue
         value = getattr(made, option)
-        words = [word for each in kinds for word in get_args(each)]  # of a Literal
+        words = [word for each in kinds for word in get_args(each)]  # values of a Literal
         if not {int, float}.intersection(kinds) or value in words or (value is None and NoneType in kinds):
             continue
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):

@@ -1,6 +1,7 @@
-"""Measures the edit rate that suits a model: a sweep of the untrained editor's rate on a few training records.
+"""Measures the edit rate that suits a model, by a sweep of the untrained editor's rate on a few training records.
 
-The rate that suits one model is ten times wrong for another, and training from one that is too high does not come back.
+The rate that suits one model is off by a factor of ten for another, and training does not recover from one that is too
+high.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from instructedit.editors.mend import Mend
 from instructedit.editors.normalizer import RunningNorm
 from instructedit.edits import Factors, LowRankEdit
 
-#: Exponents of ten that are tried, from the bottom up.
+#: Exponents of ten that are tried, in ascending order.
 _COARSE = range(-7, 1)
-#: How far on both sides of the best so far it is looked again, in exponents of ten.
+#: Distances from the best rate so far, in exponents of ten, at which both sides are then tried.
 _FINE = (1 / 2, 1 / 4, 1 / 8)
-#: The sweep ends when the loss is so many times the least one, and above that of the unedited model.
+#: The sweep ends when the loss exceeds both this multiple of the lowest one and that of the unedited model.
 _TURNED = 1.5
 
 
@@ -36,16 +37,16 @@ class RateLoss(NamedTuple):
 
 
 def sweep_rates(editor: Mend, batch: EditBatch, weights: LossWeights) -> list[RateLoss]:
-    """The outer loss c_edit · L_e + c_loc · KL of an untrained editor by its edit rate.
+    """Computes the outer loss c_edit · L_e + c_loc · KL of an untrained editor for a sweep of edit rates.
 
-    The editor is the identity on normalised u and δ then. It reads the model once; of each rate only the suffix runs,
-    with the same factors at another length. Nothing of the editor is changed, its running statistics neither: what
-    they are normalised by here are those of the batch alone.
+    Such an editor is the identity on normalised u and δ. Its edit is computed once; for each rate only the part of the
+    model from the first edited block on runs, with the same factors rescaled. Nothing in the editor changes, including
+    its running statistics: here u and δ are normalised by the statistics of the batch alone.
 
     Args:
-        editor: Untrained.
+        editor: An untrained editor.
         batch: Some training records.
-        weights: Of the run's outer loss.
+        weights: Weights of the run's outer loss.
 
     Returns:
         All rates that were tried, ascending; the first is 0, the unedited model. Losses that overflow are infinite.
@@ -73,13 +74,13 @@ def sweep_rates(editor: Mend, batch: EditBatch, weights: LossWeights) -> list[Ra
 
 
 def best_rate(tried: list[RateLoss]) -> float:
-    """The rate with the least loss, among those above zero."""
+    """Returns the rate with the lowest loss, among those above zero."""
     return min(tried[1:], key=lambda found: found.loss).rate
 
 
 @contextmanager
 def _own_statistics(editor: Mend) -> Iterator[None]:
-    """Inside, the running statistics are those of what is seen there; outside they are what they were."""
+    """Starts empty running statistics in training mode for the context, and restores the old ones afterwards."""
     norms = [module for module in editor.modules() if isinstance(module, RunningNorm)]
     states = [{name: tensor.clone() for name, tensor in norm.state_dict().items()} for norm in norms]
     was_training = editor.training

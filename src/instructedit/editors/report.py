@@ -1,4 +1,4 @@
-"""Whether edits reach their targets: what a method that optimises says of its own work."""
+"""Reports on whether edits reach their targets, for methods that find edits by optimisation."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 
-_NAMED = 3  # requests that a message names
+_NAMED = 3  # most requests that a message names
 
 
 class TargetReport(NamedTuple):
-    """Whether the edited model predicts each request's target, asked the request itself.
+    """The success of each request: its loss, and whether the edited model predicts its target for its own prompt.
 
     Attributes:
-        losses: Mean over the target's tokens of −log p under the edit, a number for each request.
-        reached: Whether each target token is the most likely one at its place.
+        losses: Mean over the target's tokens of −log p under the edit, one number for each request.
+        reached: For each request, whether every target token is the most likely one at its position.
     """
 
     losses: tuple[float, ...]
     reached: tuple[bool, ...]
 
     def failures(self, batch: RequestBatch) -> str:
-        """The requests that did not reach their target, in a line; empty if all did."""
+        """Describes the requests that did not reach their target, in one line; empty if all did."""
         failed = [i for i, reached in enumerate(self.reached) if not reached]
         if not failed:
             return ""
@@ -40,7 +40,7 @@ class TargetReport(NamedTuple):
 
 @torch.no_grad()
 def target_report(lm: FrozenLM, edit: Edit, batch: RequestBatch) -> TargetReport:
-    """Asks each request of its edit (one edit for all of them is asked every request).
+    """Reports on each request's target under its own edit, or under the only edit.
 
     Args:
         lm: The unedited model.
@@ -56,10 +56,10 @@ def target_report(lm: FrozenLM, edit: Edit, batch: RequestBatch) -> TargetReport
 
 
 def check_finite(edit: Edit, editor: str) -> None:
-    """Makes sure that an edit holds numbers.
+    """Checks that an edit contains only finite numbers.
 
     Raises:
-        UserError: If it holds NaN or infinities.
+        UserError: If it contains NaN or infinities.
     """
     if broken := [name for name, t in edit.state().items() if t.is_floating_point() and not t.isfinite().all()]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Ridge regression from keys to values, with a prior over keys: ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹."""
+"""Ridge regression from keys to values with a prior over keys, ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class PriorKeys:
-    """Solves with C = λ₀ E[u uᵀ] + λ₁ I, in the eigenbasis of the second moment, so that gradients reach the λ.
+    """A solver with C = λ₀ E[u uᵀ] + λ₁ I, in the eigenbasis of E[u uᵀ], so that gradients reach the λ.
 
     Keys are measured in units of the root mean square of their coordinates over plain text.
 
     Args:
-        moment: E[u uᵀ] of what the site sees over plain text, [in, in].
+        moment: E[u uᵀ] of the site's inputs over plain text, [in, in].
     """
 
     def __init__(self, moment: Tensor) -> None:
@@ -24,10 +24,10 @@ class PriorKeys:
         self.values, self.basis = values.clamp(min=0).float(), basis.float()
 
     def solve(self, keys: Tensor, log_weights: Tensor) -> Tensor:
-        """C⁻¹ K of each request's keys K.
+        """Computes C⁻¹ K for each request's keys K.
 
         Args:
-            keys: What the site saw, in its unit, [n, tokens, in].
+            keys: The site's inputs in its `unit`, [n, tokens, in].
             log_weights: Logarithms of λ₀ and λ₁, [2].
         """
         prior, identity = log_weights.exp()
@@ -36,20 +36,20 @@ class PriorKeys:
 
 @dataclass(frozen=True)
 class PastKeys:
-    """C⁻¹ of one site over a sequence of edits, where C grows by Σ u uᵀ of the keys that were edited, [in, in]."""
+    """C⁻¹ of one site, [in, in], in a sequence of edits, each of which adds Σ u uᵀ of its keys to C."""
 
     inverse: Tensor
 
     def and_these(self, keys: Tensor) -> PastKeys:
-        """With further keys [tokens, in], in the site's unit: C⁻¹ − C⁻¹ K (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ (Woodbury)."""
+        """Adds keys [tokens, in], in the site's unit: C⁻¹ − C⁻¹ K (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ (Woodbury)."""
         solved = keys @ self.inverse
         return PastKeys(self.inverse - solved.T @ ridge(keys, solved, solved))
 
 
 def ridge(keys: Tensor, solved: Tensor, values: Tensor) -> Tensor:
-    """V (I + Kᵀ C⁻¹ K)⁻¹: what stands beside (C⁻¹ K)ᵀ in the solution ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹.
+    """Computes V (I + Kᵀ C⁻¹ K)⁻¹, the left factor of the ridge solution ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹.
 
-    That is the least Σ_t ‖ΔW k_t − v_t‖² + tr(ΔW C ΔWᵀ) (see the tests); rows of zeros stay so.
+    That ΔW minimises Σ_t ‖ΔW k_t − v_t‖² + tr(ΔW C ΔWᵀ) (see the tests); rows of zeros remain zero.
 
     Args:
         keys: K of each request, [n, tokens, in].

@@ -1,7 +1,7 @@
-"""RidgeEdit: a hypernetwork's values at ridge-regression keys, in two steps, for requests that are read plainly.
+"""RidgeEdit: ridge regression from keys to a hypernetwork's values, in two steps, with requests read plainly.
 
-The instruction conditions the hypernetwork in place of standing in front of the request, so that an edit holds however
-the model is asked. Values are MEND's (Mitchell et al. 2022), keys ROME's (Meng et al. 2022), the solve that joins them
+The instruction conditions the hypernetwork instead of being prepended to the request, so that an edit holds with or
+without it. Values are MEND's (Mitchell et al. 2022), keys ROME's (Meng et al. 2022), and the solve that joins them is
 MALMEN's (Tan et al. 2024) with a prior over keys.
 """
 
@@ -25,18 +25,18 @@ from instructedit.lm.own_text import text_for
 from instructedit.lm.tokens import TokenBatch, rows_of
 from instructedit.rows import take_rows
 
-#: Where the weights λ₀ of the prior and λ₁ of the identity start, as shares of a key's squared size.
+#: Initial weights λ₀ of the prior and λ₁ of the identity, as shares of a key's squared size.
 PRIOR, IDENTITY = 1.0, 0.1
 
 
 class Condition(nn.Module):
-    """What an instruction adds to the scales and shifts of residual layers (FiLM; Perez et al. 2018); nothing at first.
+    """Terms that an instruction adds to scales and shifts of residual layers (FiLM; Perez et al. 2018), zero at first.
 
     Args:
         size_in: Width of the instruction's state.
-        rank: Width between the two.
+        rank: Width of the bottleneck.
         sizes: Width of each group's layers.
-        layers: How many each has.
+        layers: Number of layers in each group.
     """
 
     def __init__(self, size_in: int, rank: int, sizes: Sequence[int], layers: int) -> None:
@@ -46,7 +46,7 @@ class Condition(nn.Module):
         self.up = nn.ParameterList(torch.zeros(rank, math.prod(shape)) for shape in self.shapes)
 
     def forward(self, states: Tensor) -> list[Tensor]:
-        """States of instructions [n, size_in] → for each group [layers, 2, n, size]."""
+        """Maps states of instructions [n, size_in] to the terms of each group, [layers, 2, n, size]."""
         inner = states @ self.down
         parts = [(inner @ up).view(len(states), *shape) for up, shape in zip(self.up, self.shapes, strict=True)]
         return [part.permute(1, 2, 0, 3) for part in parts]
@@ -54,25 +54,25 @@ class Condition(nn.Module):
 
 @options
 class RidgeEdit(Mend):
-    """Makes ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ of a request's keys K, and values V that a hypernetwork reads off δ.
+    """Solves ΔW = V (I + Kᵀ C⁻¹ K)⁻¹ Kᵀ C⁻¹ for a request's keys K, and values V from a hypernetwork.
 
-    With C = λ₀ E[u uᵀ] + λ₁ I and v_t = −α (norm(u_t)ᵀ ũ_t / in) δ̃_t. A second step edits the edited model once more,
-    by what is left of the gradient and a smaller network. The first step reads the request without its instruction,
-    which scales and shifts the hypernetwork's layers instead.
+    C = λ₀ E[u uᵀ] + λ₁ I and v_t = −α (norm(u_t)ᵀ ũ_t / in) δ̃_t. A second step edits the edited model once more, from
+    the remaining gradient and by a smaller network. The first step reads the request without its instruction, which
+    scales and shifts the hypernetwork's layers instead.
 
     Args:
         steps: 1, or 2 with the second step.
-        second_rank: Of the second step's layers.
-        second_reads: What the second step's gradient is of: the ``plain`` request, or ``both``, the request behind
-            its instruction too.
-        ridge: Solve for the update; else it is MEND's Σ_t −α δ̃_t ũ_tᵀ.
-        film_rank: Width through which an instruction conditions the layers; 0 leaves instructions unread.
-        ends: Teach the model to end its text behind a target.
-        together: So many requests of a training batch are made one edit, which all of them and their locality are asked
-            under: what an edit for many requests, or one after many, needs. A batch that it does not divide is edited
-            request by request.
-        text: What E[u uᵀ] is of, see ROME's option.
-        tokens: So many tokens of it.
+        second_rank: Rank of the second step's layers.
+        second_reads: Text for the second step's gradient: the ``plain`` request, or ``both``, that and the request
+            after its instruction.
+        ridge: Solve for the update; otherwise it is MEND's Σ_t −α δ̃_t ũ_tᵀ.
+        film_rank: Width through which an instruction conditions the layers; 0 ignores instructions.
+        ends: Teach the model to end its text after a target.
+        together: Number of requests in a training batch that share one edit, under which all of them and their
+            locality probes are scored: training for joint edits and for sequences of edits. A batch size that it does
+            not divide gives each request its own edit.
+        text: Text for E[u uᵀ], see ROME's option.
+        tokens: Number of tokens of this text.
     """
 
     name: ClassVar[str] = "ridge_edit"
@@ -116,9 +116,9 @@ class RidgeEdit(Mend):
         self.log_alpha_second.fill_(math.log(rate))
 
     def compute_edit(self, batch: RequestBatch) -> Any:
-        """N requests → n edits (`LowRankEdit`); with two steps their factors stand one behind the other.
+        """Computes n edits for n requests (`LowRankEdit`); with two steps their factors are concatenated.
 
-        In training request i has the i mod (n / together)-th of n / together edits.
+        In training there are n / together edits, and request i has the one of index i mod (n / together).
         """
         count = len(batch)
         if not self.training or count % self.together:
@@ -128,11 +128,11 @@ class RidgeEdit(Mend):
         return made if edits in (1, count) else made[[i % edits for i in range(count)]]
 
     def compute_joint_edit(self, batch: RequestBatch) -> Edit:
-        """N requests → the one ridge solution for the keys of all of them."""
+        """Computes one ridge solution for the keys of all n requests."""
         return self._made(batch, 1)[0]
 
     def begin_sequence(self) -> Any:
-        """C⁻¹ of each site, before any edit; nothing without ridge."""
+        """Returns C⁻¹ of each site before any edit; an empty state without ridge."""
         if not self.ridge:
             return {}
         weights = self.log_ridge.detach().float()
@@ -143,14 +143,14 @@ class RidgeEdit(Mend):
         return found
 
     def make_next(self, batch: RequestBatch, state: Any) -> tuple[Edit, Any]:
-        """Solves with the keys of all edits before in C: what is edited leaves them as they are."""
+        """Computes the next edit with the keys of all earlier edits in C, so that it preserves these edits."""
         edit, keys = self._made(batch, 1, state)
         return edit, {name: past.and_these(keys[name][0].detach()) for name, past in state.items()}
 
     def _made(
         self, batch: RequestBatch, edits: int, past: Mapping[str, PastKeys] | None = None
     ) -> tuple[LowRankEdit, dict[str, Tensor]]:
-        """Makes edits of a batch, one for each request or one for all; beside them the keys of the last step."""
+        """Computes `edits` edits for a batch, one per request or shared, and returns the keys of the last step too."""
         states = self._instruction_states(batch)
         made: LowRankEdit | None = None
         for step in range(self.steps):
@@ -171,7 +171,7 @@ class RidgeEdit(Mend):
         return made, keys
 
     def _readings(self, batch: RequestBatch) -> TokenBatch:
-        """What the second step's gradient is of: request i is row i, and where it is read twice also row n + i."""
+        """Returns the rows for the second step's gradient: request i is row i, and if read twice also row n + i."""
         if self.second_reads == "plain" or not any(batch.instructions):
             return batch.tokens
         pairs = zip(batch.instructions, batch.requests, strict=True)
@@ -183,10 +183,10 @@ class RidgeEdit(Mend):
     def _values(
         self, step: int, films: Sequence[Tensor | None], group: int, tokens: SiteTokens
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a group's tokens; without ridge MEND's pseudo-(ũ, −α δ̃)."""
+        """Computes keys and values of a group's tokens; without ridge MEND's pseudo-(ũ, −α δ̃)."""
         network: Any = self.networks[group]
         norms = (network.norm_u, network.norm_delta)
-        # What is left after the first step is measured by the first step's statistics: less is left, less is changed.
+        # The second step uses the first one's statistics: the less gradient remains, the less it changes.
         u, delta = (
             norm(x) if step == 0 else norm.standardised(x)
             for norm, x in zip(norms, (tokens.u, tokens.delta), strict=True)
@@ -202,14 +202,14 @@ class RidgeEdit(Mend):
         return tokens.u, -alpha * (u * new_u).mean(-1, keepdim=True) * new_delta
 
     def prior(self, site: str) -> PriorKeys:
-        """The prior over the keys of a site."""
+        """Returns the prior over the keys of a site, computed on first use."""
         if not self._priors:
             moments = covariances(self.lm, self.names, self.text, self.tokens)
             self._priors = {name: PriorKeys(moment.to(self.lm.device)) for name, moment in moments.items()}
         return self._priors[site]
 
     def _solved(self, site: str, keys: Tensor, values: Tensor, past: Mapping[str, PastKeys] | None) -> Factors:
-        """The ridge solutions at a site, as factors."""
+        """Solves the ridge regressions at a site and returns them as factors."""
         if past is None:
             solved = self.prior(site).solve(keys, self.log_ridge[self.names.index(site)])
         else:
@@ -218,7 +218,7 @@ class RidgeEdit(Mend):
 
     @torch.no_grad()
     def _instruction_states(self, batch: RequestBatch) -> Tensor:
-        """What the frozen LM makes of each request's instruction, [n, 2 · hidden]; zeros where there is none."""
+        """Computes the frozen LM's states of each request's instruction, [n, 2 · hidden]; zeros if it has none."""
         states = torch.zeros(len(batch), 2 * self.lm.applied.sites.width, device=self.lm.device)
         if not self.film_rank or not (different := sorted({text for text in batch.instructions if text})):
             return states
@@ -236,6 +236,6 @@ class RidgeEdit(Mend):
 
 
 def _gathered(factors: Factors, edits: int) -> Factors:
-    """Puts factors of the rows that an edit serves one behind the other, [rows, rank, …] → [edits, more, …]."""
+    """Concatenates the factors of all rows that share an edit, [rows, rank, …] → [edits, more, …]."""
     a, b = (f.unflatten(0, (-1, edits)).transpose(0, 1).flatten(1, 2) for f in factors)
     return Factors(a, b)

@@ -1,4 +1,4 @@
-"""ROME: one fact as a rank-one insertion into one MLP (Meng et al. 2022)."""
+"""ROME: an edit of one fact as a rank-one update of one MLP (Meng et al. 2022)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from instructedit.errors import UserError
 
 @options
 class Rome(KeyValueEditor):
-    """W + Λ (C⁻¹ k)ᵀ with Λ = (v* − W k)/((C⁻¹ k)ᵀ k): the edited layer maps the fact's key to its value (equation 2).
+    """ROME's rank-one update, by which one layer maps the fact's key k to its value v* (equation 2).
 
-    Defaults: GPT2-XL's of Meng et al.: block 17 of 48, 20 steps of Adam at 0.5, weight decay 0.5, clamp 4, KL 0.0625,
-    keys over 20 random contexts. Second moments are of 100,000 texts of Wikipedia there.
+    The new weight is W + Λ (C⁻¹ k)ᵀ with Λ = (v* − W k)/((C⁻¹ k)ᵀ k).
+
+    Defaults: those of Meng et al. for GPT2-XL: block 17 of 48, 20 steps of Adam at 0.5, weight decay 0.5, clamp 4, KL
+    0.0625, keys over 20 random contexts. Their covariance is of 100,000 texts of Wikipedia.
     """
 
     name: ClassVar[str] = "rome"

@@ -1,4 +1,4 @@
-"""Reads saved editors: plain values and tensors, checked, and the model that they fit; nothing is imported for it."""
+"""Reads and writes saved editors as checked plain values and tensors, without importing the code of any method."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 
 _PREFIX = "editor."
-_PARTS = ("state_dict", "optimizer_states")  # of a checkpoint, that hold tensors
+_PARTS = ("state_dict", "optimizer_states")  # the parts of a checkpoint that hold tensors
 
 
 class SavedEditor(NamedTuple):
-    """A trained editor as it lies on disk.
+    """The contents of a trained editor on disk.
 
     Attributes:
-        name: The method's name, or in a checkpoint the name of its class (its module is not looked at).
+        name: The method's name, or in a checkpoint the name of its class (the class's module is ignored).
         options: The constructor's arguments.
         weights: Name → tensor.
-        made_for: What `made_for` said of the model; what an older version saved may lack any of it.
-        parts: What else a checkpoint holds.
+        made_for: Description of the model from `made_for`; entries may be missing if an older version saved it.
+        parts: Names of everything in a checkpoint; empty for a folder.
     """
 
     name: str
@@ -39,21 +39,21 @@ class SavedEditor(NamedTuple):
 
 
 def made_for(lm: FrozenLM, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
-    """What an editor's weights fit: the model's name, its tokenizer, and site → [in, out]."""
+    """Describes the model that an editor's weights fit: its name, its tokenizer, and site → [in, out]."""
     text = lm.text
     return {"lm": lm.name, "sites": dict(shapes), "tokenizer": text.fingerprint, "tokens": len(text.tokenizer)}
 
 
 def check_made_for(saved: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
-    """Makes sure that an editor fits a model.
+    """Checks that an editor fits a model.
 
     Args:
-        saved: What `made_for` said when the editor was saved.
-        own: What it says of the model at hand.
-        source: Where the editor is.
+        saved: Result of `made_for` when the editor was saved.
+        own: Result of `made_for` for the current model.
+        source: Source of the editor, for errors.
 
     Raises:
-        UserError: If the model has another tokenizer, or its edited layers other names or sizes.
+        UserError: If the model has another tokenizer, or its edited layers have other names or sizes.
     """
     trained = f"{source}: this editor was trained for {saved.get('lm', 'another model')}"
     if saved.get("tokenizer", own["tokenizer"]) != own["tokenizer"]:
@@ -72,19 +72,19 @@ def _size(shape: list[int] | None) -> str:
 
 
 def read_editor(place: Path) -> SavedEditor:
-    """Reads a folder that `Editor.save_pretrained` wrote, or a checkpoint of a run.
+    """Reads an editor from a folder that `Editor.save_pretrained` wrote, or from a checkpoint of a run.
 
     Raises:
-        UserError: If it is damaged, or something else.
+        UserError: If it is damaged, or not an editor.
     """
     return read_checkpoint(place) if place.is_file() else read_folder(place)
 
 
 def read_folder(folder: Path) -> SavedEditor:
-    """Reads what `Editor.save_pretrained` wrote.
+    """Reads an editor from a folder that `Editor.save_pretrained` wrote.
 
     Raises:
-        UserError: If the folder holds none, or a damaged one: not what was saved, or with NaN or infinities.
+        UserError: If the folder holds none, or a damaged one: one that has changed, or contains NaN or infinities.
     """
     try:
         card = json.loads((folder / CONFIG).read_text())
@@ -98,7 +98,7 @@ def read_folder(folder: Path) -> SavedEditor:
 
 
 def write_folder(folder: Path, saved: SavedEditor, card: str) -> None:
-    """Writes what `read_folder` reads, and a model card beside it."""
+    """Writes an editor to a folder for `read_folder`, with a model card."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in saved.weights.items()}, folder / WEIGHTS)
     facts = {"editor": saved.name, "options": saved.options, **saved.made_for}
@@ -108,7 +108,7 @@ def write_folder(folder: Path, saved: SavedEditor, card: str) -> None:
 
 
 def upload(repo_id: str, private: bool, write: Callable[[str], None]) -> None:
-    """Makes a repository of the hub where there is none, and uploads the folder that `write` fills."""
+    """Uploads the folder that `write` fills to a repository of the hub, which is created if necessary."""
     import tempfile
 
     from huggingface_hub import HfApi
@@ -121,10 +121,10 @@ def upload(repo_id: str, private: bool, write: Callable[[str], None]) -> None:
 
 
 def read_checkpoint(file: Path) -> SavedEditor:
-    """Reads the editor of a checkpoint that a fit wrote.
+    """Reads an editor from a checkpoint that `fit` wrote.
 
     Raises:
-        UserError: If it is no checkpoint of an editor, or a damaged one.
+        UserError: If it is not a checkpoint of an editor, or is damaged.
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -149,7 +149,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], where: str) -> None:
     """Refuses a damaged checkpoint.
 
     Raises:
-        UserError: If it is not what was saved, or tensors in it are not finite.
+        UserError: If it has changed since it was saved, or contains tensors that are not finite.
     """
     expected = checkpoint.get(CHECKSUM) or {}
     for part in _PARTS:
@@ -159,7 +159,7 @@ def check_checkpoint(checkpoint: Mapping[str, Any], where: str) -> None:
 
 
 def _tensors(part: Any) -> dict[str, Tensor]:
-    """The tensors in a part of a checkpoint, by their places."""
+    """Collects the tensors in a part of a checkpoint, by their paths in it."""
     found: dict[str, Tensor] = {}
     todo = [("", part)]
     while todo:

@@ -1,6 +1,6 @@
-"""The scales that a model's layers work at, from which step sizes and radii are derived.
+"""The sizes of layers' inputs, outputs and weights, from which learning rates and radii are derived.
 
-What layers give differs by factors of a hundred between models, so that no fixed learning rate or radius fits two.
+Layers' outputs differ by factors of a hundred between models, so that no fixed learning rate or radius suits them all.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ NEUTRAL_PROMPTS = (
     "During the long winter of that year", "The instrument that she plays is",
 )  # fmt: skip
 
-#: Vectors of noise that the size of weights is found by.
+#: Number of noise vectors by which the size of weights is measured.
 _DRAWS = 256
 
 
 class LayerScale(NamedTuple):
-    """How large things are at a layer, over the last tokens of unrelated prompts.
+    """Typical sizes of a layer's inputs and outputs, over the last tokens of unrelated prompts.
 
     Attributes:
-        inputs: Typical size of a coordinate of what the layer sees: root mean square of a vector, median of vectors.
-        outputs: The same of what the layer gives.
-        distance: Median Euclidean distance between what the layer sees at two of the prompts.
+        inputs: Typical size of an input coordinate: root mean square within a vector, median over vectors.
+        outputs: Typical size of an output coordinate, measured likewise.
+        distance: Median Euclidean distance between the layer's inputs at two of the prompts.
     """
 
     inputs: float
@@ -42,7 +42,7 @@ class LayerScale(NamedTuple):
 
 
 def layer_scale(lm: FrozenLM, layer: str) -> LayerScale:
-    """Measures a layer's scale on some neutral prompts; the same whatever is edited.
+    """Measures a layer's scale on some neutral prompts, independently of what is edited.
 
     Args:
         lm: The unedited model.
@@ -57,7 +57,7 @@ def layer_scale(lm: FrozenLM, layer: str) -> LayerScale:
 
 @torch.no_grad()
 def weight_size(lm: FrozenLM, site: Site) -> float:
-    """Root mean square of a site's weights to a few per cent, however they are stored: from what noise becomes."""
+    """Estimates the root mean square of a site's weights, in any storage format, from noise, to a few per cent."""
     layer = lm.model.get_submodule(site.name)
     noise = torch.randn(_DRAWS, site.in_features, generator=torch.Generator().manual_seed(0))
     noise = noise.to(lm.device, lm.model.dtype)

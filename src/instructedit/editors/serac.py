@@ -20,12 +20,12 @@ from instructedit.lm import TokenBatch
 
 @options
 class Serac(Editor):
-    """Prompts in scope of an edit go to a counterfactual model that reads the edit first; all others to the LM itself.
+    """Routes prompts in an edit's scope to a counterfactual model that reads the edit first, all others to the LM.
 
     The paper's two models are pretrained ones beside the LM (distilBERT; T5-small or a small chat model). Here both are
-    made of the LM, so that nothing needs to be downloaded: the scope classifier is the paper's embedding kind, a
-    learned distance between hidden states of the edit's prompt and of the question; the counterfactual model is the LM
-    behind the edit's words with a trained low-rank adapter.
+    derived from the LM, so that nothing needs to be downloaded: the scope classifier is of the paper's embedding kind,
+    a learned distance between hidden states of the edit's prompt and of the question; the counterfactual model is the
+    LM with a trained low-rank adapter, which reads the edit's text before the prompt.
 
     Both are trained by `fit`: binary cross-entropy for the scope (a request's in-scope probes against its locality
     probes and all probes of the batch's other requests), and the edit loss of the counterfactual model on in-scope
@@ -33,8 +33,8 @@ class Serac(Editor):
 
     Args:
         embedding: Size of the classifier's embeddings.
-        rank: Of the counterfactual model's adapter.
-        scope_block: Share of the LM's blocks below the hidden states that the classifier reads.
+        rank: Rank of the counterfactual model's adapter.
+        scope_block: Share of the LM's blocks that lie below the hidden states read by the classifier.
         blocks: Blocks that the adapter changes, negative from the top; None means all.
     """
 
@@ -49,7 +49,7 @@ class Serac(Editor):
     blocks: Sequence[int] | None = None
 
     def build(self) -> None:
-        """The adapter's factors (which start as no change), and the classifier's projection, scale and bias."""
+        """Builds the adapter's factors (initially no change), and the classifier's projection, scale and bias."""
         size = 2 * self.lm.applied.sites.width
         self.inputs = nn.ParameterList(torch.randn(self.rank, s.in_features) * s.in_features**-0.5 for s in self.sites)
         self.outputs = nn.ParameterList(torch.zeros(self.rank, s.out_features) for s in self.sites)
@@ -59,11 +59,11 @@ class Serac(Editor):
 
     @property
     def block(self) -> int:
-        """Whose input the classifier reads."""
+        """The block whose input the classifier reads."""
         return int(self.scope_block * len(self.lm.forward.blocks))
 
     def compute_edit(self, batch: RequestBatch) -> ContextEdit:
-        """A memory of one edit for each request."""
+        """Computes a memory of one entry for each request."""
         rows = [self.lm.token_ids(told(self.lm.text, request)) for request in batch.requests]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         lengths = torch.tensor([[len(row)] for row in rows])
@@ -78,7 +78,7 @@ class Serac(Editor):
         return Gate(keys.unsqueeze(1), self.projection, self.bias, self.log_scale.exp(), block)
 
     def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
-        """c_edit · edit loss of the counterfactual model + c_loc · cross-entropy of the classifier."""
+        """Computes c_edit · edit loss of the counterfactual model + c_loc · cross-entropy of the classifier."""
         edit = self.compute_edit(batch.requests)
         counterfactual = scope_loss(self.lm, edit.ungated(), batch.in_scope, len(batch), weight=weights.unlikelihood)
         scope, right = self._scope(batch, edit)
@@ -86,12 +86,12 @@ class Serac(Editor):
         return {"loss": loss, "edit_loss": counterfactual, "scope_loss": scope, "scope_accuracy": right}
 
     def _scope(self, batch: EditBatch, edit: ContextEdit) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and accuracy of telling each request's own in-scope probes from all others.
+        """Computes cross-entropy and accuracy of separating each request's own in-scope probes from all others.
 
-        Both sorts count half, however many there are. Probes of another request of the same wording are left out.
+        The two classes have equal weight. Another request's probes that have the request's own wording are left out.
         """
         gate = edit.joined().gate  # every probe against every request
-        assert gate is not None  # of make
+        assert gate is not None  # set by compute_edit
         probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
         queries = torch.cat([self.lm.context.scope_embedding(part.tokens, self.block) for part in probes])
         request_index = torch.cat([part.request_index for part in probes])
@@ -112,5 +112,5 @@ class Serac(Editor):
 
 
 def _wordings(tokens: TokenBatch) -> list[list[int]]:
-    """The token ids of each row's prompt."""
+    """Returns the token ids of each row's prompt."""
     return tokens.prompts().unpadded()

@@ -1,4 +1,4 @@
-"""Where a trained editor is: which file a folder, a run, or a hub id means."""
+"""Locates trained editors: the file that a folder, a run or a hub id refers to."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from pathlib import Path
 from instructedit.errors import UserError
 
 CONFIG, WEIGHTS = "editor.json", "editor.safetensors"
-#: Means the trained editor whose run ended last.
+#: Refers to the trained editor whose run ended last.
 LATEST = "latest"
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-_LISTED = 5  # runs that an error lists
+_LISTED = 5  # most runs that an error lists
 
 
 def find_editor(source: str | Path, root: str | Path = "mlruns") -> Path:
-    """The saved editor or the checkpoint that a source means.
+    """Finds the saved editor or the checkpoint that a source refers to.
 
     Args:
-        source: A folder that `Editor.save_pretrained` wrote, a checkpoint (``.ckpt``), a folder that holds some (a
-            run's: the latest counts), the id of a run, its name where only one finished run with checkpoints has it,
-            ``latest`` (the finished run with checkpoints that ended last), or a hub id ``owner/name``.
-        root: Folder of the store that runs are looked up in.
+        source: A folder that `Editor.save_pretrained` wrote, a checkpoint (``.ckpt``), a folder that
+            contains some, such as a run's (the latest is taken), the id of a run, a name that only one finished run
+            with checkpoints has, ``latest`` (the one of these that ended last), or a hub id ``owner/name``.
+        root: Folder of the store in which runs are looked up.
 
     Returns:
         A folder with ``editor.json``, or a checkpoint file.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no such editor.
     """
     path = Path(source).expanduser()
     if not path.exists():
@@ -43,26 +43,26 @@ def find_editor(source: str | Path, root: str | Path = "mlruns") -> Path:
 
 
 def check_run_id(run_id: str | None) -> None:
-    """Refuses what cannot be the id of a run.
+    """Raises an error if a string cannot be the id of a run.
 
     Raises:
-        UserError: If it is none.
+        UserError: If it is not an id.
     """
     if run_id is not None and not _RUN_ID.fullmatch(run_id):
         raise UserError(f"run_id {run_id!r}: not the id of a run, which has 32 hexadecimal digits")
 
 
 def is_place(source: str, root: str | Path = "mlruns") -> bool:
-    """Whether a word means a file, a folder, a run or a hub id, rather than a method by its name.
+    """True if a word refers to a file, a folder, a run or a hub id, rather than to a method by its name.
 
     Raises:
-        UserError: If it is a run's id, or ``latest``, and there is no such run; or the name of several runs.
+        UserError: If it is a run's id, or ``latest``, and there is no such run; or if it is the name of several runs.
     """
     return Path(source).expanduser().exists() or "/" in source or _run(source, Path(root)) is not None
 
 
 def _run(source: str, root: Path) -> Path | None:
-    """The folder of a run's checkpoints, <root>/<experiment>/<run>, if the source is its id or name, or ``latest``."""
+    """Returns a run's folder, <root>/<experiment>/<run>, if the source is its id or name, or ``latest``; else None."""
     if _RUN_ID.fullmatch(source):
         if not (found := _folders(source, root)):
             raise UserError(f"{source}: no run in {root} with checkpoints has this id")
@@ -71,7 +71,7 @@ def _run(source: str, root: Path) -> Path | None:
         if source == LATEST:
             raise UserError(f"{LATEST}: there is no store of runs at {root}")
         return None
-    from instructedit.tracking import finished_runs  # after the words that need no store: it takes seconds
+    from instructedit.tracking import finished_runs  # only where the store is needed: the import takes seconds
 
     fits = [(name, folders[0]) for run, name in finished_runs(root) if (folders := _folders(run, root))]
     if source == LATEST:
@@ -86,7 +86,7 @@ def _run(source: str, root: Path) -> Path | None:
 
 
 def _folders(run: str, root: Path) -> list[Path]:
-    """Where a run's checkpoints are."""
+    """Returns a run's folders that contain checkpoints."""
     return [folder for folder in root.expanduser().glob(f"*/{run}") if any(folder.rglob("*.ckpt"))]
 
 

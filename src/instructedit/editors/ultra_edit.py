@@ -21,45 +21,45 @@ from instructedit.lm import LayerGradients
 
 
 class KeyNorms(NamedTuple):
-    """What keys h and gradients ∇ are standardised by at the layers of one shape."""
+    """The normalisers of keys h and gradients ∇ for all layers of one shape."""
 
     keys: RunningNorm
     gradients: RunningNorm
 
 
-#: The statistics of a sequence of edits: shape of a site → its norms.
+#: The statistics of a sequence of edits: shape of a site → its normalisers.
 Norms = Mapping[tuple[int, int], KeyNorms]
 
 
 @options
 class UltraEdit(Editor):
-    """ΔW = V Hᵀ (H Hᵀ + I)⁻¹ of a request's keys H, and values v_t = −η ‖h̃_t‖² ∇̃_t of its gradients (no training).
+    """Solves ΔW = V Hᵀ (H Hᵀ + I)⁻¹ for keys H and values v_t = −η ‖h̃_t‖² ∇̃_t from gradients, without training.
 
-    h_t is what the layer sees at token t, ∇_t the gradient of the edit loss with respect to what it gives; the tilde
-    standardises them by a running mean and deviation (the paper's lifelong normalisation), for all layers of one
-    shape together. Each edit of a sequence adds its own tokens to these statistics before it is made. Tokens that the
-    edit loss does not depend on take no part.
+    h_t is the layer's input at token t, ∇_t the gradient of the edit loss with respect to its output; the tilde
+    denotes standardisation by a running mean and deviation (the paper's lifelong normalisation), shared by all layers
+    of one shape. Each edit of a sequence adds its own tokens to these statistics before it is computed. Tokens that
+    the edit loss does not depend on are ignored.
 
-    The original's statistics start with its first batch, a hundred edits; one edit alone would have none to speak of.
+    The original's statistics start with its first batch of a hundred edits; a single edit would have too few tokens.
     Here they start with the tokens of some neutral prompts, each corrected to the last word of the next one. n
     separate edits are n first edits; ``editor.edit(requests, together=True)`` and each step of a sequence add the
     tokens of all their requests, and solve for all of them at once.
 
-    The paper's code has η = 1e-6 for models of 7B; how far a value moves what a layer gives is then left to the
-    model. ``auto`` gives each site the η with which a typical token (‖h̃‖² = in, ∇̃ = 1) moves what it gives by a
-    share of its typical size.
+    The paper's code has η = 1e-6 for models of 7B, so that the effect of a value on a layer's output depends on the
+    model. ``auto`` gives each site the η with which a typical token (‖h̃‖² = in, ∇̃ = 1) changes its output by a share
+    of the output's typical size.
 
-    Defaults: blocks 18 to 26 of 28, the inputs of gated feed-forward layers, the output of plain ones (the authors'
-    configs for Qwen2.5-7B and GPT-J).
+    Defaults: blocks 18 to 26 of 28, the input projections of gated feed-forward layers, the output projection of plain
+    ones (the authors' configs for Qwen2.5-7B and GPT-J).
 
     Args:
         rate: η, or ``auto``.
-        blocks: Blocks that are edited, negative from the top; None means as far up as in the paper.
+        blocks: Blocks that are edited, negative from the top; None means the paper's, scaled to the model's depth.
     """
 
     name: ClassVar[str] = "ultra_edit"
     PAPER_BLOCKS = (tuple(range(18, 27)), 28)
-    #: What ``auto`` is as a share of what a layer gives. Of eight training records each of CounterFact and ZsRE,
+    #: The share of an output's size that ``auto`` stands for. On eight training records each of CounterFact and ZsRE,
     #: SmolLM2-135M then scores 94 and 87 in Reliability, 93 and 85 in Generalization, 34 and 88 in Locality (tokens).
     AUTO_RATE = 0.1
 
@@ -67,7 +67,7 @@ class UltraEdit(Editor):
     blocks: Sequence[int] | None = None
 
     def build(self) -> None:
-        """Keeps the layers of the method's own kind.
+        """Checks the rate, and keeps the kind of layers that the method edits.
 
         Raises:
             UserError: If η is not above zero.
@@ -87,24 +87,24 @@ class UltraEdit(Editor):
         return [site.name for site in self.sites]
 
     def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
-        """N first edits."""
+        """Computes n separate edits, each as the first of a sequence."""
         seen, first = self._tokens(self.lm.capture(batch.tokens, self.names)), self._first_norms()
         return stack([self._solved({n: rows[i] for n, rows in seen.items()}, first)[0] for i in range(len(batch))])
 
     def compute_joint_edit(self, batch: RequestBatch) -> LowRankEdit:
-        """One first edit that serves all requests."""
+        """Computes one edit that serves all requests, as the first of a sequence."""
         return self.make_next(batch, self.begin_sequence())[0]
 
     def begin_sequence(self) -> Norms:
-        """The statistics before the first edit."""
+        """Returns the statistics before the first edit."""
         return self._first_norms()
 
     def make_next(self, batch: RequestBatch, state: Norms) -> tuple[LowRankEdit, Norms]:
-        """The next edit of a sequence, by the statistics of all edits so far.
+        """Computes the next edit of a sequence, with the statistics of all edits so far.
 
         Args:
-            batch: N requests; the model has the earlier edits on.
-            state: What `begin_sequence` or the last call gave.
+            batch: N requests; the earlier edits are applied to the model.
+            state: Returned by `begin_sequence` or the previous call.
 
         Returns:
             One edit for all of them, and the state for the next call.
@@ -113,7 +113,7 @@ class UltraEdit(Editor):
         return self._solved({name: _all_tokens(rows) for name, rows in seen.items()}, state)
 
     def _tokens(self, captured: LayerGradients) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Tokens that each request's loss depends on: site → for each request h [tokens, in] and ∇ [tokens, out]."""
+        """Selects the tokens that the loss depends on: site → for each request h [tokens, in] and ∇ [tokens, out]."""
         found: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name in self.names:
             rows = zip(captured.u[name].float(), captured.delta[name].float(), strict=True)
@@ -121,7 +121,7 @@ class UltraEdit(Editor):
         return found
 
     def _solved(self, tokens: Mapping[str, tuple[Tensor, Tensor]], before: Norms) -> tuple[LowRankEdit, Norms]:
-        """One edit of the tokens at each site, and the statistics with them."""
+        """Solves for one edit from the tokens at each site; returns it with the updated statistics."""
         norms = self._with_tokens(before, tokens)
         factors: dict[str, Factors] = {}
         for site in self.sites:
@@ -140,7 +140,7 @@ class UltraEdit(Editor):
         return norms
 
     def _first_norms(self) -> Norms:
-        """The statistics before the first edit, found on first use."""
+        """Returns the statistics before the first edit, computed on first use."""
         if not self._first:
             words = [prompt.rstrip(",").rsplit(" ", 1)[-1] for prompt in NEUTRAL_PROMPTS]
             batch = self.lm.encode(list(zip(NEUTRAL_PROMPTS, words[1:] + words[:1], strict=True)))
@@ -151,7 +151,7 @@ class UltraEdit(Editor):
         return self._first
 
     def _rate(self, name: str) -> float:
-        """η at a site."""
+        """Returns η at a site."""
         if self.rate != AUTO:
             return float(self.rate)
         if not self._rates:
@@ -163,7 +163,7 @@ class UltraEdit(Editor):
 
 
 def least_squares(keys: Tensor, values: Tensor) -> Factors:
-    """The ΔW with the least Σ_t ‖ΔW h_t − v_t‖² + ‖ΔW‖², as factors of rank min(tokens, in).
+    """Finds the ΔW that minimises Σ_t ‖ΔW h_t − v_t‖² + ‖ΔW‖², as factors of rank min(tokens, in).
 
     Args:
         keys: h of each token, [tokens, in].
@@ -178,6 +178,6 @@ def least_squares(keys: Tensor, values: Tensor) -> Factors:
 
 
 def _all_tokens(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Those of all requests, one behind the other."""
+    """Concatenates keys and gradients of all requests."""
     keys, gradients = zip(*rows, strict=True)
     return torch.cat(keys), torch.cat(gradients)

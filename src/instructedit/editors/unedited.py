@@ -1,4 +1,4 @@
-"""The model as it is: the row that every other is compared with."""
+"""The unedited model, a baseline for every method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from instructedit.edits import Edit, IdentityEdit
 
 
 class Unedited(Editor):
-    """Makes edits that change nothing."""
+    """Baseline whose edits change nothing."""
 
     name: ClassVar[str] = "unedited"
 

@@ -1,4 +1,4 @@
-"""What an edit is: values that change the outputs of a model's sites. Knows no model."""
+"""Edits: values that change the outputs of a model's sites, independent of any model."""
 
 from instructedit.edits.adding import add, to_dense
 from instructedit.edits.base import Edit, load_edit

@@ -1,4 +1,4 @@
-"""Putting edits together that were made one after another."""
+"""Adds edits that were made one after another."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from instructedit.errors import UserError
 
 
 def add(first: Edit | None, second: Edit) -> Edit:
-    """One edit that does what one edit does and then another.
+    """Returns one edit with the effect of one edit followed by another.
 
-    Changes of weights are summed. Factors stand side by side as long as they are smaller than the matrices that they
-    make, and are multiplied out after that, so that neither memory nor a forward pass grows with the number of edits.
+    Changes of weights are summed. Factors are concatenated as long as they are smaller than the matrices that they
+    represent, and multiplied out after that, so that memory and time do not grow with the number of edits.
 
     Args:
-        first: One edit; None is no edit.
-        second: Another.
+        first: One edit, or None for no edit.
+        second: Another edit.
 
     Raises:
-        UserError: If one of them is several edits, or the two are of sorts that cannot be put together.
+        UserError: If one of them holds several edits, or the two are of kinds that cannot be added.
     """
     if any(len(edit) != 1 for edit in (first, second) if edit is not None):
         raise UserError("several edits cannot be put together with another: choose edit[i], or use edit.joined()")
@@ -38,15 +38,15 @@ def add(first: Edit | None, second: Edit) -> Edit:
 
 
 def to_dense(edit: Edit) -> DenseEdit:
-    """A change of weights as matrices.
+    """Converts a change of weights to dense matrices.
 
     Raises:
-        UserError: If it is no change of weights.
+        UserError: If the edit is not a change of weights.
     """
     return edit if isinstance(edit, DenseEdit) else DenseEdit.of({site: edit.delta(site) for site in edit.sites})
 
 
 def _outgrown(edit: LowRankEdit) -> bool:
-    """True if the factors are no smaller than the matrices that they make."""
+    """True if the factors are no smaller than the matrices that they represent."""
     factors = sum(a.shape[1] * (a.shape[2] + b.shape[2]) for a, b in edit.factors.values())
     return factors >= sum(a.shape[2] * b.shape[2] for a, b in edit.factors.values())

@@ -1,4 +1,4 @@
-"""What an edit is: a value that holds n different edits and knows how each changes the output of a site."""
+"""The base of all kinds of edits: a value that holds n edits and computes how each changes a site's output."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from instructedit.registry import plugin
 from instructedit.renamed import Renamed
 
 META, TENSORS = "edit.json", "edit.safetensors"
-#: What sorts of edits are called in folders that earlier versions saved.
+#: Names of kinds of edits in folders saved by earlier versions → current names.
 _OLD_NAMES = {"nothing": "identity"}
 
 
 class Edit(ABC):
-    """n edits side by side, not yet applied to anything.
+    """A batch of n edits, not yet applied to any model.
 
-    A *site* is an edited linear layer, called by its module name. Each row of a batch has one of the n edits.
+    A *site* is an edited linear layer, identified by its module name. Each row of a batch uses one of the n edits.
 
     Attributes:
-        name: Registry name of this sort of edit; written into saved edits.
+        name: Registry name of this kind of edit; written into saved edits.
     """
 
     name: ClassVar[str] = ""
-    #: Whether the edits are changes of weights, which a model can hold for good.
+    #: Whether the edits are changes of weights, which can be merged into a model permanently.
     is_weights: ClassVar[bool] = False
-    #: Whether a site's output at a position depends on its input there alone, wherever in a row the position is.
+    #: Whether a site's output at a position depends only on its input there, and not on where the position is.
     positionwise: ClassVar[bool] = True
 
     @property
@@ -49,65 +49,65 @@ class Edit(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many edits."""
+        """Returns the number of edits."""
 
     @abstractmethod
     def __getitem__(self, index: int | slice | list[int]) -> Self:
-        """The chosen edits, in that order; an int gives an edit of length one."""
+        """Returns the chosen edits, in that order; an int gives an edit of length one."""
 
     @abstractmethod
     def joined(self) -> Self:
-        """One edit that does what all n do, for a model that should know them all."""
+        """Combines all n edits into one, for a model that should know them all."""
 
     def plus(self, other: Self) -> Self:
-        """One edit that does what this one does and then another of the same sort, each of length one.
+        """Returns one edit with the effect of this one followed by another of its kind, each of length one.
 
         Raises:
-            UserError: If edits of this sort cannot be put together.
+            UserError: If edits of this kind cannot be added.
         """
         raise UserError(f"edits of the sort {self.name!r} cannot be put together")
 
     @abstractmethod
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
-        """The output of a site with the edits on.
+        """Computes the output of a site with the edits applied.
 
         Args:
             site: Name of the layer.
-            inputs: What the layer saw, [rows, seq, in].
-            outputs: What the unedited layer gives, [rows, seq, out].
-            rows: Which edit each row has, [rows]; None: row i has edit i, or all rows the only one.
+            inputs: The layer's input, [rows, seq, in].
+            outputs: The unedited layer's output, [rows, seq, out].
+            rows: Index of each row's edit, [rows]; None: row i has edit i, or all rows have the only one.
 
         Returns:
             The edited output, [rows, seq, out].
         """
 
     def delta(self, site: str) -> Tensor:
-        """The dense change of the layer's weight, [n, out, in].
+        """Computes the dense change of the layer's weight, [n, out, in].
 
         Raises:
-            UserError: If this sort of edit is no change of weights.
+            UserError: If this kind of edit is not a change of weights.
         """
         raise UserError(f"an edit of the kind {self.name!r} is no change of weights; it can only be applied")
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to make the edit again."""
+        """Returns all tensors needed to rebuild the edit by `from_state`."""
 
     @classmethod
     @abstractmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
-        """The inverse of `state`."""
+        """Builds an edit from what `state` returned."""
 
     def map(self, change: Any) -> Self:
-        """The same edits with `change` applied to every tensor (a device, a dtype, detach)."""
+        """Returns the edits with `change` applied to every tensor, e.g. a move to a device, a cast or detach."""
         return self.from_state({name: change(tensor) for name, tensor in self.state().items()})
 
     def detach(self) -> Self:
-        """The same edits without gradients."""
+        """Returns the edits detached from the computation graph."""
         return self.map(Tensor.detach)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """The same edits on another device or in another dtype (integers keep theirs)."""
+        """Moves the edits to another device or casts them to another dtype (integers keep theirs)."""
 
         def moved(tensor: Tensor) -> Tensor:
             target = torch.empty(0, device=tensor.device).to(*args, **kwargs)
@@ -119,8 +119,8 @@ class Edit(ABC):
         """Writes the edits to a folder, for `load_edit`.
 
         Args:
-            folder: Made if need be.
-            meta: Plain facts to keep beside them, such as the base model.
+            folder: Created if necessary.
+            meta: Further facts to save with them, such as the base model.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def load_edit(folder: str | Path) -> Edit:
     """Reads edits that `Edit.save_pretrained` wrote.
 
     Raises:
-        UserError: If the folder holds none, or damaged ones: not what was saved, or with NaN or infinities.
+        UserError: If the folder holds none, or damaged ones: changed since they were saved, or with NaN or infinities.
     """
     folder = Path(folder)
     try:
@@ -156,10 +156,10 @@ def load_edit(folder: str | Path) -> Edit:
 
 
 def as_list(index: int | slice | list[int], count: int) -> list[int]:
-    """What an index of `Edit.__getitem__` chooses of `count` edits.
+    """Converts an index of `Edit.__getitem__` to a list of indices of `count` edits.
 
     Raises:
-        IndexError: Outside them, so that iteration ends.
+        IndexError: If it is out of range, so that iteration ends.
     """
     if isinstance(index, list):
         return index
@@ -168,12 +168,12 @@ def as_list(index: int | slice | list[int], count: int) -> list[int]:
 
 
 def nested(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The state of a part of an edit, whose tensors are called ``name:…`` in that of the whole."""
+    """Extracts the state of a part of an edit, whose tensors are named ``name:…`` in the state of the whole."""
     return {key.removeprefix(f"{name}:"): tensor for key, tensor in state.items() if key.startswith(f"{name}:")}
 
 
 def pad_to(tensor: Tensor, size: int, dim: int) -> Tensor:
-    """With zeros at the end of one dimension, up to `size`."""
+    """Pads one dimension with zeros at its end, up to `size`."""
     missing = size - tensor.shape[dim]
     if missing == 0:
         return tensor
@@ -183,5 +183,5 @@ def pad_to(tensor: Tensor, size: int, dim: int) -> Tensor:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what a product with another one behind it is computed: float16 ends at 65504, which inner products reach."""
+    """Returns the dtype for inner products: float32 for float16, whose maximum of 65504 they can exceed."""
     return torch.float32 if dtype == torch.float16 else dtype

@@ -1,4 +1,4 @@
-"""Checksums of saved tensors: a file that is damaged at rest is refused, not loaded."""
+"""Checksums of saved tensors, by which corrupt files are rejected instead of loaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ CHECKSUM = "sha256"
 
 
 def file_checksum(file: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
+    """Computes the SHA-256 (hex) of a file's bytes."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) of tensors: their names, dtypes, shapes and bytes, in the order of their names."""
+    """Computes the SHA-256 (hex) of tensors: their names, dtypes, shapes and bytes, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -31,16 +31,16 @@ def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_sound(tensors: Mapping[str, Tensor], found: str, expected: object, where: str) -> None:
-    """Refuses tensors that are not what was saved, or no numbers.
+    """Raises an error if tensors have changed since they were saved, or are not finite.
 
     Args:
-        tensors: What was read.
-        found: Checksum of what was read.
-        expected: Checksum that was saved with it; None in what older versions saved.
+        tensors: The tensors that were read.
+        found: Their checksum.
+        expected: The checksum that was saved with them; None if an older version saved none.
         where: The file or folder, for errors.
 
     Raises:
-        UserError: If the checksums differ, or a tensor holds NaN or infinities.
+        UserError: If the checksums differ, or a tensor contains NaN or infinities.
     """
     if expected is not None and found != expected:
         raise UserError(f"{where}: damaged: its tensors are not those that were saved (checksum)")

@@ -1,4 +1,4 @@
-"""A codebook beside a layer: what GRACE makes."""
+"""A codebook that replaces a layer's outputs near its keys: the edits of GRACE."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch.nn import functional as F  # noqa: N812
 from instructedit.edits.base import Edit, as_list
 from instructedit.errors import UserError
 
-#: Left between two balls that were split, so that neither holds the other's border.
+#: Gap between two balls that were split, so that neither contains the other's border.
 _GAP = 1e-5
-#: A widened ball reaches so much further: a look-up measures the distance anew, in bfloat16 with an error of its own.
+#: Relative margin of a widened ball: a look-up computes the distance again, with a rounding error in bfloat16.
 _ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
 class CodebookEdit(Edit):
-    """n codebooks of one layer: y = v_j where the nearest key k_j has ‖x − k_j‖₂ ≤ ε_j, else y = W x untouched.
+    """n codebooks of one layer: y = v_j if the nearest key k_j has ‖x − k_j‖₂ ≤ ε_j, otherwise y = W x unchanged.
 
-    Every position of a row is looked up on its own (causal; the same when the row is generated token by token), so
-    that an output outside all balls is the unedited layer's bit for bit.
+    Every position of a row is looked up separately (causal; the same if the row is generated token by token), so that
+    an output outside all balls equals the unedited layer's bit for bit.
 
     Attributes:
         site: Name of the layer.
@@ -52,16 +52,16 @@ class CodebookEdit(Edit):
         return type(self)(self.site, *(t[chosen] for t in (self.keys, self.values, self.radii, self.labels)))
 
     def joined(self) -> Self:
-        """One codebook of all entries, put in one after the other by GRACE's rules (its algorithm 1).
+        """Merges all entries into one codebook, one after the other by GRACE's rules (its algorithm 1).
 
-        A key outside all balls becomes a new entry. A key within reach of one with the same label only widens that
-        one's ball; with another label both balls shrink to half their distance. A key that is there already with
-        another label takes its place, so that the newer edit is heard.
+        A key outside all balls becomes a new entry. A key within reach of an entry with the same label only widens that
+        entry's ball; if the labels differ, both balls shrink to half their distance. A key that is already present
+        with another label replaces that entry, so that the newer edit takes effect.
         """
         return self._filled(0)
 
     def plus(self, other: Self) -> Self:
-        """This one's entries with another's put in by the rules of `joined`."""
+        """Adds another codebook's entries to this one's by the rules of `joined`."""
         if self.site != other.site:
             raise UserError(f"codebooks of {self.site} and of {other.site} do not go together")
         width = max(self.labels.shape[2], other.labels.shape[2])
@@ -71,10 +71,10 @@ class CodebookEdit(Edit):
         return both._filled(self.keys.shape[1])
 
     def _filled(self, first: int) -> Self:
-        """One codebook of all entries, of which the first ones are in it already."""
+        """Builds one codebook of all entries, adding them in order to the first `first`, which are in it already."""
         keys, radii, labels = self.keys.flatten(0, 1), self.radii.flatten().clone(), self.labels.flatten(0, 1)
         entries = (radii >= 0).nonzero().flatten().tolist()
-        book = [entry for entry in entries if entry < first]  # of all entries, those that are kept
+        book = [entry for entry in entries if entry < first]  # indices of the entries that are kept
         for new in entries[len(book) :]:
             if book:
                 distances = (keys[book] - keys[new]).norm(dim=-1)
@@ -84,7 +84,7 @@ class CodebookEdit(Edit):
                     if torch.equal(labels[near], labels[new]):
                         radii[near] = torch.maximum(radii[near], distance * (1 + _ROUNDING))
                         continue
-                    if distance <= _GAP:  # the same question asked again: the newer answer stands
+                    if distance <= _GAP:  # the same question again: the newer answer replaces the old one
                         book.remove(near)
                         book.append(new)
                         continue

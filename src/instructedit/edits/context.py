@@ -1,4 +1,4 @@
-"""Text that the model reads before a prompt: what in-context editing (IKE) and SERAC make."""
+"""Text that the model reads before a prompt: the edits of in-context editing (IKE), retrieval and SERAC."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from instructedit.errors import UserError
 
 @dataclass(frozen=True)
 class ContextEdit(PromptEdit):
-    """n edits that stand in front of the prompts, as tokens.
+    """n edits as contexts: tokens that are prepended to prompts.
 
-    No layer is changed: under one of them the model is shown each prompt behind its context, wherever prompts are known
-    as such (`FrozenLM.logits` and `FrozenLM.generate`).
+    No layer is changed (unless by `adapter`): the model reads each prompt after its edit's context, wherever prompts
+    are known as such (`FrozenLM.logits` and `FrozenLM.generate`).
 
     Attributes:
         ids: Token ids of the contexts, [n, contexts, tokens].
-        lengths: Tokens of each that count, [n, contexts]; 0 for none.
-        adapter: One change of weights with which the model reads prompts that have a context in front (SERAC's
-            counterfactual model); None leaves it as it is.
+        lengths: Number of tokens in each without padding, [n, contexts]; 0 where there is none.
+        adapter: One change of weights with which the model reads prompts that have a context (SERAC's counterfactual
+            model); None leaves the model unchanged.
         gate: Chooses for each prompt one of its edit's contexts or none; without it every prompt gets the only one.
     """
 
@@ -54,7 +54,7 @@ class ContextEdit(PromptEdit):
         return type(self)(self.ids[chosen], self.lengths[chosen], self.adapter, gate)
 
     def joined(self) -> Self:
-        """One edit with all contexts: behind a gate the one that fits the prompt, else all, one after the other."""
+        """Combines all contexts into one edit, whose gate chooses among them; without a gate they are concatenated."""
         if self.gate:
             ids, lengths = self.ids.flatten(0, 1)[None], self.lengths.flatten()[None]
             return type(self)(ids, lengths, self.adapter, self.gate.joined())
@@ -62,7 +62,7 @@ class ContextEdit(PromptEdit):
         return type(self)(every[None, None], torch.tensor([[len(every)]], device=every.device), self.adapter)
 
     def plus(self, other: Self) -> Self:
-        """The contexts of both; they are taken to share adapter and gate, but for the gate's keys."""
+        """Combines the contexts of both, which are assumed to share adapter and gate apart from the gate's keys."""
         width = max(self.ids.shape[2], other.ids.shape[2])
         padded = [F.pad(each.ids, (0, width - each.ids.shape[2])) for each in (self, other)]
         if self.gate and other.gate:
@@ -71,11 +71,11 @@ class ContextEdit(PromptEdit):
         return type(self)(torch.cat(padded), torch.cat([self.lengths, other.lengths]), self.adapter).joined()
 
     def ungated(self) -> Self:
-        """The same contexts and adapter for every prompt, whatever the gate says."""
+        """Returns the edits without their gate, so that contexts and adapter apply to every prompt."""
         return type(self)(self.ids, self.lengths, self.adapter)
 
     def contexts(self, chosen: Tensor) -> list[Tensor]:
-        """The token ids of the chosen contexts, each [tokens]."""
+        """Returns the token ids of the chosen contexts, each [tokens]."""
         ids, lengths = self.ids.flatten(0, 1), self.lengths.flatten().tolist()
         return [ids[i, : lengths[i]] for i in chosen.tolist()]
 
@@ -83,7 +83,7 @@ class ContextEdit(PromptEdit):
         return self.adapter, None
 
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
-        assert self.adapter is not None  # else there is no site
+        assert self.adapter is not None  # without an adapter there are no sites
         return self.adapter.change(site, inputs, outputs, None)
 
     def state(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Dense changes of linear layers: what fine-tuning makes."""
+"""Dense changes of linear layers: the edits of fine-tuning."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from instructedit.errors import UserError
 class DenseEdit(Edit):
     """n dense edits: y = W x + ΔW x.
 
-    Choosing edits copies no matrix: the chosen ones share what is stored.
+    Selecting edits copies no matrices: the selected ones share the stored matrices.
 
     Attributes:
         changes: Site → the stored matrices ΔW, [stored, out, in].
-        which: Number of the stored matrix that each edit is, integers [n].
+        which: Index of each edit's stored matrix, integers [n].
     """
 
     changes: Mapping[str, Tensor]
@@ -32,7 +32,7 @@ class DenseEdit(Edit):
 
     @classmethod
     def of(cls, changes: Mapping[str, Tensor]) -> Self:
-        """Edits of the given matrices, site → [n, out, in], in order."""
+        """Builds edits from matrices, site → [n, out, in], in order."""
         first = next(iter(changes.values()))
         return cls(changes, torch.arange(len(first), device=first.device))
 
@@ -50,17 +50,17 @@ class DenseEdit(Edit):
         return type(self).of({site: self.delta(site).sum(0, keepdim=True) for site in self.sites})
 
     def plus(self, other: Self) -> Self:
-        """The sum; a site may be in one of the two alone."""
+        """Adds another value edit by edit; a site may be in only one of the two."""
         sites = dict.fromkeys((*self.sites, *other.sites))
         parts = {site: [edit.delta(site) for edit in (self, other) if site in edit.sites] for site in sites}
         return type(self).of({site: sum(both[1:], start=both[0]) for site, both in parts.items()})
 
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         stored = self.changes[site].to(inputs.dtype)
-        if len(stored) == 1 < len(inputs):  # nothing to choose
+        if len(stored) == 1 < len(inputs):  # all rows share the only matrix
             return outputs + inputs @ stored[0].T
         which = (self.which if rows is None else self.which[rows]).expand(len(inputs))
-        if len(which) <= len(stored):  # what is gathered takes no more room than what is stored
+        if len(which) <= len(stored):  # gathering takes no more memory than the stored matrices
             return torch.baddbmm(outputs, inputs, stored[which].mT)
         order = which.argsort(stable=True)
         sizes = which.bincount(minlength=len(stored)).tolist()
@@ -72,7 +72,7 @@ class DenseEdit(Edit):
         return self.changes[site][self.which]
 
     def low_rank(self, rank: int) -> LowRankEdit:
-        """The best approximation of each edit by one of at most this rank (Eckart–Young), for a LoRA adapter.
+        """Computes the best approximation of each edit of at most this rank (Eckart–Young), for a LoRA adapter.
 
         Raises:
             UserError: If the rank is less than 1.
@@ -82,7 +82,7 @@ class DenseEdit(Edit):
         return LowRankEdit({site: _factors(self.delta(site), rank) for site in self.sites})
 
     def state(self) -> dict[str, Tensor]:
-        used, which = self.which.unique(return_inverse=True)  # what was not chosen is not kept
+        used, which = self.which.unique(return_inverse=True)  # matrices that were not selected are dropped
         own = self.changes if len(used) == len(next(iter(self.changes.values()))) else None
         changes = own or {site: matrices[used] for site, matrices in self.changes.items()}
         return {f"{site}:delta": matrices for site, matrices in changes.items()} | {"which": which}
@@ -99,7 +99,7 @@ class DenseEdit(Edit):
 
 
 def _factors(delta: Tensor, rank: int) -> Factors:
-    """Factors of the best approximation of matrices [n, out, in]."""
+    """Computes the factors of the best rank-limited approximation of matrices [n, out, in]."""
     left, size, right = torch.linalg.svd(delta.float(), full_matrices=False)
     b = (left[..., :rank] * size[..., None, :rank]).mT
     return Factors(right[..., :rank, :].to(delta.dtype).contiguous(), b.to(delta.dtype).contiguous())

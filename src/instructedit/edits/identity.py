@@ -1,4 +1,4 @@
-"""Edits that change nothing: what the unedited model has."""
+"""Edits that change nothing, for the unedited model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from instructedit.edits.base import Edit, as_list
 
 @dataclass(frozen=True)
 class IdentityEdit(Edit):
-    """n edits without a site."""
+    """n edits without any site, which change nothing."""
 
     count: int
     name: ClassVar[str] = "identity"

@@ -1,4 +1,4 @@
-"""Low-rank changes of linear layers: what MEND, InstructEdit, KE, ROME and MEMIT make."""
+"""Low-rank changes of linear layers: the edits of MEND, InstructEdit, KE, ROME, MEMIT and others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from instructedit.rows import take_rows
 
 
 class Factors(NamedTuple):
-    """ΔW = Σ_t b_t a_tᵀ: `a` [n, rank, in], `b` [n, rank, out]; rows of zeros are padding."""
+    """Factors of changes ΔW = Σ_t b_t a_tᵀ: `a` [n, rank, in], `b` [n, rank, out]; rows of zeros are padding."""
 
     a: Tensor
     b: Tensor
@@ -30,7 +30,7 @@ ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 @dataclass(frozen=True)
 class LowRankEdit(Edit):
-    """n low-rank edits: y = W x + Σ_t b_t (a_tᵀ x), for each row with its own factors.
+    """n low-rank edits, y = W x + Σ_t b_t (a_tᵀ x), where each row of a batch has its own factors.
 
     Attributes:
         factors: Site → its factors. All sites hold the same number of edits; the rank may differ.
@@ -58,7 +58,7 @@ class LowRankEdit(Edit):
         )
 
     def plus(self, other: Self) -> Self:
-        """The sum, edit by edit; a site may be in one of the two alone."""
+        """Adds another value edit by edit; a site may be in only one of the two."""
         sites = dict.fromkeys((*self.sites, *other.sites))
         parts = {site: [edit.factors[site] for edit in (self, other) if site in edit.sites] for site in sites}
         return type(self)({site: Factors(*map(_rows, zip(*both, strict=True))) for site, both in parts.items()})
@@ -78,7 +78,7 @@ class LowRankEdit(Edit):
         return b.mT @ a
 
     def compressed(self, rank: int) -> Self:
-        """The best approximation of each edit by one of at most this rank (Eckart–Young), from small matrices.
+        """Computes the best approximation of each edit of at most this rank (Eckart–Young), from small matrices.
 
         Raises:
             UserError: If the rank is less than 1.
@@ -88,7 +88,7 @@ class LowRankEdit(Edit):
         return type(self)({site: _truncated(f, rank) for site, f in self.factors.items()})
 
     def unpadded(self) -> Self:
-        """The same edits without the rows of zeros that all of them have, which a batch gave them."""
+        """Removes the padding, rows of zeros, that all of the edits share."""
         return type(self)({site: _unpadded(f) for site, f in self.factors.items()})
 
     def state(self) -> dict[str, Tensor]:
@@ -105,9 +105,9 @@ class LowRankEdit(Edit):
         return cls(factors)
 
     def save_pretrained(self, folder: str | Path, **meta: str) -> None:
-        """Writes the edits; a single edit also as a LoRA adapter that `peft` and servers built on it load.
+        """Writes the edits; a single edit also as a LoRA adapter that `peft` and servers based on it can load.
 
-        n edits become one adapter only when joined: ``edit.joined().save_pretrained(folder)``.
+        To write n edits as one adapter, join them: ``edit.joined().save_pretrained(folder)``.
         """
         edit = self.unpadded()
         super(LowRankEdit, edit).save_pretrained(folder, **meta)
@@ -120,7 +120,7 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
 
 
 def stack(edits: list[LowRankEdit]) -> LowRankEdit:
-    """One value that holds all the given edits side by side, in order."""
+    """Stacks the given edits into one value that holds them all, in order."""
     parts = {site: [e.factors[site] for e in edits] for site in edits[0].sites}
 
     def joined(site: str, part: int) -> Tensor:
@@ -131,7 +131,7 @@ def stack(edits: list[LowRankEdit]) -> LowRankEdit:
 
 
 def _unpadded(factors: Factors) -> Factors:
-    """The rows that count in at least one of the edits; one row of zeros where none does."""
+    """Keeps the rows that are nonzero in at least one of the edits; one row of zeros if there are none."""
     real = (factors.a.any(-1) & factors.b.any(-1)).any(0)
     real[0] |= ~real.any()
     return Factors(factors.a[:, real], factors.b[:, real])
@@ -149,7 +149,7 @@ def _truncated(factors: Factors, rank: int) -> Factors:
 
 
 def _save_lora(edit: LowRankEdit, folder: Path, base_model: str) -> None:
-    """PEFT's layout: lora_A [rank, in], lora_B [out, rank], scaling alpha/r = 1; no rank above that of the matrix."""
+    """Writes PEFT's layout: lora_A [rank, in], lora_B [out, rank], scaling alpha/r = 1; rank at most min(in, out)."""
     edit = LowRankEdit({s: _truncated(f, min(f.a.shape[-1], f.b.shape[-1])) for s, f in edit.factors.items()})
     rank = max(1, *(f.a.shape[1] for f in edit.factors.values()))
     tensors: dict[str, Tensor] = {}

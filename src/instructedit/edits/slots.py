@@ -1,4 +1,4 @@
-"""Extra slots beside a feed-forward layer: what CaliNet and T-Patcher make."""
+"""Key-value slots added to a feed-forward layer: the edits of CaliNet and T-Patcher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from instructedit.edits.base import Edit, as_list, product_dtype
 from instructedit.errors import UserError
 from instructedit.rows import take_rows
 
-#: Activations that slots may have. Saved edits hold the position in this list: append only.
+#: Activations that slots may have. Saved edits store the index in this tuple: append only.
 ACTIVATIONS = ("gelu", "relu", "silu")
 
 
@@ -36,7 +36,7 @@ class Slots(NamedTuple):
 class SlotEdit(Edit):
     """n edits that widen a feed-forward layer: y = FFN(x) + Σ_s v_s act(k_s · x + b_s).
 
-    A site is the module of the whole feed-forward layer, so that plain and gated ones are alike.
+    A site is the module of the whole feed-forward layer, so that plain and gated ones are treated alike.
 
     Attributes:
         slots: Site → its slots.

@@ -1,4 +1,4 @@
-"""The one loop that edits, probes and scores. `test`, `evaluate` and every experiment use it."""
+"""The evaluation loop, which edits, probes and scores; `test`, `evaluate` and every experiment use it."""
 
 from instructedit.evaluation.runner import Outcome, Scores, Watcher, evaluate, evaluate_batch
 from instructedit.evaluation.scoring import Row

@@ -1,4 +1,4 @@
-"""Rows of tokens in passes of bounded size."""
+"""Grouping of rows of tokens into forward passes of bounded size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from instructedit.lm.prefix_trees import in_parts
 
 
 def edit_numbers(edit: Edit | None, request_indices: Sequence[int]) -> list[int]:
-    """The number of the edit that rows of these request_indices have: the owner's own, or the only one."""
+    """Returns the edit index of each row: its request's own edit, or 0 if one edit serves all requests."""
     return [0] * len(request_indices) if edit is not None and len(edit) == 1 else list(request_indices)
 
 
@@ -17,14 +17,14 @@ def passes(
     rows: Sequence[list[int]], groups: Sequence[int], tokens: int, beside: Sequence[int] | None = None,
     trees: bool = False,
 ) -> Iterator[list[int]]:  # fmt: skip
-    """Indices of rows that go through the model together.
+    """Groups row indices into passes, each of which goes through the model at once.
 
     Args:
         rows: Token ids of each row.
-        groups: The edit of each row; rows of one edit share what they begin with, where the model reads trees.
-        tokens: Of a pass, padding included, at most (or of one row that has more).
-        beside: Further tokens that each row takes room for, by default none.
-        trees: Whether the model reads rows of one edit as a tree.
+        groups: The edit of each row; rows of one edit share a common prefix where the model supports prefix trees.
+        tokens: Largest number of tokens in a pass, padding included; a longer row gets a pass of its own.
+        beside: Further tokens to reserve for each row; none by default.
+        trees: Whether the model reads rows of one edit as a prefix tree.
     """
     if trees:
         yield from in_parts(rows, groups, tokens, beside)
@@ -35,11 +35,13 @@ def passes(
 
 
 def chunks(lengths: Sequence[tuple[int, ...]], tokens: int) -> Iterator[list[int]]:
-    """Indices in groups of about one length that, padded, have at most so many tokens (or of one that has more).
+    """Groups row indices by similar length such that each padded group stays within the token budget.
+
+    A row that exceeds the budget forms a group of its own.
 
     Args:
-        lengths: Of the parts of each row, each of which is padded to the group's longest.
-        tokens: Of a group, padding included.
+        lengths: Lengths of the parts of each row; each part is padded to the longest of its group.
+        tokens: Token budget of a group, padding included.
     """
     group: list[int] = []
     longest: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""What is asked of a model to see what an edit did: one prompt with one answer at a time."""
+"""The questions that show what an edit did: one prompt with one answer each."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Question:
         request_index: Number of the record in its batch.
         record: The record itself.
         probe: What the question is about.
-        number: Of the probe within its record; 0 is the request itself.
-        view: ``instructed`` or ``plain``.
+        number: Index of the probe within its record; 0 is the request itself.
+        view: Prompt style, ``instructed`` or ``plain``.
         main: Whether the headline metrics count it.
-        prompt: As the model reads it.
+        prompt: The prompt as the model reads it.
         answer: One of the probe's answers.
     """
 
@@ -40,14 +40,14 @@ class Question:
 
 
 def questions(rendered: Sequence[RenderedRecord], replies: int) -> Iterator[Question]:
-    """Every question of a batch of records, one for each accepted answer.
+    """Yields every question of a batch of records, one for each accepted answer.
 
-    In-scope probes are asked behind their instruction and plainly (without instructions: plainly alone), ConvSent's
-    replies behind it alone, locality probes plainly.
+    In-scope probes are asked both with the instruction in front and plainly (records without an instruction: plainly
+    only), ConvSent's replies only with the instruction if there is one, and locality probes only plainly.
 
     Args:
         rendered: The records with their instructions.
-        replies: Replies of each sentiment to ask for, the first ones of a record.
+        replies: Number of replies of each sentiment to ask for; the first ones of a record are taken.
     """
     for request_index, one in enumerate(rendered):
         record = one.record

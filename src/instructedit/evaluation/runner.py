@@ -1,4 +1,4 @@
-"""Edits records and scores the edited models: one batch, or many."""
+"""Edits records and scores the edited models, for one batch or many."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """What a batch of edits did.
+    """The scores of one batch of edits.
 
     Attributes:
-        rows: One row for each probe and view (see `evaluate`).
+        rows: One row for each probe and prompt style (see `Scores.table`).
     """
 
     rows: list[Row]
 
 
-#: Is shown records and their edits, which live no longer than they are scored.
+#: A callback that receives records and their edits; the edits are discarded once they are scored.
 Watcher = Callable[[list[EditRecord], Edit], Any]
 
 
@@ -68,7 +68,7 @@ def evaluate_batch(
 
 def _alike(lm: FrozenLM, rendered: Sequence[RenderedRecord], settings: Evaluation) -> Iterator[list[int]]:
     """Groups record indices within the token budget; records with replies are grouped on their own."""
-    # Of a request activations are kept, for its gradient: more than a probe takes.
+    # The activations of a request are kept for its gradient, so that it takes more memory than a probe.
     room = [2 * n for n in lm.text.lengths([(one.prompt, one.record.request.target) for one in rendered])]
     spoken = [bool(one.record.of(*REPLIES)) for one in rendered]
     if settings.fluency_tokens:
@@ -96,7 +96,7 @@ def _evaluated(
 
 
 def ask(lm: FrozenLM, edit: Edit, rendered: list[RenderedRecord], settings: Evaluation) -> list[Row]:
-    """Scores every probe of records under their edits: an edit for each record, or one that serves them all."""
+    """Scores every probe of the records under their edits: one edit for each record, or one that serves them all."""
     rows = scored(lm, edit, list(questions(rendered, settings.replies)), settings.tokens)
     if settings.generate:
         answer_freely(lm, edit, rows, rendered, settings.tokens)
@@ -106,7 +106,7 @@ def ask(lm: FrozenLM, edit: Edit, rendered: list[RenderedRecord], settings: Eval
 
 
 def ask_all(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], settings: Evaluation) -> list[Row]:
-    """Scores every probe of any number of records under one edit; rows are in the order of the records."""
+    """Scores every probe of any number of records under one edit and returns the rows in the order of the records."""
     rows: list[Row] = []
     for numbers in _alike(lm, rendered, settings):
         found = ask(lm, edit, [rendered[i] for i in numbers], settings)
@@ -125,12 +125,12 @@ def _edit(editor: Editor, rendered: Sequence[RenderedRecord]) -> Edit:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `evaluate` found.
+    """The scores that `evaluate` returns.
 
     Attributes:
-        table: One row for each probe and view: ``task, record, cluster, kind, group, view, main, prompt, answer``,
-            the scores 0..1 (``accuracy``, ``exact``, ``generated``, ``agreement``), and the model's words
-            ``before`` and ``after``.
+        table: One row for each probe and prompt style: ``task, record, cluster, kind, group, view, main, prompt,
+            answer``, the scores in 0..1 (``accuracy``, ``exact``, ``generated``, ``agreement``), and the model's free
+            answers ``before`` and ``after`` the edit.
         summary: ``method, task, metric, mean, low, high, n`` with 95 % bootstrap intervals, ×100.
     """
 
@@ -153,10 +153,10 @@ def evaluate(
 
     Args:
         lm: The model.
-        editor: The method, bound to it.
+        editor: The editing method, bound to the model.
         records: What to edit and how to probe it.
         settings: How to score.
-        batch_size: Different edits in one forward pass.
+        batch_size: Number of records that are edited and scored together.
         progress: Wraps the batches, e.g. ``tqdm``.
     """
     from pandas import DataFrame

@@ -17,15 +17,15 @@ Row = dict[str, Any]
 
 
 def scored(lm: FrozenLM, edit: Edit, asked: list[Question], size: int) -> list[Row]:
-    """Scores each probe and view before and after the edit, one row for each.
+    """Scores each probe and prompt style before and after the edit, one row for each.
 
-    Any given alias counts, so the row is of the one that fits best after the edit; that one alone is scored before it.
+    Any given alias counts: a row holds the one that fits best after the edit, and only that one is scored before it.
 
     Args:
         lm: The model.
-        edit: An edit for each owner of a question, or one for all.
+        edit: An edit for each request, or one for all.
         asked: The questions.
-        size: Tokens in a pass, at most.
+        size: Largest number of tokens in a forward pass.
     """
     start = lm.first_block(edit.sites)
     names = [f"record {question.record.id}, {question.probe.kind} probe" for question in asked]
@@ -41,7 +41,7 @@ def scored(lm: FrozenLM, edit: Edit, asked: list[Question], size: int) -> list[R
 
 
 def row_of(question: Question, scores: dict[str, float]) -> Row:
-    """A row of the table of probes."""
+    """Returns a question and its scores as a row of the probe table."""
     record, probe = question.record, question.probe
     return {
         "request_index": question.request_index, "task": record.task, "record": record.id, "cluster": record.cluster,
@@ -53,7 +53,7 @@ def row_of(question: Question, scores: dict[str, float]) -> Row:
 def _predicted(
     lm: FrozenLM, tokens: TokenBatch, edit: Edit | None, request_indices: list[int], start: int, size: int
 ) -> TokenScores:
-    """How the model takes all answers, each row under its owner's edit, in passes of at most so many tokens."""
+    """Scores the tokens of all answers, each row under its request's edit, in passes of at most `size` tokens."""
     request_indices = edit_numbers(edit, request_indices)
     parts = passes(tokens.unpadded(), request_indices, size, trees=lm.prefixes.takes_trees)
     groups = [torch.tensor(sorted(part)) for part in parts]
@@ -70,14 +70,14 @@ def _predicted(
 
 
 def _of_rows(judged: TokenScores, tokens: TokenBatch, rows: list[int]) -> TokenScores:
-    """The part of some rows, in their order."""
+    """Selects the scores of the given rows, in the given order."""
     sizes = tokens.answer_sizes()
     columns = [column.split(sizes) for column in judged]
     return TokenScores(*(torch.cat([column[i] for i in rows]) for column in columns))
 
 
 def _best_aliases(asked: Sequence[Question], scores: list[tuple[float, ...]]) -> list[int]:
-    """For each probe and view the number of the answer that fits best; of equal ones the first."""
+    """Returns for each probe and prompt style the index of the best-fitting answer; ties go to the first."""
     best: dict[tuple[int, int, str], int] = {}
     for i, question in enumerate(asked):
         key = (question.request_index, question.number, question.view)
@@ -87,7 +87,7 @@ def _best_aliases(asked: Sequence[Question], scores: list[tuple[float, ...]]) ->
 
 
 def _fit(tokens: TokenBatch, judged: TokenScores) -> list[tuple[float, ...]]:
-    """How well each row's answer fits: whether all of its tokens are predicted, and the share that is."""
+    """Returns how well each row's answer fits: whether all of its tokens are predicted, then the share that is."""
     scores = (exact_match, token_accuracy)
     columns = [score(judged.predicted, tokens.answers, tokens.rows, len(tokens)) for score in scores]
     return [tuple(row) for row in torch.stack(columns, -1).tolist()]
@@ -103,5 +103,5 @@ def _compare(tokens: TokenBatch, before: TokenScores, after: TokenScores) -> Ite
         "log_likelihood": -row_mean(after.nll, rows, count),
         "log_likelihood_before": -row_mean(before.nll, rows, count),
     }
-    for row in torch.stack(list(columns.values()), -1).tolist():  # the device is waited for once
+    for row in torch.stack(list(columns.values()), -1).tolist():  # one synchronisation with the device
         yield dict(zip(columns, row, strict=True))

@@ -1,4 +1,4 @@
-"""Many edits one after another on one model, which carries those before: scored right after each, and again."""
+"""Sequential editing: many edits on one model, each scored right after it is made, and again later."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EditSequence:
-    """What became of a sequence of edits.
+    """The result of a sequence of edits.
 
     Attributes:
-        edit: One edit that does what all did; None if none was made.
-        table: Probe rows as those of `evaluate`, with ``position`` (number of the record in the sequence, from 0),
-            ``edits`` (how many records the model was edited with when it was asked) and ``again`` (False right after
-            the record's own edit). ``agreement`` compares with the unedited model, whatever was edited before.
+        edit: One edit that combines all of them; None if none was made.
+        table: Probe rows as in `Scores.table`, with ``position`` (index of the record in the sequence, from 0),
+            ``edits`` (how many records the model had been edited with when it was asked) and ``again`` (False right
+            after the record's own edit). ``agreement`` always compares with the unedited model.
         curves: ``edits, group, method, task, metric, mean, low, high, n`` (see `sequence_curves`), ×100.
-        costs: What each step took: ``edits``, ``seconds`` to make its edit and put it on top of those before, and
-            ``bytes`` of what the model carries then.
+        costs: The cost of each step: ``edits`` so far, ``seconds`` to compute its edit and add it to the earlier ones,
+            and ``bytes`` of the combined edit.
         about: Editor, options, model and settings, as plain values.
-        stopped: Why it ended before the last record; empty if it did not.
+        stopped: Why the sequence ended before the last record; empty if it did not.
     """
 
     edit: Edit | None
@@ -56,7 +56,7 @@ class EditSequence:
         """Writes ``curves.csv``, ``curves.png``, ``curves.svg``, ``probes.csv``, ``costs.csv`` and ``sequence.json``.
 
         Args:
-            folder: Made if need be.
+            folder: The folder; created if it does not exist.
 
         Returns:
             The folder.
@@ -85,29 +85,30 @@ def edit_sequence(
     settings: Evaluation | None = None,
     progress: Callable[[Any], Any] = iter,
 ) -> EditSequence:
-    """Edits a model with one record after another, each on top of those before, and scores it on the way.
+    """Edits a model with one record after another, each on top of the earlier ones, and scores it on the way.
 
     Gradients are taken, and optimisation runs, on the model that carries the earlier edits. Each record is scored right
-    after its own edit, and again with those before it after every `score_every` edits and at the end. An editor that
-    keeps a state over a sequence says so in `Editor.begin_sequence` and `Editor.make_next`.
+    after its own edit, and again, together with the earlier ones, after every `score_every` edits and at the end. An
+    editor that keeps a state over a sequence implements `Editor.begin_sequence` and `Editor.make_next`.
 
     Args:
-        lm: The model; left as it is.
-        editor: The method, bound to it.
+        lm: The model; it is left unchanged.
+        editor: The editing method, bound to the model.
         records: What to edit, in this order, and how to probe it.
-        score_every: Edits between two checkpoints.
-        batch_size: Records that one edit serves (made together, as ``editor.edit(…, together=True)`` makes them).
-        sample: How many records are scored again at the checkpoints, at most: evenly spread over the sequence, always
-            the same; None is all of them.
-        settings: How to score; by default teacher-forced scores alone, without free answers and Fluency.
+        score_every: Number of edits between two checkpoints.
+        batch_size: Number of records that one edit serves (a joint edit, as by ``editor.edit(…, together=True)``).
+        sample: Largest number of records to score again at the checkpoints: always the same ones, evenly spread over
+            the sequence; None means all of them.
+        settings: How to score; by default with teacher-forced scores only, without free answers and Fluency.
         progress: Wraps the steps, e.g. ``tqdm``.
 
     Returns:
-        Tables, curves, and the edit. If an edit cannot be made or leaves a model whose logits are no numbers, the
-        sequence ends there, and `EditSequence.stopped` says why; at the first edit that is an error.
+        Tables, curves, and the combined edit. If an edit cannot be made, or the edited model's logits are NaN, the
+        sequence ends there and `EditSequence.stopped` says why; at the first edit this raises an error instead.
 
     Raises:
-        UserError: If there are no records, two have one id, a number is below 1, or a record does not suit the editor.
+        UserError: If there are no records, two of one task share an id, a number is below 1, or a record does not suit
+            the editor.
     """
     from pandas import DataFrame
 
@@ -134,13 +135,13 @@ def edit_sequence(
 
 
 class _Run:
-    """A sequence under way.
+    """The state of a sequence while it runs.
 
     Attributes:
-        carried: One edit that does what all did so far.
-        rows: Of the probes.
-        costs: Of the steps.
-        stopped: Why it ended early.
+        carried: One edit that combines all edits so far.
+        rows: Probe rows so far.
+        costs: Costs of the steps so far.
+        stopped: Why the sequence ended early; empty otherwise.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class _Run:
         self.lm, self.editor, self.settings = lm, editor, settings
         instructor = settings.instructor(editor)
         self.rendered = render_records(records, instructor)
-        editor.rendered_requests(self.rendered)  # what does not fit is found out before the work
+        editor.rendered_requests(self.rendered)  # unsuitable records raise an error before the work begins
         self.again = _spread(len(records), sample)
         self.state = editor.begin_sequence()
         self.carried: Edit | None = None
@@ -159,7 +160,7 @@ class _Run:
         self.stopped = ""
 
     def step(self, start: int, stop: int, score_every: int) -> bool:
-        """Edits with the records from `start` to `stop` and scores; False if that failed."""
+        """Edits with the records from `start` to `stop` and scores them; returns False if that failed."""
         before = self.carried
         try:
             self._edit(start, stop)
@@ -171,12 +172,12 @@ class _Run:
                 raise
             self.carried = before
             self.stopped = f"edit {stop} (record {self.rendered[start].record.id}): {error}"
-            with suppress(UserError):  # as far as the model before still has scores
+            with suppress(UserError):  # the earlier model may have no finite scores either
                 self._checkpoint(start)
         return not self.stopped
 
     def _checkpoint(self, edits: int) -> None:
-        """Scores records again, if that was not done at so many edits."""
+        """Scores records again, unless that was already done at this number of edits."""
         if edits != self.scored:
             self._ask(self.again, edits, again=True)
             self.scored = edits
@@ -200,15 +201,15 @@ class _Run:
 
 
 def carrying(lm: FrozenLM, carried: Edit | None) -> AbstractContextManager[Any]:
-    """Inside, the model has the edits on that the next one is made on top of.
+    """Applies the edits so far to the model within the context, so that the next edit is made on top of them.
 
-    What depends on the prompt changes no layer for good: the next edit is made on the unedited model.
+    Edits that depend on the prompt change no layer permanently: the next one is made on the unedited model.
     """
     return nullcontext() if carried is None or isinstance(carried, PromptEdit) else lm.edited(carried)
 
 
 def _spread(count: int, sample: int | None) -> list[int]:
-    """Numbers of so many of `count` records, evenly spread, the first one among them."""
+    """Returns at most `sample` indices of `count` records, evenly spread and including the first."""
     few = count if sample is None else min(sample, count)
     return sorted({i * count // few for i in range(few)})
 

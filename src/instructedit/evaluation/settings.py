@@ -1,4 +1,4 @@
-"""How edited models are scored."""
+"""Settings for how edited models are scored."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from instructedit.instructions import Instructor, Variant
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Says how edited models are scored.
+    """Settings for how edited models are scored.
 
     Attributes:
-        generate: Also let the model answer freely, and keep its words before and after the edit.
+        generate: Also let the model answer freely, and keep its answers before and after the edit.
         fluency_tokens: Length of the text that Fluency is measured on; 0 leaves Fluency out.
-        descriptions: Which of a bank's descriptions instructions are drawn from.
+        descriptions: Split of the instruction banks that descriptions are drawn from.
         description: Id of one description to use for every record instead; ``10`` is the tenth of each task's bank.
-        instruction: A free sentence for every record instead; or one for each task, by its name.
-        variant: What becomes of instructions, to see whether the editor reads them: left as they are (``own``), their
+        instruction: A free sentence to use for every record instead, or one for each task, by its name.
+        variant: How instructions are altered, to test whether the editor reads them: unchanged (``own``), with their
             words ``shuffled``, one of ``other_task``, the ``task_name`` alone, or ``left_out``.
-        replies: Replies of each sentiment that edit success is measured on, the first ones of a record.
-        seed: Of the descriptions drawn and of sampled text, which depends on it and the record alone.
-        tokens: In one forward pass, padding and what is to be generated included, at most; it bounds the memory.
-        kv_dtype: Keys and values of sampled text (Fluency) as they are computed (``float32``), or rounded, in half the
-            memory, so that twice as many rows are sampled at once.
+        replies: Number of replies of each sentiment that edit success is measured on; the first ones of a record are
+            taken.
+        seed: Seed of the descriptions drawn and of sampled text, which depends on it and the record alone.
+        tokens: Largest number of tokens in one forward pass, padding and tokens to be generated included; it bounds the
+            memory.
+        kv_dtype: Dtype of the keys and values of sampled text (Fluency): as they are computed (``float32``), or rounded
+            to half the memory, so that twice as many rows are sampled at once.
     """
 
     generate: bool = True
@@ -45,10 +47,10 @@ class Evaluation:
         at_least(1, tokens=self.tokens)
 
     def instructor(self, editor: Editor) -> Instructor | None:
-        """Draws the instructions of an editor's records; None if it takes none."""
+        """Returns the source of instructions for an editor; None if it takes none."""
         return editor.instructor(self.descriptions, self.description, self.seed, self.instruction, self.variant)
 
     @property
     def text_tokens(self) -> int:
-        """Of sampled text in one pass, at most."""
+        """Largest number of tokens in one pass when text is sampled."""
         return self.tokens if self.kv_dtype == "float32" else 2 * self.tokens

@@ -1,4 +1,4 @@
-"""The model's own words: free answers, and the text that Fluency is measured on."""
+"""Text that the model generates: free answers, and the samples that Fluency is measured on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from instructedit.records import Probe
 
 
 def answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], rendered: Sequence[RenderedRecord], size: int) -> None:
-    """Adds the edited model's own words to rows of in-scope probes, and whether they are a right answer.
+    """Adds the edited model's free answers to rows of in-scope probes, and whether they are right.
 
-    Replies have no one right wording: records with replies are left to Fluency.
+    Replies have no single right wording, so records with replies are left to Fluency.
     """
     wanted = [r for r in rows if r["kind"] in IN_SCOPE and not rendered[r["request_index"]].record.of(*REPLIES)]
     write_words(lm, edit, wanted, "after", size)
@@ -27,8 +27,8 @@ def answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], rendered: Sequence[
 
 
 def write_words(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, size: int) -> None:
-    """Puts what the model says after the prompts of rows, each under its owner's edit, into a column."""
-    # Room for the longest answer and for the model to stop or to run on.
+    """Stores what the model generates after each row's prompt, under its request's edit, in a column of the row."""
+    # Enough tokens for the longest answer, and a few more to show whether the model stops or runs on.
     lengths = [len(lm.token_ids(" " + max(r["aliases"], key=len))) for r in rows]
     rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
     prompts, request_indices = [r["prompt"] for r in rows], [r["request_index"] for r in rows]
@@ -53,18 +53,18 @@ def _continued(
     rooms: Sequence[int], size: int, say: Callable[[list[int], Edit | None, list[int] | None], list[str]],
     trees: bool = True,
 ) -> list[str]:  # fmt: skip
-    """What `say` says after these prompts under their request_indices' edits, in passes of at most so many tokens.
+    """Generates text with `say` after the chosen prompts, each under its request's edit, in passes of bounded size.
 
     Args:
         lm: The model.
-        edit: An edit for each request_index, or one for all.
-        these: Numbers of the prompts.
-        request_indices: Of all prompts.
-        prompts: All of them.
-        rooms: New tokens of each.
-        size: Tokens in a pass, new ones included.
-        say: Takes the prompts of a pass by their numbers, the edits to apply, and which of them each prompt has.
-        trees: Whether `say` reads what an owner's prompts begin with once, where the model can.
+        edit: An edit for each request index, or one for all.
+        these: Indices of the chosen prompts.
+        request_indices: Request index of every prompt.
+        prompts: All prompts.
+        rooms: Number of new tokens for every prompt.
+        size: Largest number of tokens in a pass, new ones included.
+        say: Takes the prompt indices of a pass, the edits to apply, and which of them each prompt has.
+        trees: Whether `say` reads a prefix shared by one request's prompts only once, where the model can.
     """
     texts: dict[int, str] = {}
     applied = None if edit is None or edit.is_identity else edit
@@ -80,7 +80,7 @@ def _continued(
 
 
 def fluency_rows(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], settings: Evaluation) -> list[Row]:
-    """Fluency of sampled text (top 5 tokens, as in ROME's measure) after the prompts of records with replies."""
+    """Measures Fluency on text sampled (top 5 tokens, as in ROME) after the prompts of records with replies."""
     chosen = [i for i, one in enumerate(rendered) if one.record.of(*REPLIES)]
     prompts = [rendered[i].ask(rendered[i].record.reliability) for i in chosen]
     tokens = min(settings.fluency_tokens, lm.max_length - max(map(len, lm.text.prompts(prompts)), default=0))

@@ -1,4 +1,4 @@
-"""Experiments: the rows of a grid, each fitted and tested by the same command line, put side by side."""
+"""Experiments: the rows of a grid, each fitted and tested by the same command line, with their results compared."""
 
 from instructedit.experiments.experiment import Experiment
 from instructedit.experiments.spec import Grid, Row, Search

@@ -1,4 +1,4 @@
-"""An experiment: a plan that is run row by row, and shown section by section."""
+"""Experiments, which run a plan row by row and show its results section by section."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Experiment(Plan):
-    """A plan that can be run (see `load`)."""
+    """An experiment: a plan that can be run (see `load`)."""
 
     def __post_init__(self) -> None:
         known = plugins(Section, PACKAGE)
@@ -35,16 +35,16 @@ class Experiment(Plan):
                 raise UserError(f"{self.file}: {key}: no section {unknown[0]!r}; there are: {', '.join(known)}")
 
     def run(self) -> DataFrame:
-        """Runs the search, then every row with every seed; makes, writes and logs the sections of its page.
+        """Runs the search, then every row with every seed; then writes and logs the sections of the results page.
 
-        A run that the store has already, whole and with the same fingerprint, is not run again.
+        A run that is already in the store, complete and with the same fingerprint, is not repeated.
 
         Returns:
             The summary: ``method, task, metric, mean, low, high, n, seeds, spread``.
 
         Raises:
-            UserError: If the store or the folder of results cannot be written, before anything runs; if rows or
-                sections failed: what the others gave has been written.
+            UserError: If the store or the folder of results cannot be written, before anything runs; or if rows or
+                sections failed, after the results of the others have been written.
         """
         from instructedit.tracking import MLflowTracker
 
@@ -60,14 +60,14 @@ class Experiment(Plan):
         if self.grid.search:
             try:
                 trials = search(self, runner.parent)
-            except Exception as error:  # any, as for rows
+            except Exception as error:  # any error, as for rows
                 report_error("search", error)
                 trouble = ["the search failed, see above"]
         done = [name for i, name in enumerate(self.rows, 1) if self._run_row(i, name, runner)]
         failed = [name for name in self.rows if name not in done]
         if failed:
             trouble.append(f"{len(failed)} of {len(self.rows)} rows failed, see above: {', '.join(failed)}")
-        # Only now: the run that a row tests may have been run again after its own row was through.
+        # Collected only now, since a row that tests another may have caused the other's run to be repeated.
         found = {name: [runner.child(name, seed) for seed in self.seeds_of(name)] for name in done}
         if failed and not found:
             raise UserError("; ".join(trouble))
@@ -82,7 +82,7 @@ class Experiment(Plan):
     def _name_best(self, results: Results, parent: MLflowTracker) -> None:
         """Tags the experiment's run with its best row, and prints how to edit with what that row trained.
 
-        The best has the highest mean of the metrics that ``val/score`` is made of, all tasks alike.
+        The best row has the highest mean over tasks and over the metrics that ``val/score`` consists of.
         """
         from instructedit.metrics import editing_metrics
 
@@ -103,18 +103,18 @@ class Experiment(Plan):
             console().print(f"{line} --task {task}", markup=False, highlight=False, soft_wrap=True)
 
     def _run_row(self, number: int, name: str, runner: Runner) -> bool:
-        """Whether all seeds went through."""
+        """Runs a row with all seeds; returns False if that failed."""
         console().rule(f"row {number} of {len(self.rows)}: {name}")
         try:
             children: list[RunResult] = [runner.child(name, seed) for seed in self.seeds_of(name)]
-        except Exception as error:  # any: the rows to come may need less memory, say
+        except Exception as error:  # any: later rows may still succeed, for example if they need less memory
             report_error(f"row {name!r}", error)
             return False
         return bool(children)
 
 
 def shared_titles(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """Task to its name in tables; a task that some rows held out and others trained on goes by its name alone."""
+    """Merges the rows' task titles; a task that some rows held out and others trained on gets its plain title."""
     from instructedit.tasks import task_title
 
     every: dict[str, set[str]] = {}

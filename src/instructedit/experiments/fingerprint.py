@@ -1,4 +1,4 @@
-"""When two runs are the same: made by the same options, files and code."""
+"""Fingerprints of runs, which are equal if two runs have the same options, files and code."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 from instructedit.paths import DEFAULTS
 
-#: The package.
+#: Folder of the package.
 SOURCE = Path(__file__).resolve().parents[1]
 
-# No part in a run: they show results, are commands of their own, or find configs, which count where a run names them.
+# Parts without influence on a run: they show results, are separate commands, or find configs (counted if a run names
+# them).
 _APART = (
     "_shared",
     "analysis",
@@ -29,10 +30,10 @@ _APART = (
 
 
 def fingerprint(args: Sequence[str]) -> str:
-    """sha256 (hex) of what a run is made from: its command line, the files that this names, the package, its defaults.
+    """Hashes all inputs of a run (sha256, hex): command line, files named there, the package, and its defaults.
 
     A file counts with its contents, wherever it lies. Folders (a local LM, datasets), the hub, the installed packages
-    and the machine are not looked at; nor are the parts of the package that have no part in a run.
+    and the machine are ignored, and so are the parts of the package without influence on a run.
     """
     parts = [_package()]
     for arg in args:

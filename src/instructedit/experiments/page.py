@@ -1,4 +1,4 @@
-"""The results page of an experiment: one HTML file that needs nothing else, neither network nor folder."""
+"""The results page of an experiment: one self-contained HTML file, which needs neither network nor other files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from instructedit.tracking import MLflowTracker
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_LONG = 25  # rows of a table that folds itself up
-_WORDS = 30  # characters of a cell that gets room of its own
+_LONG = 25  # tables with more rows are folded
+_WORDS = 30  # cells with more characters get the CSS class "long"
 _PREFIX = "provenance."
 
 
@@ -48,14 +48,14 @@ class _Html:
 def page(
     experiment: Plan, results: Results, shown: Sequence[Panel], trouble: Sequence[str], parent: MLflowTracker
 ) -> str:
-    """Renders the page; all text from data, models and grids is escaped.
+    """Renders the results page; all text from data, models and grids is escaped.
 
     Args:
-        experiment: What was run.
-        results: What it found.
-        shown: What its sections made of that, in order.
-        trouble: What went wrong, in a line each.
-        parent: The experiment's own run, for when and with what this was made.
+        experiment: The plan that was run.
+        results: Its results.
+        shown: The panels of its sections, in order.
+        trouble: Failures, one line each.
+        parent: The experiment's own run, which has the date and the versions used.
     """
     client = parent.experiment
     runs = [(name, child, client.get_run(child.run_id)) for name, found in results.rows.items() for child in found]
@@ -77,7 +77,7 @@ def page(
 
 
 def frame_html(frame: DataFrame) -> str:
-    """A table; ``mean``, ``low`` and ``high`` become one column, p-values below 0.05 are bold."""
+    """Formats a table as HTML; ``mean``, ``low`` and ``high`` become one column, and p-values below 0.05 are bold."""
     columns = list(map(str, frame.columns))
     joined = {"mean", "low", "high"} <= set(columns)
     signed = joined and "baseline" in columns
@@ -100,16 +100,16 @@ def frame_html(frame: DataFrame) -> str:
 
 
 def markdown_html(text: str) -> str:
-    """Markdown with tables; HTML in it is text, and links and images, which could point outside, are too."""
+    """Converts Markdown with tables to HTML; raw HTML, links and images, which could point outside, stay plain text."""
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
     html = str(parser.render(text))
-    return html.replace("&lt;ins&gt;", "<u>").replace("&lt;/ins&gt;", "</u>")  # the second best of a table
+    return html.replace("&lt;ins&gt;", "<u>").replace("&lt;/ins&gt;", "</u>")  # second-best values of a table
 
 
 def figure_html(figure: Figure, title: str) -> str:
-    """A figure as an SVG image inside the page; an image, so that the ids of two figures do not meet."""
+    """Embeds a figure in the page as an SVG image; as an image, so that the ids of two figures do not clash."""
     import matplotlib
 
     file = io.BytesIO()
@@ -117,7 +117,7 @@ def figure_html(figure: Figure, title: str) -> str:
         figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
     data = base64.b64encode(file.getvalue()).decode()
     width = round(96 * figure.get_figwidth())
-    # On a narrow screen a wide figure scrolls: shrunk, its words could not be read.
+    # A wide figure scrolls on a narrow screen, since its text would be unreadable if it shrank.
     style = f"width: {width}px; min-width: min({width}px, 36rem)"
     image = f'<img alt="{escape(title)}" style="{style}" src="data:image/svg+xml;base64,{data}">'
     return f'<div class="figure">{image}</div>'
@@ -202,7 +202,7 @@ def _missing(value: Any) -> bool:
 
 
 def _digits(values: Sequence[Any]) -> int:
-    """Decimals with which the largest number of a column has three digits, at most."""
+    """Returns the number of decimals with which a column's largest number has about three digits; 0 for integers."""
     sizes = [abs(value) for value in values if _is_number(value) and math.isfinite(value)]
     fractions = any(value % 1 for value in sizes)
     largest = max(sizes, default=0.0)

@@ -1,4 +1,4 @@
-"""What an experiment is to run: the rows and seeds of a grid at one scale, with their command lines."""
+"""The plan of an experiment: the rows and seeds of a grid at one scale, with their command lines."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """A grid at one scale (see `load`). `Experiment` runs it.
+    """A grid at one scale (see `load`), which `Experiment` runs.
 
     Attributes:
-        name: Of its folder under experiments/.
+        name: Name of its folder under experiments/.
         grid: The whole grid.
-        scale: The language model and what goes with it.
+        scale: The language model and the settings that go with it.
         rows: Names of the rows to run.
         seeds: The seeds to run them with.
-        published: Figures to put beside ours, ``method, task, metric, mean``.
+        published: Published results to show for comparison, ``method, task, metric, mean``.
         root: Folder of the MLflow store.
         out: Folder of the results page, tables and figures.
         overrides: Further options of every run.
-        force: Run also what the store has.
-        data: Name of a config under configs/data/ that says where the records lie; None leaves that to the scale.
+        force: Whether to repeat runs that are already in the store.
+        data: Name of a config under configs/data/ that says where the records are; None leaves that to the scale.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Plan:
         """Reads ``experiments/<name>/grid.yaml``.
 
         Raises:
-            UserError: If there is no such experiment, scale, row, config or published figure, or the grid is wrong.
+            UserError: If there is no such experiment, scale, row, config or published result, or the grid is invalid.
         """
         file = _grid_file(name)
         if not file.is_file():
@@ -83,12 +83,12 @@ class Plan:
             tuple(located(overrides or ())), force, data,
         )  # fmt: skip
         for key in grid.rows:
-            experiment.configs(key)  # a file that is missing is missed now, not after hours
+            experiment.configs(key)  # reports a missing file now, not after hours
         return experiment
 
     @property
     def file(self) -> Path:
-        """The grid's file."""
+        """Path of the grid's file."""
         return _grid_file(self.name)
 
     @property
@@ -104,10 +104,10 @@ class Plan:
         )
 
     def configs(self, name: str) -> list[Path]:
-        """The config files of a row, of a row with ``of`` first those of the other row.
+        """Returns the config files of a row; for a row with ``of``, those of the other row come first.
 
         Raises:
-            UserError: If its editor has none, or one of its own is not there.
+            UserError: If its editor has no config, or one of its own configs does not exist.
         """
         row, own = self.grid.rows[name], self._own_configs(name)
         return [*(self.configs(row.of) if row.of else self._shared_configs(name)), *own]
@@ -126,7 +126,7 @@ class Plan:
             raise UserError(f"row {name!r}: {error}") from error
 
     def arguments(self, name: str, seed: int) -> list[str]:
-        """The command line of a row, without its place in the store and the checkpoint that it tests."""
+        """Returns the command line of a row, without the options for the store and the checkpoint to test."""
         command = "fit" if self.grid.rows[name].fitted else "test"
         seeded = (f"--seed_everything={seed}", f"--data.seed={seed}")
         return [
@@ -134,18 +134,18 @@ class Plan:
         ]  # fmt: skip
 
     def _options(self, name: str) -> list[str]:
-        """Configs and overrides; what a row with ``of`` says itself comes after all that the other row says."""
+        """Returns configs and overrides; for a row with ``of``, its own come after all of the other row's."""
         row = self.grid.rows[name]
         first = self._options(row.of) if row.of else [f"--config={path}" for path in self._shared_configs(name)]
         return [*first, *(f"--config={path}" for path in self._own_configs(name)), *row.overrides]
 
     def fingerprint(self, name: str, seed: int) -> str:
-        """Of one run of a row; that of a row with ``of`` counts the other row's."""
+        """Computes the fingerprint of one run of a row; for a row with ``of``, it includes the other row's."""
         of = self.grid.rows[name].of
         return fingerprint([*([self.fingerprint(of, seed)] if of else []), *self.arguments(name, seed)])
 
     def seeds_of(self, name: str) -> tuple[int, ...]:
-        """The seeds that a row is run with: the first one alone if nothing is trained."""
+        """Returns the seeds that a row is run with: only the first one if nothing is trained."""
         row = self.grid.rows[name]
         return self.seeds if row.fitted or row.of else self.seeds[:1]
 
@@ -155,7 +155,7 @@ def _grid_file(name: str) -> Path:
 
 
 def _shipped(names: Sequence[str]) -> list[Path]:
-    """Files by their paths in the repository."""
+    """Returns the files with these paths in the repository."""
     files = [paths.SHARED / name for name in names]
     if missing := [file for file in files if not file.is_file()]:
         raise UserError(f"configs: {missing[0]}: no such file")
@@ -163,5 +163,5 @@ def _shipped(names: Sequence[str]) -> list[Path]:
 
 
 def _place(name: str, scale: str, data: str | None) -> str:
-    """Where an experiment's page goes: what was asked for beside the name stands in it."""
+    """Returns the name of an experiment's output folder, with its scale and data unless they are the default."""
     return "-".join([name, *([scale] if scale != "tiny" else []), *([data] if data else [])])

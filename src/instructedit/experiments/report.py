@@ -1,4 +1,4 @@
-"""What is shown of an experiment: files in its folder, artifacts of its run, and the results page."""
+"""Output of an experiment: files in its folder, artifacts of its run, and the results page."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from instructedit.experiments.plan import Plan
     from instructedit.tracking import MLflowTracker
 
-_NOTE = "mlflow.note.content"  # a run's description in MLflow's UI
-_LONGEST_NOTE = 8000  # characters that MLflow keeps of a tag
+_NOTE = "mlflow.note.content"  # tag with a run's description in MLflow's UI
+_LONGEST_NOTE = 8000  # largest number of characters in an MLflow tag
 
 
 def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: Sequence[str] = ()) -> list[str]:
-    """Writes, logs and prints what each section shows, and the page with all of it.
+    """Writes, logs and prints the output of each section, and the page with all of it.
 
     Args:
-        experiment: What was run.
-        results: What it found.
+        experiment: The plan that was run.
+        results: Its results.
         parent: The experiment's own run.
-        trouble: What went wrong before, for the page.
+        trouble: Earlier failures, to be shown on the page.
 
     Returns:
-        What went wrong here: a section that fails does not take the others along.
+        Failures of this step; a section that fails does not stop the others.
     """
     out, shown, failed = console(), [], []
     experiment.out.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: S
                 shown.append(each)
                 if each.terminal is not None:
                     out.print(each.terminal, each.note, highlight=False)
-        except Exception as error:  # any, as for rows
+        except Exception as error:  # any error, as for rows
             report_error(f"section {name!r}", error)
             failed.append(name)
     every = len(results.grid.sections)
@@ -61,7 +61,7 @@ def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: S
 
 
 def _keep(shown: Panel, out: Path, parent: MLflowTracker) -> None:
-    """Files under `out`, and the same as artifacts."""
+    """Writes the files of a panel to `out` and logs them as artifacts."""
     if shown.markdown is not None:
         file = out / f"{shown.name}.md"
         file.write_text("\n\n".join(filter(None, [f"# {shown.title}", shown.note, shown.markdown])))
@@ -87,6 +87,6 @@ def _keep_page(
     parent.log_file(file)
     tables = [f"## {each.title}\n\n{each.note}\n\n{each.markdown}" for each in shown if each.markdown is not None]
     place = f"#/experiments/{parent.experiment_id}/runs/{parent.run_id}/artifacts/index.html"
-    # The link first: MLflow shows the first lines alone until asked for more.
+    # The link comes first: MLflow collapses all but the first lines.
     note = "\n\n".join([f"[results page]({place})", f"# {results.grid.title}", results.grid.note, *tables])
     parent.experiment.set_tag(parent.run_id, _NOTE, note[:_LONGEST_NOTE])

@@ -1,4 +1,4 @@
-"""What an experiment found: the results of its runs, put side by side."""
+"""The combined results of an experiment's runs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Results:
-    """What an experiment found.
+    """The results of an experiment.
 
     Attributes:
-        name: Of the experiment.
+        name: Name of the experiment.
         grid: Its whole grid.
-        scale: The language model and what goes with it.
-        rows: Row to its runs, one for each seed; rows that failed or are hidden are not there.
-        published: Figures to put beside ours, ``method, task, metric, mean``.
-        titles: Task to its name in tables.
-        trials: Of the grid's search, where it has one: ``trial``, a column for each option, ``score``, ``state``
+        scale: The language model and the settings that go with it.
+        rows: Row to its runs, one for each seed, without rows that failed or were not requested.
+        published: Published results to show for comparison, ``method, task, metric, mean``.
+        titles: Task to its title in tables.
+        trials: Trials of the grid's search, if it has one: ``trial``, a column for each option, ``score``, ``state``
             (complete, pruned or failed), ``steps``, ``seconds``, ``run_id``.
     """
 
@@ -39,7 +39,7 @@ class Results:
 
     @cached_property
     def tables(self) -> dict[str, DataFrame]:
-        """Row to its probes, those of all seeds, told apart by the column ``seed``."""
+        """Row to the probe rows of all its seeds, which the column ``seed`` tells apart."""
         import pandas as pd
 
         return {
@@ -49,7 +49,7 @@ class Results:
 
     @cached_property
     def summary(self) -> DataFrame:
-        """``method, task, metric, mean, low, high, n, seeds, spread`` of every row (see `summarise`)."""
+        """Summary of every row: ``method, task, metric, mean, low, high, n, seeds, spread`` (see `summarise`)."""
         import pandas as pd
 
         from instructedit.analysis.summary import summarise
@@ -59,9 +59,9 @@ class Results:
         return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=columns)
 
     def titled(self, frame: DataFrame) -> DataFrame:
-        """The frame with its tasks as tables name them."""
+        """Replaces the tasks of a frame by their titles."""
         return frame.assign(task=frame["task"].map(lambda task: self.titles.get(task, task)))
 
     def options(self, section: Any) -> dict[str, Any]:
-        """What the grid's key ``options`` says for a section."""
+        """Returns the options that the grid sets for a section."""
         return self.grid.options.get(section.name, {})

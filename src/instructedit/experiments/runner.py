@@ -1,4 +1,4 @@
-"""One row and seed of an experiment: running it, or finding in the store that it was."""
+"""Running of one row and seed of an experiment, or reuse of an equal run from the store."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from instructedit.experiments.plan import Plan
     from instructedit.tracking import MLflowTracker
 
-# Tags of a run. The fingerprint is set last of all, so that a run that was killed has none.
+# Tags of a run. The fingerprint is set last, so that a run that was killed has none.
 _FINGERPRINT, _TITLES, _CHECKPOINT, _BASE = "fingerprint", "titles", "checkpoint", "tests_run"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run left in the store.
+    """The results of one run, as read from the store.
 
     Attributes:
-        run_id: Of the MLflow run.
-        seed: That it was run with.
-        table: Its probes (see `evaluate`).
+        run_id: Id of the MLflow run.
+        seed: The seed that it was run with.
+        table: Its probe rows (see `evaluate`).
         areas: Its editing areas, if it has any.
-        titles: Task to its name in tables.
+        titles: Task to its title in tables.
         root: Folder of the store.
     """
 
@@ -45,10 +45,10 @@ class RunResult:
     root: Path
 
     def artifact(self, name: str) -> Path:
-        """A file or folder that the run logged, ``config.yaml`` or ``editor``.
+        """Returns the path of a file or folder that the run logged, such as ``config.yaml`` or ``editor``.
 
         Raises:
-            UserError: If it did not.
+            UserError: If the run did not log it.
         """
         from instructedit.tracking import artifact_path
 
@@ -65,13 +65,13 @@ class Runner:
     _broken: set[tuple[str, int]] = field(default_factory=set)
 
     def child(self, name: str, seed: int) -> RunResult:
-        """The results of one row and seed."""
+        """Returns the results of one row and seed, which is run if the store has no equal run."""
         if (name, seed) not in self._done:
             self._done[name, seed] = self._reused(name, seed) or self._run(name, seed)
         return self._done[name, seed]
 
     def _checkpoint(self, name: str, seed: int) -> tuple[str, Path]:
-        """The run that fitted a row, and its best checkpoint; it is run again if that is gone."""
+        """Returns the id of the run that fitted a row, and its best checkpoint; without one, the row is run again."""
         if (name, seed) in self._broken:
             raise UserError(f"row {name!r}, which it tests, failed")
         file = self._checkpoint_of(self.child(name, seed))
@@ -88,7 +88,7 @@ class Runner:
         return file if file and file.is_file() else None
 
     def _reused(self, name: str, seed: int) -> RunResult | None:
-        """The newest run with the same fingerprint whose files are there."""
+        """Returns the newest run in the store with the same fingerprint and complete files, or None."""
         if self.experiment.force:
             return None
         client, mark = self.parent.experiment, self.experiment.fingerprint(name, seed)
@@ -134,7 +134,7 @@ class Runner:
         return child
 
     def log_norms(self, child: RunResult) -> None:
-        """Logs how large the edits of each task are in each matrix, as ``update_norm.<task>/<matrix>``."""
+        """Logs the mean norm of each task's edits in each matrix, as ``update_norm.<task>/<matrix>``."""
         assert child.areas is not None
         tasks = list(dict.fromkeys(child.areas.tasks))
         for site, norms in child.areas.norms.items():
@@ -155,11 +155,11 @@ class Runner:
 
 
 def run_row(experiment: Plan, name: str, seed: int, parent: MLflowTracker, checkpoint: Path | None) -> Any:
-    """Fits and tests one row, or tests a checkpoint with its options, in one MLflow run; gives what did."""
+    """Fits and tests one row, or only tests it, in one MLflow run; returns the command line object that did so."""
     from instructedit.callbacks.editor_model import best_checkpoint
     from instructedit.lightning_cli import run
 
-    gc.collect()  # a Trainer is full of circles: the last one's LM would stay beside this one's
+    gc.collect()  # a Trainer has reference cycles, which would keep the previous LM in memory
     tags = {"experiment": experiment.name, "method": name, "scale": experiment.scale.name, "seed": str(seed)}
     place = logger_options(f"{experiment.name}/{name}/seed-{seed}", tags, parent, experiment.root)
     arguments = [*experiment.arguments(name, seed), *place]
@@ -171,11 +171,11 @@ def run_row(experiment: Plan, name: str, seed: int, parent: MLflowTracker, check
 
 
 def logger_options(run_name: str, tags: dict[str, str], parent: MLflowTracker, root: Path) -> list[str]:
-    """Options that put a run under the experiment's own."""
+    """Returns options that make a run a child of the experiment's run."""
     logger = {"run_name": run_name, "root": root, "parent_run_id": parent.run_id, "tags": json.dumps(tags)}
     return [f"--trainer.logger.init_args.{key}={value}" for key, value in logger.items()]
 
 
 def mlflow_name(name: str) -> str:
-    """A name with only the characters that MLflow allows."""
+    """Replaces the characters of a name that MLflow does not allow by underscores."""
     return re.sub(r"[^\w .:/-]", "_", name)

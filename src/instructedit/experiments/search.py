@@ -26,26 +26,26 @@ if TYPE_CHECKING:
     from instructedit.experiments.spec import Search
     from instructedit.tracking import MLflowTracker
 
-#: In the store's folder: what was tried, for going on after a kill.
+#: File in the store's folder with the trials so far, to resume an interrupted search.
 DATABASE = "searches.db"
 
-#: Beside it; held by the process that searches: a second one would take the trials of the first for lost ones.
+#: Lock file beside it, held while searching: a second process would mistake running trials for interrupted ones.
 _LOCK = "searches.lock"
 
-_ERROR, _STEPS, _RUN, _AGAIN = "error", "steps", "run_id", "run_again"  # what is kept beside a score
+_ERROR, _STEPS, _RUN, _AGAIN = "error", "steps", "run_id", "run_again"  # attributes stored with a trial or its study
 _WHOLE = {"COMPLETE": "complete", "PRUNED": "pruned"}
 
 
 def search(experiment: Plan, parent: MLflowTracker) -> DataFrame:
-    """Runs the trials that the store does not have yet.
+    """Runs the trials that are not yet in the store.
 
-    A trial that was killed or failed is run again, like a row; one that fails does not take the others along.
+    A trial that was killed or failed is run again, like a row; a failing trial does not stop the others.
 
     Returns:
-        As `Results.trials`, the best first.
+        The trials as in `Results.trials`, the best first.
 
     Raises:
-        UserError: If no trial came to an end.
+        UserError: If no trial was completed.
     """
     assert experiment.grid.search is not None
     searching = _Searching(experiment, experiment.grid.search, parent)
@@ -67,13 +67,13 @@ def _searched(searching: _Searching) -> DataFrame:
 
 
 def best_options(trials: DataFrame, parameters: list[str]) -> list[str]:
-    """The options of the best trial, as they stand on a command line."""
+    """Returns the options of the best trial as command-line arguments."""
     best = trials[trials["state"] == "complete"].sort_values("score", ascending=False, kind="stable").iloc[0]
     return [f"{option}={_text(best[option])}" for option in parameters]
 
 
 def best_config(options: list[str]) -> str:
-    """The same as a config file."""
+    """Converts command-line options, such as those of `best_options`, to a config file."""
     config: dict[str, Any] = {}
     for option in options:
         path, _, value = option.removeprefix("--").partition("=")
@@ -93,11 +93,11 @@ class _Searching:
 
     @property
     def arguments(self) -> list[str]:
-        """Of every trial."""
+        """Command-line arguments that all trials share."""
         return self.experiment.arguments(self.search.base, self.experiment.seeds[0])
 
     def study(self) -> Study:
-        """One for each fingerprint of what the trials share; what it lost is back in its queue."""
+        """Opens the study for this search, identified by a fingerprint, and queues its interrupted trials again."""
         import optuna
         from optuna.pruners import MedianPruner, NopPruner
         from optuna.samplers import TPESampler
@@ -114,17 +114,17 @@ class _Searching:
             study_name=name, storage=storage, direction="maximize", load_if_exists=True,
             pruner=MedianPruner(n_startup_trials=3) if self.search.pruner == "median" else NopPruner(),
         )  # fmt: skip
-        study.sampler = TPESampler(seed=seed + len(study.trials))  # not the draws of before a kill once more
+        study.sampler = TPESampler(seed=seed + len(study.trials))  # a resumed search must not repeat earlier draws
         _again(study)
         if self.search.sampler == "grid":
-            # Queued by us: optuna's own sampler of grids takes a trial that failed for one that is through.
+            # Queued here because optuna's own grid sampler counts a failed trial as done.
             every = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
             for chosen in random.Random(seed).sample(every, len(every))[: self.search.count]:
                 study.enqueue_trial(chosen, skip_if_exists=True)
         return study
 
     def trial(self, trial: Trial) -> float:
-        """The best validation score of one fit."""
+        """Runs one fit and returns its best validation score."""
         from optuna import TrialPruned
 
         from instructedit.callbacks.pruning import Pruning
@@ -175,7 +175,7 @@ class _Searching:
 
 
 def _again(study: Study) -> None:
-    """Puts what failed, or was going on when the search was killed, back into the queue."""
+    """Queues trials again that failed, or that were running when the search was killed."""
     from optuna.trial import TrialState
 
     for trial in study.get_trials(states=[TrialState.RUNNING, TrialState.FAIL]):
@@ -189,7 +189,7 @@ def _again(study: Study) -> None:
 
 
 def _replaced(study: Study) -> list[int]:
-    """Numbers of the trials that were run again, or are in the queue."""
+    """Returns the numbers of the trials that were run again or are queued to be."""
     return list(study.user_attrs.get(_AGAIN, []))
 
 
@@ -212,12 +212,12 @@ def _table(study: Study, search: Search) -> DataFrame:
 
 
 def _score(trial: FrozenTrial) -> float | None:
-    """The best value so far, of a pruned trial too."""
+    """Returns the best value of a trial so far, also of a pruned one."""
     return max([*trial.intermediate_values.values(), *([trial.value] if trial.value is not None else [])], default=None)
 
 
 def _choice(value: Any) -> Any:
-    """What the study can keep: plain values as they are, others as JSON."""
+    """Converts a value to one that the study can store: plain values stay, others become JSON."""
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
@@ -229,6 +229,6 @@ def _value(text: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    if hasattr(value, "item"):  # a number of a table
+    if hasattr(value, "item"):  # a numpy number from a table
         value = value.item()
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""What a ``grid.yaml`` says: the rows of an experiment, and what is shown of them."""
+"""The contents of a ``grid.yaml``: the rows of an experiment, and how their results are shown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from instructedit.errors import UserError
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-#: The sections of an experiment that does not say it, as far as there are data for them.
+#: Default sections of an experiment; those without data are left out.
 SECTIONS = ("table", "differences", "metrics", "areas", "search", "failures")
 
 
@@ -23,13 +23,13 @@ class Row:
     """One line of a grid.
 
     Attributes:
-        editor: Name of its config under configs/editor/; a row with ``of`` has the other row's.
+        editor: Name of its config under configs/editor/; a row with ``of`` uses the other row's editor.
         fit: Whether the editor is trained before it is tested; if not, one seed is enough.
-        of: Another row, which is fitted: this one is only a further test of the editor that the other trained, with
-            each of its seeds.
+        of: Another row, which is fitted: this row only tests the editor which that row trained, with each of its seeds,
+            in another way.
         configs: Further configs of this row, relative to the repository.
-        overrides: Its own further options.
-        hidden: Not shown, and not run unless another row or the search needs it.
+        overrides: Further options of this row.
+        hidden: Whether the row is not shown, and not run unless another row or the search needs it.
     """
 
     editor: str | None = None
@@ -41,20 +41,20 @@ class Row:
 
     @property
     def fitted(self) -> bool:
-        """Whether this row trains its own editor."""
+        """True if this row trains its own editor."""
         return self.fit and self.of is None
 
 
 @dataclass(frozen=True)
 class Search:
-    """Which options of a row's editor are tried, and how. Every trial is one fit; the test records are not touched.
+    """Hyper-parameter search over the options of a row's editor; a trial is one fit, and test records are not used.
 
     Attributes:
         base: The row whose options are varied.
         parameters: Option (``--model.lr``) to the values to choose from.
-        metric: What is logged in validation and should be high.
-        trials: How many; with ``sampler: grid`` every combination by default.
-        sampler: ``grid`` goes through the combinations, ``tpe`` goes where earlier trials were good.
+        metric: Metric that validation logs; higher is better.
+        trials: Number of trials; by default the number of combinations.
+        sampler: ``grid`` goes through the combinations, ``tpe`` prefers regions where earlier trials were good.
         pruner: ``median`` stops a trial that is below the median of the others at the same step.
     """
 
@@ -67,28 +67,28 @@ class Search:
 
     @property
     def count(self) -> int:
-        """How many trials there are to be."""
+        """Total number of trials to run."""
         every = prod(map(len, self.parameters.values()))
         return min(self.trials or every, every) if self.sampler == "grid" else self.trials or every
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a ``grid.yaml`` says.
+    """The contents of a ``grid.yaml``, which describes an experiment.
 
     Attributes:
-        title: Of the experiment.
-        seeds: Every fitted row is run once with each.
+        title: Title of the experiment.
+        seeds: Seeds; every fitted row is run once with each.
         rows: Name in tables to the row.
-        configs: Of every run, beside the scale's, relative to the repository.
+        configs: Configs of every run, in addition to the scale's, relative to the repository.
         compare: Pairs of a row and a baseline, whose difference is tested.
-        layout: Of the result table: ``wide``, or ``tall`` for many rows.
-        paper: A file of published figures beside the grid, ``model,method,task,metric,mean``.
-        paper_model: The model whose figures are taken from it; by default the one that the scale names.
+        layout: Layout of the result table: ``wide``, or ``tall`` for many rows.
+        paper: A file of published results beside the grid, ``model,method,task,metric,mean``.
+        paper_model: The model whose published results are used; by default the one that the scale names.
         sections: Names of the sections of the results page, in order.
-        search: Options to be tried, before the rows are run.
-        note: What the experiment asks, for the top of its page.
-        options: Of single sections: name of the section to its options.
+        search: Search over options, which runs before the rows.
+        note: The question that the experiment asks, shown at the top of its page.
+        options: Name of a section to its options.
     """
 
     title: str
@@ -106,11 +106,10 @@ class Grid:
 
     @classmethod
     def load(cls, file: Path) -> Self:
-        """Reads a grid.
+        """Reads and checks a grid file.
 
         Raises:
-            UserError: If it is not YAML, or a key is missing, unknown or of the wrong kind, or names a row that is not
-                there.
+            UserError: If it is not YAML, or a key is missing, unknown or of the wrong type, or names an unknown row.
         """
         spec = read_yaml(file)
         if isinstance(spec, dict):
@@ -160,7 +159,7 @@ class Grid:
 
 
 def published(file: Path, model: str) -> DataFrame:
-    """One model's part of a file of published figures, its five columns less the model.
+    """Reads one model's results from a file of published results, without the column ``model``.
 
     Raises:
         UserError: If there is no such file, column or model.

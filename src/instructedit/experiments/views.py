@@ -1,4 +1,4 @@
-"""The names of sections before 0.2, for one version: `View` is `Section` now, and `Shown` is `Panel`."""
+"""Deprecated names of sections from before 0.2: `View` is now `Section`, and `Shown` is now `Panel`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task instructions: the banks of descriptions, and how one of them is put in front of an edit's prompts."""
+"""Task instructions: banks of descriptions, from which one is drawn and prepended to an edit's prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The descriptions of each task, read from the YAML files in ``banks/`` and checked as they are read."""
+"""Instruction banks: the descriptions of each task, read from the YAML files in ``banks/`` and validated."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Split = Literal["train", "heldout", "unseen"]
 SPLITS: tuple[str, ...] = get_args(Split)
 #: The slots of the paper (Table 2). A bank that needs others lists them under ``slots:``.
 SLOTS: tuple[str, ...] = ("LABEL", "TOPIC")
-#: Anything in square brackets is a slot, so that a misspelt one is noticed.
+#: Anything in square brackets is a slot, so that misspelt ones are detected.
 SLOT = re.compile(r"\[([^\[\]]*)\]")
 VERSION = 1
 BANKS = Path(__file__).parent / "banks"
-#: Banks of tasks that do not ship, by the task's name (see `add_bank`).
+#: Banks of tasks that are not packaged, by the task's name (see `add_bank`).
 _ADDED: dict[str, InstructionBank] = {}
 
 
 @dataclass(frozen=True)
 class Description:
-    """One wording of what a task edits (Section 4.1).
+    """One wording of the description of a task (Section 4.1).
 
     Attributes:
-        id: Unique within its bank; results name it.
+        id: Unique within its bank; used in results.
         split: ``train`` to train on, ``heldout`` to test with, ``unseen`` for the transfer test of Figure 3.
         text: One sentence, with its slots still in square brackets.
     """
@@ -51,13 +51,13 @@ class Description:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a bank's descriptions come from, if a language model wrote them.
+    """The provenance of a bank's descriptions, if a language model wrote them.
 
     Attributes:
-        model: Its name.
-        prompt: Version of the prompts it was asked with.
+        model: Name of the model.
+        prompt: Version of the prompts that it was given.
         date: Day, as YYYY-MM-DD.
-        seed: Of the prompts and of the choice of splits.
+        seed: Seed of the prompts and of the choice of splits.
     """
 
     model: str
@@ -73,7 +73,7 @@ class InstructionBank:
     Attributes:
         task: The task's title, as instructions show it.
         descriptions: In the order of the file.
-        provenance: Who wrote them, where the file says so.
+        provenance: Their origin, if the file states it.
     """
 
     task: str
@@ -82,7 +82,7 @@ class InstructionBank:
 
     @classmethod
     def load(cls, path: str | Path) -> InstructionBank:
-        """Read a bank from a YAML file.
+        """Reads a bank from a YAML file.
 
         Raises:
             UserError: If the file cannot be read or breaks a rule; the message names the file and the field.
@@ -103,15 +103,15 @@ class InstructionBank:
 
     @classmethod
     def for_task(cls, name: str) -> InstructionBank:
-        """The bank of a task: one that was added, else the packaged one, whose file is called by the task's name.
+        """Returns the bank of a task: one that was added, or else the packaged one, whose file has the task's name.
 
         Raises:
-            UserError: If there is none (the message lists those there are), or its file is wrong.
+            UserError: If there is none (the message lists the existing ones), or its file is invalid.
         """
         return _ADDED.get(name) or _packaged(name.lower())
 
     def split(self, name: Split) -> tuple[Description, ...]:
-        """The descriptions of one split; empty if the bank has none.
+        """Returns the descriptions of one split; empty if the bank has none.
 
         Raises:
             UserError: If there is no such split.
@@ -120,7 +120,7 @@ class InstructionBank:
         return tuple(d for d in self.descriptions if d.split == name)
 
     def get(self, description_id: str) -> Description:
-        """The description with the given id, or at the given place: ``10`` is the tenth of every task's bank.
+        """Returns the description with the given id or number: ``10`` is the tenth in any task's bank.
 
         Raises:
             UserError: If the bank has none; the message lists those it has.
@@ -132,7 +132,7 @@ class InstructionBank:
         raise UserError(f"task {self.task} has no description {description_id!r}; there are: {ids}")
 
     def draw(self, rng: random.Random, split: Split = "train") -> Description:
-        """One description of the split, all equally likely.
+        """Draws one description of the split, all equally likely.
 
         Raises:
             UserError: If the split is unknown or empty.
@@ -144,20 +144,20 @@ class InstructionBank:
 
 
 def add_bank(task: str, bank: InstructionBank) -> None:
-    """Makes the bank of a task of one's own known by the task's name, in this process; the last one counts."""
+    """Registers a custom task's bank under the task's name in this process, replacing any earlier one."""
     _ADDED[task] = bank
 
 
 def bank_names() -> tuple[str, ...]:
-    """Names of the tasks that have a bank, packaged or added, sorted."""
+    """Returns the sorted names of the tasks that have a bank, packaged or added."""
     return tuple(sorted({path.stem for path in BANKS.glob("*.yaml")} | _ADDED.keys()))
 
 
 def check_split(name: str) -> None:
-    """Refuse a name that is not a split.
+    """Raises an error if a name is not a split.
 
     Raises:
-        UserError: If there is no such split; the message lists those there are.
+        UserError: If there is no such split; the message lists the existing ones.
     """
     if name not in SPLITS:
         raise UserError(f"unknown split {name!r}; one of {', '.join(SPLITS)}")
@@ -187,12 +187,12 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _field(raw: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
-    """The value of a key: present, of the right kind and, if text, not blank; runs of white space become one space."""
+    """Returns a key's value, of the right type and, if text, not blank; white space becomes single spaces."""
     if key not in raw:
         raise UserError(f"{where}: missing key {key!r}")
     value = raw[key]
     if kind is str and isinstance(value, str):
-        value = " ".join(value.split())  # an instruction's parts are one line each
+        value = " ".join(value.split())  # each part of an instruction is one line
         if not value:
             raise UserError(f"{where}: {key} is empty")
     if not isinstance(value, kind) or isinstance(value, bool):

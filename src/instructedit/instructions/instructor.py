@@ -1,4 +1,4 @@
-"""Which description stands in front of an edit, at which step."""
+"""Draws the instruction of each edit, at each training step."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from instructedit.instructions.bank import Description, InstructionBank, Split, 
 from instructedit.instructions.rendering import LAST_LINE, in_front, render
 from instructedit.records import EditRequest
 
-#: What becomes of an instruction, to see whether an editor reads it: left as it is, its words in another order, one of
-#: another task, the task's name without a description, or nothing at all.
+#: Variants of an instruction that test whether an editor reads it: unchanged, with its words shuffled, from another
+#: task, the task's name without a description, or no instruction.
 Variant = Literal["own", "shuffled", "other_task", "task_name", "left_out"]
 
 
 @dataclass(frozen=True)
 class Instructor:
-    """Puts an instruction in front of an edit's prompts, drawn at random from its task's bank (Section 4.2, eq. 2).
+    """Prepends an instruction to an edit's prompts, drawn at random from its task's bank (Section 4.2, eq. 2).
 
     Attributes:
-        split: The descriptions to draw from. None puts nothing in front: multi-task editing without instructions.
-        description_id: Always use this description, whatever its split.
-        seed: Another seed, other draws.
-        sentence: Always use this free sentence instead of any description; or one for each task, by its name. Its
-            slots are filled as a description's are.
-        apart: Whether the editor reads the instruction beside a request; the model is asked behind it all the same.
-        variant: What becomes of the instruction that was drawn, see `Variant`.
+        split: The descriptions to draw from. None prepends nothing: multi-task editing without instructions.
+        description_id: Always use this description, regardless of its split.
+        seed: Seed of the draws.
+        sentence: Always use this free sentence instead of any description; or a mapping from task names to
+            sentences. Slots are filled as in a description.
+        apart: Whether the editor reads the instruction separately from a request; the model's prompts still follow it.
+        variant: Variant of the drawn instruction, see `Variant`.
 
     Raises:
-        UserError: If there is no such split or variant, or both a description and a sentence are given, or a
-            variant that has nothing of the sentence.
+        UserError: If there is no such split or variant, if both a description and a sentence are given, or if the
+            variant does not use the sentence.
     """
 
     split: Split | None = "train"
@@ -59,24 +59,24 @@ class Instructor:
             check_split(self.split)
 
     def front(self, request: EditRequest, step: int = 0, key: str = "") -> Callable[[str], str]:
-        """A function that prepends what `prefix` gives (its old name; use `prefix`)."""
+        """Returns a function that prepends the instruction (deprecated; use `prefix`)."""
         warnings.warn("Instructor.front: use Instructor.prefix, which gives the text", DeprecationWarning, stacklevel=2)
         return partial(operator.add, self.prefix(request, step, key))
 
     def prefix(self, request: EditRequest, step: int = 0, key: str = "") -> str:
-        """Draws the edit's instruction: the text that stands in front of any of the edit's prompts, empty for none.
+        """Draws the edit's instruction, the text to prepend to any of the edit's prompts; empty for none.
 
-        The draw depends on the seed, the step, the key and the task alone: a resumed run repeats it, the next step
-        draws afresh.
+        The draw depends only on the seed, the step, the key and the task: a resumed run repeats it, the next step
+        draws anew.
 
         Args:
-            request: Its task chooses the bank and its slots fill the description.
+            request: The request, whose task selects the bank and whose slots fill the description.
             step: The training step.
-            key: Tells the edits of one step apart, e.g. the record's id.
+            key: Distinguishes the edits of one step, e.g. the record's id.
 
         Raises:
-            UserError: If the request has no task, the task no bank (a free sentence needs neither), the bank no such
-                description, or a slot no value.
+            UserError: If the request has no task, the task has no bank (a free sentence needs neither), the bank has no
+                such description, or a slot has no value.
         """
         if self.variant == "left_out":
             return ""
@@ -110,20 +110,20 @@ class Instructor:
 
     @staticmethod
     def _title(task: str | None) -> str | None:
-        """The task as its bank calls it; a task without a bank goes by its name."""
+        """Returns the task's title from its bank; a task without a bank is called by its name."""
         return InstructionBank.for_task(task).task if task and task.lower() in bank_names() else task
 
     def _description(self, bank: InstructionBank, step: int, key: str) -> Description:
         if self.description_id is not None:
             return bank.get(self.description_id)
-        assert self.split is not None  # prefix() has returned by then
+        assert self.split is not None  # _drawn() has returned in this case
         # Python's own hash differs from process to process.
         digest = hashlib.sha256("\n".join(map(str, (self.seed, step, bank.task, key))).encode()).digest()
         return bank.draw(random.Random(int.from_bytes(digest, "big")), self.split)
 
 
 def _another(bank: InstructionBank, request: EditRequest) -> InstructionBank:
-    """The bank of another task: the next one, by name, whose slots the request can fill."""
+    """Returns the bank of another task: the next one, by name, whose slots the request can fill."""
     names = bank_names()
     own = next((i for i, name in enumerate(names) if InstructionBank.for_task(name) == bank), 0)
     for name in (*names[own + 1 :], *names[:own]):
@@ -134,7 +134,7 @@ def _another(bank: InstructionBank, request: EditRequest) -> InstructionBank:
 
 
 def _shuffled(text: str) -> str:
-    """An instruction with its words in another order, the same for the same text; its last line stays the last."""
+    """Shuffles an instruction's words, always in the same way for the same text; the last line stays last."""
     words = text.removesuffix(LAST_LINE).split()
-    random.Random(text).shuffle(words)  # a text seeds alike in every process
+    random.Random(text).shuffle(words)  # a string gives the same seed in every process
     return f"{' '.join(words)}\n{LAST_LINE}" if words else text

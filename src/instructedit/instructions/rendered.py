@@ -1,4 +1,4 @@
-"""An edit record as an editor reads it: with its instruction drawn and in front of its prompts."""
+"""Edit records with their drawn instructions, as an editor reads them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from instructedit.records import EditRecord, Probe
 
 @dataclass(frozen=True)
 class RenderedRecord:
-    """A record whose instruction is drawn.
+    """A record with its drawn instruction.
 
     Attributes:
         record: The record, in plain text.
-        prefix: Its instruction, which stands in front of its in-scope prompts; empty for none.
-        apart: Whether the editor reads the instruction beside the request rather than in front of it.
+        prefix: Its instruction, to prepend to its in-scope prompts; empty for none.
+        apart: Whether the editor reads the instruction separately, rather than prepended to the request.
     """
 
     record: EditRecord
@@ -29,7 +29,7 @@ class RenderedRecord:
         return self.record.request.prompt if self.apart else self.prefix + self.record.request.prompt
 
     def ask(self, probe: Probe) -> str:
-        """The probe's prompt as the model is asked: locality probes stand without an instruction."""
+        """Returns the probe's prompt as the model reads it; locality probes have no instruction."""
         return probe.prompt if probe.kind == "locality" else self.prefix + probe.prompt
 
 
@@ -41,7 +41,7 @@ def render_records(
     Args:
         records: The records.
         instructor: Draws the instructions; None leaves prompts plain.
-        steps: The training step of each record, on which its draw depends; 0 by default.
+        steps: The training step of each record, on which the draw depends; 0 by default.
 
     Raises:
         UserError: See `Instructor.prefix`.

@@ -1,4 +1,4 @@
-"""From a description to the text that stands in front of a prompt."""
+"""Renders descriptions as the instruction that is prepended to a prompt."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from instructedit.errors import UserError
 from instructedit.instructions.bank import SLOT, Description, InstructionBank
 from instructedit.records import EditRequest
 
-#: The line that a prompt stands in.
+#: Start of the line that contains the prompt.
 LAST_LINE = "Input: "
 
 
 def render(
     bank: InstructionBank, description: Description, request_or_slots: EditRequest | Mapping[str, str], prompt: str
 ) -> str:
-    """The prompt with its task's instruction in front: ``[Task]``, ``[Description]``, ``[Input]`` (Section 4.1).
+    """Prepends the task's instruction to a prompt: ``[Task]``, ``[Description]``, ``[Input]`` (Section 4.1).
 
     Args:
-        bank: Gives the task's title.
+        bank: The bank that holds the task's title.
         description: The wording to use.
         request_or_slots: The slots' values, or the request that holds them. Values without a slot are ignored.
-        prompt: Any prompt of the edit; kept as it is.
+        prompt: Any prompt of the edit; left unchanged.
 
     Raises:
         UserError: If a slot of the description has no value.
@@ -32,13 +32,13 @@ def render(
 
 
 def in_front(task: str | None, text: str | None, slots: Mapping[str, str], name: str) -> str:
-    """What stands in front of a prompt.
+    """Returns the instruction to prepend to a prompt.
 
     Args:
-        task: The task's title; without one there is no such line.
-        text: A description or a free sentence; without one there is no such line.
+        task: The task's title; without one its line is left out.
+        text: A description or a free sentence; without one its line is left out.
         slots: The values of its slots.
-        name: What to call it in errors.
+        name: Name of the text in errors.
 
     Raises:
         UserError: If a slot has no value.
@@ -49,6 +49,6 @@ def in_front(task: str | None, text: str | None, slots: Mapping[str, str], name:
             raise UserError(f"no value for slot [{slot[1]}] of {name}")
         return found
 
-    # One pass, so that a value which itself holds square brackets is not filled again.
+    # One pass, so that square brackets inside a value are not filled again.
     described = f"Description: {SLOT.sub(value, text)}" if text is not None else ""
     return "\n".join([*filter(None, (f"Task: {task}" if task else "", described)), LAST_LINE])

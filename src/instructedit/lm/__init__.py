@@ -1,4 +1,4 @@
-"""The frozen LM: loading, edit sites, gradients at layers, edits applied row by row, prefix and suffix, merging."""
+"""The frozen LM: loading, edit sites, layer gradients, edits applied row by row, prefix cache, generation, merging."""
 
 from instructedit.lm.capture import LayerGradients, LayerIO
 from instructedit.lm.frozen import FrozenLM

@@ -1,4 +1,4 @@
-"""Whether PEFT makes of a saved adapter what the edit is: it maps names of modules in its own way."""
+"""A check that PEFT restores the same edit from a saved adapter, since it maps module names in its own way."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from instructedit.lm import tryout
 
 
 def reads_back(model: PreTrainedModel, folder: Path, expected: Tensor) -> bool:
-    """Whether PEFT reads an adapter to the logits that are expected of `tryout.inputs`; taken for granted without PEFT.
+    """True if PEFT loads an adapter to the expected logits on `tryout.inputs`; assumed True if PEFT is not installed.
 
-    The model gets the adapter and loses it again: no copy of it is made.
+    The adapter is attached to the model and removed again, so no copy of the model is made.
 
     Args:
         model: The base model.
-        folder: Of the adapter.
+        folder: Folder of the adapter.
         expected: Logits of the edited model.
     """
     if importlib.util.find_spec("peft") is None:
         return True
     with warnings.catch_warnings(), torch.random.fork_rng(), torch.no_grad():
-        warnings.simplefilter("ignore")  # what it cannot place shows in the logits
+        warnings.simplefilter("ignore")  # weights that it cannot place show up in the logits
         from peft import PeftModel
 
         adapted = PeftModel.from_pretrained(model, str(folder))

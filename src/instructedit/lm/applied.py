@@ -15,11 +15,12 @@ from instructedit.lm.edit_sites import EditSites
 
 
 class Applied:
-    """Holds what is applied to a model now, and applies edits to it.
+    """Tracks the edits that are applied to a model now, and applies edits to it.
 
     Attributes:
-        blocks: The lowest edited block of each edit that the model's layers have now; above all for one without sites.
-        prompt_edit: The edit that depends on prompts, with the edit of each row; None without one.
+        blocks: Lowest edited block of each edit that is applied to layers now; the number of blocks for an edit without
+            sites.
+        prompt_edit: The applied edit that depends on prompts, with the index of each row's edit; None without one.
     """
 
     def __init__(self, sites: EditSites) -> None:
@@ -33,11 +34,11 @@ class Applied:
 
     @property
     def layers(self) -> int:
-        """How many edits the model's layers have now."""
+        """Number of edits that are applied to the model's layers now."""
         return len(self.blocks)
 
     def reach_below(self, block: int) -> bool:
-        """True if an edit that layers have now may change the states that enter a block."""
+        """True if an edit that is applied to layers now may change the states that enter a block."""
         return any(lowest < block for lowest in self.blocks)
 
     @property
@@ -66,7 +67,7 @@ class Applied:
         """Applies edits to the layers alone inside a ``with`` block."""
         changes = edit is not None and edit.sites
         lowest = self.sites.first_block(edit.sites) if edit is not None and changes else len(self.forward.blocks)
-        _ = self.forward.outputs_of_a_block  # found out while nothing is applied
+        _ = self.forward.outputs_of_a_block  # determined while no edit is applied
         with hooks.applied(self.forward.model, edit, rows):
             self.blocks.append(lowest)
             try:
@@ -75,19 +76,19 @@ class Applied:
                 self.blocks.pop()
 
     def index(self, edit: Edit, rows: Tensor | None, count: int) -> Tensor:
-        """Which edit is applied to each row, [rows]."""
+        """Returns the index of each row's edit, [rows]."""
         hooks.check_rows(edit, rows, count)
         return torch.arange(len(edit), device=self.device).expand(count) if rows is None else rows
 
     def named(self, edit: Edit | None, rows: Sequence[int] | Tensor | None) -> Tensor | None:
-        """What a caller says of which edit each row has, on the model's device.
+        """Moves a caller's index of each row's edit to the model's device; None stays None.
 
         Raises:
-            UserError: If there is no such edit.
+            UserError: If an index names no edit.
         """
         if rows is None:
             return None
-        index = torch.as_tensor(rows)  # looked at where it is: no device is waited for
+        index = torch.as_tensor(rows)  # checked on its own device: an index on the host needs no device sync
         if edit is not None and not ((index >= 0) & (index < len(edit))).all():
             raise UserError(f"rows must name edits 0 to {len(edit) - 1}, got {index.tolist()}")
         return index.to(self.device)

@@ -1,7 +1,7 @@
-"""Which architectures can be edited, as found on a tiny random model of each causal LM that transformers knows.
+"""A table of the editable architectures, found on a tiny random model of each causal LM that transformers knows.
 
-``architectures.yaml`` holds what was found; tests find it again on the installed transformers, with every promise that
-an edit makes. The engine itself never reads it: it looks at the model in hand.
+``architectures.yaml`` holds the results; tests reproduce them on the installed transformers, together with every
+guarantee that an edit gives. The engine itself never reads the table: it inspects the model that is loaded.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 import yaml
 
 FILE = Path(__file__).with_suffix(".yaml")
-#: What a row of the table may say.
+#: Possible statuses of an architecture in the table.
 STATUS = ("supported", "dense blocks only", "refused", "not tried")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of one architecture.
+    """One architecture: its names in transformers, and whether it can be edited.
 
     Attributes:
-        name: As transformers names it (``model_type``).
+        name: Its name in transformers (``model_type``).
         model: The class of its causal LM.
         blocks: Module name of the list of its blocks.
         sites: Names of the feed-forward matrices within a block.
-        experts: Module that holds the routed experts of the blocks that have such (they cannot be edited).
-        refused: Why it cannot be edited.
-        not_tried: Why no tiny model of it could be made.
+        experts: Module that holds the routed experts, in blocks that have some (these blocks cannot be edited).
+        refused: Reason why it cannot be edited.
+        not_tried: Reason why no tiny model of it could be made.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Architecture:
 
     @property
     def status(self) -> str:
-        """One of `STATUS`."""
+        """Status of the architecture, one of `STATUS`."""
         if self.not_tried:
             return STATUS[3]
         if self.refused or not self.sites:
@@ -50,7 +50,7 @@ class Architecture:
 
     @property
     def remark(self) -> str:
-        """What is edited, or why nothing is."""
+        """Names of the edited matrices, or the reason why there are none."""
         if self.sites:
             named = ", ".join(f"{self.blocks}.N.{site}" for site in self.sites)
             return named + (f" (blocks with routed experts in {self.experts} are refused)" if self.experts else "")
@@ -58,13 +58,13 @@ class Architecture:
 
 
 def architectures() -> dict[str, Architecture]:
-    """Everything that is known, by name."""
+    """Returns all known architectures by name."""
     rows: dict[str, dict[str, Any]] = yaml.safe_load(FILE.read_text())
     return {name: Architecture(name, **row | {"sites": tuple(row.get("sites", ()))}) for name, row in rows.items()}
 
 
 def markdown() -> str:
-    """The page that shows it."""
+    """Renders the table as a Markdown page."""
     known = architectures().values()
     counts = ", ".join(f"{sum(a.status == status for a in known)} {status}" for status in STATUS)
     rows = [f"| `{a.name}` | {a.model} | {a.status} | {a.remark} |" for a in known]

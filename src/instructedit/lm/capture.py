@@ -1,4 +1,4 @@
-"""What layers are given and give in a forward pass, and the gradients that an edit loss has there."""
+"""Inputs and outputs of layers in a forward pass, and the gradients of an edit loss at these layers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from instructedit.metrics import row_mean
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """Inputs and output gradients of an edit loss at each site; together ∇W = Σ_t δ_t u_tᵀ.
+    """Layer inputs u and output gradients δ of an edit loss at each site; together ∇W = Σ_t δ_t u_tᵀ.
 
     Attributes:
-        u: Site → what the layer sees, [rows, seq, in].
+        u: Site → inputs of the layer, [rows, seq, in].
         delta: Site → gradient of the row's edit loss with respect to the layer's output, [rows, seq, out]; zero at
-            positions that the loss does not depend on, padding among them.
+            positions that the loss does not depend on, including padding.
         loss: Edit loss of each row (mean over its target tokens of −log p), [rows].
         predicted: The unedited model's most likely token at each answer position, [positions].
     """
@@ -37,7 +37,7 @@ class LayerGradients:
 
 
 class LayerIO(NamedTuple):
-    """What a layer was given and gave: `inputs` [rows, seq, in] and `outputs` [rows, seq, out]."""
+    """Recorded `inputs` [rows, seq, in] and `outputs` [rows, seq, out] of a layer."""
 
     inputs: Tensor
     outputs: Tensor
@@ -48,15 +48,15 @@ def record_activations(
     scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None,
     cached: bool = True,
 ) -> dict[str, LayerIO]:  # fmt: skip
-    """Records what layers are given and give, with edits applied; nothing above the last of them runs.
+    """Records the inputs and outputs of layers, with edits applied; nothing above the last of them runs.
 
     Args:
-        scores: The model's rooms.
+        scores: The model's scorer.
         batch: Rows of tokens.
         sites: Names of the layers, feed-forward modules or blocks.
         edit: The edits to apply.
         rows: Which edit each row has.
-        cached: Take the blocks below from the prefix cache; of no use for text that is read once.
+        cached: Take the states of the blocks below from the prefix cache; useless for text that is read only once.
     """
     forward = scores.forward
     recorded: dict[str, LayerIO] = {}
@@ -70,7 +70,7 @@ def record_activations(
         last = len(recorded) + 1 == len(sites)
         recorded[site] = LayerIO(
             inputs, outputs if last else outputs.clone()
-        )  # some models go on to add to it in place
+        )  # some models add to it in place afterwards
         if last:
             raise hooks.StopForward
 
@@ -88,13 +88,13 @@ def record_activations(
 def capture(
     scores: Scores, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None
 ) -> LayerGradients:
-    """Takes the gradient of each row's edit loss at the sites.
+    """Computes the gradient of each row's edit loss at the sites.
 
     Only the blocks from the first site upward run forward and backward, and no weight gets a gradient.
 
     Args:
-        scores: The model's rooms.
-        batch: One edit request a row.
+        scores: The model's scorer.
+        batch: One edit request per row.
         sites: Names of the layers.
         edit: The edits to apply.
         rows: Which edit each row has.
@@ -107,10 +107,10 @@ def capture(
         u[site], outputs[site] = args[0].detach(), output
 
     def apart(flat: Tensor) -> Tensor:
-        return flat.reshape(len(batch), -1, flat.shape[-1])  # some MLPs see all rows as one
+        return flat.reshape(len(batch), -1, flat.shape[-1])  # some MLPs flatten all rows into one
 
     start = forward.resumed_from(scores.applied.sites.first_block([*sites, *(edit.sites if edit else ())]))
-    # A clone, since states that a cache gives may have been made in inference mode.
+    # Cloned, since cached states may have been computed in inference mode.
     hidden = scores.prefix.of(batch, start).clone().requires_grad_()
     with torch.enable_grad(), forward.own_dtype(), scores.applied.at_layers(edit, rows), ExitStack() as stack:
         for site in sites:

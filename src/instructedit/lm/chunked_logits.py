@@ -1,4 +1,4 @@
-"""Reading logits a few positions at a time: all of them at once are often the largest tensor of a pass."""
+"""Logits computed a few positions at a time: all at once, they are often the largest tensor of a forward pass."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Gives for states [n, hidden] at the given places of all one number each, [n], and whatever else is wanted, [n, …].
+#: Takes states [n, hidden] and their slice of all positions; returns one number per state, [n], and optionally more
+#: tensors, [n, …].
 Read = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 
 def positionwise(states: Tensor, read: Read, size: int) -> tuple[Tensor, ...]:
-    """What `read` gives for all states, put together; no more than `size` of them are read at once.
+    """Applies `read` to all states, at most `size` at a time, and concatenates the results.
 
-    The first number of a state must depend on that state alone. It is differentiable with respect to it: its slope is
-    found at once, so that no logits wait for a backward pass.
+    The number that `read` returns for a state must depend on that state alone, and is differentiable with respect to
+    it: its gradient is computed in the forward pass, so that no logits are kept for a backward pass.
 
     Args:
         states: [positions, hidden].
         read: See `Read`.
-        size: Positions at once.
+        size: Maximum number of positions at a time.
     """
     if torch.is_grad_enabled() and states.requires_grad:
         found: tuple[Tensor, ...] = _Positionwise.apply(states, read, size)
@@ -53,7 +54,7 @@ class _Positionwise(torch.autograd.Function):
 
 
 def parts(positions: int, size: int) -> list[slice]:
-    """Slices of at most `size` positions and about one length; one slice, if empty, where there are none."""
+    """Splits positions into slices of at most `size` and of similar length; no positions give one empty slice."""
     count = max(1, -(-positions // size))
     ends = [positions * i // count for i in range(count + 1)]
     return [slice(start, end) for start, end in itertools.pairwise(ends)]

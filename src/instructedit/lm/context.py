@@ -1,4 +1,4 @@
-"""Rows that an edit treats by their prompts, and what is read of a prompt to choose how."""
+"""Edits that depend on the prompt: how rows are routed by their prompts, and the prompt states that gates read."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from instructedit.rows import take_rows
 
 
 class Route(NamedTuple):
-    """Rows that are read in one way; by the unedited model unless it says otherwise.
+    """Rows that are processed in the same way: by the unedited model, unless contexts or an edit are given.
 
     Attributes:
-        rows: Their numbers, ascending, on the host.
-        contexts: Token ids that stand in front of each.
-        edit: What they are read with.
-        numbers: Which of these edits each row has; None where it is one for all.
+        rows: Row numbers, ascending, on the host.
+        contexts: Token ids that are prepended to each row.
+        edit: Edits that are applied to the rows.
+        numbers: Which of these edits each row has; None if all share the only one.
     """
 
     rows: Tensor
@@ -33,16 +33,16 @@ class Route(NamedTuple):
 
 
 class ContextStates:
-    """Computes the states at answer positions with any edit, one that depends on the prompt among them."""
+    """Computes the states at answer positions with any edit, including one that depends on the prompt."""
 
     def __init__(self, rows: RowStates, text: Text) -> None:
         self.rows, self.text = rows, text
         self.prefix, self.applied, self.forward = rows.prefix, rows.applied, rows.forward
 
     def routes(self, edit: PromptEdit, rows: Tensor | None, batch: TokenBatch) -> list[Route]:
-        """Says how the rows of a batch are read: those out of all scopes, then those in scope of an entry."""
+        """Routes the rows of a batch: first those outside of all scopes, then those in scope of an entry."""
         index, prompts = self.applied.index(edit, rows, len(batch)).tolist(), batch.prompts()
-        places: dict[tuple[int, ...], int] = {}  # of each prompt and edit among the different ones
+        places: dict[tuple[int, ...], int] = {}  # number of each distinct pair of edit and prompt
         asked = [places.setdefault((i, *ids), len(places)) for i, ids in zip(index, prompts.unpadded(), strict=True)]
         first = torch.tensor([asked.index(place) for place in range(len(places))])
         own = torch.tensor([index[row] for row in first.tolist()], device=self.forward.device)
@@ -56,7 +56,7 @@ class ContextStates:
         return found
 
     def routes_of(self, prompts: Sequence[list[int]]) -> list[Route]:
-        """The same for token ids of prompts, under the edit that is applied to prompts now."""
+        """Routes prompts, given as token ids, under the prompt-dependent edit that is applied now."""
         if self.applied.prompt_edit is None:
             return [Route(torch.arange(len(prompts)))]
         edit, rows = self.applied.prompt_edit
@@ -65,12 +65,12 @@ class ContextStates:
     def shared(
         self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int | None
     ) -> tuple[Tensor, Tensor]:
-        """The states at answer positions, [nodes, hidden], and which of them each position has, [positions]."""
+        """Computes the distinct states, [nodes, hidden], and the index of each answer position's state, [positions]."""
         if edit is None and self.applied.prompt_edit is not None:
             edit, rows = self.applied.prompt_edit
-            start = start or 0  # out of scope as the model runs where nothing is applied, to the same bits
+            start = start or 0  # out of scope, bit-identical to the unedited model
         elif edit is not None and edit.is_identity:
-            edit = rows = None  # runs as the model does without one: to the same bits
+            edit = rows = None  # bit-identical to the unedited model
         if start is None:
             start = self.applied.sites.first_block(edit.sites) if edit is not None else 0
         if not isinstance(edit, PromptEdit):
@@ -79,7 +79,7 @@ class ContextStates:
         return states, torch.arange(len(states), device=states.device)
 
     def _routed(self, batch: TokenBatch, edit: PromptEdit, rows: Tensor | None, start: int) -> Tensor:
-        """States of rows of which each is read as its prompt says."""
+        """Computes the states of rows, each processed as its prompt determines."""
         routes = self.routes(edit, rows, batch)
 
         def run(route: Route) -> Tensor:
@@ -92,21 +92,21 @@ class ContextStates:
         return in_order(batch, [route.rows for route in routes], [run(route) for route in routes])
 
     def scope_embedding(self, batch: TokenBatch, block: int) -> Tensor:
-        """Embeds each row's prompt for a gate: states that enter a block, at the prompt's last token and on average.
+        """Embeds each row's prompt for a gate: the states that enter a block, at the prompt's last token and averaged.
 
         Returns:
-            [rows, 2 · hidden]; the answers take no part.
+            [rows, 2 · hidden]; the answers do not contribute.
         """
         return PromptStates(self, batch.prompts())(block)
 
 
 class PromptStates:
-    """What gates read of prompts (see `edits.Prompts`).
+    """The states of prompts that gates read (see `edits.Prompts`).
 
     Args:
         context: Computes states.
         prompts: Rows without answers.
-        rows: The same rows with answers, where their states are known anyway: a prompt's are the same in them but for
+        rows: The same rows with answers, if their states are known anyway: those of the prompt are the same up to
             rounding.
     """
 
@@ -121,7 +121,7 @@ class PromptStates:
         return torch.cat([F.layer_norm(part, part.shape[-1:]) for part in (last, mean)], -1)
 
     def tokens(self, block: int) -> tuple[Tensor, Tensor]:
-        """States at each token of a prompt, [prompts, seq, hidden], and which are there, bool [prompts, seq]."""
+        """Returns the states of prompts, [prompts, seq, hidden], and the mask of their tokens, bool [prompts, seq]."""
         hidden, there = self._read(block)
         return F.layer_norm(hidden, hidden.shape[-1:]), there.bool()
 

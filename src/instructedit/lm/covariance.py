@@ -1,4 +1,4 @@
-"""What layers see over plain text: samples, and second moments C = E[u uᵀ], computed once and kept on disk."""
+"""Layer inputs over plain text: samples, and covariances (second moments) C = E[u uᵀ], computed once and cached."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from instructedit.paths import cache_folder, check_writable
 
 #: Texts in one forward pass, and in one sum of squares in float32.
 _ROWS = 64
-#: Texts that are put in order of length, so that a forward pass has little padding.
+#: Texts that are sorted by length together, so that a forward pass has little padding.
 _SORTED = 4 * _ROWS
 
 
 def covariance_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:
-    """Where the second moment of a site over so many tokens of a text is kept; another model or file, another place."""
+    """Returns the cache file of a site's covariance over a number of tokens; it differs by model and by text file."""
     text = text_for(lm, text)
     path = Path(text).expanduser()
     edition = f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else ""
@@ -35,17 +35,17 @@ def covariance_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:
 
 
 def covariances(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: int = 100_000) -> dict[str, Tensor]:
-    """C = E[u uᵀ] of what each site sees, from disk where it has been computed before.
+    """Computes the covariance C = E[u uᵀ] of each site's inputs, or loads it if it was computed before.
 
-    The text is streamed: memory holds one matrix for each site. Padding takes no part; a text longer than the model's
-    context is cut there. Batches are summed in float32, their sums in double precision.
+    The text is streamed: memory holds one matrix for each site. Padding is left out; a text longer than the model's
+    context is truncated. Batches are summed in float32, their sums in double precision.
 
     Args:
         lm: The unedited model.
         sites: Names of the layers.
-        text: ``auto``: the embedded corpus for the embedded models, for any other what it says itself (``sampled``);
-            or see `read_texts`.
-        tokens: So many tokens of it, or all if it has fewer.
+        text: ``auto`` (the embedded corpus for an embedded model, ``sampled`` for any other), ``sampled`` (text that
+            the model samples itself), or what `read_texts` reads.
+        tokens: Number of tokens of it to use, or all if it has fewer.
 
     Returns:
         Site → [in, in], float32, on the CPU.
@@ -56,7 +56,7 @@ def covariances(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: in
     files = {site: covariance_file(lm, site, text, tokens) for site in sites}
     missing = [site for site, file in files.items() if not file.is_file()]
     if missing:
-        check_writable(files[missing[0]].parent, "$INSTRUCTEDIT_CACHE")  # else minutes of work could not be kept
+        check_writable(files[missing[0]].parent, "$INSTRUCTEDIT_CACHE")  # else minutes of work would be lost
         print(f"{lm.name}: second moments over {tokens} tokens of {_called(lm, text)}", file=sys.stderr)
         sums: dict[str, Tensor] = {}
         seen = 0
@@ -71,12 +71,12 @@ def covariances(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: in
 
 
 def sample_inputs(lm: FrozenLM, site: str, text: str = AUTO, tokens: int = 1000) -> Tensor:
-    """What a site sees over the first tokens of a text, [tokens, in], on the model's device."""
+    """Returns the inputs of a site over the first tokens of a text, [tokens, in], on the model's device."""
     return torch.cat([inputs[site] for inputs in _inputs(lm, [site], text, tokens)])
 
 
 def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[dict[str, Tensor]]:
-    """What the sites see, batch by batch, each [positions, in] in float32; `tokens` positions in all."""
+    """Yields the inputs of the sites batch by batch, each [positions, in] in float32; `tokens` positions in all."""
     left = tokens
     with tqdm(total=tokens, desc=f"{lm.name} reads {_called(lm, text)}", unit=" tokens", leave=False, delay=5) as bar:
         for batch in _batches(lm, text, tokens):
@@ -93,13 +93,13 @@ def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[
 
 
 def _called(lm: FrozenLM, text: str) -> str:
-    """What a text is called in messages."""
+    """Returns the name of a text for messages."""
     names = {"tiny": "the embedded corpus", "sampled": "text that it samples itself"}
     return names.get(found := text_for(lm, text), found)
 
 
 def _batches(lm: FrozenLM, text: str, tokens: int) -> Iterator[TokenBatch]:
-    """The first texts that hold so many tokens, in batches of about one length each."""
+    """Yields the first texts, up to `tokens` tokens in all, in batches of similar length."""
     documents = documents_of(lm, text, cache_folder() / "sampled")
     while rows := _rows(lm, documents, tokens):
         tokens -= sum(map(len, rows))
@@ -109,7 +109,7 @@ def _batches(lm: FrozenLM, text: str, tokens: int) -> Iterator[TokenBatch]:
 
 
 def _rows(lm: FrozenLM, documents: Iterator[str], tokens: int) -> list[list[int]]:
-    """Token ids of the next texts: no more than are put in order together, and no more than `tokens` tokens."""
+    """Returns the token ids of the next texts: at most as many as are sorted together, and at most `tokens` tokens."""
     rows: list[list[int]] = []
     while len(rows) < _SORTED and tokens > 0 and (document := next(documents, None)) is not None:
         if ids := lm.text.document(document)[: min(lm.max_length, tokens)]:
@@ -129,7 +129,7 @@ def _load(file: Path) -> Tensor:
 
 
 def _save(matrix: Tensor, file: Path) -> None:
-    """Whole or not at all, whoever else writes it."""
+    """Writes the file atomically, even if other processes write it too."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         save_file({"second_moment": matrix.contiguous()}, Path(folder, file.name))

@@ -1,4 +1,4 @@
-"""Decoding token by token: the loop, keys and values that are laid down once, and draws that each row makes itself."""
+"""Decoding token by token: the loop, a preallocated key-value cache, and sampling with a seed for each row."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from instructedit.errors import UserError
 from instructedit.lm import hooks
 from instructedit.lm.small_batch import small_batch_matmul
 
-#: Names under which architectures give what they keep of the tokens read, and take it back.
+#: Names of the outputs and arguments through which architectures pass their cache of the tokens read.
 CACHES = ("past_key_values", "cache_params", "state")
 
 
 def preallocated_cache(
     config: PreTrainedConfig, room: int, at_rest: torch.dtype | None = None, longest: int | None = None
 ) -> Cache | None:
-    """A cache of keys and values that copies none of them for the tokens that follow, up to `room` tokens a row.
+    """Creates a cache of keys and values with room for `room` tokens per row, so that new tokens copy no others.
 
-    transformers' own makes the whole tensor anew for each token: most of the time of a long text, and for a moment
-    twice the memory of a layer.
+    transformers' own cache reallocates the whole tensor for each token: this takes most of the time of a long text, and
+    briefly twice the memory of a layer.
 
     Args:
-        config: Of the model.
-        room: Tokens.
-        at_rest: What they are rounded to while their layer does not run; None keeps them as they are computed.
-        longest: Tokens that see each other, at most; by default all that there is room for.
+        config: Config of the model.
+        room: Maximum number of tokens in a row.
+        at_rest: Storage dtype of keys and values while their layer does not run; None keeps them as they are computed.
+        longest: Maximum number of tokens that attend to each other; by default all that there is room for.
 
     Returns:
-        None unless all layers attend to all tokens: the model then knows better what to keep.
+        The cache; None unless all layers attend to all tokens, since the model then knows better what to keep.
     """
     if not attends_to_all(config, longest or room):
         return None
@@ -46,9 +46,9 @@ def preallocated_cache(
 
 
 def attends_to_all(config: PreTrainedConfig, tokens: int) -> bool:
-    """Whether each layer attends to all tokens before, and nothing else, in rows of so many.
+    """True if each layer attends to all previous tokens, and to nothing else, in rows of `tokens` tokens.
 
-    Not so with a shorter window, or a running state.
+    It is False with a shorter sliding window, or a recurrent state.
     """
     return all(
         type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > tokens)
@@ -77,14 +77,14 @@ class _RoomyLayer(DynamicLayer):
 
 
 class _Buffer:
-    """Room for one tensor that grows along its sequence, [rows, heads, room, size]."""
+    """Preallocated storage for one tensor that grows along its sequence dimension, [rows, heads, room, size]."""
 
     def __init__(self, room: int, at_rest: torch.dtype | None) -> None:
         self.room, self.at_rest = room, at_rest
         self.whole = self.filled = torch.empty(0)
 
     def after(self, held: Tensor | None, new: Tensor) -> Tensor:
-        """`held` with `new` after it, in place if `held` is what was given last (beams, for one, are chosen anew)."""
+        """Appends `new` to `held`, in place if `held` is the last result (which it is not if beams are reselected)."""
         start = 0 if held is None or not held.numel() else held.shape[-2]
         end = start + new.shape[-2]
         if held is not self.filled or end > self.whole.shape[-2]:
@@ -97,27 +97,27 @@ class _Buffer:
         return self.filled
 
 
-#: From the logits of the rows, [rows, vocab], and which of its new tokens each chooses now, [rows], to these tokens.
-#: Rows that still read their prompt have negative numbers, and what is chosen for them is of no account.
+#: Maps the logits of the rows, [rows, vocab], and the number of the new token that each row chooses now, [rows], to
+#: these tokens. Rows that still read their prompt have negative numbers, and the tokens chosen for them are ignored.
 Choice = Callable[[Tensor, Tensor], Tensor]
 
 
 def likeliest(logits: Tensor, step: Tensor) -> Tensor:
-    """Greedy decoding, [rows]."""
+    """Returns the most likely token of each row (greedy decoding), [rows]."""
     return logits.argmax(-1)
 
 
 class Draw:
-    """Draws each next token, each row by its own numbers; the text ends at none of the tokens in `never`.
+    """Samples the next tokens, each row with its own random numbers; tokens in `never` are never drawn.
 
-    transformers' own sampling sorts out and draws over the whole vocabulary, with one generator for all rows: what a
-    row says then depends on the rows beside it.
+    transformers' own sampling filters and draws over the whole vocabulary, with one generator for all rows: the text of
+    a row then depends on the other rows of its batch.
 
     Args:
-        draws: Uniform in [0, 1), [rows, tokens].
+        draws: Random numbers, uniform in [0, 1), [rows, tokens].
         k: Likeliest tokens to draw from; None or 0 draws from all.
         never: Tokens that are not drawn, such as those that end a text.
-        p: Draw from the fewest likeliest tokens with this share of the probability (nucleus; Holtzman et al. 2020).
+        p: Draw from the smallest set of likeliest tokens with this much probability (nucleus; Holtzman et al. 2020).
         temperature: Divides the logits.
     """
 
@@ -127,7 +127,7 @@ class Draw:
         self.draws, self.k, self.never, self.p, self.temperature = draws, k, list(never), p, temperature
 
     def __call__(self, logits: Tensor, step: Tensor) -> Tensor:
-        """The drawn tokens, [rows] (see `Choice`)."""
+        """Draws the next token of each row, [rows] (see `Choice`)."""
         scores = logits.float() / self.temperature
         scores[:, self.never] = -torch.inf
         tokens = None
@@ -136,24 +136,24 @@ class Draw:
         reached = scores.double().softmax(-1).cumsum(-1)
         last = (reached < min(self.p, 1.0)).sum(-1, keepdim=True).clamp(max=reached.shape[-1] - 1)
         draw = self.draws.gather(-1, step.clamp(0, self.draws.shape[-1] - 1).unsqueeze(-1))
-        # Of what the last one reaches, since sums of rounded shares may miss 1.
+        # Scaled by the probability up to the last candidate, since rounded probabilities may not sum to 1.
         place = (reached <= draw * reached.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
         return (place if tokens is None else tokens.gather(-1, place)).squeeze(-1)
 
 
 def draws(seeds: Sequence[int | str], tokens: int) -> Tensor:
-    """Numbers uniform in [0, 1) for every token of each row, [rows, tokens], which depend on the row's seed alone."""
+    """Generates random numbers, uniform in [0, 1), [rows, tokens]; those of a row depend on its own seed alone."""
     own = [random.Random(str(seed)) for seed in seeds]
     return torch.tensor([[row.random() for _ in range(tokens)] for row in own], dtype=torch.float64)
 
 
 class Layout(NamedTuple):
-    """How rows of different lengths run together.
+    """The arrangement in which rows of different lengths are decoded together.
 
     Attributes:
-        padded: Shorter prompts stand behind padding, so that all end together. Else all begin together: longer ones
-            are read on, token by token, while shorter ones are continued, and no row ever holds padding.
-        cached: Each forward pass reads the new tokens alone. Else each reads all, which any model does rightly.
+        padded: Shorter prompts are padded on the left, so that all end together. Otherwise all begin together: longer
+            ones are still read token by token while shorter ones are continued, and no row ever holds padding.
+        cached: Each forward pass reads the new tokens alone. Otherwise each reads all, which is correct for any model.
     """
 
     padded: bool
@@ -161,13 +161,13 @@ class Layout(NamedTuple):
 
 
 class Decoder:
-    """Continues prompts token by token. Of the model's own generation settings nothing has a say.
+    """Continues prompts token by token; the model's own generation settings have no effect.
 
-    Architectures differ in how they take padding (positions, windows, running states) and a cache: each model is tried
-    out once, and the fastest layout is taken that gives the logits of whole rows without either.
+    Architectures differ in how they handle padding (positions, windows, recurrent states) and a cache: each model is
+    tested once, and the fastest layout is used that gives the same logits as whole rows without either.
 
     Args:
-        model: A causal LM, in eval mode; hooks on it stay in force, and see all rows in each pass.
+        model: A causal LM, in eval mode; hooks on it stay active, and see all rows in each pass.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -178,17 +178,17 @@ class Decoder:
         self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], choose: Choice = likeliest,
         ends: Sequence[int] = (), at_rest: torch.dtype | None = None,
     ) -> list[list[int]]:  # fmt: skip
-        """The token ids that follow each prompt, the one that ends it included.
+        """Generates the token ids that follow each prompt, including the one that ends the text.
 
         Args:
             prompts: Token ids; none is empty.
-            rooms: New tokens of each row, at most.
+            rooms: Maximum number of new tokens of each row.
             choose: Chooses the next tokens.
             ends: Tokens that end a text.
-            at_rest: Of keys and values, see `preallocated_cache`.
+            at_rest: Storage dtype of keys and values (see `preallocated_cache`).
 
         Raises:
-            UserError: If the model gives no numbers (NaN).
+            UserError: If the model's logits are NaN.
         """
         exact, head = torch.autocast(self.model.device.type, enabled=False), self.model.get_output_embeddings()
         with exact, small_batch_matmul(self.model.modules()), hooks.contiguous_inputs(head):
@@ -196,7 +196,7 @@ class Decoder:
 
     @functools.cached_property
     def layout(self) -> Layout:
-        """The fastest layout that is right for this model."""
+        """The fastest layout that gives correct logits with this model."""
         vocab = self.model.config.get_text_config().vocab_size
         prompts = [[(3 + 7 * (i + row)) % min(vocab, 50) for i in range(size)] for row, size in enumerate((4, 16, 7))]
         forced = torch.tensor([[11, 4], [5, 8], [9, 21]], device=self.model.device) % vocab
@@ -206,14 +206,14 @@ class Decoder:
                 try:
                     found = self._probed(layout, prompts, forced)
                 except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-                    continue  # as an architecture says that it cannot
+                    continue  # the ways in which architectures reject a layout
                 error = (found - expected).abs().max() / expected.abs().max()
                 if error < torch.finfo(self.model.dtype).eps ** 0.5:
                     return layout
         return Layout(False, False)
 
     def _whole(self, prompts: list[list[int]], forced: Tensor) -> Tensor:
-        """The same as `_probed` finds, in one pass: padding behind a row is nothing to a model that reads forwards."""
+        """Computes the logits of `_probed` in one pass of whole rows: right padding does not affect a causal model."""
         sizes = torch.tensor([len(prompt) for prompt in prompts], device=forced.device)
         ids = torch.zeros(len(prompts), int(sizes.max()) + forced.shape[1], dtype=torch.long, device=forced.device)
         for row, prompt, told in zip(ids, prompts, forced.tolist(), strict=True):
@@ -224,7 +224,7 @@ class Decoder:
         return found.float()
 
     def _probed(self, layout: Layout, prompts: list[list[int]], forced: Tensor) -> Tensor:
-        """Logits of the steps at which each row is made to go on as told, [rows, steps, vocab]."""
+        """Computes the logits of each step while every row is continued with forced tokens, [rows, steps, vocab]."""
         found: dict[tuple[int, int], Tensor] = {}
 
         def choose(logits: Tensor, step: Tensor) -> Tensor:
@@ -266,12 +266,12 @@ class Decoder:
     def _stepwise(
         self, start: Tensor, layout: Layout, room: int, at_rest: torch.dtype | None
     ) -> Callable[[Tensor], Tensor]:
-        """A function from all tokens so far, [rows, columns], to the logits after them, [rows, vocab].
+        """Returns a function from all tokens so far, [rows, columns], to the logits after them, [rows, vocab].
 
         Args:
             start: Column at which each row begins, [rows].
-            layout: Whether there is padding, and whether to keep what earlier calls have read.
-            room: Columns, at most.
+            layout: Whether there is padding, and whether tokens of earlier calls are cached.
+            room: Maximum number of columns.
             at_rest: See `preallocated_cache`.
         """
         kept: dict[str, Any] = {}

@@ -23,7 +23,7 @@ class EditSites:
 
     Args:
         forward: The model's forward passes.
-        name: What the model is called in messages.
+        name: Name of the model in messages.
     """
 
     def __init__(self, forward: Forward, name: str) -> None:
@@ -71,7 +71,7 @@ class EditSites:
         """Finds the lowest block that holds one of the sites (0 without any): everything below it is the prefix.
 
         Raises:
-            UserError: If one is no block, nor a module within one.
+            UserError: If a name is neither a block nor a module within one.
         """
         if unknown := [s for s in sites if s not in self._block_of]:
             raise UserError(f"{self.name} has no edit site {unknown[0]!r}; its last one is {self.sites[-1].name!r}")
@@ -79,6 +79,6 @@ class EditSites:
 
     @functools.cached_property
     def _block_of(self) -> dict[str, int]:
-        """Number of the block of every module in one."""
+        """Block number of each block and of every module within one, by module name."""
         blocks = [(i, self.forward.block_name(i), block) for i, block in enumerate(self.forward.blocks)]
         return {f"{n}.{part}".rstrip("."): i for i, n, block in blocks for part, _ in block.named_modules()}

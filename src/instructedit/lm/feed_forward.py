@@ -1,14 +1,14 @@
-"""Which linear layers of a block are its feed-forward layer: found by watching a short text pass through the model.
+"""Detection of the linear layers of a block's feed-forward layer, by watching a short text pass through the model.
 
-A feed-forward layer looks at each position alone, where attention, convolutions and recurrences let positions see each
-other; and it widens the residual stream and narrows it again. So a linear layer belongs to one if
+A feed-forward layer processes each position alone, whereas attention, convolutions and recurrences mix positions; and
+it widens the residual stream and narrows it again. So a linear layer belongs to one if
 
 1. no part of the block that holds it mixes positions (by autograd: the last output depends on the last input alone);
 2. it maps the residual stream's width to something at least as wide, or back; and
-3. a layer that does the other stands beside it, in the same module or the smallest one that holds both.
+3. a layer of the opposite direction stands beside it, in the same module or the smallest one that holds both.
 
-Matrices of that size that are no linear layers, and linear layers that see some of the positions only, are experts that
-a router chooses among.
+Matrices of that size that are not linear layers, and linear layers that see only some of the positions, are experts
+that a router chooses among.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-#: Tokens of the text, any.
+#: Tokens of the text, chosen arbitrarily.
 TOKENS = (3, 1, 4, 1, 5, 9, 2, 6)
 
 
 class Run(NamedTuple):
-    """One run of a module.
+    """Inputs and output of a module in one forward call.
 
     Attributes:
-        entered: The states that entered it, then any other tensor that it was given and that depends on the text.
+        entered: The states that entered it, then any other input tensor that depends on the text.
         left: The states that left it.
     """
 
@@ -40,12 +40,12 @@ class Run(NamedTuple):
 
 
 class FeedForward(NamedTuple):
-    """What a block has of feed-forward layers.
+    """The feed-forward layers of a block, and its routed experts.
 
     Attributes:
         layers: Name of each linear layer, in the order in which they run → name of the module that holds it with the
             rest of its feed-forward layer.
-        routed: Names of the modules that hold experts which a router chooses among.
+        routed: Names of the modules that hold routed experts (those that a router chooses among).
     """
 
     layers: dict[str, str]
@@ -56,12 +56,12 @@ Runs = Mapping[str, list[Run]]
 
 
 def feed_forward(block: nn.Module, name: str, runs: Runs) -> FeedForward:
-    """The feed-forward layers of a block.
+    """Finds the feed-forward layers of a block.
 
     Args:
         block: The block.
         name: Its module name.
-        runs: Of the modules in it, by name (`watched`).
+        runs: Recorded runs of the modules in it, by name (see `watched`).
     """
     width = runs[name][0].entered[0].shape[-1]
     alone = dict(_looking_at_positions_alone(block, name, runs))
@@ -72,7 +72,7 @@ def feed_forward(block: nn.Module, name: str, runs: Runs) -> FeedForward:
 
 
 def _looking_at_positions_alone(block: nn.Module, name: str, runs: Runs) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every part that neither mixes positions nor stands in a part that does."""
+    """Yields name and module of every part that neither mixes positions nor lies within a part that does."""
     for child, module in block.named_children():
         part = f"{name}.{child}"
         leaf = not any(True for _ in module.children())
@@ -83,13 +83,13 @@ def _looking_at_positions_alone(block: nn.Module, name: str, runs: Runs) -> Iter
 
 
 def _mixes(entered: tuple[Tensor, ...], left: Tensor) -> bool:
-    """Whether what left at the last position depends on what entered at others."""
+    """True if the output at the last position depends on the inputs at other positions."""
     if not left.requires_grad:
         return False
     last = _by_position(left)[-1].float()
-    weights = torch.arange(1.0, len(last) + 1, device=last.device)  # a plain sum says nothing behind a layer norm
+    weights = torch.arange(1.0, len(last) + 1, device=last.device)  # after a layer norm a plain sum is constant
     grads = torch.autograd.grad((last * weights).sum(), entered, retain_graph=True, allow_unused=True)
-    keys = [states is not entered[0] and states.ndim > 3 for states in entered]  # of other blocks, or their values
+    keys = [states is not entered[0] and states.ndim > 3 for states in entered]  # keys or values of other blocks
     parts = [
         grad if key else _by_position(grad)[:-1] for grad, key in zip(grads, keys, strict=True) if grad is not None
     ]
@@ -97,7 +97,7 @@ def _mixes(entered: tuple[Tensor, ...], left: Tensor) -> bool:
 
 
 def _by_position(states: Tensor) -> Tensor:
-    """States of the one row, whatever their form, as [positions, …]."""
+    """Reshapes the states of the only row, whatever their shape, to [positions, …]."""
     return states.reshape(_rows(states), -1)
 
 
@@ -106,7 +106,7 @@ def _rows(states: Tensor) -> int:
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of a linear layer, None of any other module."""
+    """Returns (in, out) of a linear layer, or None for any other module."""
     if isinstance(layer, Conv1D):
         rows, columns = layer.weight.shape
         return int(rows), int(columns)
@@ -119,13 +119,13 @@ def _widens(layer: nn.Module, width: int) -> bool:
 
 
 def _holds_matrices(module: nn.Module, width: int) -> bool:
-    """Whether a module has matrices of a feed-forward layer's size that are no linear layer."""
+    """True if a module is no linear layer but has parameters as large as a feed-forward matrix."""
     own = module.parameters(recurse=False)
     return linear_shape(module) is None and any(p.ndim > 1 and p.numel() >= width * width for p in own)
 
 
 def _homes(layers: Iterable[str], modules: Mapping[str, nn.Module], block: str, width: int) -> dict[str, str]:
-    """The smallest module with a layer from the residual stream and another one back to it, for each layer."""
+    """Finds for each layer the smallest module that holds a layer from the residual stream and one back to it."""
     homes = {layer: layer.rpartition(".")[0] for layer in layers}
     while True:
         together = defaultdict(list)
@@ -147,7 +147,7 @@ def _whole(shapes: list[tuple[int, int] | None], width: int) -> bool:
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:
-    """The tensors in what a module was given that depend on the text."""
+    """Yields the tensors among a module's arguments that depend on the text."""
     if isinstance(given, Tensor):
         if given.requires_grad:
             yield given
@@ -160,7 +160,7 @@ def _tensors(given: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def watched(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[Runs]:
-    """Runs a short text through the model and gives what each of the modules saw, in the order in which they end."""
+    """Runs a short text through the model and yields the runs of the given modules, in the order in which they end."""
     runs: dict[str, list[Run]] = defaultdict(list)
 
     def keep(name: str) -> Any:
@@ -169,7 +169,7 @@ def watched(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterato
             left = output[0] if isinstance(output, tuple | list) and output else output
             if entered and isinstance(left, Tensor):
                 runs[name].append(Run(entered, left))
-            return output.clone() if isinstance(output, Tensor) else output  # what is kept, nobody changes in place
+            return output.clone() if isinstance(output, Tensor) else output  # keeps in-place changes off the record
 
         return hook
 

@@ -1,4 +1,4 @@
-"""Tells models apart by their configuration and weights."""
+"""Fingerprints that tell models apart by their configuration and weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Digests a model's configuration, and of every tensor its name, shape and a sample (sha256, hex)."""
+    """Digests a model's configuration and the name, shape, dtype and a sample of every tensor (sha256, hex)."""
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, tensor in sorted(model.state_dict().items()):
         sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 1024)]
@@ -21,7 +21,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Digests weights by the sum of all bits of each tensor (sha256, hex): exact in any order, on any device."""
+    """Digests weights by the integer sum of each tensor's bits (sha256, hex): exact in any order, on any device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().contiguous().flatten().view(torch.uint8)

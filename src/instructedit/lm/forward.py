@@ -22,8 +22,8 @@ class Forward:
 
     Args:
         model: A transformers model in eval mode.
-        max_length: Tokens a row may have.
-        activation_checkpointing: Keep of the blocks that run only what enters them; a backward pass runs them again.
+        max_length: Maximum number of tokens in a row.
+        activation_checkpointing: Keep only the inputs of the blocks that run; a backward pass runs these again.
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int, activation_checkpointing: bool = False) -> None:
@@ -34,7 +34,7 @@ class Forward:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """Device of the model."""
         return self.model.device
 
     @functools.cached_property
@@ -43,7 +43,7 @@ class Forward:
         return find_blocks(self.model)[1]
 
     def block_name(self, number: int) -> str:
-        """Module name of a block."""
+        """Returns the module name of a block."""
         return f"{self._blocks_name}.{number}"
 
     @functools.cached_property
@@ -52,12 +52,12 @@ class Forward:
 
     @functools.cached_property
     def outputs_of_a_block(self) -> int:
-        """How many values a block gives: 0 for a tensor alone, else the length of its tuple."""
+        """Number of values that a block returns: 0 for a bare tensor, else the length of its tuple."""
         one = torch.ones(1, 1, dtype=torch.long, device=self.device)
         return hooks.values_of(self.blocks[0], lambda: self.model(input_ids=one, attention_mask=one, use_cache=False))
 
     def resumed_from(self, block: int) -> int:
-        """The block that runs first where blocks below `block` need not: 0 if those above need more than its input."""
+        """Returns `block` if a forward pass can be resumed there from its input alone, else 0: all blocks must run."""
         if block and block not in self._resumable:
             with hooks.bare(self.model.modules()):
                 self._resumable[block] = tryout.resumes(self.model, self.blocks, block, self.outputs_of_a_block)
@@ -74,19 +74,19 @@ class Forward:
             return self.model(**inputs, use_cache="past_key_values" in inputs)
 
     def own_dtype(self) -> torch.autocast:
-        """Turns a trainer's autocast off: what the cache holds must not depend on who asked first."""
+        """Turns a trainer's autocast off, since cached states must not depend on who asked first."""
         return torch.autocast(self.device.type, enabled=False)
 
     def from_block(self, inputs: dict[str, Tensor], start: int, hidden: Tensor | None) -> Tensor:
-        """What leaves the last block, [rows, seq, hidden], when `hidden` enters block `start` (or a row the model)."""
+        """Computes the last block's output, [rows, seq, hidden], from `hidden` at block `start`, or from the tokens."""
         running = self.blocks[start:] if self.activation_checkpointing else ()
         with hooks.activation_checkpointed(running), hooks.resumed(self.blocks, start, hidden, self.outputs_of_a_block):
             return hooks.output_of(self.blocks[-1], lambda: self.run(inputs))
 
     def head(self, states: Tensor) -> Tensor:
-        """Logits of states that left the last block, [positions, hidden] → [positions, vocab].
+        """Computes the logits of states that left the last block, [positions, hidden] → [positions, vocab].
 
-        The model's own final norm, head, and what else it does after its blocks.
+        It runs the model's own final norm, head, and anything else that follows its blocks.
         """
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
         bare = hooks.bare(self.blocks)

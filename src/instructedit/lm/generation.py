@@ -1,4 +1,4 @@
-"""Text generation with a frozen model, under the edits that are applied to it: greedy, or drawn token by token."""
+"""Text generation with a frozen model, under the edits that are applied to it: greedy, or sampled."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from instructedit.lm.tree_decoding import continue_trees
 
 @dataclass(frozen=True)
 class Drawing:
-    """How tokens are drawn.
+    """The options of sampling: how tokens are drawn.
 
     Attributes:
         top_k: Likeliest tokens to draw from; None or 0 draws from all.
-        top_p: Draw from the fewest likeliest tokens that have this share of the probability.
+        top_p: Draw from the smallest set of likeliest tokens that has this much probability.
         temperature: Divides the logits.
         kv_dtype: Stores keys and values in ``float32`` (as they are computed), ``bfloat16`` or ``float16``.
-        ends: Whether a text may end before it has its length.
+        ends: Whether a text may end before it reaches its length.
 
     Raises:
-        UserError: If a number lies out of its range, or there is no such dtype.
+        UserError: If a number is out of its range, or the dtype is unknown.
     """
 
     top_k: int | None = 5
@@ -56,8 +56,8 @@ class Drawing:
 
 #: Edits, and which of them each row has.
 _Applied = tuple[Edit, list[int] | None]
-#: Given the numbers of some rows, their prompts' token ids, how long each text may be, and what they are read with: the
-#: token ids that follow.
+#: Maps the numbers of some rows, their prompts' token ids, the maximum length of each text, and the edits that they are
+#: read with, to the token ids that follow.
 _Continue = Callable[[list[int], list[list[int]], list[int], _Applied | None], list[list[int]]]
 
 
@@ -66,7 +66,7 @@ class Generation:
 
     Args:
         context: The model's states, and what applied edits prepend to prompts.
-        text: How prompts become tokens.
+        text: Turns prompts into tokens.
     """
 
     def __init__(self, context: ContextStates, text: Text) -> None:
@@ -75,17 +75,17 @@ class Generation:
 
     @functools.cached_property
     def decoder(self) -> Decoder:
-        """Continues token ids row by row."""
+        """Decoder that continues token ids row by row."""
         return Decoder(self.forward.model)
 
     @functools.cached_property
     def row_tokens(self) -> int:
-        """How many tokens' keys and values take about as much memory as a row's next logits and a copy of them."""
+        """Number of tokens whose keys and values take about as much memory as a row's next logits and their copy."""
         config = self.forward.model.config.get_text_config()
         return math.ceil(config.vocab_size / (config.num_hidden_layers * config.hidden_size))
 
     def shares_prompts(self, edit: Edit | None) -> bool:
-        """True if prompts of one edit share the work of what they begin with, with no edit applied by the caller."""
+        """True if prompts of one edit share the work of their common beginnings, where the caller applies no edit."""
         positionwise = edit is None or (edit.positionwise and not isinstance(edit, PromptEdit))
         return positionwise and not self.applied.layers and self.context.prefix.takes_prompt_prefixes
 
@@ -98,7 +98,7 @@ class Generation:
 
         Args:
             prompts: The prompts.
-            lengths: New tokens of each, at most.
+            lengths: Maximum number of new tokens of each.
             edit: The edits to apply.
             rows: Which edit each prompt has.
         """
@@ -122,19 +122,19 @@ class Generation:
             return self._texts(prompts, lengths, go_on)
 
     def _index(self, edit: Edit, rows: Sequence[int] | None, count: int) -> list[int] | None:
-        """Which edit each prompt has; None where it is one for all."""
+        """Returns the index of each prompt's edit, or None if all share the only one."""
         index = self.applied.named(edit, rows)
         hooks.check_rows(edit, index, count)
         return None if len(edit) == 1 else list(range(count)) if index is None else index.tolist()
 
     @torch.inference_mode()
     def sample(self, prompts: Sequence[str], tokens: int, seeds: Sequence[int | str], how: Drawing) -> list[str]:
-        """Draws the tokens of each prompt's text one by one.
+        """Samples a continuation of each prompt, token by token.
 
         Args:
-            prompts: What the text follows.
-            tokens: Its length.
-            seeds: One for each prompt: what it draws depends on that alone, not on the prompts beside it.
+            prompts: Texts to continue.
+            tokens: Number of new tokens of each; fewer if a text may end (`Drawing.ends`).
+            seeds: One for each prompt: its draws depend on that alone, not on the other prompts.
             how: How tokens are drawn.
 
         Raises:
@@ -154,7 +154,7 @@ class Generation:
         return self._texts(prompts, [tokens] * len(prompts), go_on)
 
     def _texts(self, prompts: Sequence[str], lengths: Sequence[int], go_on: _Continue) -> list[str]:
-        """The text that follows the prompts; those that are read in one way are continued together."""
+        """Generates the text that follows each prompt; prompts that are routed alike are continued together."""
         if not prompts:
             return []
         limit = self.forward.max_length
@@ -164,7 +164,7 @@ class Generation:
         if width < 1:
             raise UserError(f"max_new_tokens={max(lengths)} leaves no room for a prompt in {limit} tokens")
         ids = self.text.prompts(prompts)
-        if not all(ids):  # an empty prompt is a text's beginning where the tokenizer has a token for it
+        if not all(ids):  # an empty prompt begins a text, if the tokenizer has a token for that
             raise UserError("an empty prompt has nothing to continue")
         new: list[list[int]] = [[]] * len(ids)
         for route in self.context.routes_of([row[-limit:] for row in ids]):
@@ -177,13 +177,13 @@ class Generation:
         return list(self.text.tokenizer.batch_decode(new, skip_special_tokens=True))
 
     def _behind(self, ids: list[list[int]], contexts: Sequence[torch.Tensor] | None, width: int) -> list[list[int]]:
-        """Token ids of prompts behind their contexts, no longer than `width`."""
+        """Prepends their contexts to prompts, and shortens them to `width` tokens."""
         if contexts is not None:
             ids = [behind(row, c.tolist(), width, self.text.opening) for row, c in zip(ids, contexts, strict=True)]
         return self.text.shortened(ids, width)
 
     def _ends(self) -> list[int]:
-        """Tokens that end a text: all that is read of a model's own generation settings."""
+        """Returns the tokens that end a text, the only generation setting of the model that is used."""
         model = self.forward.model
         ends = model.generation_config.eos_token_id
         every = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -1,4 +1,4 @@
-"""An edit in a copy of the GGUF file that its model came from: the edited matrices are new, all else is as it was."""
+"""Export of an edit to a copy of its model's GGUF file: edited matrices are replaced, everything else is kept."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from instructedit.lm.frozen import FrozenLM
 from instructedit.lm.gguf import read_metadata
 from instructedit.lm.sites import Site, dense_weight
 
-_HEADER = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")  # the writer's own
+_HEADER = ("GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "general.architecture")  # written by the writer itself
 
 
 def write_edited(lm: FrozenLM, edit: Edit, source: str | Path, out: str | Path) -> None:
-    """Writes a GGUF file with an edit in its weights, for llama.cpp and what is built on it.
+    """Writes a GGUF file with an edit in its weights, for llama.cpp and tools that are built on it.
 
-    Edited matrices are written unpacked, in 16 bits (in 32 where the source has them so); all others keep their bytes.
+    Edited matrices are written unpacked, in 16 bits (in 32 if the source has 32, or a value exceeds float16's range);
+    all others keep their bytes.
 
     Args:
         lm: The model, as it was read from the file.
@@ -31,7 +32,7 @@ def write_edited(lm: FrozenLM, edit: Edit, source: str | Path, out: str | Path) 
         out: The file to write.
 
     Raises:
-        UserError: If the edit is no single change of weights, or the file is not the model's, or holds an edited
+        UserError: If the edit is not a single change of weights, or the file is not the model's, or holds an edited
             matrix in another order.
     """
     if len(edit) != 1:
@@ -70,7 +71,7 @@ def write_edited(lm: FrozenLM, edit: Edit, source: str | Path, out: str | Path) 
 
 
 def _names(lm: FrozenLM, changes: dict[str, torch.Tensor], architecture: str, source: str | Path) -> dict[str, str]:
-    """Site → the name of its matrix in a file of this architecture."""
+    """Maps each site to the name of its matrix in files of this architecture."""
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     if architecture not in known:
         raise UserError(f"{source}: the gguf library knows no architecture {architecture!r}")
@@ -84,7 +85,7 @@ def _names(lm: FrozenLM, changes: dict[str, torch.Tensor], architecture: str, so
 def _edited(
     lm: FrozenLM, site: Site, change: torch.Tensor, tensor: gguf.ReaderTensor | None, source: str | Path
 ) -> np.ndarray:
-    """The matrix of the file with the change in it, [out, in]."""
+    """Adds the change to the file's matrix, and returns the result, [out, in]."""
     if tensor is None:
         raise UserError(f"{source}: holds no matrix of {site.name}: the file of another model?")
     before = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))

@@ -1,4 +1,4 @@
-"""What is done to a model for the length of one forward pass. Each context leaves the model as it found it."""
+"""Temporary changes to a model for one forward pass; each context manager restores the model afterwards."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from instructedit.edits import Edit
 from instructedit.errors import UserError
 from instructedit.lm.sharding import is_sharded, let_go
 
-#: Where a module keeps its forward hooks, and which of them are given keyword arguments.
+#: Attributes of a module that hold its forward hooks, and which of these receive keyword arguments.
 HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs")
-#: The same, and what runs before a block: a sharded one would be gathered for nothing.
+#: `HOOKS` and the hooks that run before a module, which would gather the weights of a sharded block needlessly.
 ALL_HOOKS = (*HOOKS, "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
 class StopForward(Exception):  # noqa: N818 (a signal, not an error)
-    """Ends a forward pass where the last thing that was wanted was seen."""
+    """Ends a forward pass once everything that is needed has been recorded."""
 
 
 def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
-    """The hidden states that enter a block when `forward` runs the model; nothing above it runs."""
+    """Returns the hidden states that enter a block when `forward` runs the model, and stops the pass there."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise StopForward(args[0] if args else kwargs["hidden_states"])
@@ -40,7 +40,7 @@ def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
 
 
 def output_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
-    """The hidden states that leave a block when `forward` runs the model; nothing above it runs."""
+    """Returns the hidden states that leave a block when `forward` runs the model, and stops the pass there."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         raise StopForward(output[0] if isinstance(output, tuple | list) else output)
@@ -50,9 +50,9 @@ def output_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
 
 @contextmanager
 def contiguous_inputs(layer: nn.Module | None) -> Iterator[None]:
-    """Inside, a layer is given its input in one piece.
+    """Makes the inputs of a layer contiguous inside a ``with`` block.
 
-    Of a slice, such as each row's last position, a CPU makes a bfloat16 product hundreds of times as slowly.
+    On a CPU, the bfloat16 product of a slice, such as each row's last position, takes hundreds of times as long.
     """
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -67,7 +67,7 @@ def contiguous_inputs(layer: nn.Module | None) -> Iterator[None]:
 
 
 def _caught(handle: RemovableHandle, forward: Callable[[], Any]) -> Tensor:
-    """What a hook ends a forward pass with; the hook is taken off."""
+    """Runs `forward` until the hook stops it, removes the hook, and returns the states that it stopped with."""
     try:
         forward()
     except StopForward as stop:
@@ -80,15 +80,15 @@ def _caught(handle: RemovableHandle, forward: Callable[[], Any]) -> Tensor:
 
 @contextmanager
 def resumed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, values: int) -> Iterator[None]:
-    """Blocks below `start` do nothing but give `hidden`, which enters block `start`, or what follows the last block.
+    """Skips the blocks below `start` in a ``with`` block: `hidden` enters block `start`, or what follows the last.
 
     The model still builds its own masks and rotary tables, whatever its architecture.
 
     Args:
         blocks: All blocks of the model.
         start: The first one that runs.
-        hidden: What enters it; None changes nothing.
-        values: How many values the model's blocks return (`values_of`).
+        hidden: States that enter it; None changes nothing.
+        values: Number of values that the model's blocks return (see `values_of`).
     """
     if hidden is None:
         yield
@@ -112,9 +112,9 @@ def resumed(blocks: nn.ModuleList, start: int, hidden: Tensor | None, values: in
 
 @contextmanager
 def activation_checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Blocks keep only what enters them; a backward pass runs each again, with the edits that are applied now.
+    """Makes blocks keep only their inputs; a backward pass runs each again, with the edits that are applied now.
 
-    transformers' own gradient checkpointing acts in train mode alone, and on all blocks.
+    transformers' own gradient checkpointing works in train mode alone, and on all blocks.
     """
     with ExitStack() as stack:
         for block in blocks:
@@ -125,17 +125,17 @@ def activation_checkpointed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 def _checkpointed(block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return own(*args, **kwargs)
-    # The backward pass comes when the edits are off again, or others on.
+    # By the time of the backward pass the edits may be removed, or others applied.
     then = {module: {kind: getattr(module, kind).copy() for kind in HOOKS} for module in block.modules()}
     return checkpoint(
-        own, *args, use_reentrant=False, preserve_rng_state=False,  # in eval mode nothing is drawn
+        own, *args, use_reentrant=False, preserve_rng_state=False,  # eval mode draws no random numbers
         context_fn=lambda: (nullcontext(), hooked(then)), **kwargs,
     )  # fmt: skip
 
 
 @contextmanager
 def hooked(then: Mapping[nn.Module, Mapping[str, Any]]) -> Iterator[None]:
-    """The modules have these hooks, kind (see `HOOKS`) → hooks, and no others of a kind."""
+    """Replaces hooks of modules inside a ``with`` block: module → kind (see `HOOKS`) → all its hooks of that kind."""
     now = {module: {kind: getattr(module, kind) for kind in kinds} for module, kinds in then.items()}
     try:
         _hook(then)
@@ -151,13 +151,13 @@ def _hook(modules: Mapping[nn.Module, Mapping[str, Any]]) -> None:
 
 
 def bare(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
-    """Takes all hooks off the modules: those of edits, and those of whoever looks on, but for what gathers weights."""
+    """Removes forward hooks in a ``with`` block, those of edits and of observers; sharded modules keep theirs."""
     return hooked({module: {"_forward_hooks": OrderedDict()} for module in modules if not is_sharded(module)})
 
 
 @contextmanager
 def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module runs `forward` in place of its own."""
+    """Makes a module run `forward` in place of its own inside a ``with`` block."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -170,7 +170,7 @@ def patched(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def applied(model: nn.Module, edit: Edit | None, rows: Tensor | None) -> Iterator[None]:
-    """Applies to each row's outputs at the sites what its edit changes."""
+    """Applies each row's edit to its outputs at the edit's sites, inside a ``with`` block."""
     if edit is None:
         yield
         return
@@ -184,7 +184,7 @@ def applied(model: nn.Module, edit: Edit | None, rows: Tensor | None) -> Iterato
 
 
 class _BatchSize:
-    """How many rows the model runs on: a layer that sees all positions as one row cannot tell."""
+    """The number of rows in a forward pass, which a layer that flattens all rows into one cannot tell."""
 
     rows = 1
 
@@ -198,7 +198,7 @@ def _apply(
     kwargs: dict[str, Tensor], output: Tensor,
 ) -> Tensor:  # fmt: skip
     inputs = args[0] if args else next(iter(kwargs.values()))
-    if inputs.ndim == 2:  # an MLP that sees all rows as one, such as OPT's
+    if inputs.ndim == 2:  # an MLP that flattens all rows into one, such as OPT's
         inputs, apart = (t.reshape(batch.rows, -1, t.shape[-1]) for t in (inputs, output))
         check_rows(edit, rows, batch.rows)
         return edit.change(site, inputs, apart, rows).reshape(output.shape)
@@ -222,7 +222,7 @@ def check_rows(edit: Edit, rows: Tensor | None, count: int) -> None:
 
 
 def values_of(block: nn.Module, forward: Callable[[], Any]) -> int:
-    """How many values a block returns, the hidden states first; 0 where it returns these alone (models differ)."""
+    """Counts the values that a block returns, hidden states first; 0 if it returns these alone (models differ)."""
     found: list[int] = []
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:

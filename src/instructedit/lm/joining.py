@@ -1,4 +1,4 @@
-"""How a prompt and its answer become one text: stray spaces, what stands between the two, a chat model's template."""
+"""Joining a prompt and its answer into one text: what belongs between the two, and a chat model's template."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SPACELESS = (
     "CJK ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "IDEOGRAPHIC ", "FULLWIDTH ", "HALFWIDTH KATAKANA", "THAI ", "LAO ",
     "KHMER ", "MYANMAR ", "TIBETAN ", "YI ", "JAVANESE ", "BALINESE ", "TAI ", "NEW TAI LUE ",
 )  # fmt: skip
-#: Quotes that open and close alike.
+#: Quotes that look the same whether they open or close.
 _QUOTES = "\"'`"
 
 
 def joiner(prompt: str, answer: str) -> str:
-    """What belongs between a prompt and its answer: a space, or nothing.
+    """Returns what belongs between a prompt and its answer: a space, or nothing.
 
-    Nothing stands after white space, after an opening bracket or quote (a straight quote opens where the one before it
-    is closed), in scripts written without spaces (after one, or before one where the prompt holds such a script too),
-    and before a mark that closes (``,``, ``;``, ``:``, ``!``, ``?``, a closing bracket or curved quote). A full stop
-    is no such mark: ".NET" and ".5" are words.
+    Nothing belongs after white space, after an opening bracket or quote (a straight quote opens at the start, after
+    white space and after an opening bracket or curved quote), in scripts written without spaces (after one, or before
+    one if the prompt holds such a script too), and before a closing mark (``,``, ``;``, ``:``, ``!``, ``?``, a closing
+    bracket or curved quote). A full stop is no such mark: ".NET" and ".5" are words.
     """
     last, first = prompt[-1:], answer[:1]
     if not last or last.isspace() or _opens(prompt) or _spaceless(last):
@@ -36,7 +36,7 @@ def joiner(prompt: str, answer: str) -> str:
 
 
 def _opens(prompt: str) -> bool:
-    """Whether a prompt ends in an opening bracket or quote."""
+    """True if a prompt ends in an opening bracket or quote."""
     last = prompt[-1]
     if last in _QUOTES:
         before = prompt[-2:-1]
@@ -46,17 +46,17 @@ def _opens(prompt: str) -> bool:
 
 @lru_cache(10_000)
 def _spaceless(character: str) -> bool:
-    """Whether a character belongs to a script without spaces."""
+    """True if a character belongs to a script written without spaces."""
     return "\u3000" <= character <= "\u303f" or unicodedata.name(character, "").startswith(SPACELESS)
 
 
 class Turn(NamedTuple):
-    """A chat template around one request of a user, up to where the model answers.
+    """The parts of a chat template around one request of a user, up to the model's answer.
 
     Attributes:
-        before: What stands in front of the user's words.
-        after: What stands between them and the answer.
-        joiner: What the template itself puts between the opening of the model's turn and the model's words.
+        before: Text in front of the user's words.
+        after: Text between them and the answer.
+        joiner: White space that the template itself puts between the opening of the model's turn and the model's words.
     """
 
     before: str
@@ -65,10 +65,10 @@ class Turn(NamedTuple):
 
 
 def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
-    """The parts of a tokenizer's own chat template.
+    """Splits a tokenizer's own chat template into its parts.
 
     Raises:
-        UserError: If it has none, or it makes nothing of one request of a user.
+        UserError: If it has none, or it cannot render one request of a user.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
@@ -77,7 +77,7 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
     turns = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     try:
         asked = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates may raise anything
         reason = " ".join(str(error).split())
         raise UserError(f"chat: the chat template of {name} fails: {type(error).__name__}: {reason}") from error
     if asked.count(user) != 1:
@@ -85,7 +85,7 @@ def chat_turn(tokenizer: PreTrainedTokenizerBase) -> Turn:
     before, after = asked.split(user)
     try:
         whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # one that cannot show an answer asks for nothing in front of it
+    except Exception:  # a template that cannot show an answer needs nothing in front of it
         whole = ""
     between = whole[len(asked) : whole.find(answer)] if whole.startswith(asked) else ""
     return Turn(before, after, between if between.isspace() else "")

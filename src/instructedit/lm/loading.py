@@ -1,4 +1,4 @@
-"""Which model a name means: an embedded one, a real one that pip brings, a folder, a GGUF file, or one on the hub."""
+"""Loading a model by name: an embedded one, a real one that pip downloads, a folder, a GGUF file, or one on the hub."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from instructedit.testbed import EMBEDDED
 def load_model(
     name: str, options: Loading = PLAIN, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM with its tokenizer.
+    """Loads a causal LM with its tokenizer.
 
     Args:
         name: An embedded model, a real one by pip (`pretrained`), a local folder, a GGUF file, or a hub id.
         options: How its files are read.
-        device: Where it is packed (`Loading.quantize`); other models are read to the CPU.
+        device: Device on which it is packed (`Loading.quantize`); other models are read to the CPU.
 
     Raises:
-        UserError: If there is no such model, it cannot be had, or its files cannot be read.
+        UserError: If there is no such model, it cannot be downloaded, or its files cannot be read.
     """
     return read_model(*find_source(name, options), device)
 
 
 def load_tokenizer(name: str, options: Loading = PLAIN) -> PreTrainedTokenizerBase:
-    """The tokenizer of a causal LM, without its weights (arguments and errors as for `load_model`)."""
+    """Loads the tokenizer of a causal LM, without the weights (arguments and errors as for `load_model`)."""
     return read_tokenizer(*find_source(name, options))
 
 
 def find_source(name: str, options: Loading = PLAIN) -> tuple[str, Loading]:
-    """What transformers is asked for: a folder or a hub id, and the options that go with it.
+    """Resolves a name to what transformers loads: a folder or a hub id, and the options that go with it.
 
     A real model that is not there yet is downloaded.
 
     Raises:
-        UserError: If it can be neither.
+        UserError: If the name can be neither.
     """
     if name in EMBEDDED:
         return str(EMBEDDED[name]), options
@@ -73,14 +73,14 @@ def _check_folder(folder: Path, options: Loading) -> None:
 
 
 def reading_options(options: dict[str, Any], others: Set[str]) -> Loading:
-    """Takes what says how files are read out of the options of `FrozenLM.from_pretrained`.
+    """Separates the options for reading files from the other options of `FrozenLM.from_pretrained`.
 
     Args:
-        options: All that was given; the fields of `Loading` are removed from it.
-        others: The names that the rest may have.
+        options: All options that were given; the fields of `Loading` are removed from them.
+        others: Names that the remaining options may have.
 
     Raises:
-        UserError: If there is an option of another name.
+        UserError: If an option has another name.
     """
     fields = {field.name for field in dataclasses.fields(Loading)}
     if unknown := options.keys() - fields - others:
@@ -89,13 +89,13 @@ def reading_options(options: dict[str, Any], others: Set[str]) -> Loading:
 
 
 def source_of(model: PreTrainedModel) -> str:
-    """What transformers (and PEFT) load the same model from: a hub id, or a folder's absolute path."""
+    """Returns the source from which transformers (and PEFT) load a model: a hub id, or a folder's absolute path."""
     source = str(model.name_or_path)
     return str(Path(source).absolute()) if Path(source).is_dir() else source
 
 
 def unknown_option(name: str, known: Iterable[str]) -> UserError:
-    """The error for an option of `FrozenLM.from_pretrained` that does not exist."""
+    """Creates the error for an option of `FrozenLM.from_pretrained` that does not exist."""
     options = sorted(known)
     near = difflib.get_close_matches(name, options, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -1,4 +1,4 @@
-"""Edits in the weights of a copy of the model, and in files."""
+"""Merging edits into the weights of a copy of the model, and saving them to files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def merge(own: EditSites, edit: Edit) -> PreTrainedModel:
         edit: One edit; several must be merged into one first.
 
     Raises:
-        UserError: If there is more than one, the edit is no change of weights, or the weights are packed.
+        UserError: If there is more than one, the edit is not a change of weights, or the weights are packed.
     """
     if len(edit) != 1:
         raise UserError(f"merge takes one edit, got {len(edit)}: choose edit[i], or all of them by edit.joined()")
@@ -53,8 +53,8 @@ def merge(own: EditSites, edit: Edit) -> PreTrainedModel:
 def save(applied: Applied, edit: Edit, folder: str | Path) -> None:
     """Writes an edit of a model to a folder, for `load_edit`; a single low-rank one also as a LoRA adapter.
 
-    The adapter is read back by PEFT, where that is installed. It is left out, and a warning says so, where PEFT would
-    make something else of it (it maps the names of some layers to those of fused experts).
+    The adapter is read back by PEFT, if that is installed. It is left out, with a warning, if PEFT would turn it into
+    something else (it maps the names of some layers to those of fused experts).
     """
     model = applied.forward.model
     applied.sites.first_block(edit.sites)  # refuses an edit of another model

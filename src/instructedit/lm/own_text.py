@@ -1,4 +1,4 @@
-"""Text that suits a model: what it was trained on where that is here, else what it samples itself, kept on disk."""
+"""Text that suits a model: its training corpus if that is available, else text that it samples itself, kept on disk."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from instructedit.lm.frozen import FrozenLM
 from instructedit.tasks.texts import read_texts
 from instructedit.testbed import EMBEDDED
 
-#: The names of texts that are no file: the model's own, and what `text_for` chooses from.
+#: Names of texts that are not files: the one that a model samples itself, and the one that `text_for` chooses.
 SAMPLED, AUTO = "sampled", "auto"
-#: What a text starts with where the tokenizer has no token for a text's beginning.
+#: First words of sampled texts, if the tokenizer has no token for a text's beginning.
 _OPENINGS = (
     "The", "In", "A", "It", "He", "She", "They", "We", "I", "This", "When", "As", "For", "On", "After", "However,",
     "One", "There", "My", "What", "If", "At", "New", "You", "By", "From", "Many", "But", "Most", "To",
 )  # fmt: skip
 #: Texts that are sampled at once, and tokens of each.
 _ROWS, _TOKENS = 64, 64
-#: Tokens that each is drawn from, at temperature 1; what lies beyond is mostly noise in small models.
+#: Number of likeliest tokens that each is drawn from, at temperature 1; the others are mostly noise in small models.
 _LIKELIEST = 1000
 
 
 def text_for(lm: FrozenLM, text: str = AUTO) -> str:
-    """The text to measure a model on: the one asked for, or for ``auto`` one that suits.
+    """Returns the name of the text to measure a model on: the one asked for, or for ``auto`` one that suits.
 
-    An embedded model has the corpus that it was trained on, ``tiny``; any other what it says itself, ``sampled``.
+    For an embedded model this is its training corpus, ``tiny``; for any other it is text that it samples itself,
+    ``sampled``.
     """
     if text != AUTO:
         return text
@@ -37,12 +38,12 @@ def text_for(lm: FrozenLM, text: str = AUTO) -> str:
 
 
 def documents_of(lm: FrozenLM, text: str, folder: Path) -> Iterator[str]:
-    """The texts of a source, one after the other, without end if they are sampled.
+    """Iterates over the texts of a source, without end if they are sampled.
 
     Args:
         lm: The unedited model.
         text: ``auto``, ``sampled``, or what `read_texts` reads.
-        folder: Where sampled texts are kept.
+        folder: Folder in which sampled texts are kept.
 
     Raises:
         UserError: If there is nothing to read.
@@ -52,7 +53,7 @@ def documents_of(lm: FrozenLM, text: str, folder: Path) -> Iterator[str]:
 
 
 def _sampled(lm: FrozenLM, folder: Path) -> Iterator[str]:
-    """What the model says of itself, part by part; each part is sampled once, then read."""
+    """Yields texts that the model samples itself, part by part; each part is sampled once, then read from disk."""
     key = hashlib.sha256(f"{lm.fingerprint} {lm.max_length} {_ROWS} {_TOKENS} {_LIKELIEST}".encode()).hexdigest()[:32]
     part = 0
     while True:
@@ -64,7 +65,7 @@ def _sampled(lm: FrozenLM, folder: Path) -> Iterator[str]:
 
 
 def _sample(lm: FrozenLM, part: int) -> list[str]:
-    """One part of the texts; each depends on its own number alone."""
+    """Samples one part of the texts; each text depends on its own number alone."""
     numbers = range(part * _ROWS, (part + 1) * _ROWS)
     begins = bool(lm.tokenizer("")["input_ids"])
     prompts = ["" if begins else _OPENINGS[number % len(_OPENINGS)] for number in numbers]
@@ -83,7 +84,7 @@ def _load(file: Path) -> list[str]:
 
 
 def _save(texts: list[str], file: Path) -> None:
-    """Whole or not at all, whoever else writes it."""
+    """Writes the file atomically, even if other processes write it too."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         Path(folder, file.name).write_text(json.dumps(texts))

@@ -1,7 +1,7 @@
-"""Losses of logits, one for each position, whose slopes are written down rather than traced.
+"""Losses of logits, one for each position, with gradients that are written by hand rather than traced by autograd.
 
 A large vocabulary makes logits the largest tensor of a pass, and autograd would keep a float32 copy for every step of a
-loss. Here a few rows at a time are turned into float32, in reach of a CPU's cache, forward and backward.
+loss. Here a few rows at a time, which fit in a CPU's cache, are converted to float32, forward and backward.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from instructedit.lm.chunked_logits import parts
 from instructedit.rows import in_full
 
-#: Numbers of a block of rows on a CPU; a GPU takes all rows at once.
+#: Logits in a block of rows on a CPU; a GPU takes all rows at once.
 BLOCK = 1 << 19
 
 
 def answer_losses(logits: Tensor, answers: Tensor, unwanted: Tensor | None = None) -> Tensor:
-    """−log p of each answer token; of the unwanted ones −log(1 − p).
+    """Computes −log p of each answer token, or −log(1 − p) where that token is unwanted.
 
-    Finite, with the right slope, also where p rounds to 1.
+    The loss is finite, with the right gradient, even where p rounds to 1.
 
     Args:
         logits: [positions, vocab].
         answers: Token ids, [positions].
-        unwanted: Whether the model is to say something else, [positions], on the host; by default nowhere.
+        unwanted: True where the model should predict another token, [positions], on the host; by default nowhere.
 
     Returns:
         [positions], in float32 or float64.
@@ -37,11 +37,11 @@ def answer_losses(logits: Tensor, answers: Tensor, unwanted: Tensor | None = Non
 
 
 def divergences(logits: Tensor, expected: Tensor) -> Tensor:
-    """KL(expected ‖ found) at each position, in nats.
+    """Computes KL(expected ‖ found) at each position, in nats; `logits` are those found.
 
     Args:
         logits: [positions, vocab].
-        expected: Logits that the divergence is from, which get no gradient, [positions, vocab].
+        expected: Logits of the reference distribution, which get no gradient, [positions, vocab].
 
     Returns:
         [positions], in float32 or float64.
@@ -76,7 +76,7 @@ class _AnswerLosses(torch.autograd.Function):
 
 
 def _read(logits: Tensor, answers: Tensor, unwanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, the answers as a column, and the numbers of the unwanted rows (no device is waited for)."""
+    """Returns log-probabilities, answers as a column, and indices of unwanted rows, without a device sync."""
     return in_full(logits).log_softmax(-1), answers[:, None], unwanted.nonzero().squeeze(-1).to(logits.device)
 
 
@@ -86,7 +86,7 @@ class _Divergences(torch.autograd.Function):
         found = []
         for at in _blocks(logits):
             before, after = (
-                in_full(part[at]).log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)  # 0 · (∞ − ∞) is no number
+                in_full(part[at]).log_softmax(-1).clamp_(min=torch.finfo(torch.float32).min)  # 0 · (∞ − ∞) is NaN
                 for part in (expected, logits)
             )
             found.append(before.exp().mul_(before.sub_(after)).sum(-1))

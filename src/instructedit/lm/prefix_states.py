@@ -1,4 +1,4 @@
-"""The hidden states below a block: from the cache, behind known prompt prefixes, or row by row."""
+"""Hidden states that enter a block: from the cache, computed after known prompt prefixes, or row by row."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from instructedit.lm.decoding import attends_to_all
 from instructedit.lm.prefix_trees import WIDTH, PrefixTrees
 from instructedit.lm.tokens import TokenBatch, alike, rounded_up, rows_of
 
-#: Keys and values of a prompt prefix are padded to a multiple of so many tokens.
+#: Keys and values of a prompt prefix are padded to a multiple of this many tokens.
 BEHIND = 32
-#: Tokens of a pass, those of prompt prefixes among them: more make it no faster, and their keys and values are there.
+#: Maximum number of tokens in a pass, including those of prompt prefixes: more make it no faster, and their keys and
+#: values take memory.
 PASS = {"cpu": 2048, "gpu": 16384}
 
 
 class PrefixStates:
-    """Computes the hidden states that enter a block, a prompt prefix that rows share once where the model allows it.
+    """Computes the hidden states that enter a block; prompt prefixes that rows share are computed once if possible.
 
-    A row is computed in a pass of rows of its own shape (`TokenBatch.in_shapes`). So its states have the same bits on a
-    CPU whatever else is unknown at the time, and a run that goes on with an empty cache is the run that did not stop.
-    Where that does not matter, rows may share what they begin with instead (a prompt and its aliases are mostly
-    prompt); what is found so is kept for such passes alone.
+    A row is computed in a pass of rows of its own shape (`TokenBatch.in_shapes`). So on a CPU its states are
+    bit-identical whatever other rows are computed with it, and a run that resumes with an empty cache gives the results
+    of an uninterrupted one. Where that does not matter, rows may share their common beginnings instead (a prompt and
+    its aliases are mostly prompt); states that are computed this way are cached for such calls alone.
     """
 
     def __init__(self, applied: Applied, cache: PrefixCache, prompt_prefixes: PromptPrefixes) -> None:
@@ -38,17 +39,17 @@ class PrefixStates:
 
     @property
     def pass_tokens(self) -> int:
-        """Tokens of a pass."""
+        """Maximum number of tokens in a forward pass."""
         return PASS["cpu" if self.forward.device.type == "cpu" else "gpu"]
 
     def of(self, batch: TokenBatch, block: int, together: bool = False) -> Tensor:
-        """The hidden states that enter a block, from the cache where they are known, [rows, seq, hidden].
+        """Returns the hidden states that enter a block, from the cache where they are known, [rows, seq, hidden].
 
         Args:
             batch: Rows of tokens.
             block: Number of the block.
-            together: Unknown rows may share what they begin with: less work, but their last bits then depend on what
-                else is unknown, so not in training.
+            together: Unknown rows may share their common beginnings: less work, but their rounding then depends on the
+                other unknown rows, so not in training.
         """
         if self.applied.reach_below(block):
             return self.forward.up_to_block(batch, block)
@@ -57,20 +58,20 @@ class PrefixStates:
         return self.cache.states(batch, block, functools.partial(self._unknown, block=block))
 
     def warm(self, batches: Sequence[TokenBatch], block: int) -> None:
-        """Computes now, in passes together, what `of` would compute batch by batch; nothing if there is no room."""
+        """Computes and caches the states of several batches in joint passes; does nothing if there is no room."""
         rows = TokenBatch.cat(batches)
         width = self.applied.sites.width * self.forward.model.dtype.itemsize
         if block and self.cache.has_room(sum(rows.lengths) * width) and not self.applied.reach_below(block):
             self.of(rows, block)
 
     def _takes_together(self, batch: TokenBatch, block: int) -> bool:
-        """Whether it can be done, and nothing of it is wanted on disk."""
+        """True if the batch's rows can be computed in trees, and their states are not to be kept on disk."""
         alone = self.cache.disk or not block or len(batch) == 1
         return not alone and max(batch.lengths) <= WIDTH and self.takes_trees
 
     @torch.no_grad()
     def _unknown(self, batch: TokenBatch, block: int) -> Tensor:
-        """Like `Forward.up_to_block`; prompt prefixes that are known are not computed again."""
+        """Computes the same states as `Forward.up_to_block`, but does not compute known prompt prefixes again."""
         rows = batch.unpadded()
         begun = self._begun(rows, block)
         sizes = [len(one.ids) if one else 0 for one in begun]
@@ -88,13 +89,13 @@ class PrefixStates:
     def _pass(
         self, rests: list[list[int]], begun: list[Beginning | None], shape: tuple[int, int], block: int
     ) -> Tensor:
-        """The states of what stands behind beginnings (or of whole rows), [rows, width, hidden].
+        """Computes the states of tokens that follow beginnings (or of whole rows), [rows, width, hidden].
 
         Args:
-            rests: Token ids.
-            begun: The beginning of each.
-            shape: Tokens that beginnings and rests are padded to.
-            block: Which the states enter.
+            rests: Token ids that follow each beginning.
+            begun: The beginning of each row; None for a whole row.
+            shape: Numbers of tokens that beginnings and rests are padded to.
+            block: Number of the block that the states enter.
         """
         behind, width = shape
         batch = rows_of(rests, min(width, self.forward.max_length)).to(self.forward.device)
@@ -116,17 +117,17 @@ class PrefixStates:
         return hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs))
 
     def _begun(self, rows: list[list[int]], block: int) -> list[Beginning | None]:
-        """What rows begin with: found, or made and kept; None for nothing."""
+        """Returns the known beginning of each row, computing those that are new; None for a row without one."""
         if not block or not self.takes_prompt_prefixes:
             return [None] * len(rows)
         wanted = [
             self.prompt_prefixes.of(row) if len(row) <= WIDTH else () for row in rows
-        ]  # no longer ones were tried
+        ]  # longer ones were not tested
         found = {ids: self.prompt_prefixes.find(block, ids) or self._begin(ids, block) for ids in set(wanted) if ids}
         return [found.get(ids) for ids in wanted]
 
     def _begin(self, ids: tuple[int, ...], block: int) -> Beginning:
-        """Makes and keeps a beginning: on its own, since rounding would tell what stood beside it."""
+        """Computes and caches a beginning, in a pass of its own since rounding depends on the rows beside it."""
         cache = filled_cache((), 0)
         inputs = rows_of([list(ids)]).to(self.forward.device).inputs | {"past_key_values": cache}
         states = hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs))[0]
@@ -136,7 +137,7 @@ class PrefixStates:
 
     @functools.cached_property
     def takes_prompt_prefixes(self) -> bool:
-        """Whether rows behind keys and values of their beginning see what they see in one piece: tried out."""
+        """True if rows that follow a cached beginning get the same states as whole rows, found by a test run."""
         if not self.prompt_prefixes.max_bytes or not self.takes_trees:
             return False
         opening, top = self._spread([1 + i % 3 for i in range(2 * SHORTEST)]), len(self.forward.blocks) - 1
@@ -159,13 +160,13 @@ class PrefixStates:
 
     @functools.cached_property
     def takes_trees(self) -> bool:
-        """Whether the model sees in trees of tokens what it sees row by row: tried out, since architectures differ.
+        """True if rows in prefix trees get the same states as row by row, found by a test run as architectures vary.
 
-        Not so where a layer attends to the last tokens alone, or the model counts positions in its own way.
+        It is False if a layer attends to the last tokens alone, or the model counts positions in its own way.
         """
         if not attends_to_all(self.forward.model.config, WIDTH):
             return False
-        long = [1 + i % 7 for i in range(min(WIDTH, self.forward.max_length))]  # no config names every window
+        long = [1 + i % 7 for i in range(min(WIDTH, self.forward.max_length))]  # configs do not name every window
         rows = [self._spread(row) for row in (long, [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2])]
         batch = rows_of(rows).to(self.forward.device)
         kept, top = batch.attention_mask.bool(), len(self.forward.blocks) - 1

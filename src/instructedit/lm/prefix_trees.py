@@ -1,8 +1,8 @@
-"""Rows as trees of tokens: what rows begin with together is computed once, and next to nothing is padded.
+"""Prefix trees of token rows: common beginnings of rows are computed once, with hardly any padding.
 
 Prompts that share an instruction are mostly instruction, and a prompt and its aliases are mostly prompt. In a tree each
-token sees those on the way to its root, which are those before it in its row, and has its row's position: causal
-attention then gives it the row's own states.
+token attends to those on the path to the root, which are those before it in its row, and keeps its position in the row:
+causal attention then gives it the same states as in the row.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-#: Tokens of a tree, at most (a longer row stands alone): attention costs each token as many products.
+#: Maximum number of tokens in a tree (a longer row stands alone): attention costs each token as many products.
 WIDTH = 256
-#: Widths that are tried where trees of several groups would be padded to the largest.
+#: Maximum widths to choose from, since the trees of several groups are all padded to the largest tree.
 WIDTHS = (48, 64, 96, 128, 192, WIDTH)
 
 
 @dataclass(frozen=True)
 class PrefixTrees:
-    """Trees side by side.
+    """A batch of prefix trees that hold rows of tokens.
 
     Attributes:
         ids: Tokens, [trees, width].
-        positions: Of each token in its rows, [trees, width].
-        sees: What each token (second dimension) attends to, [trees, width, width].
-        places: Where each row's tokens are among those of all trees, one [length] for each row.
+        positions: Position of each token in its rows, [trees, width].
+        sees: Which tokens (last dimension) each token (second dimension) attends to, [trees, width, width].
+        places: Indices of each row's tokens among those of all trees, one [length] for each row.
         groups: The group whose rows a tree holds, [trees].
     """
 
@@ -39,18 +39,18 @@ class PrefixTrees:
 
     @classmethod
     def of(cls, rows: Sequence[list[int]], width: int = WIDTH, groups: Sequence[int] | None = None) -> PrefixTrees:
-        """The rows' trees.
+        """Builds the trees of rows.
 
         Args:
             rows: Token ids.
-            width: Tokens of a tree, at most.
-            groups: Of each row; rows of different groups share no tree. By default all are of one.
+            width: Maximum number of tokens in a tree.
+            groups: Group of each row; rows of different groups share no tree. By default all are in one.
         """
         return _planted(rows, groups or [0] * len(rows), _Plan.of(_Steps.of(rows, groups), width))
 
     @classmethod
     def fitting(cls, rows: Sequence[list[int]], groups: Sequence[int] | None = None) -> PrefixTrees:
-        """The rows' trees, of the width at which all of them, padded, have the fewest tokens."""
+        """Builds the trees of rows, of the width that costs least in padded tokens and their attention."""
         steps = _Steps.of(rows, groups)
         plans = [_Plan.of(steps, width) for width in WIDTHS]
         return _planted(rows, groups or [0] * len(rows), min(plans, key=lambda plan: plan.padded))
@@ -62,19 +62,19 @@ class PrefixTrees:
 
     @property
     def of_rows(self) -> Tensor:
-        """The tree of each row, [rows]."""
+        """Index of each row's tree, [rows]."""
         return torch.stack([places[0] for places in self.places]) // self.ids.shape[1]
 
     def inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a model of this dtype is called with."""
+        """Returns the inputs for a model of this dtype."""
         mask = torch.zeros(self.sees.shape, dtype=dtype).masked_fill_(~self.sees, torch.finfo(dtype).min)
         inputs = {"input_ids": self.ids, "position_ids": self.positions, "attention_mask": mask.unsqueeze(1)}
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def read_once(self, rows: Sequence[list[int]]) -> PrefixTrees:
-        """The same trees, where what stands in several of them is read from the first that has it.
+        """Returns the same trees, in which beginnings that occur in several trees are read from the first one.
 
-        Each tree rounds in its own way; so rows that begin alike have the same states there, to the bit.
+        Rounding differs between trees; this way the states of common beginnings are bit-identical.
 
         Args:
             rows: Token ids of the trees' rows.
@@ -90,12 +90,12 @@ class PrefixTrees:
         return replace(self, places=places)
 
     def states(self, found: Tensor) -> Tensor:
-        """The trees' states row by row, [trees, width, hidden] → [rows, longest row, hidden]; padding holds some."""
+        """Gathers each row's states, [trees, width, hidden] → [rows, longest row, hidden]; padding holds any states."""
         places = torch.nn.utils.rnn.pad_sequence(self.places, batch_first=True)
         return found.flatten(0, 1)[places.to(found.device)]
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows' states as the trees', [rows, seq, hidden] → [trees, width, hidden]; the inverse of `states`."""
+        """Arranges the rows' states in trees, [rows, seq, hidden] → [trees, width, hidden]; the inverse of `states`."""
         trees = rows.new_zeros(self.ids.numel(), rows.shape[-1])
         where = torch.cat(self.places).to(rows.device)
         row = torch.repeat_interleave(torch.tensor([len(p) for p in self.places])).to(rows.device)
@@ -104,7 +104,7 @@ class PrefixTrees:
         return trees.view(*self.ids.shape, -1)
 
     def at(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Where positions of rows are among the tokens of all trees, [positions]."""
+        """Returns the indices of positions in rows among the tokens of all trees, [positions]."""
         starts = torch.tensor([0, *(len(p) for p in self.places)]).cumsum(0)
         return torch.cat(self.places)[starts[rows] + positions]
 
@@ -112,13 +112,13 @@ class PrefixTrees:
 def in_parts(
     rows: Sequence[list[int]], groups: Sequence[int], tokens: int, beside: Sequence[int] | None = None
 ) -> Iterator[list[int]]:
-    """Row numbers in parts whose trees have at most so many tokens (or of one row that has more).
+    """Splits row numbers into parts whose trees have at most `tokens` tokens (or of one row that has more).
 
     Args:
         rows: Token ids.
-        groups: Of each row; rows of different groups share nothing.
-        tokens: Of a part, before padding.
-        beside: What each row takes beside its own tokens.
+        groups: Group of each row; rows of different groups share nothing.
+        tokens: Maximum number of tokens in a part, before padding.
+        beside: Tokens that each row takes in addition to its own.
     """
     part: list[int] = []
     total = 0
@@ -135,7 +135,7 @@ def in_parts(
 
 
 class _Steps(list[tuple[int, int]]):
-    """Row numbers in an order in which each row shares most with the one before, and how many tokens it shares."""
+    """Row numbers in an order in which each row shares most with the one before, and the number of shared tokens."""
 
     sizes: list[int]
     groups: list[int]
@@ -154,13 +154,13 @@ class _Steps(list[tuple[int, int]]):
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which tree each row stands in, and where its tokens are in it.
+    """An assignment of rows to trees, and of their tokens to places within these.
 
     Attributes:
-        trees: Of each row.
-        paths: Of each row, its tokens' numbers within the tree.
-        count: Trees.
-        width: Of the largest.
+        trees: Number of each row's tree.
+        paths: Numbers of each row's tokens within its tree.
+        count: Number of trees.
+        width: Number of tokens in the largest tree.
     """
 
     trees: dict[int, int]
@@ -170,7 +170,7 @@ class _Plan:
 
     @property
     def padded(self) -> float:
-        """Tokens of all trees, padding included, and what attention to a whole tree costs each of them."""
+        """Cost of all trees: their tokens, padding included, and what attention to a whole tree costs each of them."""
         return self.count * self.width * (1 + self.width / 2048)
 
     @classmethod
@@ -206,7 +206,7 @@ def _planted(rows: Sequence[list[int]], groups: Sequence[int], plan: _Plan) -> P
 
 
 def shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Counts the tokens that two sequences have in common at their beginning."""
     for length, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return length

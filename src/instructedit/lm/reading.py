@@ -29,13 +29,13 @@ from instructedit.lm import gguf
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model's files are read. Names and meaning of all but `quantize` are those of transformers.
+    """Options for reading a model's files; all but `quantize` have their names and meaning from transformers.
 
     Attributes:
-        dtype: Of its weights and forward pass, whatever the files hold and whatever ``--trainer.precision`` says:
-            ``float32``, ``bfloat16``, ``float16``. That one is the editor's.
+        dtype: Dtype of its weights and forward pass, whatever the files hold: ``float32``, ``bfloat16``, ``float16``.
+            It does not depend on ``--trainer.precision``, which is the editor's.
         revision: Branch, tag or commit on the hub.
-        gguf_file: Name of a GGUF file in that folder or hub repository; its weights are unpacked.
+        gguf_file: Name of a GGUF file in the folder or hub repository; its weights are unpacked.
         attn_implementation: How attention is computed: ``eager``, ``sdpa``, ``flash_attention_2``, …; by default
             transformers chooses.
         device_map: Where the parts of the model go: ``auto``, a device, or module → device. It then stays there.
@@ -51,19 +51,19 @@ class Loading:
     quantize: Literal["8bit", "4bit"] | None = None
 
 
-#: As a model is read when nothing else is asked for.
+#: The default options.
 PLAIN = Loading()
 
 
 def read_model(
     source: str, options: Loading = PLAIN, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM with its tokenizer.
+    """Reads a causal LM with its tokenizer.
 
     Args:
         source: A local folder or a hub id.
-        options: How it is read.
-        device: Where it is packed (`quantize`); other models are read to the CPU.
+        options: Options for reading it.
+        device: Device on which it is packed (`quantize`); other models are read to the CPU.
 
     Raises:
         UserError: If the files cannot be read, are not those of a causal LM, or lack or exceed its weights.
@@ -74,7 +74,7 @@ def read_model(
     if options.quantize is not None:
         chosen |= _packing(options, dtype, device)
     elif options.gguf_file is not None:
-        chosen["quantization_config"] = GgufConfig(dequantize=True)  # what is packed can be neither edited nor merged
+        chosen["quantization_config"] = GgufConfig(dequantize=True)  # packed weights can be neither edited nor merged
     where = _where(source, options)
     tokenizer = read_tokenizer(source, options)  # before the weights, which take much longer
     with _readable(where), _bars_where_long(source):
@@ -93,10 +93,10 @@ def read_model(
 
 
 def read_tokenizer(source: str, options: Loading = PLAIN) -> PreTrainedTokenizerBase:
-    """The tokenizer of a causal LM, without its weights (arguments as for `read_model`).
+    """Reads the tokenizer of a causal LM, without the weights (arguments as for `read_model`).
 
     Raises:
-        UserError: If there is none, its files cannot be read, or it knows no character offsets.
+        UserError: If there is none, its files cannot be read, or it provides no character offsets.
     """
     where = _where(source, options)
     with _readable(where):
@@ -106,7 +106,7 @@ def read_tokenizer(source: str, options: Loading = PLAIN) -> PreTrainedTokenizer
         tokenizer = AutoTokenizer.from_pretrained(source, **_place(options))
     if not tokenizer.is_fast:
         raise UserError(f"{where}: its tokenizer knows no character offsets (a fast tokenizer is needed)")
-    # Without files, some tokenizer classes make one of no words.
+    # Without files, some tokenizer classes create one with an empty vocabulary.
     if not set(tokenizer("The", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
         raise UserError(f"{where} has no tokenizer (tokenizer.json), or one that knows no words")
     if metadata is not None:
@@ -119,7 +119,7 @@ def _where(source: str, options: Loading) -> str:
 
 
 def _place(options: Loading) -> dict[str, Any]:
-    """What configuration, tokenizer and weights are all found by."""
+    """Returns the arguments that locate configuration, tokenizer and weights alike."""
     found = {"revision": options.revision, "gguf_file": options.gguf_file}
     return {"trust_remote_code": False} | {name: value for name, value in found.items() if value is not None}
 
@@ -133,7 +133,7 @@ def _dtype(name: str) -> torch.dtype:
 
 @contextmanager
 def _readable(where: str) -> Iterator[None]:
-    """Errors of transformers become one line, and its reports on missing weights do not stand before ours."""
+    """Shortens errors of transformers to one line, and hides its reports on missing weights in favour of ours."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -165,7 +165,7 @@ def _bars_where_long(source: str) -> Iterator[None]:
 def _check_whole(where: str, found: dict[str, Any]) -> None:
     """Refuses a model some of whose weights would be random, or some of whose blocks would be left out.
 
-    Tied weights, buffers that are computed, and what transformers knows to be harmless are in none of the lists.
+    Tied weights, computed buffers, and whatever transformers knows to be harmless are in none of the lists.
     """
     odd = {name for name, *_ in found["mismatched_keys"]}
     troubles = {
@@ -181,7 +181,7 @@ def _check_whole(where: str, found: dict[str, Any]) -> None:
 
 
 def _of_layers(names: set[str]) -> set[str]:
-    """Those within numbered layers: anything else is another head, which the LM does without."""
+    """Returns the names within numbered layers: any others are those of another head, which the LM does not need."""
     return {name for name in names if re.search(r"\.\d+\.", name)}
 
 
@@ -196,7 +196,7 @@ def _check_causal(where: str, model: PreTrainedModel) -> None:
     ids = torch.tensor([[1, 0], [1, 2]], device=model.device)
     try:
         first = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, 0].float()
-    except (TypeError, ValueError, RuntimeError):  # a model with other inputs says so where it is used
+    except (TypeError, ValueError, RuntimeError):  # a model with other inputs raises its own error when it is used
         return
     if (first[0] - first[1]).abs().max() > first.abs().max() * torch.finfo(model.dtype).eps ** 0.5:
         kind = type(model.config).__name__
@@ -204,10 +204,10 @@ def _check_causal(where: str, model: PreTrainedModel) -> None:
 
 
 def _packing(options: Loading, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """What transformers must be told so that it packs the weights.
+    """Returns the arguments that make transformers pack (quantize) the weights.
 
     Raises:
-        UserError: If it is no way to pack them, or what does so is not installed.
+        UserError: If the kind of packing is unknown or does not go with the file, or its libraries are not installed.
     """
     from transformers import BitsAndBytesConfig
 
@@ -225,7 +225,7 @@ def _packing(options: Loading, dtype: torch.dtype, device: torch.device | str) -
             f"quantize={quantize!r} needs {' and '.join(missing)}, which is not installed: "
             "pip install 'instructedit[quantize]'"
         )
-    # It says once a call that it rounds its inputs to float16, which is how it works.
+    # It warns at every call that it rounds its inputs to float16, which is how it works.
     python_logging.getLogger("bitsandbytes.autograd._functions").setLevel(python_logging.ERROR)
     return {
         "quantization_config": BitsAndBytesConfig(**known[quantize]),
@@ -234,7 +234,7 @@ def _packing(options: Loading, dtype: torch.dtype, device: torch.device | str) -
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
-    """On some CPUs, layers of 4 bits repack themselves at the first pass without gradients, and then give none."""
+    """Keeps 4-bit layers from repacking themselves on some CPUs in passes without gradients: they then give none."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 (no attribute of every module)

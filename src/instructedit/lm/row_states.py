@@ -1,4 +1,4 @@
-"""The states that leave the last block at answer positions, of rows without a prompt prefix."""
+"""States that leave the last block at answer positions, for rows without a prompt prefix."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class RowStates:
         self.prefix, self.applied, self.forward = prefix, prefix.applied, prefix.forward
 
     def shared(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-        """The distinct states at answer positions, and which of them each position has."""
+        """Computes the distinct states at answer positions, and the index of each position's state among these."""
         if (prefix_trees := self._prefix_trees(batch, edit, rows)) is not None:
             return self._states_of_trees(batch, prefix_trees, edit, start)
         states = self._states_by_length(batch, edit, rows, start)
         return states, torch.arange(len(states), device=states.device)
 
     def _prefix_trees(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None) -> PrefixTrees | None:
-        """The rows as trees of one edit each, if the model takes trees and these have fewer tokens than the rows."""
-        # Edits that a caller put on know the batch as it is.
+        """Arranges rows in trees of one edit each, if the model takes trees and these have fewer tokens; else None."""
+        # Edits that a caller has applied expect the rows of the batch as it is.
         if (
             self.applied
             or len(batch) == 1
@@ -68,7 +68,7 @@ class RowStates:
         return in_order(batch, groups, [run(group) for group in groups])
 
     def of(self, batch: TokenBatch, edit: Edit | None, rows: Tensor | None, start: int) -> Tensor:
-        """The states at answer positions of rows in one forward pass, [positions, hidden]."""
+        """Computes the states at answer positions in one forward pass of all rows, [positions, hidden]."""
         start = self.forward.resumed_from(start)
         hidden = self.prefix.of(batch, start) if start else None
         with self.applied.at_layers(edit, rows):
@@ -76,5 +76,5 @@ class RowStates:
 
 
 def in_order(batch: TokenBatch, groups: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """Puts the answer positions of groups of a batch's rows, each in ascending order, back in order."""
+    """Puts states of answer positions, computed for groups of rows (each ascending), back in the batch's order."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))[batch.in_order(groups)]

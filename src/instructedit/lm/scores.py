@@ -1,4 +1,4 @@
-"""How a frozen model scores answer tokens: logits a piece at a time, losses and predictions."""
+"""Scores of answer tokens by a frozen model: chunked logits, losses and predictions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from instructedit.lm.tokens import TokenBatch
 from instructedit.metrics import row_mean
 from instructedit.rows import take_rows
 
-#: Logits that are there at once: of so many positions at least, and of more within so many bytes of float32.
+#: Logits in memory at once: the minimum number of positions, and the bytes of float32 logits within which more fit.
 HEAD = {"cpu": (128, 8 << 20), "gpu": (512, 256 << 20)}
 
 
 class TokenScores(NamedTuple):
-    """At each answer position: −log p of the answer's token, and the predicted (most likely) one, both [positions]."""
+    """Scores at answer positions: −log p of the answer's token, and the predicted (likeliest) one, both [positions]."""
 
     nll: Tensor
     predicted: Tensor
@@ -38,9 +38,9 @@ class Scores:
 
     @torch.no_grad()
     def unedited_states(self, batch: TokenBatch, start: int = 0) -> Tensor:
-        """Computes what leaves the last block at the answer positions without any edit, [positions, hidden].
+        """Computes the last block's outputs at the answer positions without any edit, [positions, hidden].
 
-        It is kept in the prefix cache: a prompt asked again costs no block.
+        They are kept in the prefix cache: a repeated prompt runs no block.
 
         Args:
             batch: Rows of tokens.
@@ -49,16 +49,16 @@ class Scores:
         Raises:
             UserError: While an edit is applied.
         """
-        if self.applied.layers:
-            raise UserError("an edit is applied to the model: ask for its unedited states outside of `edited`")
+        self._refuse_applied("states")
         top = len(self.forward.blocks)
         return self.prefix.cache.states(batch, top, functools.partial(self._leaving, start=start))[batch.answer_at]
 
     def unedited_predictions(self, batch: TokenBatch, start: int = 0) -> TokenScores:
-        """Like `predictions` without an edit; rows asked again cost nothing.
+        """Predicts and scores answer tokens as `predictions` does, without an edit; repeated rows cost nothing.
 
         Arguments and errors as for `unedited_states`.
         """
+        self._refuse_applied("predictions")
         pairs = zip(batch.input_ids.numpy(), batch.labels.numpy(), batch.lengths, strict=True)
         keys = [(ids[:size].tobytes(), labels[:size].tobytes()) for ids, labels, size in pairs]
 
@@ -68,6 +68,11 @@ class Scores:
             return list(zip(*columns, strict=True))
 
         return TokenScores(*map(torch.cat, zip(*self.prefix.cache.memoized("predictions", keys, compute), strict=True)))
+
+    def _refuse_applied(self, what: str) -> None:
+        """Raises an error while an edit is applied: what it changed would be kept as the unedited model's."""
+        if self.applied:
+            raise UserError(f"an edit is applied to the model: ask for its unedited {what} outside of `edited`")
 
     def _leaving(self, batch: TokenBatch, start: int) -> Tensor:
         start = self.forward.resumed_from(start)
@@ -79,25 +84,25 @@ class Scores:
         return batch.padded(states)
 
     def chunked_logits(self, states: Tensor, what: Callable[[Tensor, slice], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Computes something of the logits, which are never in memory all at once.
+        """Computes a function of the logits in chunks, so that they are never in memory all at once.
 
         Args:
-            states: That left the last block, [positions, hidden].
-            what: Takes logits [n, vocab] and where these positions are among all; gives one number for each position,
-                [n], differentiable with respect to the logits of that position, and, if wanted, more tensors [n, …],
-                which are not.
+            states: States that left the last block, [positions, hidden].
+            what: Takes logits [n, vocab] and the slice of their positions among all; returns one number for each
+                position, [n], differentiable with respect to the logits of that position, and optionally more tensors,
+                [n, …], which are not.
 
         Returns:
-            The same for all positions.
+            The results for all positions.
         """
         return positionwise(states, lambda part, at: what(self.forward.head(part), at), self._head_positions)
 
     @functools.cached_property
     def _head_positions(self) -> int:
-        """Positions whose logits are there at once.
+        """Number of positions whose logits are in memory at once.
 
-        Enough that the head's product is bound by arithmetic rather than by reading its matrix, whose size does not
-        matter for that: a small vocabulary just has room for more.
+        It is large enough that the head's product is bound by arithmetic rather than by reading its matrix, whose size
+        does not matter for that: a small vocabulary merely leaves room for more.
         """
         few, room = HEAD["cpu" if self.forward.device.type == "cpu" else "gpu"]
         return max(few, room // (4 * self.forward.model.config.get_text_config().vocab_size))
@@ -116,7 +121,7 @@ class Scores:
     ) -> TokenScores:
         """Predicts the answers' tokens and scores them, without gradients (arguments as for `states`).
 
-        Logits of a position that several rows share are made once.
+        Logits of a position that several rows share are computed once.
         """
         batch = batch if self.applied.layers else batch.read_part()
         states, node = self.context.shared(batch, edit, rows, start)
@@ -134,14 +139,13 @@ class Scores:
     def states(
         self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int | None = None
     ) -> Tensor:
-        """Computes what leaves the last block at the answer positions; `Forward.head` makes logits of it.
+        """Computes the last block's outputs at the answer positions; `Forward.head` turns them into logits.
 
         Args:
             batch: Rows of tokens.
             edit: The edits to apply; None is the unedited model.
             rows: Which edit each row has, [rows]; by default row i has edit i, or all the only one.
-            start: Blocks below this one come from the prefix cache; by default those below the edit, without an edit
-                none.
+            start: Blocks below this one come from the prefix cache; by default those below the edit, if there is one.
 
         Returns:
             [positions, hidden], in the order of ``batch.answers``.
@@ -152,13 +156,13 @@ class Scores:
     def losses(
         self, batch: TokenBatch, edit: Edit | None = None, rows: Tensor | None = None, start: int | None = None
     ) -> Tensor:
-        """Edit loss of each row: mean over its answer's tokens of −log p, [rows] (arguments as for `states`)."""
+        """Computes each row's edit loss: mean −log p of its answer's tokens, [rows] (arguments as for `states`)."""
         nll = self.token_scores(self.states(batch, edit, rows, start), batch.answers).nll
         return row_mean(nll, batch.rows, len(batch))
 
 
 def _checked(name: str, scores: TokenScores) -> TokenScores:
-    """Returns the scores, if they are numbers.
+    """Returns the scores after checking that none is NaN.
 
     Raises:
         UserError: If one is NaN.

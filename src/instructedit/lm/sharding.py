@@ -1,4 +1,4 @@
-"""A frozen model's blocks over several processes: each holds a part of the weights, and gathers a block to run it."""
+"""Sharding of a frozen model's blocks: each process holds a part of the weights, and gathers a block to run it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 
 
 def shard_blocks(blocks: nn.ModuleList, device: torch.device, groups: int, count: int) -> None:
-    """Spreads the weights of each block over groups of `count` processes (FSDP2), and brings them to the device.
+    """Spreads the weights of each block over groups of `count` processes (FSDP2), and moves them to the device.
 
-    The processes of a group must run the same passes on the same rows: gathering a block needs all of them. What is
-    not in a block (embeddings, head) is whole in each.
+    The processes of a group must run the same passes on the same rows: gathering a block needs all of them. Weights
+    outside of the blocks (embeddings, head) are whole in each process.
 
     Args:
         blocks: The transformer blocks.
-        device: Where they are to run.
-        groups: Of processes.
-        count: Processes of a group; neighbours by rank.
+        device: Device that they will run on.
+        groups: Number of groups of processes.
+        count: Number of processes in a group; they have consecutive ranks.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -31,19 +31,19 @@ def shard_blocks(blocks: nn.ModuleList, device: torch.device, groups: int, count
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether the weights of a block are spread over processes."""
+    """True if the weights of a block are spread over processes."""
     return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
 def let_go(block: Any) -> None:
-    """Gives up the gathered weights of a block whose pass was ended before its end."""
+    """Releases the gathered weights of a block whose forward pass was stopped early."""
     if is_sharded(block):
         block.reshard()
 
 
 @contextmanager
 def gathered(block: Any) -> Iterator[None]:
-    """Inside, the block's weights are whole, for layers of it that run alone."""
+    """Gathers a block's weights inside a ``with`` block, for layers of it that run alone."""
     if is_sharded(block):
         block.unshard()
     try:

@@ -38,18 +38,18 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(in, out); sites of one shape share a hypernetwork."""
+        """Shape of the map, (in, out); sites of one shape share a hypernetwork."""
         return self.in_features, self.out_features
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What can be edited in a model.
+    """The edit sites of a model, and its routed experts, which cannot be edited.
 
     Attributes:
         sites: The feed-forward matrices of its blocks, from the bottom up.
         routed: Number of each block whose feed-forward layer holds routed experts → name of the module that does.
-        width: Of the residual stream.
+        width: Width of the residual stream.
     """
 
     sites: tuple[Site, ...]
@@ -58,7 +58,7 @@ class Layout:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The transformer blocks of the language tower, and their name: the list of modules nearest to the embedding.
+    """Finds the transformer blocks of the language tower, and their name: the module list nearest to the embedding.
 
     A vision or audio tower has blocks of its own, which lie further from the embedding of the tokens.
 
@@ -89,7 +89,7 @@ def _token_embedding(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _lists(module: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The least deep lists of modules that have parts of their own."""
+    """Finds the least deeply nested lists of modules that have submodules of their own."""
     found = [
         (name, part)
         for name, part in module.named_modules()
@@ -100,7 +100,7 @@ def _lists(module: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def find_layout(model: PreTrainedModel) -> Layout:
-    """The feed-forward matrices of every block (see `feed_forward`), and the blocks whose experts are routed.
+    """Finds the feed-forward matrices of every block (see `feed_forward`), and the blocks whose experts are routed.
 
     Raises:
         UserError: If the model has none, or it is not made of blocks that run one after the other.
@@ -127,11 +127,11 @@ def find_layout(model: PreTrainedModel) -> Layout:
 
 
 def check_blocks(model: PreTrainedModel, runs: Sequence[Sequence[Run]]) -> int:
-    """The width of the residual stream; and whether the blocks run once each, on one finite state for each token.
+    """Returns the residual stream's width; checks that each block runs once, on one finite state for each token.
 
     Args:
         model: The model.
-        runs: Of each block.
+        runs: Recorded runs of each block.
 
     Raises:
         UserError: If they do not.
@@ -156,11 +156,11 @@ def _site(name: str, block: int, layer: nn.Module, output: bool, mlp: str) -> Si
 
 
 def find_linear_layers(model: PreTrainedModel, width: int) -> tuple[Site, ...]:
-    """Every linear layer of every block, attention's among them, from the bottom up: what an adapter may change.
+    """Finds all linear layers of all blocks, including attention's, from the bottom up: those an adapter may change.
 
     Args:
         model: The model.
-        width: Of its residual stream.
+        width: Width of its residual stream.
     """
     prefix, blocks = find_blocks(model)
     return tuple(
@@ -177,13 +177,13 @@ def select_sites(
     blocks: Sequence[int] | None = None,
     count: int | None = None,
 ) -> tuple[Site, ...]:
-    """The sites that match.
+    """Selects the sites that match names and block numbers.
 
     Args:
         sites: All sites of a model.
         names: Module names or patterns such as ``*.mlp.c_proj``; None means any.
         blocks: Block numbers, negative from the top; None means any.
-        count: Blocks of the model; by default those up to the last with a site.
+        count: Number of blocks in the model; by default up to the last one with a site.
 
     Raises:
         UserError: If a name or a block matches nothing.
@@ -204,11 +204,11 @@ def select_sites(
 def select_feed_forward(
     layout: Layout, names: Sequence[str] | None, blocks: Sequence[int] | None, count: int
 ) -> tuple[Site, ...]:
-    """The feed-forward matrices that match (arguments as for `select_sites`).
+    """Selects the feed-forward matrices that match (arguments as for `select_sites`).
 
     Raises:
-        UserError: If a name or a block matches nothing, or what a block does is mostly done by experts that a router
-            chooses among: an edit of the rest would pass for one of the whole. Layers that are named are taken anyway.
+        UserError: If a name or a block matches nothing, or most of a block's work is done by routed experts: an edit of
+            the rest would pass for one of the whole. Layers that are named are selected anyway.
     """
     chosen = {b % count for b in blocks or range(count)}
     if names is None and (routed := [b for b in sorted(chosen) if b in layout.routed]):
@@ -221,7 +221,7 @@ def select_feed_forward(
 
 
 def dense_weight(layer: nn.Module, site: Site) -> nn.Parameter:
-    """The layer's weight, as floats: [in, out] where the site is `transposed`, else [out, in].
+    """Returns the layer's weight as floats: [in, out] if the site is `transposed`, else [out, in].
 
     Raises:
         UserError: If it is stored packed (8 or 4 bits).

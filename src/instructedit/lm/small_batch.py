@@ -1,4 +1,4 @@
-"""Linear layers on a few rows: BLAS, made for many, takes several times as long as a CPU needs to read the weights."""
+"""Fast linear layers on few rows: BLAS, made for many, takes several times as long as reading the weights."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from transformers.pytorch_utils import Conv1D
 from instructedit.lm import hooks
 from instructedit.lm.sharding import is_sharded
 
-#: Rows of a product, at most, that count as few.
+#: Maximum number of rows of a product that count as few.
 FEW = 64
 
-#: What a layer gives for rows [rows, in], as [rows, out].
+#: Maps a layer's inputs [rows, in] to its outputs [rows, out].
 Product = Callable[[Tensor], Tensor]
 
 
 @contextmanager
 def small_batch_matmul(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, float32 linear layers on a CPU multiply few rows in an order that suits these.
+    """Makes float32 linear layers on a CPU faster for few rows inside a ``with`` block.
 
-    Every thread takes its part of the weights. Only the order of sums is another one. Where a gradient may be wanted
-    the layers multiply as ever.
+    Every thread takes its part of the weights. Only the order of summation differs. Where gradients are enabled, the
+    layers multiply as usual.
     """
     threads, modules = torch.get_num_threads(), list(modules)
     with ExitStack() as stack:
-        for layer in () if any(map(is_sharded, modules)) else modules:  # what is gathered goes again
+        for layer in () if any(map(is_sharded, modules)) else modules:  # gathered weights are released again
             prepared = _PRODUCTS.get(type(layer))
             if prepared and _suits(layer.get_parameter("weight")):
                 product = prepared(layer.get_parameter("weight").detach(), layer.bias, threads)
@@ -53,7 +53,7 @@ def _forward(own: Product, product: Product) -> Product:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, threads: int) -> Product:
-    """W x + b, W stored [out, in]: outputs are dealt out to the threads."""
+    """Prepares W x + b for W stored as [out, in]: outputs are split among the threads."""
     features, size = weight.shape
     parts = math.gcd(threads, features)
     apart = weight.view(parts, -1, size)
@@ -66,7 +66,7 @@ def _linear(weight: Tensor, bias: Tensor | None, threads: int) -> Product:
 
 
 def _conv1d(weight: Tensor, bias: Tensor, threads: int) -> Product:
-    """The same, W stored [in, out]: inputs are dealt out, and their parts of the outputs summed up."""
+    """Prepares W x + b for W stored as [in, out]: inputs are split among the threads, and partial outputs summed."""
     size, features = weight.shape
     parts = math.gcd(threads, size)
     apart = weight.view(parts, -1, features)
@@ -77,5 +77,5 @@ def _conv1d(weight: Tensor, bias: Tensor, threads: int) -> Product:
     return product
 
 
-#: By the very class: one derived from it may multiply in its own way.
+#: Looked up by the exact class: a subclass may multiply in its own way.
 _PRODUCTS: dict[type[nn.Module], Callable[..., Product]] = {nn.Linear: _linear, Conv1D: _conv1d}

@@ -1,4 +1,4 @@
-"""The one place where prompts and answers become token ids: for editing, scoring, generating, and reading alike."""
+"""Tokenisation of prompts and answers, in one place for editing, scoring, generating and reading alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from instructedit.lm.tokens import TokenBatch
 from instructedit.records import stripped
 
 _CUT = "some prompts are longer than the model's context or max_length and lose their beginning"
-#: Texts behind which others are tokenised as if they went on: the first that keeps to its own tokens.
+#: Texts after which others are tokenised as continuations: the first one that shares no token with them is used.
 _ANCHORS = ("\n", ".", "|")
 
 
@@ -33,18 +33,18 @@ class _Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """How text becomes tokens.
+    """The tokenisation of prompts and answers into rows.
 
-    A row is what opens it (``<s>`` where the tokenizer puts one in front, or a chat template's beginning), the prompt,
-    and the answer. Nothing that a tokenizer appends stands behind a prompt or an answer. The prompt has the same tokens
-    with its answer behind it as without. A prompt loses stray spaces (see `records.stripped`), an answer all around it.
+    A row consists of its opening (``<s>`` if the tokenizer prepends it, or a chat template's beginning), the prompt and
+    the answer. Tokens that a tokenizer appends to a prompt or an answer are left out. The prompt has the same tokens
+    with an answer as without. A prompt loses stray spaces (see `records.stripped`), an answer all that surround it.
 
     Attributes:
-        tokenizer: Of the LM; must know character offsets (every fast tokenizer does).
-        max_length: Tokens that a row may have. A longer one loses the beginning of its prompt, not what opens it.
-        joiner: What stands between a prompt and its answer; ``auto`` is a space or nothing (see `joining.joiner`).
+        tokenizer: Tokenizer of the LM; must provide character offsets (every fast tokenizer does).
+        max_length: Maximum number of tokens in a row. A longer one loses the beginning of its prompt, not its opening.
+        joiner: Text between a prompt and its answer; ``auto`` is a space or nothing (see `joining.joiner`).
         chat: Put the prompt into the user's turn of the tokenizer's own chat template, the answer into the model's.
-        ends: Let `encode` count the token that ends a text as an answer's last one.
+        ends: Let `encode` append the token that ends a text to each answer.
 
     Raises:
         UserError: With `chat`, if there is no template that takes a request; with `ends`, if no token ends a text.
@@ -63,16 +63,16 @@ class Text:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells tokenizers apart by their vocabulary (sha256, hex)."""
+        """Digest that tells tokenizers apart by their vocabulary (sha256, hex)."""
         words = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
     def within(self, max_length: int | None) -> Self:
-        """The same for rows of at most so many tokens."""
+        """Returns a copy for rows of at most `max_length` tokens (and no more than before)."""
         return replace(self, max_length=min(max_length or self.max_length, self.max_length))
 
     def ended(self, ends: bool = True) -> Self:
-        """The same, where the token that ends a text is an answer's last one, or is not."""
+        """Returns a copy in which the token that ends a text is an answer's last one, or is not."""
         return self if self.ends == ends else replace(self, ends=ends)
 
     @functools.cached_property
@@ -88,7 +88,7 @@ class Text:
         return [first] if first is not None and self._tokenised(["a"])[0].ids[:1] == [first] else []
 
     def breaks(self, token: int) -> bool:
-        """Whether a token ends a line."""
+        """True if a token ends a line."""
         if token not in self._breaks:
             self._breaks[token] = "\n" in self.tokenizer.decode([token])
         return self._breaks[token]
@@ -98,36 +98,36 @@ class Text:
         return {}
 
     def token_ids(self, text: str) -> list[int]:
-        """Token ids of text that stands within a row: no special tokens around it."""
+        """Returns the token ids of text within a row, without special tokens around it."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def document(self, text: str) -> list[int]:
-        """Token ids of plain text that answers nothing, whole; no chat template stands around it."""
+        """Returns all token ids of plain text without an answer; no chat template is put around it."""
         plain = replace(self, chat=False) if self.chat else self
         return plain._tokenised([text])[0].ids
 
     def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of prompts that are to be continued, whole; an empty one is what opens a row, if anything does."""
+        """Returns all token ids of prompts to continue; an empty prompt becomes a row's opening, if there is one."""
         return [tokens.ids or self.opening for tokens in self._tokenised([self._front(prompt) for prompt in prompts])]
 
     def lengths(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
-        """Tokens of each prompt with its answer, whole."""
+        """Counts the tokens of each prompt with its answer, before any truncation."""
         return [len(tokens.ids) for tokens, *_ in self._answered(pairs)]
 
     def joined(self, prompt: str, answer: str) -> str:
-        """A prompt and its answer as plain text."""
+        """Joins a prompt and its answer as plain text."""
         prompt, answer = stripped(prompt), answer.strip()
         return prompt + (joiner(prompt, answer) if self.joiner == "auto" else self.joiner) + answer
 
     def encode(self, pairs: Sequence[tuple[str, str]], where: Sequence[str] = (), scored: bool = False) -> TokenBatch:
-        """Prompts with their answers; the answer's tokens are labels.
+        """Tokenises prompts with their answers; the answers' tokens become labels.
 
         Args:
             pairs: (prompt, answer).
             where: A name for each pair, for messages.
-            scored: Leave out a lone space piece in front of an answer ("▁", "7"): a model must learn to say it, but
-                whoever says it knows nothing of the answer.
+            scored: Leave out of the labels a lone space token in front of an answer ("▁", "7"): a model must learn to
+                predict it, but predicting it shows no knowledge of the answer.
 
         Raises:
             UserError: If an answer leaves no room for a single prompt token, or yields no token.
@@ -154,11 +154,11 @@ class Text:
         return batch
 
     def positions(self, pairs: Sequence[tuple[str, str]], ends: Sequence[int], batch: TokenBatch) -> Tensor:
-        """For each row of a batch the last token of a stretch of its prompt, [rows].
+        """Finds for each row of a batch the last token of a span of its prompt, [rows].
 
         Args:
-            pairs: The (prompt, answer) pairs that `encode` made it of.
-            ends: Where in each prompt the stretch ends, in characters.
+            pairs: The (prompt, answer) pairs from which `encode` made the batch.
+            ends: Where in each prompt the span ends, in characters.
             batch: The rows.
         """
         found = []
@@ -170,7 +170,7 @@ class Text:
         return torch.tensor(found, device=batch.device)
 
     def shortened(self, prompts: Sequence[list[int]], max_length: int) -> list[list[int]]:
-        """Prompts of at most so many tokens; a longer one loses its beginning, but not what opens it."""
+        """Shortens prompts to at most `max_length` tokens; a longer one loses its beginning, but not its opening."""
         if max(map(len, prompts)) > max_length:
             warnings.warn(_CUT, stacklevel=2)
         return [self._cut(ids, max_length) for ids in prompts]
@@ -182,16 +182,16 @@ class Text:
         return kept + ids[len(ids) - (room - len(kept)) :]
 
     def _kept(self, ids: list[int]) -> list[int]:
-        """What opens a row, where it does."""
+        """Returns the opening if a row starts with it, else nothing."""
         return self.opening if self.opening and ids[: len(self.opening)] == self.opening else []
 
     def _front(self, prompt: str) -> str:
-        """All that stands in front of an answer."""
+        """Returns all text in front of an answer: the prompt, within its chat template if there is one."""
         prompt = stripped(prompt)
         return prompt if self._turn is None else f"{self._turn.before}{prompt}{self._turn.after}"
 
     def _answered(self, pairs: Sequence[tuple[str, str]], scored: bool = False) -> list[tuple[_Tokens, int, int]]:
-        """Whole rows, and how many of their tokens are the answer's, scored and left out (see `encode`)."""
+        """Returns whole rows, each with the numbers of answer tokens that are scored and left out (see `encode`)."""
         fronts, texts, starts = [], [], []
         for prompt, answer in pairs:
             fronts.append(self._front(prompt))
@@ -203,7 +203,7 @@ class Text:
         for front, whole, text, start, alone in zip(
             fronts, self._tokenised(texts), texts, starts, self._tokenised(fronts), strict=True
         ):
-            if whole.ids[: len(alone.ids)] != alone.ids:  # the two would melt into one another
+            if whole.ids[: len(alone.ids)] != alone.ids:  # the two would merge into common tokens
                 whole = _behind(alone, self._going_on(text[len(front) :]), len(front))
             first = len(alone.ids)
             if scored:
@@ -212,7 +212,7 @@ class Text:
         return rows
 
     def _going_on(self, text: str) -> _Tokens:
-        """Text as it is tokenised behind another, without what a tokenizer puts in front of a text's first word."""
+        """Tokenises text as the continuation of another, without what a tokenizer puts before a text's first word."""
         for anchor in _ANCHORS:
             encoded = self.tokenizer(
                 anchor + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -225,7 +225,7 @@ class Text:
         return _Tokens(ids, [(0, len(text))] * len(ids))
 
     def _tokenised(self, texts: Sequence[str]) -> list[_Tokens]:
-        """Texts with what the tokenizer puts in front of them, once, and without what it appends."""
+        """Tokenises texts with the tokens that the tokenizer prepends, once, and without those that it appends."""
         if not texts:
             return []
         encoded = self.tokenizer(
@@ -238,11 +238,11 @@ class Text:
         while size and tuple(offsets[size - 1]) == (0, 0):
             size -= 1
         first = self.tokenizer.bos_token_id
-        # One that the tokenizer adds covers no text, one that the text opens with does.
+        # A token that the tokenizer adds covers no text; one that the text opens with does.
         twice = first is not None and ids[:2] == [first, first] and offsets[0][1] == 0 < offsets[1][1]
         return _Tokens(ids[int(twice) : size], offsets[int(twice) : size])
 
 
 def _behind(front: _Tokens, new: _Tokens, place: int) -> _Tokens:
-    """Tokens behind others, whose text is `place` characters long."""
+    """Appends tokens to others, whose text is `place` characters long."""
     return _Tokens(front.ids + new.ids, front.offsets + [(start + place, stop + place) for start, stop in new.offsets])

@@ -1,4 +1,4 @@
-"""Prompts and answers as token batches: right-padded, with the positions that answer marked."""
+"""Token batches of prompts and answers: right-padded, with the answer positions marked."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 
 Shape = TypeVar("Shape", bound=tuple[int, ...])
 HOST = torch.device("cpu")
-#: Label of a position whose output nobody reads.
+#: Label of a position whose output is not used.
 IGNORE = -100
 
 
 @dataclass
 class TokenBatch:
-    """Rows of tokens.
+    """A batch of token rows, with the answers' tokens as labels.
 
-    The tokens themselves stay on the host, where what is asked of them (lengths, places, keys of a cache) waits for no
-    device; `inputs`, `answer_at`, `rows` and `answers` are on the model's.
+    The tokens themselves stay on the host, so that lengths, places and cache keys need no device sync; `inputs`,
+    `answer_at`, `rows` and `answers` are on the model's device.
 
     Attributes:
         input_ids: [rows, seq], padded on the right.
         attention_mask: [rows, seq], 0 on padding.
         labels: [rows, seq]: at each position the token that should come *next*, where that token belongs to the
             answer; `IGNORE` elsewhere. So the position that predicts the first answer token is labelled too.
-        truncated: Rows whose prompt had to lose its beginning.
-        device: Where the model is.
-        unscored: Tokens of each answer that stand in front of its first label, [rows]; None is none.
+        truncated: Number of rows whose prompt had to lose its beginning.
+        device: Device of the model.
+        unscored: Number of tokens of each answer before its first label, [rows]; None if there are none.
     """
 
     input_ids: Tensor
@@ -45,18 +45,18 @@ class TokenBatch:
 
     @functools.cached_property
     def inputs(self) -> dict[str, Tensor]:
-        """What a model is called with; nothing is masked, since no token attends to padding behind it."""
+        """Inputs of the model; nothing is masked, since no token attends to the padding after it."""
         ids = self.input_ids.to(self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Number of tokens in each row, without padding."""
         sizes: list[int] = self.attention_mask.sum(-1).tolist()
         return sizes
 
     def unpadded(self) -> list[list[int]]:
-        """The token ids of each row."""
+        """Returns the token ids of each row, without padding."""
         return [ids[:size] for ids, size in zip(self.input_ids.tolist(), self.lengths, strict=True)]
 
     @functools.cached_property
@@ -67,7 +67,7 @@ class TokenBatch:
 
     @functools.cached_property
     def answer_at(self) -> tuple[Tensor, Tensor]:
-        """The same on the model's device."""
+        """Row and position of each answer token's prediction, both [positions], on the model's device."""
         rows, positions = self.places
         return rows.to(self.device), positions.to(self.device)
 
@@ -82,16 +82,16 @@ class TokenBatch:
         return self.labels[self.places].to(self.device)
 
     def answer_sizes(self) -> list[int]:
-        """Answer tokens of each row."""
+        """Counts the answer tokens of each row."""
         sizes: list[int] = self.places[0].bincount(minlength=len(self)).tolist()
         return sizes
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch for a model on another device."""
+        """Moves the batch to another device, but for the tokens, which stay on the host."""
         return replace(self, device=torch.device(device))
 
     def select(self, rows: Tensor) -> Self:
-        """The given rows, no wider than the longest of them."""
+        """Selects rows, no wider than the longest of them."""
         rows = rows.cpu()
         width = int(self.attention_mask[rows].sum(-1).max())
         return replace(
@@ -101,14 +101,14 @@ class TokenBatch:
         )  # fmt: skip
 
     def in_shapes(self, limit: int, tokens: int) -> Iterator[tuple[list[int], Self]]:
-        """Row numbers and rows in parts of one width each, which follows from a row's own length (`rounded_up`).
+        """Yields row numbers and rows in parts of one width each, which follows from a row's own length (`rounded_up`).
 
-        What a CPU computes of a row then has the same bits whatever rows come with it: its matrix products choose their
-        order of summing by the number of rows, but not between multiples of eight.
+        On a CPU, the results of a row are then bit-identical whatever rows come with it: the order of summation in its
+        matrix products depends on the number of rows, but is the same for all multiples of eight.
 
         Args:
-            limit: Tokens a row may have.
-            tokens: Of a part, padding included.
+            limit: Maximum number of tokens in a row.
+            tokens: Maximum number of tokens in a part, padding included.
         """
         for (width,), part in alike([(min(rounded_up(size), limit),) for size in self.lengths], tokens):
             rows = self.select(torch.tensor(part))
@@ -120,14 +120,14 @@ class TokenBatch:
             )  # fmt: skip
 
     def padded(self, states: Sequence[Tensor]) -> Tensor:
-        """Something of each row's tokens, [length, …] each, side by side, [rows, seq, …], with zeros at padding."""
+        """Stacks values of each row's tokens, [length, …] each, into [rows, seq, …], with zeros at padding."""
         whole = states[0].new_zeros(*self.input_ids.shape, *states[0].shape[1:])
         for i, own in enumerate(states):
             whole[i, : len(own)] = own
         return whole
 
     def read_part(self) -> Self:
-        """The rows without what stands behind their last answer position: nobody reads what the model makes of it."""
+        """Returns the rows up to their last answer position: the model's outputs after it are not used."""
         answered = self.labels != IGNORE
         ends = (torch.arange(1, answered.shape[1] + 1) * answered).amax(-1)
         mask = (torch.arange(answered.shape[1]) < ends.unsqueeze(-1)).long()
@@ -138,7 +138,7 @@ class TokenBatch:
         )  # fmt: skip
 
     def prompts(self) -> Self:
-        """The rows without their answers."""
+        """Returns the rows without their answers."""
         first = (self.labels != IGNORE).long().argmax(-1)  # the last token of the prompt predicts the answer's first
         answered = (self.labels != IGNORE).any(-1)
         if self.unscored is not None:
@@ -152,17 +152,17 @@ class TokenBatch:
         )  # fmt: skip
 
     def after_prompts(self) -> Self:
-        """The rows, read at one position each: the prompt's last token, which predicts the answer's first."""
+        """Reduces each row to one answer position: the prompt's last token, which predicts the answer's first."""
         last = (self.labels != IGNORE).long().argmax(-1, keepdim=True)
         labels = torch.full_like(self.labels, IGNORE).scatter(-1, last, self.labels.gather(-1, last))
         return replace(self, labels=labels)
 
     def behind(self, contexts: Sequence[Tensor], max_length: int, opening: Sequence[int] = ()) -> TokenBatch:
-        """The rows with a context in front of each; the longest lose the beginning of theirs.
+        """Prepends a context to each row; the context loses its beginning if both together are too long.
 
         Args:
             contexts: Token ids, one sequence for each row.
-            max_length: Tokens a row may have.
+            max_length: Maximum number of tokens in a row.
             opening: Tokens that stay in front of the context where a row starts with them (LLaMA's ``<s>``).
         """
         rows, labels = [], []
@@ -176,10 +176,10 @@ class TokenBatch:
         return batch
 
     def by_length(self, worth: float = 0.8) -> list[Tensor]:
-        """Row numbers in one group, or in a short and a long one where that leaves out enough padding.
+        """Groups row numbers by length: all in one group, or in a short and a long one if that saves enough padding.
 
         Args:
-            worth: Split if the two groups have at most this share of the whole's tokens, padding included.
+            worth: Split if the two groups have at most this share of the single group's tokens, padding included.
         """
         lengths, order = torch.tensor(self.lengths).sort()
         count = torch.arange(1, len(self) + 1)
@@ -190,7 +190,7 @@ class TokenBatch:
         return [order[: best + 1].sort().values, order[best + 1 :].sort().values]
 
     def in_order(self, groups: Sequence[Tensor]) -> Tensor:
-        """Where this batch's answer positions are among those of groups of its rows, one after the other, [positions].
+        """Returns the indices of the batch's answer positions among those of row groups in sequence, [positions].
 
         Args:
             groups: Row numbers, each group in ascending order.
@@ -201,12 +201,12 @@ class TokenBatch:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[list[int], int]], truncated: int = 0, width: int = 0) -> Self:
-        """A batch of token ids.
+        """Creates a batch from token ids.
 
         Args:
             rows: The ids of each row, and how many of the last ones are the answer's.
-            truncated: See above.
-            width: Tokens that rows are padded to at least.
+            truncated: Number of rows whose prompt had to lose its beginning.
+            width: Number of tokens that rows are padded to at least.
         """
         width = max(width, *(len(ids) for ids, _ in rows))
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -220,7 +220,7 @@ class TokenBatch:
 
     @classmethod
     def cat(cls, batches: Sequence[Self]) -> Self:
-        """The rows of several batches, one after the other."""
+        """Concatenates the rows of several batches."""
         width = max(b.input_ids.shape[1] for b in batches)
 
         def joined(name: str, fill: int) -> Tensor:
@@ -236,29 +236,29 @@ class TokenBatch:
 
 
 def behind(ids: list[int], context: list[int], max_length: int, opening: Sequence[int] = ()) -> list[int]:
-    """Token ids with a context in front, which loses its beginning where both together are too long (see above)."""
+    """Prepends a context to token ids; it loses its beginning if both are too long (see `TokenBatch.behind`)."""
     size = len(opening) if context and ids[: len(opening)] == list(opening) else 0
     room = max(0, max_length - len(ids))
     return ids[:size] + (context[-room:] if room else []) + ids[size:]
 
 
 def rows_of(rows: Sequence[list[int]], width: int = 0) -> TokenBatch:
-    """Token ids as a batch that answers nothing, padded to `width` tokens at least."""
+    """Creates a batch without answers from token ids, padded to `width` tokens at least."""
     return TokenBatch.of([(ids, 0) for ids in rows], width=width)
 
 
-#: Rows are padded to a multiple of so many tokens: a multiple of eight (see `TokenBatch.in_shapes`), and one that keeps
-#: passes few, since one of few rows takes as long as reading the weights does.
+#: Rows are padded to a multiple of this many tokens: a multiple of eight (see `TokenBatch.in_shapes`), and one that
+#: keeps passes few, since even a pass of few rows takes as long as reading the weights.
 SHAPE = 16
 
 
 def rounded_up(tokens: int, multiple: int = SHAPE) -> int:
-    """The least multiple that is no less."""
+    """Rounds a number of tokens up to the next multiple."""
     return -(-tokens // multiple) * multiple
 
 
 def alike(shapes: Sequence[Shape], tokens: int) -> Iterator[tuple[Shape, list[int]]]:
-    """Each shape and the numbers of the rows that have it, in parts of at most so many tokens (or of one row)."""
+    """Yields each shape and the numbers of its rows, in parts of at most `tokens` tokens (or of one row)."""
     numbers: dict[Shape, list[int]] = {}
     for i, shape in enumerate(shapes):
         numbers.setdefault(shape, []).append(i)

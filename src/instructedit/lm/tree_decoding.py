@@ -1,4 +1,4 @@
-"""Greedy decoding of prompts that stand in trees of tokens: what prompts of one edit begin with is read once."""
+"""Greedy decoding of prompts in prefix trees: common beginnings of prompts with the same edit are read once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instructedit.lm.decoding import preallocated_cache
 from instructedit.lm.prefix_trees import WIDTH, PrefixTrees
 from instructedit.lm.small_batch import small_batch_matmul
 
-#: Rows of a tree that go on together.
+#: Maximum number of rows in a branch of a tree (see `TreeDecoder`).
 BRANCH = 8
 
 
@@ -24,12 +24,12 @@ def continue_trees(
     applied: Applied, prompts: list[list[int]], lengths: Sequence[int], ends: Sequence[int], edit: Edit | None = None,
     rows: Sequence[int] | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Finds the most likely tokens after prompts that stand in trees, one edit's prompts together.
+    """Finds the most likely tokens after prompts in prefix trees, each of which holds prompts of one edit.
 
     Args:
         applied: Applies the edits to the model.
         prompts: Token ids.
-        lengths: New tokens of each, at most.
+        lengths: Maximum number of new tokens of each.
         ends: Tokens that end a text.
         edit: The edits.
         rows: Which edit each prompt has; by default prompt i edit i, or all the only one.
@@ -52,17 +52,18 @@ def continue_trees(
 class TreeDecoder:
     """Continues prompts token by token, each new token a leaf of its prompt's tree.
 
-    Once the prompts are read, a tree goes on as several, each with a few of its rows, the soonest ended together: all
-    trees of a step have as many new tokens as the one with most, and those whose rows have all ended are dropped.
+    Once the prompts are read, a tree is split into branches with a few of its rows each, those that end soonest
+    together: all trees of a step are padded to the one with most new tokens, and those whose rows have all ended are
+    dropped.
 
     Args:
         prefix_trees: The prompts' trees.
-        forward: From a model's inputs, and the trees that they are of, [rows], to the states that leave its last block,
-            [rows, tokens, hidden]; the model has the cache and the edits that these trees are to have.
-        head: From states, [positions, hidden], to logits.
-        cache: Of keys and values, empty.
-        dtype: Of the model.
-        device: Where it is.
+        forward: Maps a model's inputs, and the trees that they belong to, [rows], to the states that leave its last
+            block, [rows, tokens, hidden]; the model has the cache and the edits that these trees are to have.
+        head: Maps states, [positions, hidden], to logits.
+        cache: An empty cache of keys and values.
+        dtype: Dtype of the model.
+        device: Device of the model.
     """
 
     def __init__(
@@ -72,24 +73,24 @@ class TreeDecoder:
         self.prefix_trees, self.forward, self.head, self.cache = prefix_trees, forward, head, cache
         self.dtype, self.device = dtype, device
         width = prefix_trees.ids.shape[1]
-        self._trees = torch.arange(len(prefix_trees.ids))  # that are in the cache
-        self._place: list[int] = prefix_trees.of_rows.tolist()  # of each row's tree among them
+        self._trees = torch.arange(len(prefix_trees.ids))  # those in the cache
+        self._place: list[int] = prefix_trees.of_rows.tolist()  # index of each row's tree in it
         self._sees = torch.zeros(
             len(prefix_trees.places), width, dtype=torch.bool
-        )  # of each row, among all that is cached
+        )  # which of all cached tokens each row attends to
         for row, places in zip(self._sees, prefix_trees.places, strict=True):
             row[places % width] = True
 
     @torch.no_grad()
     def __call__(self, rooms: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
-        """The token ids that follow each prompt, the one that ends it included.
+        """Generates the token ids that follow each prompt, including the one that ends the text.
 
         Args:
-            rooms: New tokens of each row, at most.
+            rooms: Maximum number of new tokens of each row.
             ends: Tokens that end a text.
 
         Raises:
-            UserError: If the model gives no numbers (NaN).
+            UserError: If the model's logits are NaN.
         """
         inputs = self.prefix_trees.inputs(self.device, self.dtype) | {"past_key_values": self.cache}
         states = self.forward(inputs, self._trees)
@@ -108,7 +109,7 @@ class TreeDecoder:
         return new
 
     def _branch(self, rooms: Sequence[int]) -> None:
-        """Lets each tree go on as several, of at most `BRANCH` rows."""
+        """Splits each tree into branches of at most `BRANCH` rows."""
         origin: list[int] = []
         filled: dict[int, int] = {}  # rows of each tree's last branch
         last: dict[int, int] = {}
@@ -122,7 +123,7 @@ class TreeDecoder:
         self._keep(origin)
 
     def _drop_ended(self, live: list[int]) -> None:
-        """Drops the trees whose rows have all ended, if they are many: what stays is copied."""
+        """Drops the trees whose rows have all ended, if they are many, since the remaining ones are copied."""
         kept = sorted({self._place[row] for row in live})
         if len(kept) <= 0.75 * len(self._trees):
             place = {old: number for number, old in enumerate(kept)}
@@ -135,7 +136,7 @@ class TreeDecoder:
         self._trees = self._trees[which]
 
     def _step(self, live: list[int], new: list[list[int]]) -> list[int]:
-        """Reads the last new token of the rows that go on, and gives their next ones."""
+        """Reads the last new token of each row that continues, and returns the next ones."""
         slots = [0] * len(self._trees)
         at = []
         for i in live:

@@ -1,4 +1,4 @@
-"""What the engine takes for granted of a model, tried out on two short rows, since architectures differ."""
+"""Tests of what the engine assumes about a model, run on two short rows, since architectures differ."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ ROWS, SHARED = [[3, 1, 4, 1, 5, 9], [3, 1, 4, 1, 6, 2]], 4
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two ways of computing the same agree but for rounding.
+    """True if two results of the same computation agree up to rounding.
 
-    In bfloat16 rounding is 2 % of what leaves the last block of a small LM, and a token less in front of it 7 to 30 %.
+    In bfloat16, rounding changes the last block's output of a small LM by 2 %, and one token less in front by 7 to
+    30 %.
     """
     gap = (found.float() - expected.float()).norm()
     return bool(gap <= expected.float().norm() * min(0.05, torch.finfo(found.dtype).eps ** 0.5))
 
 
 def spread(tokens: Sequence[int], vocabulary: int) -> list[int]:
-    """Small numbers as token ids from all over a vocabulary.
+    """Maps small numbers to token ids that are spread over a vocabulary.
 
-    The first ids are often special ones, at which states are so large that rounding them hides everything.
+    The first ids are often special tokens, whose states are so large that rounding them hides everything else.
     """
     return [7919 * (1 + token) % vocabulary for token in tokens]
 
 
 @torch.no_grad()
 def check(model: PreTrainedModel, blocks: nn.ModuleList, head: Callable[[Tensor], Tensor]) -> None:
-    """Whether each position sees those before it alone, and the logits are made of what leaves the last block.
+    """Checks that positions see only those before them, and that logits depend only on the last block's output.
 
     Args:
         model: The model.
         blocks: Its blocks.
-        head: Makes logits of states that left the last block, [positions, hidden] → [positions, vocab].
+        head: Computes logits of states that left the last block, [positions, hidden] → [positions, vocab].
 
     Raises:
-        UserError: If not.
+        UserError: If either does not hold, or the logits are NaN.
     """
     kind, given = type(model).__name__, inputs(model)
     left = hooks.output_of(blocks[-1], lambda: model(**given))
@@ -66,7 +67,7 @@ def check(model: PreTrainedModel, blocks: nn.ModuleList, head: Callable[[Tensor]
 
 @torch.no_grad()
 def resumes(model: PreTrainedModel, blocks: nn.ModuleList, start: int, values: int) -> bool:
-    """Whether the blocks from `start` need nothing of those below but the hidden states (keys and values, for one)."""
+    """True if the blocks from `start` need only hidden states of those below, and not their keys and values, say."""
     given = inputs(model)
 
     def run() -> Any:
@@ -82,6 +83,6 @@ def resumes(model: PreTrainedModel, blocks: nn.ModuleList, start: int, values: i
 
 
 def inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """What the model is called with: two short rows."""
+    """Returns the inputs of a model for two short rows of tokens."""
     ids = torch.tensor(ROWS, device=model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}

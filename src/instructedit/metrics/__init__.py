@@ -1,4 +1,4 @@
-"""What the paper measures: the declared metrics, pure functions, bootstrap intervals, and the Trainer's average."""
+"""The paper's metrics: their declarations, pure functions, bootstrap intervals, and the average for the Trainer."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # At first use: torchmetrics takes seconds to import, and a table needs no torch.
+    # Imported at first use: torchmetrics takes seconds to import, and a table needs no torch.
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

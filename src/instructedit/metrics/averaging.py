@@ -1,4 +1,4 @@
-"""The average of a metric's scores as a torchmetrics class: it collects one value per probe and averages by record.
+"""Average of a metric's scores as a torchmetrics class, which collects one value per probe and averages by record.
 
 The values come from :mod:`instructedit.metrics.functional`. One instance serves one metric of one task.
 """
@@ -20,16 +20,16 @@ _KEYS = ("cluster", "id", "probe")
 
 
 class PerRecordMean(Metric):
-    """Mean over clusters of the mean over records of the mean over a record's probes.
+    """Nested mean of scores: over a record's probes, then over a cluster's records, then over clusters.
 
-    A probe that comes twice counts once, since a DistributedSampler pads by repeating records. Hence the result is the
+    A probe that occurs twice counts once, since a DistributedSampler pads by repeating records. Hence the result is the
     same on any number of processes, however the records are spread over them. nan values are left out.
 
     ``compute()`` returns a scalar: ``scale`` times the mean; nan without values.
 
     Args:
-        scale: From the unit of the values to that of the result; a metric declares its own (`EditingMetric.scale`).
-        kwargs: torchmetrics' own options.
+        scale: Factor from the values to the result; a metric declares its own (`EditingMetric.scale`).
+        kwargs: Options of torchmetrics.
     """
 
     is_differentiable = False
@@ -57,12 +57,12 @@ class PerRecordMean(Metric):
 
         Args:
             ids: Record of each value, [entries], as an integer that is the same on every process.
-            clusters: Cluster of that record, [entries], likewise; the record's id if it has no other.
+            clusters: Cluster of that record, [entries], also as such an integer; the record's id if it has no cluster.
             probes: Index of the probe within its record, [entries].
-            values: Scores, [entries], in 0..1 (Fluency: as it comes).
+            values: Scores, [entries], in 0..1 (Fluency: in its own unit).
 
         Raises:
-            ValueError: If the four are not of one length.
+            ValueError: If the four differ in length.
         """
         keys = [torch.as_tensor(key, dtype=torch.int64, device=self.device) for key in (clusters, ids, probes)]
         scores = torch.as_tensor(values, dtype=torch.float32, device=self.device).detach()
@@ -76,16 +76,16 @@ class PerRecordMean(Metric):
         """Averages repeats, then probes, then records, then clusters."""
         keys, values = self._rows()
         keys, values = keys[~values.isnan()], values[~values.isnan()]
-        for depth in (3, 2, 1):  # of a probe's entries, of a record's probes, of a cluster's records
+        for depth in (3, 2, 1):  # average a probe's entries, a record's probes, a cluster's records
             keys, group = torch.unique(keys[:, :depth], dim=0, return_inverse=True)
             values = row_mean(values, group, len(keys))
         return self.scale * values.mean()
 
     def table(self) -> dict[str, np.ndarray]:
-        """The entries as they came, on this process, repeats and nan included: columns cluster, id, probe and value.
+        """Returns this process's entries, with repeats and nan values: columns cluster, id, probe and value.
 
         ``pandas.DataFrame(metric.table())`` reads it. Inside ``with metric.sync_context():``, which all processes must
-        enter, it holds the entries of all of them.
+        enter, it holds the entries of all processes.
         """
         keys, values = self._rows()
         columns = dict(zip(_KEYS, keys.cpu().numpy().T, strict=True))
@@ -97,7 +97,7 @@ class PerRecordMean(Metric):
         super().sync(*args, **kwargs)
 
     def _rows(self) -> tuple[Tensor, Tensor]:
-        """All entries: keys [entries, 3] and values [entries]."""
+        """Returns all entries: keys [entries, 3] and values [entries]."""
         self._ensure_rows()
         return dim_zero_cat(self.probe_keys), dim_zero_cat(self.probe_values)
 

@@ -1,4 +1,4 @@
-"""What a metric of edits is: one declaration, which training, tables, figures and pages read."""
+"""Declarations of metrics, which training, tables, figures and pages read."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 class EditingMetric:
     """Declares one metric; a file in `metrics/scores/` (or a subclass in a user's own code) adds it everywhere.
 
-    A subclass says how it is called, which probe rows it reads (see `instructedit.evaluate`) and which of their columns
-    holds its score. What averages that score in the Trainer is `PerRecordMean`.
+    A subclass states its name, which probe rows it reads (see `instructedit.evaluate`) and which of their columns holds
+    its score. In the Trainer, `PerRecordMean` averages that score.
 
     Attributes:
         name: The key in tables and logs.
-        title: The heading that people read.
+        title: The heading in tables and figures.
         meaning: One sentence for someone who has not read the paper.
-        place: Metrics stand in tables in this order.
-        headline: Whether it stands in every result table and figure.
+        place: Rank in the order of metrics in tables, lowest first.
+        headline: Whether it appears in every result table and figure.
         probes: Kinds of the probe rows that it reads.
-        column: The column of its score; a score lies in 0..1, or in a unit of its own.
-        scale: From a score to the number in a table.
+        column: The column of its score; a score lies in 0..1, or has a unit of its own.
+        scale: Factor from a score to the number in a table.
         chooses: Whether its mean is part of ``val/score``, by which the best checkpoint is chosen.
-        variants: Suffix → the column of a stricter score, ``{".exact": "exact"}`` → ``reliability.exact``.
-        asked_plainly: Whether ``.plain``, the same prompts without the instruction, is reported beside it.
-        by_group: Whether the dataset's own groups of probes are reported, as ``locality.Forgetfulness``.
+        variants: Suffix to the column of a stricter score; ``{".exact": "exact"}`` adds ``reliability.exact``.
+        asked_plainly: Whether ``.plain``, the score of the prompts without the instruction, is reported as well.
+        by_group: Whether the dataset's own groups of probes are reported as well, such as ``locality.Forgetfulness``.
     """
 
     name: ClassVar[str] = ""
@@ -54,11 +54,11 @@ class EditingMetric:
         """Scores each record of one task.
 
         Args:
-            rows: Its probe rows.
+            rows: The task's probe rows.
 
         Yields:
             (name with its suffix, one value for each record, indexed by (cluster, record)): the mean over the record's
-            probes, a hundredth of what tables show.
+            probes, a hundredth of the number in tables.
         """
         own = rows[rows["kind"].isin(self.probes)]
         asked = {"": own[own["main"]]}
@@ -79,10 +79,10 @@ class EditingMetric:
 
 
 class AnswerMetric(EditingMetric):
-    """Declares a share of answer tokens that the edited model predicts, with the stricter readings of a right answer.
+    """Declares the share of answer tokens that the edited model predicts, with two stricter variants.
 
-    ``.exact`` counts an answer as right only if all of its tokens are (teacher forcing), ``.generated`` if the model
-    gives it when it writes freely.
+    ``.exact`` counts an answer only if all of its tokens are predicted under teacher forcing, ``.generated`` only if
+    the model gives it in free generation.
     """
 
     column = "accuracy"
@@ -91,18 +91,18 @@ class AnswerMetric(EditingMetric):
 
 
 def editing_metrics() -> dict[str, EditingMetric]:
-    """Every declared metric by its name, in the order of the tables."""
+    """Returns every declared metric by its name, in the order of the tables."""
     found = [declared() for declared in plugins(EditingMetric, "instructedit.metrics.scores").values()]
     return {metric.name: metric for metric in sorted(found, key=lambda metric: metric.place)}
 
 
 def headline_metrics() -> tuple[str, ...]:
-    """Names of the metrics that stand in every result table and figure, in their order."""
+    """Returns the names of the metrics that appear in every result table and figure, in order."""
     return tuple(name for name, metric in editing_metrics().items() if metric.headline)
 
 
 def metric_title(name: str) -> str:
-    """Title of a metric with its suffix: ``reliability.exact`` is ``Reliability (exact)``."""
+    """Returns the title of a metric with its suffix: ``reliability.exact`` becomes ``Reliability (exact)``."""
     head, _, rest = name.partition(".")
     declared = editing_metrics().get(head)
     return (declared.title if declared else head.capitalize()) + f" ({rest.replace('.', ', ')})" * bool(rest)

@@ -1,8 +1,8 @@
-"""The paper's metrics as pure functions. No state, no model, no files.
+"""The paper's metrics as pure functions, without state, model or files.
 
-Answer positions come flattened over all rows of a batch, without padding: ``logits [positions, vocab]``,
-``labels [positions]`` (the token that should come at that position) and ``rows [positions]`` (the row, 0..n_rows-1,
-that a position belongs to). Shares are in 0..1 here; the paper's tables show them times 100.
+Answer positions are flattened over all rows of a batch, without padding: ``logits [positions, vocab]``,
+``labels [positions]`` (the right token at that position) and ``rows [positions]`` (the row, 0..n_rows-1, that a
+position belongs to). Shares are in 0..1 here; the paper's tables show them times 100.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 #: A word with its inner apostrophes and hyphens, or one mark that is neither a word nor a space.
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]")
 _SENTENCE_END = re.compile(r"""[.!?…]["'”\u2019»)\]]*(?=\s|$)""")
-#: What may stand around an answer without changing it. Signs that carry meaning at an edge (C++, C#, -5, 5 %) stay.
+#: Marks that may surround an answer without changing it. Signs with a meaning at an edge (C++, C#, -5, 5 %) are kept.
 _SURROUNDING = " .,;:!?…\"'`“”\u2018\u2019„«»()[]{}"
 
 
 def row_mean(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    """Mean of the values of each row.
+    """Computes the mean of the values of each row.
 
     Args:
         values: Numbers or booleans, [positions].
@@ -36,7 +36,7 @@ def row_mean(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
         Means, [n_rows], in float32 (float64 for float64 values); nan for a row without positions.
 
     Raises:
-        IndexError: If a row lies outside 0..n_rows-1 (on a GPU: its assertion).
+        IndexError: If a row lies outside 0..n_rows-1 (on a GPU: a device-side assertion).
     """
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     empty = values.new_zeros(n_rows)
@@ -44,10 +44,10 @@ def row_mean(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
 
 
 def token_accuracy(predicted: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    """Share of answer tokens predicted right under teacher forcing: Reliability, Generalization, Portability.
+    """Computes the share of answer tokens predicted right under teacher forcing.
 
-    The paper's equations 4, 5 and 7 read as exact match; the field counts tokens (Yao et al. 2023), and so do we.
-    :func:`exact_match` is the stricter reading.
+    It measures Reliability, Generalization and Portability. The paper's equations 4, 5 and 7 read as exact match; the
+    field counts tokens (Yao et al. 2023), and so do we. :func:`exact_match` is the stricter reading.
 
     Args:
         predicted: The edited model's most likely tokens, [positions].
@@ -62,7 +62,7 @@ def token_accuracy(predicted: Tensor, labels: Tensor, rows: Tensor, n_rows: int)
 
 
 def exact_match(predicted: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    """Whether all answer tokens of a row are predicted right under teacher forcing: 1 or 0.
+    """Returns 1 for each row whose answer tokens are all predicted right under teacher forcing, else 0.
 
     Args:
         predicted: The edited model's most likely tokens, [positions].
@@ -77,7 +77,7 @@ def exact_match(predicted: Tensor, labels: Tensor, rows: Tensor, n_rows: int) ->
 
 
 def agreement(predicted: Tensor, reference: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    """Locality (paper eq. 6): share of answer positions at which the edit left the most likely token as it was.
+    """Computes Locality (paper eq. 6): the share of answer positions whose most likely token the edit left unchanged.
 
     Args:
         predicted: The edited model's most likely tokens, [positions].
@@ -92,7 +92,7 @@ def agreement(predicted: Tensor, reference: Tensor, rows: Tensor, n_rows: int) -
 
 
 def log_likelihood(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    """Mean log-probability of the answer's tokens, computed in float32.
+    """Computes the mean log-probability of the answer's tokens, in float32.
 
     Args:
         logits: Unnormalised scores, [positions, vocab], of any float type.
@@ -104,7 +104,8 @@ def log_likelihood(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) ->
         Nats per token, at most 0, [n_rows], float32; nan for a row without positions.
 
     Raises:
-        RuntimeError: If a label lies outside the vocabulary (on a GPU: its assertion), as a padding label would.
+        RuntimeError: If a label lies outside the vocabulary, as a padding label would (on a GPU: a device-side
+            assertion).
     """
     logits = logits.float()
     picked = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -116,8 +117,8 @@ class ConvSentSuccess(NamedTuple):
 
     Attributes:
         success: ``sentiment * topic``.
-        sentiment: z_sent: does the edited model prefer replies with the wanted sentiment?
-        topic: z_topic: does it still find those replies at least as likely as before the edit?
+        sentiment: z_sent: how far the edited model prefers replies with the wanted sentiment.
+        topic: z_topic: 1 if the edited model finds those replies at least as likely as before the edit, else below 1.
     """
 
     success: Tensor
@@ -126,15 +127,16 @@ class ConvSentSuccess(NamedTuple):
 
 
 def convsent_edit_success(wanted_before: Tensor, wanted_after: Tensor, opposite_after: Tensor) -> ConvSentSuccess:
-    """Edit success on ConvSent (Mitchell et al. 2022, SERAC): z_sent * z_topic.
+    """Computes edit success on ConvSent (Mitchell et al. 2022, SERAC): z_sent * z_topic.
 
     z_sent = sigmoid(wanted_after - opposite_after) and z_topic = min(1, exp(wanted_after - wanted_before)).
 
     Args:
         wanted_before: Mean log-probability (see :func:`log_likelihood`) of the replies with the wanted sentiment under
             the unedited model, one value per record, [records].
-        wanted_after: The same under the edited model, [records].
-        opposite_after: That of the replies with the opposite sentiment under the edited model, [records].
+        wanted_after: Mean log-probability of the same replies under the edited model, [records].
+        opposite_after: Mean log-probability of the replies with the opposite sentiment under the edited model,
+            [records].
     """
     sentiment = torch.sigmoid(wanted_after - opposite_after)
     topic = (wanted_after - wanted_before).clamp(max=0).exp()  # min(1, exp(d)) = exp(min(0, d)), without overflow
@@ -142,10 +144,10 @@ def convsent_edit_success(wanted_before: Tensor, wanted_after: Tensor, opposite_
 
 
 def ngram_entropy(text: str, n: int) -> float:
-    """Entropy of the text's word n-grams, -Σ f log₂ f over their relative frequencies f.
+    """Computes the entropy of the text's word n-grams, -Σ f log₂ f over their relative frequencies f.
 
     Words are runs of letters and digits, apostrophes and hyphens inside them included; every other visible mark is a
-    word of its own. Case counts.
+    word of its own. Upper and lower case differ.
 
     Args:
         text: Any text.
@@ -155,30 +157,30 @@ def ngram_entropy(text: str, n: int) -> float:
         Bits, at least 0; 0.0 for a text of fewer than n words.
     """
     words = _WORD.findall(text)
-    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))  # the shortest list ends the n-grams
+    counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))  # zip stops at the shortest list
     total = counts.total()
     return math.fsum(count / total * math.log2(total / count) for count in counts.values())
 
 
 def fluency(text: str) -> float:
-    """Fluency of a generated text (paper eq. 8, after ROME): 100 · (2/3·H₂ + 4/3·H₃) / 2, low if it repeats itself.
+    """Computes Fluency of a generated text (paper eq. 8, after ROME): 100 · (2/3·H₂ + 4/3·H₃) / 2, low if repetitive.
 
     Args:
         text: About 100 generated tokens; shorter texts score lower, since n words hold at most log₂ n bits.
 
     Returns:
-        The scale of the paper's tables, which is already times 100: about 600 for fluent text of 100 tokens, 0.0 for
+        Fluency on the scale of the paper's tables, already times 100: about 600 for fluent text of 100 tokens, 0.0 for
         a text of fewer than three words.
     """
     return 100 * (2 / 3 * ngram_entropy(text, 2) + 4 / 3 * ngram_entropy(text, 3)) / 2
 
 
 def answer_match(generated: str, answers: Sequence[str]) -> bool:
-    """Whether freely generated text gives one of the accepted answers.
+    """True if freely generated text gives one of the accepted answers.
 
-    The text is cut at its first newline. What is left, as a whole or up to any of its sentence ends (``.``, ``!``,
-    ``?`` or ``…`` before a space or the end), must equal an answer after normalisation: case, runs of spaces, and
-    surrounding punctuation and quotes do not count. Every sentence end is tried, since an answer may hold some itself
+    The text is cut at its first newline. The rest, as a whole or up to any of its sentence ends (``.``, ``!``, ``?`` or
+    ``…`` before a space or the end), must equal an answer after normalisation: case, runs of spaces, and surrounding
+    punctuation and quotes do not count. Every sentence end is tried, since an answer may contain some itself
     ("J. R. R. Tolkien", "St. Louis"). A longer sentence that only starts with an answer is no match: "Lyon is nice"
     does not answer "Lyon".
 
@@ -193,4 +195,4 @@ def answer_match(generated: str, answers: Sequence[str]) -> bool:
 
 def _normalised(text: str) -> str:
     folded = " ".join(unicodedata.normalize("NFC", text.casefold()).split())
-    return folded.strip(_SURROUNDING) or folded  # an answer of nothing but marks keeps them
+    return folded.strip(_SURROUNDING) or folded  # an answer that consists only of marks keeps them

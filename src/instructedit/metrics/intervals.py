@@ -1,4 +1,4 @@
-"""How sure a mean is: percentile bootstrap over records, or over clusters of records, and paired comparison."""
+"""Uncertainty of means: percentile bootstrap over records or clusters of records, and paired comparisons."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Interval:
 
     Attributes:
         mean: Mean of the cluster means; nan without values.
-        low: Lower bound; nan for fewer than two clusters, which say nothing about the spread.
-        high: Upper bound; nan likewise.
+        low: Lower bound; nan for fewer than two clusters, which tell nothing about the spread.
+        high: Upper bound; nan for fewer than two clusters.
         n: Number of clusters that counted.
     """
 
@@ -35,7 +35,7 @@ class PairedDifference(Interval):
 
     Attributes:
         p_value: Two-sided bootstrap p-value of "no difference"; nan for fewer than two clusters.
-        dropped: Records left out, because one of the two methods has no value, or nan, for them.
+        dropped: Number of records left out because one of the two methods has no value, or nan, for them.
     """
 
     p_value: float
@@ -49,20 +49,20 @@ def bootstrap_interval(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Mean of the cluster means with a percentile bootstrap interval over clusters (Efron 1979).
+    """Computes the mean of the cluster means with a percentile bootstrap interval over clusters (Efron 1979).
 
-    Values of one cluster (ConvSent: the cases of one topic) are averaged before they count, and whole clusters are
-    drawn. With fewer than some 20 clusters percentile intervals are too narrow.
+    The values of a cluster (ConvSent: the cases of one topic) are averaged first, and whole clusters are drawn. With
+    fewer than about 20 clusters percentile intervals are too narrow.
 
     Args:
         values: One number per record, [records]; nan values are left out.
         clusters: Label of each record's cluster, [records]; by default each record is its own.
         level: Coverage, between 0 and 1.
         resamples: Number of bootstrap samples.
-        seed: Of the random draws; the same input and seed give the same interval.
+        seed: Seed of the random draws; the same input and seed give the same interval.
 
     Raises:
-        ValueError: If values and clusters are not two lists of one length, or level or resamples is out of range.
+        ValueError: If values and clusters are not lists of equal length, or level or resamples is out of range.
     """
     means = _cluster_means(values, clusters)
     return _interval(means, _resampled_means(means, resamples, seed), level)
@@ -76,18 +76,18 @@ def paired_difference(
     resamples: int = 2000,
     seed: int = 0,
 ) -> PairedDifference:
-    """Mean of ``a - b`` over the records that both have, with a bootstrap interval and p-value.
+    """Computes the mean of ``a - b`` over the records that both have, with a bootstrap interval and p-value.
 
-    The p-value is twice the smaller share of bootstrap means on either side of 0, the sample itself counted in, so it
-    is at least 2 / (resamples + 1); it falls below 1 - level about when the interval leaves 0 out.
+    The p-value is twice the smaller share of bootstrap means on either side of 0, counting the sample itself, so it is
+    at least 2 / (resamples + 1); it falls below 1 - level roughly when the interval excludes 0.
 
     Args:
         a: Record id to score of the first method; a pandas Series indexed by record id serves as well.
-        b: The same of the second method.
+        b: Record id to score of the second method.
         clusters: Record id to cluster, for every record that both have; by default each record is its own cluster.
         level: Coverage of the interval, between 0 and 1.
         resamples: Number of bootstrap samples.
-        seed: Of the random draws.
+        seed: Seed of the random draws.
 
     Raises:
         KeyError: If a record is missing from ``clusters``.
@@ -109,7 +109,7 @@ def paired_difference(
 
 
 def _cluster_means(values: ArrayLike, clusters: ArrayLike | None) -> NDArray[np.float64]:
-    """Mean of each cluster in the order of the labels, nan values left out: [clusters]."""
+    """Computes the mean of each cluster, [clusters], in sorted order of the labels; nan values are left out."""
     values = np.asarray(values, dtype=np.float64)
     labels = np.arange(values.size) if clusters is None else np.asarray(clusters)
     if values.ndim != 1 or labels.shape != values.shape:
@@ -120,7 +120,7 @@ def _cluster_means(values: ArrayLike, clusters: ArrayLike | None) -> NDArray[np.
 
 
 def _resampled_means(means: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """Means of samples drawn with replacement, [resamples]; nan for fewer than two clusters."""
+    """Computes the means of samples drawn with replacement, [resamples]; nan for fewer than two clusters."""
     n = len(means)
     if resamples < 1:
         raise ValueError(f"resamples: expected at least 1, got {resamples}")

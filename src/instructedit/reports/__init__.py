@@ -1,4 +1,4 @@
-"""Reports of edits: whether each took, failed, or spread to what it should leave."""
+"""Reports of edits: whether each took, failed, or spread to unrelated prompts."""
 
 from instructedit.reports.cases import EditCase, read_cases
 from instructedit.reports.making import edit

@@ -1,4 +1,4 @@
-"""Where an edit lies on the map of editing areas, among the same editor's edits of known tasks."""
+"""Map of editing areas that shows an edit among the same editor's edits of known tasks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from instructedit.tasks import load_records, task_title
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: The embedded test records that stand for their tasks, and how many of each; ConvSent's are of different topics.
+#: The tasks whose embedded test records represent them on the map, and how many of each; one per topic for ConvSent.
 LANDMARKS, OF_EACH = ("counterfact", "recent", "convsent", "zsre"), 15
-#: What the map calls the edit that it was made for.
+#: Label of the user's edit on the map.
 YOURS = "your edit"
 _RANK = 8  # leading directions of an area that are kept
 
 
 def landmarks(editor: Editor) -> EditingAreas:
-    """Makes the editor's edits of the embedded records, and gives their areas.
+    """Computes the areas of the editor's edits of the embedded records.
 
     Raises:
-        UserError: If its edits have no areas, or are found by optimisation, one after another.
+        UserError: If its edits have no areas, or are not made by a trained editor in one pass.
     """
     if not editor.trainable:
         raise UserError(f"a map needs a trained editor, whose edits take one pass; {editor.name!r} is none")
@@ -38,12 +38,12 @@ def landmarks(editor: Editor) -> EditingAreas:
 
 
 def map_among(known: EditingAreas, edit: Edit, editor: str) -> Figure:
-    """Draws an edit's area among known ones: t-SNE of each edited matrix.
+    """Draws an edit's area among known ones, with t-SNE for each edited matrix.
 
     Args:
-        known: What `landmarks` gives.
+        known: The areas that `landmarks` returns.
         edit: One edit of the same editor.
-        editor: What the map calls it.
+        editor: Name of the editor on the map.
 
     Raises:
         UserError: If the edit has no area.

@@ -1,4 +1,4 @@
-"""A user's requests with what to ask beside each, from Python or from a file (JSON, JSONL or CSV)."""
+"""A user's edit requests with further prompts to ask, from Python or from a file (JSON, JSONL or CSV)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instructedit.tasks.folder import recognised
 from instructedit.tasks.raw import Raw
 from instructedit.tasks.sources import read_source
 
-#: What a file may call each field; the first name is the documented one, the others are those of public datasets.
+#: Names that each field may have in a file; the first is the documented one, the others are those of public datasets.
 FIELDS = {
     **{field: flat.FIELDS[field] for field in ("prompt", "target", "subject", "slots")},
     "task": ("task",),
@@ -23,9 +23,9 @@ FIELDS = {
     "neighbours": ("neighbours", "neighbors", "locality", "locality_prompt", "loc"),
     "ask": ("ask", "portability"),
 }
-#: Fields of datasets that a report has no use for: what the model said before is asked of the model.
+#: Fields of datasets that a report ignores; what the model answers before the edit is asked of the model itself.
 UNUSED = ("id", "case_id", "ground_truth", "answers", "pred", "cond", "locality_ground_truth", "loc_ans")
-_MENDS = "New Question"  # what MEND's portability asks
+_MENDS = "New Question"  # key of the portability prompt in MEND's data
 _LISTS = tuple(name for field in ("rephrase", "neighbours", "ask") for name in FIELDS[field])
 
 
@@ -35,10 +35,10 @@ class EditCase:
 
     Attributes:
         request: The edit.
-        paraphrases: Prompts that the target should answer, too; where there are none, some are drawn if the embedded
+        paraphrases: Prompts that the target should answer, too; if there are none, some are drawn when the embedded
             facts know the request's relation.
-        neighbours: Prompts whose answers should stay; where there are none, some are drawn.
-        ask: Further prompts, shown and not judged.
+        neighbours: Prompts whose answers should stay; if there are none, some are drawn.
+        ask: Further prompts, whose answers are shown but not judged.
     """
 
     request: EditRequest
@@ -48,7 +48,7 @@ class EditCase:
 
     @classmethod
     def of(cls, given: EditRequest | EditRecord | EditCase) -> Self:
-        """The case of a request; of a dataset's record with its probes' prompts."""
+        """Converts a request, or a dataset's record with the prompts of its probes, to a case."""
         if isinstance(given, EditRequest):
             return cls(given)
         if isinstance(given, EditRecord):
@@ -61,9 +61,9 @@ def read_cases(path: str | Path, task: str | None = None) -> list[EditCase]:
     """Reads requests from a file, or the test records of a task's folder.
 
     A record has ``prompt`` and ``target``, and may have ``subject``, ``task``, ``rephrase``, ``neighbours``, ``ask``
-    (each of the last three one text or a list; in a CSV cell parted by ``|``) and ``slots``. The names that KnowEdit's,
-    EasyEdit's and MEND's datasets have for these are read, too, and so are files of ROME's CounterFact, MQuAKE,
-    RippleEdits and ConvSent.
+    (each of the last three one text or a list; in a CSV cell separated by ``|``) and ``slots``. The names of these
+    fields in KnowEdit's, EasyEdit's and MEND's datasets are accepted as well, and so are files of ROME's CounterFact,
+    MQuAKE, RippleEdits and ConvSent.
 
     Args:
         path: A ``.csv`` file with a header, a ``.json`` file with a list of objects, a ``.jsonl`` file, or a folder
@@ -71,8 +71,8 @@ def read_cases(path: str | Path, task: str | None = None) -> list[EditCase]:
         task: The task of records that name none.
 
     Raises:
-        UserError: If there is nothing to read, or a record lacks a field, has one of another type, or one that no
-            request has. The message names the file, the record (counted from 0) and the field.
+        UserError: If there is nothing to read, or a record lacks a field, or has an unknown one or one of the wrong
+            type. The message names the file, the record (counted from 0) and the field.
     """
     file = Path(path).expanduser()
     if (file / TASK_FILE).is_file() or file.name == TASK_FILE:
@@ -89,7 +89,7 @@ def read_cases(path: str | Path, task: str | None = None) -> list[EditCase]:
 
 
 def _of_records(task: str, source: str | None) -> list[EditCase]:
-    """The cases of a dataset's test records."""
+    """Reads a dataset's test records as cases."""
     return [EditCase.of(record) for record in load_records(task, source, "test")[0]]
 
 
@@ -106,7 +106,7 @@ def _case(raw: Raw, task: str | None) -> EditCase:
 
 
 def _name(raw: Raw, field: str) -> str:
-    """What the record calls a field."""
+    """Returns the name that the record uses for a field."""
     there = [name for name in FIELDS[field] if raw.has(name)]
     if len(there) > 1:
         raise raw.error(f"fields {there[0]!r} and {there[1]!r} mean the same: leave one out")
@@ -114,7 +114,7 @@ def _name(raw: Raw, field: str) -> str:
 
 
 def _prompts(raw: Raw, field: str) -> Iterator[str]:
-    """The prompts of a field: one text, a list of texts or of objects with a prompt, or groups of such objects."""
+    """Yields the prompts of a field: a text, a list of texts or of objects with a prompt, or groups of such objects."""
     value = raw.data.get(field)
     if value is None:
         return

@@ -1,4 +1,4 @@
-"""Makes edits and asks the model of each: what `edit` does."""
+"""Implementation of `edit`: makes edits and reports what each did."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from instructedit.reports.measure import Reply, drifts, replies, text_sample, we
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, EditReport, RequestReport, Role
 
-#: Requests that are edited and asked at once.
+#: Number of requests that are edited and asked at once.
 _AT_ONCE = 4
 
 
 class Judge:
-    """Asks a model of its edits.
+    """Asks a model the prompts of a report, without and with the edits.
 
     Args:
         lm: The model.
-        ask: Further prompts to ask of every edit.
-        neighbours: How many are drawn for a case that brings none.
-        text: What drift is measured on.
-        max_new_tokens: Length of the words.
-        instructor: Of an editor that reads instructions: requests are asked behind theirs, too.
+        ask: Further prompts to ask for every edit.
+        neighbours: Number of neighbours to draw for a case that has none.
+        text: The text that drift is measured on.
+        max_new_tokens: Largest number of tokens in a reply.
+        instructor: Source of instructions if the editor reads them: requests are then also asked with theirs in front.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class Judge:
         self.sample = text_sample(lm, text)
 
     def __call__(self, cases: Sequence[EditCase], edit: Edit) -> list[RequestReport]:
-        """Asks all cases of their edits at once: of one for each, or of the one that serves them all."""
+        """Asks all cases at once under their edits: one for each case, or one that serves them all."""
         moved = drifts(self.lm, self.sample, edit)
         prompts = [list(self._prompts(case)) for case in cases]
         asked = [(p, case.request.target) for case, own in zip(cases, prompts, strict=True) for _, p, _ in own]
         rows = [i % len(edit) for i, own in enumerate(prompts) for _ in own]
-        start = self.lm.first_block(edit.sites)  # below which states are shared by both ways of asking
+        start = self.lm.first_block(edit.sites)  # both models share the states below it
         both = [replies(self.lm, asked, each, rows, start, self.max_new_tokens) for each in (None, edit)]
         pairs = zip(*both, strict=True)
         reports = []
@@ -62,7 +62,7 @@ class Judge:
         return reports
 
     def _prompts(self, case: EditCase) -> Iterable[tuple[Role, str, str]]:
-        """Role, prompt and group of all that is asked of a case."""
+        """Yields the role, prompt and group of every prompt to ask for a case."""
         prompt = case.request.prompt
         yield "request", prompt, ""
         if self.instructor and (instruction := self.instructor.prefix(case.request)):
@@ -76,7 +76,7 @@ class Judge:
         yield from (("ask", each, "") for each in (*case.ask, *self.ask))
 
     def _differ(self, before: Reply, after: Reply) -> bool:
-        """Whether the first words of two replies differ, as many tokens as the target has."""
+        """True if the first tokens of two replies differ, as many of them as the target has."""
         first, second = (self.lm.token_ids(reply.words)[: reply.target_tokens] for reply in (before, after))
         return first != second
 
@@ -95,20 +95,20 @@ def edit(
     instruction: str | Mapping[str, str] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> EditReport:
-    """Makes an edit for each request and reports what it did; the model stays as it is.
+    """Makes an edit for each request and reports what it did; the model is left unchanged.
 
     Args:
         lm: The model.
-        editor: The method: bound to the model, by its name, or what `load_editor` takes.
-        requests: What to change, one or several; records and cases bring prompts of their own to ask.
+        editor: The editing method: an editor bound to the model, a name, or anything that `load_editor` takes.
+        requests: What to change, one or several; records and cases have prompts of their own to ask.
         joint: Make one edit that serves all requests, rather than one for each.
-        ask: Further prompts to ask of every edit.
-        neighbours: How many are drawn for a request that brings none.
-        text: What drift is measured on, 256 tokens at most: the embedded sentences (``tiny``), a file of text, a hub
-            id, or what the model says itself (``sampled``, kept in the cache folder).
-        max_new_tokens: Length of the words.
+        ask: Further prompts to ask for every edit.
+        neighbours: Number of neighbours to draw for a request that has none.
+        text: The text that drift is measured on, 256 tokens at most: the embedded sentences (``tiny``), a text file, a
+            hub id, or text that the model generates itself (``sampled``, kept in the cache folder).
+        max_new_tokens: Largest number of tokens in a reply.
         description: Id of the instruction's description (see `Editor.edit`).
-        instruction: A free sentence in its place.
+        instruction: A free sentence to use instead.
         progress: Wraps the steps, e.g. ``tqdm``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a model says to prompts and how it takes plain text, with edits on or without."""
+"""Measurements on a model with or without edits: its replies to prompts, and its predictions on plain text."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from instructedit.lm.own_text import documents_of
 from instructedit.lm.position_losses import answer_losses, divergences
 from instructedit.paths import cache_folder
 
-#: The fixed sample of text: so many rows of so many tokens, at most.
+#: Largest number of rows of the fixed text sample, and of tokens in a row.
 _ROWS, _LENGTH = 4, 64
-#: Texts that are looked at for the sample, at most.
+#: Largest number of texts that the sample is taken from.
 _TEXTS = 200
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model makes of one prompt and the target behind it.
+    """The model's reply to one prompt, and its probabilities of the target.
 
     Attributes:
-        words: What it says next, greedily.
-        token_probability: Of the target, per token: exp of the mean of log p over its tokens.
-        probability: Of the whole target: the product over its tokens.
-        rank: Of the target's first token among all tokens; 1 is the most likely.
-        predicted: Whether every token of the target is the most likely one at its place, so that greedy words begin
-            with the target.
-        target_tokens: How many the target has.
+        words: Greedy continuation of the prompt.
+        token_probability: Probability of the target per token: exp of the mean of log p over its tokens.
+        probability: Probability of the whole target: the product over its tokens.
+        rank: Rank of the target's first token among all tokens; 1 is the most likely.
+        predicted: Whether every token of the target is the most likely one at its position, so that the greedy
+            continuation begins with the target.
+        target_tokens: Number of tokens of the target.
     """
 
     words: str
@@ -48,13 +48,13 @@ class Reply:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far an edit moved the predictions on text that it is not about.
+    """Change that an edit makes to the predictions on unrelated text.
 
     Attributes:
         kl: Mean over the positions of KL(unedited ‖ edited) of the next token's distribution, in nats.
-        perplexity_before: Of the text, unedited.
-        perplexity_after: Of the text, edited.
-        positions: How many predictions these are means of.
+        perplexity_before: Perplexity of the text under the unedited model.
+        perplexity_after: Perplexity of the text under the edited model.
+        positions: Number of predictions that these are means of.
     """
 
     kl: float
@@ -68,15 +68,15 @@ def replies(
     lm: FrozenLM, asked: Sequence[tuple[str, str]], edit: Edit | None, rows: Sequence[int], start: int,
     max_new_tokens: int,
 ) -> list[Reply]:  # fmt: skip
-    """Asks all prompts at once.
+    """Asks the model all prompts at once and returns its replies.
 
     Args:
         lm: The model.
         asked: (prompt, target) pairs.
         edit: The edits to apply; None asks the unedited model.
-        rows: Which edit each prompt has.
-        start: The lowest edited block, below which states are shared by both ways of asking.
-        max_new_tokens: Length of the words.
+        rows: Index of the edit for each prompt.
+        start: The lowest edited block; the unedited and the edited model share the states below it.
+        max_new_tokens: Largest number of tokens in a reply.
     """
     tokens = lm.encode(asked, scored=True)
     answers = tokens.answers
@@ -100,11 +100,11 @@ def replies(
 
 
 def text_sample(lm: FrozenLM, text: str) -> TokenBatch:
-    """The first tokens of a text, at most 256, each of which is predicted from those before it.
+    """Returns the first tokens of a text, at most 256, each to be predicted from those before it in its row.
 
     Args:
-        lm: The model, whose tokens they are.
-        text: What `instructedit.lm.own_text.documents_of` reads: ``tiny``, a file, ``sampled``, or a hub id.
+        lm: The model, whose tokenizer is used.
+        text: Source for `instructedit.lm.own_text.documents_of`: ``tiny``, a file, ``sampled``, or a hub id.
 
     Raises:
         UserError: If there is no text.
@@ -121,11 +121,11 @@ def text_sample(lm: FrozenLM, text: str) -> TokenBatch:
 
 @torch.no_grad()
 def drifts(lm: FrozenLM, sample: TokenBatch, edit: Edit) -> list[Drift]:
-    """How far each of n edits moved the predictions on a sample of text.
+    """Measures how far each of n edits moves the predictions on a text sample.
 
     Args:
         lm: The model.
-        sample: What `text_sample` made.
+        sample: The sample from `text_sample`.
         edit: The edits.
     """
     n, count = len(edit), len(sample.answers)
@@ -145,14 +145,14 @@ def drifts(lm: FrozenLM, sample: TokenBatch, edit: Edit) -> list[Drift]:
 
 
 def _exp(nll: float) -> float:
-    """A perplexity; infinite where it has no number."""
+    """Returns the perplexity; infinite if it exceeds the range of floats."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
 def weights_fingerprint(lm: FrozenLM) -> str:
-    """Tells models apart by their weights (sha256, hex): names, shapes and a sample in bfloat16.
+    """Computes a fingerprint of a model's weights (sha256, hex) from names, shapes and a sample in bfloat16.
 
-    Unlike `FrozenLM.fingerprint` it is the same in float32 and bfloat16, and under another version of transformers.
+    Unlike `FrozenLM.fingerprint` it is the same in float32 and bfloat16, and under other versions of transformers.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(lm.model.state_dict().items()):

@@ -1,4 +1,4 @@
-"""What to ask of an edit whose user names nothing, drawn from the embedded facts: paraphrases and neighbours."""
+"""Paraphrases and neighbours for edits whose user gives none, drawn from the embedded facts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from instructedit.records import EditRequest
 from instructedit.testbed.world import Fact, Relation, World, world
 
-#: Paraphrases that are drawn, and neighbours that ask something else about the subject.
+#: Largest numbers of paraphrases, and of neighbours that ask something else about the subject.
 _PARAPHRASES, _ABOUT = 2, 2
 
 
@@ -22,7 +22,7 @@ class Neighbour(NamedTuple):
 
 
 def draw_paraphrases(request: EditRequest) -> list[str]:
-    """Draws other words for a prompt that is one of the embedded phrasings of a known relation; else there are none."""
+    """Draws paraphrases of a prompt that is an embedded phrasing of a known relation; of others, none."""
     facts = world()
     subject = _subject(request, facts)
     if subject is None or (relation := _relation(request.prompt, subject, facts)) is None:
@@ -33,14 +33,15 @@ def draw_paraphrases(request: EditRequest) -> list[str]:
 
 
 def draw_neighbours(request: EditRequest, number: int) -> list[Neighbour]:
-    """Draws prompts; the same request has the same ones in every run.
+    """Draws prompts whose answers the edit should not change; a request has the same ones in every run.
 
-    Where the facts know whom the request is about, up to half ask the same of others of that kind ("The capital of
-    France is" → "The capital of Chile is"), and two ask something else about it. The rest are facts about others.
+    If the facts know the subject of the request, up to half ask the same about other subjects of that kind ("The
+    capital of France is" → "The capital of Chile is"), and up to two ask something else about it. The rest are facts
+    about other subjects.
 
     Args:
-        request: The edit.
-        number: How many.
+        request: The edit request.
+        number: Largest number of prompts.
     """
     facts = world()
     rng = random.Random(f"neighbours/{request.prompt}/{request.target}")
@@ -65,14 +66,14 @@ def draw_neighbours(request: EditRequest, number: int) -> list[Neighbour]:
 
 
 def _subject(request: EditRequest, facts: World) -> str | None:
-    """The entity that the request is about, as its prompt writes it, if the facts know it: the longest one."""
+    """Returns the known entity that the prompt names: the request's subject, else the longest one; None without any."""
     named = [request.subject] if request.subject in facts.about else list(facts.about)
     there = [name for name in named if name and re.search(rf"\b{re.escape(name)}\b", request.prompt)]
     return max(there, key=len, default=None)
 
 
 def _relation(prompt: str, subject: str, facts: World) -> Relation | None:
-    """The relation of which the prompt is an embedded phrasing."""
+    """Returns the relation of which the prompt is an embedded phrasing, or None."""
     for fact in facts.about[subject]:
         frames = (*fact.relation.statements, *fact.relation.questions, fact.relation.heldout)
         if any(fact.relation.fill(frame, subject) == prompt for frame in frames):
@@ -81,7 +82,7 @@ def _relation(prompt: str, subject: str, facts: World) -> Relation | None:
 
 
 def _asks(prompt: str, fact: Fact) -> bool:
-    """Whether a prompt about its subject asks for this very fact, as far as words tell."""
+    """True if a prompt about the fact's subject asks for that fact, judged by its wording."""
     return fact.relation.noun in prompt or _relation(prompt, fact.subject, world()) == fact.relation
 
 

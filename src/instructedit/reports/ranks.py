@@ -1,4 +1,4 @@
-"""Edits as adapters of a rank that can be served: trimmed by SVD, with what that loses."""
+"""Trimming of edits by SVD to adapters of a rank that can be served, with a measure of the loss."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 from instructedit.reports.report import EditReport
 
-#: Values that vLLM's ``max_lora_rank`` may have, but for 1 (``MaxLoRARanks`` in its vllm/config/lora.py; the default is
+#: Allowed values of vLLM's ``max_lora_rank``, except 1 (``MaxLoRARanks`` in its vllm/config/lora.py; the default is
 #: 16). A server takes adapters of up to one of these (``validate_legal`` in its vllm/lora/peft_helper.py).
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True)
 class Trimmed:
-    """An edit of less rank.
+    """An edit that was trimmed to a lower rank.
 
     Attributes:
-        edit: The edit.
-        rank: Its rank: that of its largest site.
+        edit: The trimmed edit.
+        rank: The largest rank among its sites.
         error: ‖ΔW − ΔW'‖ / ‖ΔW‖ over all sites (Frobenius).
-        kept: Predicted tokens on the probes that are still the same, of how many.
+        kept: Number of predicted tokens on the probes that stay the same, and of all predicted tokens.
     """
 
     edit: LowRankEdit
@@ -41,17 +41,17 @@ class Trimmed:
 
 
 def trimmed(lm: FrozenLM, edit: Edit, probes: Sequence[tuple[str, str]], rank: int | Literal["auto"]) -> Trimmed:
-    """Trims one edit.
+    """Trims one edit to a given or automatically chosen rank.
 
     Args:
         lm: The model that it edits.
-        edit: A change of weights.
+        edit: An edit that changes weights.
         probes: (prompt, answer) pairs whose predicted tokens should stay.
-        rank: The largest rank; ``auto`` is the smallest of `RANKS` with which all predicted tokens stay, or where none
-            keeps them, the edit's own rank.
+        rank: The largest rank; ``auto`` is the smallest of `RANKS` that keeps all predicted tokens, or the edit's own
+            rank if none does.
 
     Raises:
-        UserError: If the edit is no change of weights, or there is no such rank.
+        UserError: If the edit does not change weights, or the rank is not possible.
     """
     if not isinstance(edit, LowRankEdit | DenseEdit):
         raise UserError(f"an edit of the kind {edit.name!r} is no change of weights, so it has no rank")
@@ -68,12 +68,12 @@ def trimmed(lm: FrozenLM, edit: Edit, probes: Sequence[tuple[str, str]], rank: i
 
 
 def served(lm: FrozenLM, report: EditReport, rank: int | Literal["auto"] | None) -> tuple[EditReport, Trimmed | None]:
-    """The report of one edit with the edit trimmed, and what that lost.
+    """Returns the report of one edit with the edit trimmed, and a description of the loss.
 
     Args:
         lm: The model.
-        report: Of one edit, whose prompts are the probes.
-        rank: See `trimmed`; None is ``auto`` for edits of low rank, and leaves others as they are.
+        report: Report of one edit; its prompts are the probes.
+        rank: See `trimmed`; None means ``auto`` for edits of low rank, and leaves others unchanged.
     """
     (edit,) = report.edits
     if rank is None and not isinstance(edit, LowRankEdit):
@@ -88,7 +88,7 @@ def _compressed(edit: LowRankEdit | DenseEdit, rank: int) -> LowRankEdit:
 
 
 def _rank(edit: LowRankEdit | DenseEdit) -> int:
-    """The rank of the largest site: rows of factors, or what a matrix can have at most."""
+    """Returns the largest rank among the sites: rows of the factors, or the largest rank that a matrix can have."""
     if isinstance(edit, DenseEdit):
         return max(min(matrices.shape[1:]) for matrices in edit.changes.values())
     return max(min(*f.a.shape[1:], f.b.shape[2]) for f in edit.unpadded().factors.values())

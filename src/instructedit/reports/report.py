@@ -1,4 +1,4 @@
-"""What edits did: did each take, what follows from it, what else moved."""
+"""Reports of what edits did: whether each took, what follows from it, and what else changed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Answer:
     """One prompt before and after the edit.
 
     Attributes:
-        role: ``request``; ``instructed`` (the request behind the instruction, as an editor that takes one reads it);
-            ``paraphrase``, ``neighbour`` or ``ask``.
+        role: ``request``; ``instructed`` (the request with its instruction in front, as an editor that takes one reads
+            it); ``paraphrase``, ``neighbour`` or ``ask``.
         prompt: What the model was asked.
-        group: Where it comes from: ``given`` by the user; else, for a neighbour, how it is related to the request.
-        before: The unedited model.
-        after: The edited one.
-        changed: Whether the first words differ, as many tokens of them as the target has.
+        group: Origin of the prompt: ``given`` by the user; else, for a neighbour, how it is related to the request.
+        before: Reply of the unedited model.
+        after: Reply of the edited model.
+        changed: Whether the first tokens of the replies differ, as many of them as the target has.
     """
 
     role: Role
@@ -44,25 +44,25 @@ class Answer:
 
     @property
     def spread(self) -> bool:
-        """Whether a neighbour was hit: it answers with the new target now, or otherwise than before."""
+        """True if this is a neighbour that the edit hit: its answer changed, or is now the new target."""
         return self.role == "neighbour" and (self.changed or (self.after.predicted and not self.before.predicted))
 
     @property
     def title(self) -> str:
-        """What the prompt is to the edit, in words."""
+        """The role of the prompt in words, such as ``hit neighbour``."""
         name = "asked" if self.role == "ask" else self.role
         return f"hit {name}" if self.spread else name
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one request.
+    """The outcome of one edit request.
 
     Attributes:
-        took: Whether the edited model predicts the target, asked plainly.
-        known: Whether the unedited model did, too.
-        follow: Paraphrases that it answers with the target, of how many.
-        spread: Neighbours that were hit, of how many.
+        took: Whether the edited model predicts the target when asked without an instruction.
+        known: Whether the unedited model did so, too.
+        follow: Number of paraphrases that the edited model answers with the target, and of all paraphrases.
+        spread: Number of neighbours that were hit, and of all neighbours.
     """
 
     took: bool
@@ -72,7 +72,7 @@ class Verdict:
 
     @property
     def kind(self) -> Literal["took", "spread", "failed"]:
-        """The worst of it, in a word."""
+        """The outcome in a word: ``failed``, else ``spread`` if a neighbour was hit, else ``took``."""
         return "failed" if not self.took else "spread" if self.spread[0] else "took"
 
     def __str__(self) -> str:
@@ -86,12 +86,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class RequestReport:
-    """What one request's edit did.
+    """The effects of the edit of one request.
 
     Attributes:
         request: The request.
-        answers: What was asked, the request first.
-        drift: How far text that it is not about moved.
+        answers: Every prompt that was asked with its replies, the request first.
+        drift: Change of the predictions on unrelated text.
     """
 
     request: EditRequest
@@ -99,18 +99,18 @@ class RequestReport:
     drift: Drift
 
     def of(self, role: Role) -> list[Answer]:
-        """The answers of one role."""
+        """Returns the answers of one role."""
         return [answer for answer in self.answers if answer.role == role]
 
     @property
     def case(self) -> EditCase:
-        """The request with the prompts that were asked, to ask them again."""
+        """The request with the prompts that were asked, so that they can be asked again."""
         roles: tuple[Role, ...] = ("paraphrase", "neighbour", "ask")
         return EditCase(self.request, *(tuple(answer.prompt for answer in self.of(role)) for role in roles))
 
     @property
     def verdict(self) -> Verdict:
-        """What became of it."""
+        """The outcome of the request."""
         own, paraphrases, neighbours = self.answers[0], self.of("paraphrase"), self.of("neighbour")
         return Verdict(
             own.after.predicted, own.before.predicted,
@@ -121,16 +121,16 @@ class RequestReport:
 
 @dataclass(frozen=True)
 class EditReport:
-    """What edits did.
+    """The effects of one or more edits on a model.
 
     Attributes:
         lm: Name of the model.
-        fingerprint: Of the model's weights, which tells it from others.
-        editor: Name of the method.
-        options: Its hyper-parameters.
-        joint: Whether one edit was made of all requests.
-        text: What the drift was measured on.
-        advice: What to change if a request failed, where the method knows it.
+        fingerprint: Fingerprint of the model's weights (see `weights_fingerprint`).
+        editor: Name of the editing method.
+        options: Hyper-parameters of the method.
+        joint: Whether one joint edit was made for all requests.
+        text: The text that the drift was measured on.
+        advice: What to change if a request failed, if the method has such advice.
         requests: One report for each request.
         edits: The edits: one for each request, or the one that serves them all.
     """
@@ -146,7 +146,7 @@ class EditReport:
     edits: tuple[Edit, ...] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data of everything but the edits themselves; numbers that are not finite are None."""
+        """Returns everything but the edits themselves as plain data, with non-finite numbers as None."""
         plain = asdict(replace(self, edits=()))
         del plain["edits"]
         for row, report in zip(plain["requests"], self.requests, strict=True):
@@ -157,7 +157,7 @@ class EditReport:
         return finite
 
     def headline(self) -> str:
-        """Says in a line what became of all requests."""
+        """Summarises the outcome of all requests in one line."""
         verdicts = [each.verdict for each in self.requests]
         took = sum(verdict.took for verdict in verdicts)
         hit, asked = (sum(verdict.spread[i] for verdict in verdicts) for i in (0, 1))
@@ -166,11 +166,11 @@ class EditReport:
         return f"{took} of {len(verdicts)} requests took{together}{spread}"
 
     def save_json(self, file: str | Path) -> None:
-        """Writes `to_dict`."""
+        """Writes the report as JSON (see `to_dict`)."""
         Path(file).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def save_html(self, file: str | Path) -> None:
-        """Writes one page that needs nothing else, neither network nor folder."""
+        """Writes the report as one self-contained HTML page, which needs neither network nor other files."""
         options = ", ".join(f"{name}={value}" for name, value in self.options.items() if value is not None)
         facts = [("model", self.lm), ("editor", self.editor), ("options", options or "none"), ("text", self.text)]
         page = render(
@@ -180,7 +180,7 @@ class EditReport:
         Path(file).write_text(page, encoding="utf-8")
 
     def each(self) -> Iterator[EditReport]:
-        """Takes the report apart: one for each edit."""
+        """Yields a separate report for each edit."""
         if len(self.edits) == 1:
             yield self
             return
@@ -192,7 +192,7 @@ class EditReport:
 
 
 def _finite(value: Any) -> Any:
-    """Plain data in which numbers that JSON does not know are None."""
+    """Replaces numbers that JSON cannot represent by None, in plain data."""
     if isinstance(value, Mapping):
         return {str(key): _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A user's requests as records that a sequence of edits is scored on."""
+"""Conversion of a user's requests to records, on which a sequence of edits is scored."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from instructedit.records import EditRecord, Probe
 from instructedit.reports.cases import EditCase
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 
-#: Tokens of a neighbour's answer.
+#: Number of tokens in a neighbour's answer.
 _ANSWER = 5
-#: Neighbours that are drawn for a case that brings none.
+#: Number of neighbours to draw for a case that has none.
 _DRAWN = 4
 
 
 def case_records(lm: FrozenLM, cases: Sequence[EditCase]) -> list[EditRecord]:
-    """Makes a record of each case: paraphrases should give the target, neighbours what the unedited model says.
+    """Converts each case to a record: paraphrases should give the target, neighbours the unedited model's answer.
 
     Args:
-        lm: Gives the answers of neighbours, its own next words.
-        cases: The cases; paraphrases and neighbours of those that bring none are drawn as for a report, where the
-            embedded facts know the relation.
+        lm: The model, whose own continuations are the answers to neighbours.
+        cases: The cases; if one has no paraphrases or neighbours, they are drawn as for a report, paraphrases only if
+            the embedded facts know the relation.
     """
     neighbours = [_neighbours(case) for case in cases]
     prompts = list(dict.fromkeys(prompt for own in neighbours for prompt in own))

@@ -1,4 +1,4 @@
-"""Edits that one keeps: a folder each, with the adapter, its report, its requests, and what tells the model it fits."""
+"""Store of kept edits: a folder for each, with the adapter, its report, its requests and the model that it fits."""
 
 from __future__ import annotations
 
@@ -26,53 +26,53 @@ REPORT, REQUESTS, MODEL = "report.json", "requests.json", "model.json"
 
 
 def store_folder(given: str | None = None) -> Path:
-    """Where edits are kept: the folder given, else $INSTRUCTEDIT_EDITS, else ``edits/`` in the working folder."""
+    """Returns the folder of kept edits: `given`, else $INSTRUCTEDIT_EDITS, else ``edits/`` in the working folder."""
     return Path(given or os.environ.get(STORE) or "edits").expanduser()
 
 
 @dataclass(frozen=True)
 class KeptEdit:
-    """One edit in a folder.
+    """One kept edit, stored in a folder.
 
     Attributes:
-        folder: Where it is.
+        folder: The folder.
     """
 
     folder: Path
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """The name of the edit, which is that of its folder."""
         return self.folder.name
 
     @property
     def report(self) -> dict[str, Any]:
-        """What `EditReport.to_dict` said when it was made.
+        """The report as `EditReport.to_dict` gave it when the edit was made.
 
         Raises:
-            UserError: If it is damaged.
+            UserError: If the file is corrupt.
         """
         return self._read(REPORT)
 
     @property
     def model(self) -> dict[str, str]:
-        """The model that it fits: its ``name``, what transformers loads it from, ``source``, and the ``fingerprint``.
+        """The model that the edit fits: ``name``, ``source`` (where transformers loads it from) and ``fingerprint``.
 
         Raises:
-            UserError: If it is damaged.
+            UserError: If the file is corrupt.
         """
         return self._read(MODEL)
 
     @property
     def cases(self) -> list[EditCase]:
-        """Its requests, with all that was asked."""
+        """The requests of the edit, with all prompts that were asked."""
         return read_cases(self.folder / REQUESTS)
 
     def load(self, lm: FrozenLM) -> Edit:
-        """The edit.
+        """Loads the edit for a model.
 
         Raises:
-            UserError: If it was made for another model, or is damaged.
+            UserError: If it was made for another model, or is corrupt.
         """
         if self.model.get("fingerprint") != weights_fingerprint(lm):
             raise UserError(f"{self.folder}: this edit fits {self.model.get('name')!r}; {lm.name!r} has other weights")
@@ -89,7 +89,7 @@ class KeptEdit:
 
 
 def write_edit(lm: FrozenLM, report: EditReport, folder: Path) -> None:
-    """Writes a report's only edit with all that belongs to it, into a folder that is there or not."""
+    """Writes a report's only edit with its report, requests and model to a folder, which is created if needed."""
     (edit,) = report.edits
     lm.save(edit, folder)
     report.save_json(folder / REPORT)
@@ -99,10 +99,10 @@ def write_edit(lm: FrozenLM, report: EditReport, folder: Path) -> None:
 
 
 def keep(lm: FrozenLM, report: EditReport, name: str, store: Path) -> Path:
-    """Keeps a report's only edit in a store, whole or not at all.
+    """Keeps a report's only edit in a store, completely or not at all.
 
     Raises:
-        UserError: If the name is none for a folder, or taken.
+        UserError: If the name cannot name a folder, or is taken.
     """
     place = free_place(name, store)
     store.mkdir(parents=True, exist_ok=True)
@@ -113,10 +113,10 @@ def keep(lm: FrozenLM, report: EditReport, name: str, store: Path) -> Path:
 
 
 def free_place(name: str, store: Path) -> Path:
-    """Where an edit of this name will be.
+    """Returns the folder for a new edit of this name.
 
     Raises:
-        UserError: If the name is none for a folder, or taken.
+        UserError: If the name cannot name a folder, or is taken.
     """
     if not name or Path(name).name != name or name.startswith("."):
         raise UserError(f"{name!r} is no name for an edit: letters, digits and dashes, say")
@@ -126,15 +126,15 @@ def free_place(name: str, store: Path) -> Path:
 
 
 def kept_edits(store: Path) -> list[KeptEdit]:
-    """The edits of a store by name."""
+    """Returns the edits of a store, sorted by name."""
     return [KeptEdit(file.parent) for file in sorted(store.glob(f"[!.]*/{MODEL}")) if _is_kept(file.parent)]
 
 
 def kept_edit(name: str, store: Path, anywhere: bool = True) -> KeptEdit:
-    """An edit by its name in a store, or one in a folder anywhere.
+    """Finds an edit by its name in a store or, if allowed, by the path of its folder anywhere.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no such edit.
     """
     there = kept_edits(store)
     for each in there:
@@ -149,7 +149,7 @@ def undo(name: str, store: Path) -> Path:
     """Removes an edit from a store; nothing else has to be undone, since no model was changed.
 
     Raises:
-        UserError: If there is none of this name; a folder elsewhere is left alone.
+        UserError: If the store has no edit of this name; folders elsewhere are never removed.
     """
     folder = kept_edit(name, store, anywhere=False).folder
     shutil.rmtree(folder)
@@ -161,27 +161,27 @@ def _is_kept(folder: Path) -> bool:
 
 
 def combined(edits: Sequence[Edit]) -> Edit:
-    """One edit whose change of weights is the sum of several.
+    """Combines several edits into one whose weight change is the sum of theirs.
 
     Raises:
-        UserError: If one is no change of weights.
+        UserError: If one of them does not change weights.
     """
     for edit in edits:
         if not edit.is_weights or len(edit) != 1 or not edit.sites:
             raise UserError(f"an edit of the kind {edit.name!r} cannot be added to others")
-    if all(isinstance(edit, LowRankEdit) for edit in edits):  # however many: a kept edit is an adapter
+    if all(isinstance(edit, LowRankEdit) for edit in edits):  # whatever their number, the sum stays an adapter
         return functools.reduce(LowRankEdit.plus, edits)  # type: ignore[arg-type]
     return functools.reduce(DenseEdit.plus, map(to_dense, edits))
 
 
 def report_on(lm: FrozenLM, edit: Edit, cases: Sequence[EditCase], name: str, options: Mapping[str, Any]) -> EditReport:
-    """Asks all cases of one edit that is there already."""
+    """Reports on all cases under one existing edit."""
     reports = Judge(lm)(cases, edit)
     return EditReport(lm.name, weights_fingerprint(lm), name, options, True, "tiny", "", tuple(reports), (edit,))
 
 
 def _record(case: EditCase) -> dict[str, Any]:
-    """A case as `read_cases` reads it."""
+    """Returns a case in the form that `read_cases` reads."""
     request = case.request
     record = {
         "prompt": request.prompt, "target": request.target, "subject": request.subject, "task": request.task,

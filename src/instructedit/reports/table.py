@@ -11,13 +11,13 @@ from rich.text import Text
 from instructedit.reports.report import EditReport, RequestReport
 from instructedit.reports.words import change, drift_line, number, one_line
 
-#: More requests than this have a line each instead of a table each.
+#: With more requests than this, each has a line instead of a table.
 _SHOWN = 3
 _STYLES = {"failed": "bold red", "spread": "bold yellow", "took": "bold green"}
 
 
 def tables(report: EditReport) -> Iterator[RenderableType]:
-    """What to print; texts of the user and the model are shown as they are, square brackets and all."""
+    """Yields what to print; texts of the user and the model are shown verbatim, including square brackets."""
     if len(report.requests) <= _SHOWN:
         for each in report.requests:
             yield from _detailed(each)

@@ -1,4 +1,4 @@
-"""What the page to play with does: edits, reports, keeps, undoes and packs, for several people at once."""
+"""Backend of the interactive page: makes, reports, keeps, undoes and packs edits for several visitors."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Visit:
-    """What one visitor has made.
+    """The edits of one visitor.
 
     Attributes:
-        report: Of the last edit; None before the first.
-        editor: What made it.
-        known: Areas of that editor's edits of known tasks, once a map was asked for.
+        report: Report of the last edit; None before the first.
+        editor: The editor that made it.
+        known: Areas of that editor's edits of known tasks; None until a map is requested.
         kept: Names of the edits that this visitor keeps.
     """
 
@@ -44,7 +44,7 @@ class Visit:
     kept: list[str] = field(default_factory=list)
 
     def last(self) -> EditReport:
-        """The report of the last edit.
+        """Returns the report of the last edit.
 
         Raises:
             UserError: If there is none yet.
@@ -55,36 +55,36 @@ class Visit:
 
 
 class Workbench:
-    """Edits models for visitors of a page; one of them is served at a time, each with what they made themselves.
+    """Edits models for the visitors of a page, who are served one at a time and see only their own edits.
 
     Args:
-        store: Folder that edits are kept in.
-        models: Models that visitors may choose, by name.
+        store: Folder to keep edits in.
+        models: Names of the models that visitors may choose.
     """
 
     def __init__(self, store: Path, models: Sequence[str]) -> None:
         self.store, self.models = store, tuple(models)
         self._loaded: dict[str, FrozenLM] = {}
-        self._lock = threading.Lock()  # a model has one edit on at a time
+        self._lock = threading.Lock()  # a model has only one edit applied at a time
 
     def edit(
         self, visit: Visit, lm: str, editor: str, prompt: str, target: str, task: str = "", subject: str = "",
         neighbours: str = "",
     ) -> str:  # fmt: skip
-        """Makes an edit and asks the model of it.
+        """Makes an edit and reports what it did.
 
         Args:
-            visit: Gets the report.
-            lm: One of the models.
-            editor: What `any_editor` takes.
+            visit: The visit that receives the report.
+            lm: Name of one of the models.
+            editor: Name or path of the editor, as `any_editor` takes it.
             prompt: What the model is asked.
-            target: What it should say.
+            target: What it should answer.
             task: Name of the task, for editors that read instructions; may be empty.
-            subject: Whom it is about; may be empty.
-            neighbours: Prompts whose answers should stay, one a line; drawn where there is none.
+            subject: The entity that the edit is about; may be empty.
+            neighbours: Prompts whose answers should stay, one per line; drawn if there are none.
 
         Returns:
-            The report as a page.
+            The report as an HTML frame.
 
         Raises:
             UserError: If there is no such model or editor, or the request does not suit it.
@@ -104,7 +104,7 @@ class Workbench:
         """Draws where the visitor's last edit lies among the same editor's edits of the embedded tasks.
 
         Raises:
-            UserError: If there is none, or its editor's edits have no map.
+            UserError: If there is no edit yet, or its editor's edits have no map.
         """
         report, editor = visit.last(), visit.editor
         assert editor is not None  # it made the report
@@ -113,10 +113,10 @@ class Workbench:
             return map_among(visit.known, report.edits[0], editor.name)
 
     def keep(self, visit: Visit, name: str) -> str:
-        """Keeps the visitor's last edit in the store, and says so.
+        """Keeps the visitor's last edit in the store and returns a message.
 
         Raises:
-            UserError: If there is none, or the name is taken or none for a folder.
+            UserError: If there is no edit yet, or the name is taken or cannot name a folder.
         """
         with self._lock:
             report, small = served(self._model(visit.last().lm), visit.last(), None)
@@ -125,10 +125,10 @@ class Workbench:
         return f"kept as {name.strip()}" + (f", {small}" if small else "")
 
     def undo(self, visit: Visit, name: str) -> str:
-        """Removes an edit that the visitor kept, and says so.
+        """Removes an edit that the visitor kept and returns a message.
 
         Raises:
-            UserError: If this visitor kept none of that name.
+            UserError: If this visitor kept no edit of that name.
         """
         if name not in visit.kept:
             raise UserError(
@@ -140,13 +140,13 @@ class Workbench:
         return f"{name} is removed; the model is what it was"
 
     def pack(self, visit: Visit) -> str:
-        """Writes the visitor's last edit to a zip file: an adapter where it is of low rank, its report, its requests.
+        """Writes the visitor's last edit to a zip file: an adapter if it is of low rank, its report and its requests.
 
         Returns:
-            The file, in a temporary folder of its own.
+            The file, in a new temporary folder.
 
         Raises:
-            UserError: If there is none.
+            UserError: If there is no edit yet.
         """
         folder = Path(tempfile.mkdtemp(prefix="instructedit-"))
         with self._lock:
@@ -166,7 +166,7 @@ class Workbench:
 
 
 def page_of(report: EditReport) -> str:
-    """A report as a frame, whose style is its own and in which nothing runs."""
+    """Returns a report as a sandboxed iframe with its own style, in which no script runs."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "report.html")
         report.save_html(file)

@@ -1,4 +1,4 @@
-"""Answers of probes in the forms that datasets have them, and what tells KnowEdit's form from the flat one."""
+"""Helpers for the answers of probes in the datasets' forms, and for telling KnowEdit's form from the flat one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ GROUPS = ("portability", "locality")
 
 
 def has_groups(data: Mapping[str, object]) -> bool:
-    """Says whether a record's probes stand in groups, as in KnowEdit."""
+    """True if a record's probes are grouped by name, as in KnowEdit."""
     return "target_new" in data and any(isinstance(data.get(name), dict) for name in GROUPS)
 
 
 def filled(answers: Answers, report: LoadReport) -> Answers:
-    """The answers without blank texts and empty alias lists, which are counted."""
+    """Removes blank texts and empty alias lists from answers, and counts them in the report."""
     kept = []
     for i, aliases in enumerate(answers):
         if not aliases:
@@ -31,7 +31,7 @@ def filled(answers: Answers, report: LoadReport) -> Answers:
 
 
 def flat(answers: Answers, report: LoadReport) -> tuple[str, ...]:
-    """All answers and aliases in order, each once."""
+    """Returns all answers and aliases in order, each once."""
     every = [alias for aliases in answers for alias in aliases]
     once = tuple(dict.fromkeys(every))
     report.drop("repeated answer", len(every) - len(once))
@@ -39,7 +39,7 @@ def flat(answers: Answers, report: LoadReport) -> tuple[str, ...]:
 
 
 def restates(target: str, old: Answers, report: LoadReport) -> bool:
-    """Whether the target is already an old answer, upper and lower case alike; such a record edits nothing."""
+    """True if the target is already an old answer, ignoring case; such a record edits nothing."""
     same = target.casefold() in {alias.casefold() for aliases in old for alias in aliases}
     if same:
         report.drop("target equals the old answer")

@@ -1,4 +1,4 @@
-"""What every task shares: how raw records become edit records, and the account of what was left out."""
+"""Base class of tasks, which turn raw records into edit records, and the report of what was left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from instructedit.tasks.raw import Raw
 
 @dataclass
 class LoadReport:
-    """What a reader did with a dataset: nothing is left out without being counted here.
+    """Report of what a reader did with a dataset: everything that is left out is counted here.
 
     Attributes:
         task: Name of the task.
@@ -24,7 +24,7 @@ class LoadReport:
         read: Number of raw records.
         kept: Number of edit records made of them.
         dropped: How many records, probes and answers were left out, by reason.
-        noted: What is odd but kept, by remark.
+        noted: How many odd things were kept, by remark.
         fingerprint: sha256 (hex) of the file's bytes, or of the records' canonical JSON where there is no file.
     """
 
@@ -48,11 +48,11 @@ class LoadReport:
             self.noted[remark] += count
 
     def record_id(self, raw: Raw) -> str:
-        """``<task>/<split>/<number>``: stable, since it counts what was read and not what was kept."""
+        """Returns the id ``<task>/<split>/<number>``: stable, since it counts what was read and not what was kept."""
         return f"{self.task}/{self.split}/{raw.number}"
 
     def line(self) -> str:
-        """The whole account in one line."""
+        """Returns the whole report in one line."""
         parts = [f"{self.task} {self.split} from {self.source}: {self.read} records read, {self.kept} edits kept"]
         for verb, counts in (("dropped", self.dropped), ("noted", self.noted)):
             if counts:
@@ -60,20 +60,20 @@ class LoadReport:
         return "; ".join([*parts, f"sha256 {self.fingerprint[:12]}"])
 
     def __str__(self) -> str:
-        """As `line`."""
+        """Returns the whole report in one line, like `line`."""
         return self.line()
 
 
 class Task(ABC):
-    """Reads one dataset format. A subclass with a ``name`` in a module of this folder is all that a new task needs.
+    """Base class of readers of a dataset format; a new task needs only a subclass with a ``name`` in this folder.
 
     Options of a task are keyword arguments of its constructor, with defaults.
 
     Attributes:
         name: The task's name in the registry and in record ids, lower case.
         title: The task's name as it stands in an instruction.
-        fields: Names that the fields of its records may have; others are counted. Empty where the reader does not say.
-        lists: Those of them that hold several texts in one CSV cell.
+        fields: Names that the fields of its records may have; others are counted. Empty if the reader does not say.
+        lists: The fields among them that hold several texts in one CSV cell.
     """
 
     name: str
@@ -83,28 +83,28 @@ class Task(ABC):
 
     @classmethod
     def recognises(cls, data: Mapping[str, object]) -> bool:
-        """Says whether a record of unknown origin has this format, by its fields."""
+        """True if a record of unknown origin has this format, judged by its fields."""
         return False
 
     def locate(self, source: str | None, split: str) -> tuple[str, str]:
-        """Says where a split's records lie: their source, and which part of it they are (``[:80%]``, or empty)."""
+        """Returns the source of a split's records, and the part of it that they are (``[:80%]``, or empty for all)."""
         return source or "tiny", ""
 
     def reader(self, raws: Sequence[Raw]) -> Task:
-        """The task that reads these records: this one, but where the format is known only from the records."""
+        """Returns the task that reads these records: this one, unless the format is known only from the records."""
         return self
 
     def called(self, name: str, title: str) -> Self:
-        """Gives this task another name and title, for a dataset of one's own in its format."""
+        """Gives this task another name and title, for a user's own dataset in its format."""
         self.name, self.title = name, title
         return self
 
     @abstractmethod
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
-        """The edit records of one raw record; what is left out is counted in `report`."""
+        """Makes the edit records of one raw record; what is left out is counted in `report`."""
 
     def build(self, raws: Sequence[Raw], report: LoadReport) -> list[EditRecord]:
-        """The edit records of a whole split: those of each raw record, an edit that comes again left out."""
+        """Makes the edit records of a whole split; an edit that occurs again is left out."""
         records: dict[tuple[str, str], EditRecord] = {}
         for raw in raws:
             for record in self._parsed(raw, report):
@@ -114,7 +114,7 @@ class Task(ABC):
         return list(records.values())
 
     def _parsed(self, raw: Raw, report: LoadReport) -> Iterator[EditRecord]:
-        """As `parse`; a request or probe that cannot be made says which record it is of."""
+        """Parses one raw record; an error about a request or probe says which record it comes from."""
         try:
             yield from self.parse(raw, report)
         except UserError as error:

@@ -21,11 +21,11 @@ _CHOICES = ("hash", "positive", "negative", "both")
 class ConvSent(Task):
     """Reader of ``ent, pos, neg``: an entity and replies about it with positive and with negative sentiment.
 
-    Each entity becomes several cases, one wanted reply each as the target; they form one cluster.
+    Each entity becomes several cases, which form one cluster; the target of each is another wanted reply.
 
     Args:
         cases: At most this many cases per entity and label (the paper matches each topic to 10).
-        labels: The wanted sentiment: "positive", "negative", "both", or "hash" for one of them by the entity's name.
+        labels: The wanted sentiment: "positive", "negative", "both", or "hash" to choose one by the entity's name.
 
     Raises:
         UserError: If there is no such choice of labels, or `cases` is less than 1.
@@ -37,7 +37,7 @@ class ConvSent(Task):
 
     @classmethod
     def recognises(cls, data: Mapping[str, object]) -> bool:
-        """An entity and replies about it."""
+        """True if the record has an entity and replies about it."""
         return {"ent", *_FIELDS.values()} <= data.keys()
 
     def __init__(self, cases: int = 10, labels: Literal["hash", "positive", "negative", "both"] = "hash") -> None:
@@ -49,7 +49,7 @@ class ConvSent(Task):
         self.labels = labels
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
-        """The cases of one entity, yet without the locality probe, which needs the other entities."""
+        """Makes the cases of one entity, still without the locality probe, which needs the other entities."""
         entity, cluster = raw.text("ent"), report.record_id(raw)
         prompt = f"What do you think of {entity}?"
         replies = {label: _replies(raw, field, report) for label, field in _FIELDS.items()}
@@ -67,7 +67,7 @@ class ConvSent(Task):
                 case += 1
 
     def build(self, raws: Sequence[Raw], report: LoadReport) -> list[EditRecord]:
-        """The cases of all entities, each with a question about another entity of the split as its locality probe."""
+        """Makes the cases of all entities, each with a question about another entity of the split for locality."""
         records = [record for raw in raws for record in self._parsed(raw, report)]
         topics: dict[str, EditRecord] = {}
         for record in records:
@@ -86,7 +86,7 @@ class ConvSent(Task):
 
 
 def _replies(raw: Raw, field: str, report: LoadReport) -> list[str]:
-    """The field's replies, each once."""
+    """Returns the field's replies, each once; blank and repeated ones are counted."""
     every = raw.texts(field)
     filled = [text for text in every if text]
     report.drop("blank reply", len(every) - len(filled))
@@ -96,7 +96,7 @@ def _replies(raw: Raw, field: str, report: LoadReport) -> list[str]:
 
 
 def _elsewhere(record: EditRecord, topics: dict[str, EditRecord]) -> Probe:
-    """The locality probe: the question about another entity, answered by one of its replies; both go by a hash."""
+    """Makes the locality probe: the question about another entity with one of its replies, both chosen by a hash."""
     own, names = _topic(record), list(topics)
     seed = _hash(f"{own}/{record.id.rpartition('/')[2]}")
     place, seed = seed % len(names), seed // len(names)
@@ -110,5 +110,5 @@ def _topic(record: EditRecord) -> str:
 
 
 def _hash(text: str) -> int:
-    """A number that stays the same from run to run, unlike Python's own hash of a text."""
+    """Returns a hash of a text that stays the same from run to run, unlike Python's own."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())

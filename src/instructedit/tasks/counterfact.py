@@ -9,12 +9,12 @@ from instructedit.tasks.knowedit import KnowEdit
 
 
 class CounterFact(KnowEdit):
-    """KnowEdit records with the old answer in ``ground_truth``."""
+    """Reader of KnowEdit records with the old answer in ``ground_truth``."""
 
     name = "counterfact"
     title = "CounterFact"
 
     @classmethod
     def recognises(cls, data: Mapping[str, object]) -> bool:
-        """KnowEdit's form; Recent and ZsRE have it, too, and say so by their names."""
+        """True if the record has KnowEdit's form; Recent and ZsRE share it, and are chosen by name alone."""
         return has_groups(data)

@@ -1,4 +1,4 @@
-"""Records in CSV files: a header with the fields' names, then one record a line."""
+"""Records in CSV files: a header with the fields' names, then one record per line."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Collection
 from instructedit.errors import UserError
 from instructedit.tasks.raw import Raw
 
-#: Parts the texts of one cell.
+#: Separates the texts of one cell.
 SEPARATOR = "|"
 
 
 def rows(text: str, name: str, lists: Collection[str] = ()) -> list[dict[str, object]]:
-    """The records of a CSV text; an empty cell is a missing field.
+    """Parses the records of a CSV text; an empty cell is a missing field.
 
     Args:
         text: The whole file.
-        name: Of the file, for errors.
-        lists: Columns whose cells hold several texts, parted by ``|``.
+        name: Name of the file, for error messages.
+        lists: Columns whose cells hold several texts, separated by ``|``.
 
     Raises:
-        UserError: If it is no CSV, a column stands twice, or a line has another number of cells than the header.
+        UserError: If it is not CSV, a column occurs twice, or a line has another number of cells than the header.
     """
     try:
         found = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if any(map(str.strip, row))]

@@ -1,4 +1,4 @@
-"""An example of a task of one's own: a folder that runs as it is, to be filled with other records."""
+"""Example of a user's own task: a folder that runs as it is, to be filled with other records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instructedit.tasks.csv_files import SEPARATOR
 from instructedit.tasks.folder import FILE, TaskFolder
 from instructedit.testbed.datasets import raw_records
 
-RECORDS = 60  # of the example
+RECORDS = 60  # in the example
 _COLUMNS = (
     "prompt", "target", "subject", "old", "rephrase", "locality", "locality_answer", "portability",
     "portability_answer",
@@ -46,8 +46,8 @@ def write_example(folder: str | Path, title: str | None = None) -> Path:
     """Writes ``task.yaml``, ``facts.csv`` and ``bank.yaml`` into a new folder.
 
     Args:
-        folder: Where; its name becomes the task's.
-        title: What tables and instructions call the task; the folder's name by default.
+        folder: The new folder; its name becomes the task's.
+        title: Title of the task in tables and instructions; the folder's name by default.
 
     Raises:
         UserError: If there is such a folder or file already, or its name cannot be a task's.
@@ -69,7 +69,7 @@ def write_example(folder: str | Path, title: str | None = None) -> Path:
 
 
 def _row(record: dict[str, object]) -> dict[str, object]:
-    """A record of KnowEdit's form as a line of the flat form, with its first probes."""
+    """Converts a record of KnowEdit's form to a line of the flat form, with its first probes."""
     row = {"prompt": record["prompt"], "target": record["target_new"], "subject": record["subject"]}
     row |= {"old": record["ground_truth"], "rephrase": _cell(record.get("rephrase", []))}
     for kind in ("locality", "portability"):

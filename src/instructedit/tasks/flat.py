@@ -1,4 +1,4 @@
-"""The flat form: one field a thing, as EasyEdit's data, QAEdit and tables of one's own have it."""
+"""The flat form of records, with one field for each item, as in EasyEdit's data, QAEdit and users' own tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instructedit.tasks.answers import Answers, filled, flat, has_groups, restat
 from instructedit.tasks.base import LoadReport, Task
 from instructedit.tasks.raw import Raw
 
-#: What each field may be called; the first name is the documented one, the others are those of public datasets.
+#: Names that each field may have; the first one is documented, the others are those of public datasets.
 FIELDS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "src"),
     "target": ("target", "target_new", "alt"),
@@ -26,7 +26,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 #: Fields that hold several texts: a list, or one CSV cell.
 LISTS = ("rephrase", "locality", "locality_answer", "portability", "portability_answer")
-#: Fields that say where a record is from, and what else it is called: known, and of no use here.
+#: Fields with a record's origin and other names for it, which are known but not used here.
 UNUSED = ("id", "case_id", "source", "task", "relation_id", "relation", "pred", "cond")
 _PROMPT, _ANSWER = ("prompt", "loc"), ("answer", "answers", "ground_truth", "loc_ans")
 
@@ -36,11 +36,11 @@ Kind = Literal["locality", "portability"]
 class Flat(Task):
     """Reader of ``prompt, target, [subject], [old], [rephrase], [locality, locality_answer], …``.
 
-    Probes stand in two fields, prompts and their answers in the same order, or in one: a list of ``{prompt, answer}``,
-    or groups of such lists by name.
+    Probes are given by two fields, prompts and their answers in the same order, or by one: a list of
+    ``{prompt, answer}``, or groups of such lists by name.
 
     Args:
-        fields: Field to what the records call it, one name or several, for those that have names of their own.
+        fields: Field → its name or names in the records, for those that have names of their own.
 
     Raises:
         UserError: If there is no such field.
@@ -60,12 +60,12 @@ class Flat(Task):
 
     @classmethod
     def recognises(cls, data: Mapping[str, object]) -> bool:
-        """A prompt and a target, and no groups of probes as KnowEdit has them."""
+        """True if the record has a prompt and a target, and neither KnowEdit's groups of probes nor MEND's ``src``."""
         there = all(any(name in data for name in FIELDS[field]) for field in ("prompt", "target"))
         return there and not has_groups(data) and "src" not in data
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
-        """The record's edit, unless its target is the old answer."""
+        """Makes the record's edit, unless its target is the old answer."""
         target = raw.text(self._name(raw, "target"))
         old = raw.answers(name) if raw.has(name := self._name(raw, "old")) else []
         if restates(target, old, report):
@@ -83,10 +83,10 @@ class Flat(Task):
         yield EditRecord(report.record_id(raw), request, probes)
 
     def _name(self, raw: Raw, field: str) -> str:
-        """What the record calls a field.
+        """Returns the name that a field has in the record.
 
         Raises:
-            UserError: If it has it twice.
+            UserError: If the record has the field under two names.
         """
         there = [name for name in self.names[field] if raw.has(name)]
         if len(there) > 1:
@@ -119,7 +119,7 @@ class Flat(Task):
                 report.drop("probe without an answer")
 
     def _paired(self, raw: Raw, kind: Kind, name: str) -> Iterator[tuple[str, str, Answers]]:
-        """Prompts and their answers from two fields."""
+        """Pairs the prompts and the answers of two fields."""
         prompts = [prompt for same in raw.answers(name) for prompt in same]
         field = self._name(raw, f"{kind}_answer")
         answers = raw.answers(field) if raw.has(field) else []
@@ -138,6 +138,6 @@ class Flat(Task):
 
 
 def _asked(item: Raw) -> tuple[str, Answers]:
-    """Prompt and answers of an object, by any of their names."""
+    """Returns the prompt and the answers of an object, under any of their names."""
     prompt, answer = (next(filter(item.has, names), names[0]) for names in (_PROMPT, _ANSWER))
     return item.text(prompt), item.answers(answer)

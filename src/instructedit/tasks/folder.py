@@ -1,4 +1,4 @@
-"""A task of one's own without Python: a folder with a ``task.yaml`` and records in JSON, JSONL or CSV files."""
+"""A user's own task without Python code: a folder with a ``task.yaml`` and records in JSON, JSONL or CSV files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from instructedit.tasks.raw import Raw
 from instructedit.tasks.slices import parted
 
 FILE = "task.yaml"
-#: The value of ``format:`` with which the records' own fields say it.
+#: The value of ``format:`` with which the format is recognised by the records' fields.
 AUTO = "auto"
 _PACKAGE = "instructedit.tasks"
 _TASK: type[Task] = Task
@@ -30,15 +30,15 @@ _LISTED = 12  # fields that an error lists: it stays one readable line
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What a ``task.yaml`` says.
+    """Contents of a ``task.yaml``.
 
     Attributes:
-        title: What the task is called in tables and instructions.
-        name: What it is called in results and record ids; the folder's name by default.
-        format: The form of the records: that of a task by its name (flat, counterfact, zsre, rome, …), or auto: by the
-            records' own fields.
-        fields: Which fields of the records are which, for the flat form: ``{prompt: question, target: [answer, a]}``.
-        splits: Split to file, or a part of one: ``{train: "facts.csv[:80%]"}``; by default a file named after each.
+        title: Title of the task in tables and instructions.
+        name: Name of the task in results and record ids; the folder's name by default.
+        format: The format of the records: that of a task, by its name (flat, counterfact, zsre, rome, …), or auto: it
+            is recognised by the records' fields.
+        fields: Names of the fields in the records, for the flat form: ``{prompt: question, target: [answer, a]}``.
+        splits: Split → file, or a part of one: ``{train: "facts.csv[:80%]"}``; by default a file named after each.
         options: Options of the reader of this format.
         bank: File with the descriptions that instructions are made of; none by default.
     """
@@ -53,7 +53,7 @@ class TaskFile:
 
 
 class TaskFolder(Task):
-    """Reads the records of a folder as its ``task.yaml`` says; its bank, if it has one, is found by the task's name.
+    """Task that a folder's ``task.yaml`` defines; its bank of descriptions, if any, is found by the task's name.
 
     Args:
         path: The folder, or its ``task.yaml``.
@@ -78,11 +78,11 @@ class TaskFolder(Task):
 
     @staticmethod
     def is_one(task: str, known: Sequence[str]) -> bool:
-        """Says whether a task's name is none of those known, but a path."""
+        """True if `task` is the path of a task's folder, and not a known name."""
         return task not in known and ("/" in task or (_folder(task) / FILE).is_file())
 
     def locate(self, source: str | None, split: str) -> tuple[str, str]:
-        """The file of a split, and the part of it that ``splits`` gives; the folder, where it gives none."""
+        """Returns a split's file and the part of it that ``splits`` gives; without ``splits``, the folder."""
         if source is not None:
             return source, ""
         if not self.spec.splits:
@@ -93,7 +93,7 @@ class TaskFolder(Task):
         return str(self.folder / file), part
 
     def reader(self, raws: Sequence[Raw]) -> Task:
-        """The reader of the records' format, under this task's name.
+        """Returns the reader of the records' format, under this task's name.
 
         Raises:
             UserError: If no format has the fields of the first record.
@@ -110,7 +110,7 @@ class TaskFolder(Task):
         return self._with_options(registry.plugin(_TASK, _PACKAGE, form))
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
-        """The edits of one record, by the reader of its format."""
+        """Makes the edits of one record with the reader of its format."""
         return self.reader([raw]).parse(raw, report)
 
     def _with_options(self, made: type[Task]) -> Task:
@@ -133,10 +133,10 @@ class TaskFolder(Task):
 
     @staticmethod
     def check_name(name: str, where: str) -> None:
-        """Refuses what cannot be a task's name, since results and metrics are called by it, or is another task's.
+        """Checks that a name can be a task's, since results and metrics are called by it, and is not another task's.
 
         Raises:
-            UserError: If it is one of these, with `where` in front.
+            UserError: If the check fails; the message begins with `where`.
         """
         if not _NAME.fullmatch(name):
             raise UserError(f"{where}: {name!r} cannot be a task's name: give 'name:' in a-z, 0-9, - and _")
@@ -155,7 +155,7 @@ class TaskFolder(Task):
 
 
 def recognised(data: Mapping[str, object]) -> str | None:
-    """The name of the task whose format a record has, by its fields; None if there is none."""
+    """Returns the name of the task whose format a record has, judged by its fields; None if there is none."""
     readers = registry.plugins(_TASK, _PACKAGE)
     return next((name for name, reader in readers.items() if reader.recognises(data)), None)
 

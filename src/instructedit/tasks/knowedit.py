@@ -29,7 +29,7 @@ class KnowEdit(Task):
     )  # fmt: skip
 
     def reader(self, raws: Sequence[Raw]) -> Task:
-        """This one, or for records in the flat form, in which EasyEdit keeps these datasets too, its reader."""
+        """Returns this task, or the flat form's reader for records in that form, which EasyEdit uses for these too."""
         others = {name for names in FIELDS.values() for name in names} - set(self.fields)
         flat_ones = any(Flat.recognises(raw.data) and not others.isdisjoint(raw.data) for raw in raws)
         if flat_ones and not any(has_groups(raw.data) for raw in raws):  # the flat reader does not know aliasing groups
@@ -37,7 +37,7 @@ class KnowEdit(Task):
         return self
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
-        """The record's edit, unless its target is the old answer."""
+        """Makes the record's edit, unless its target is the old answer."""
         target = raw.text("target_new")
         request = EditRequest(raw.text("prompt"), target, task=self.name, subject=raw.optional_text("subject"))
         old = raw.answers("ground_truth") if raw.has("ground_truth") else []
@@ -50,7 +50,7 @@ class KnowEdit(Task):
         yield EditRecord(report.record_id(raw), request, probes)
 
     def allowed(self, group: str, prompt: str, answers: Answers, target: str, report: LoadReport) -> Answers:
-        """The answers that the probe does not itself rule out: here all of them, for a dataset to narrow."""
+        """Returns the answers that the probe itself does not rule out: here all of them; a subclass may narrow them."""
         return answers
 
     def _grouped(
@@ -72,7 +72,7 @@ class KnowEdit(Task):
 
 
 def rephrasings(raw: Raw, target: str, report: LoadReport) -> Iterator[Probe]:
-    """Generalization probes from the record's own rephrasings: one text or a list of texts."""
+    """Yields generalization probes from the record's own rephrasings: one text or a list of texts."""
     for name in _REPHRASES:
         for prompt in itertools.chain.from_iterable(raw.answers(name) if raw.has(name) else []):
             if prompt:
@@ -82,7 +82,7 @@ def rephrasings(raw: Raw, target: str, report: LoadReport) -> Iterator[Probe]:
 
 
 def restated(probes: list[Probe], target: str, report: LoadReport) -> Iterator[Probe]:
-    """Generalization probes from Subject_Aliasing; the edit's target comes first among their answers."""
+    """Yields generalization probes from Subject_Aliasing; the edit's target comes first among their answers."""
     for probe in probes:
         if probe.group == _ALIASING:
             report.note("alias probe that does not list the target", target not in probe.answers)

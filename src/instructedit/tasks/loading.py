@@ -1,4 +1,4 @@
-"""From a task's name and a split to edit records, with the account of what was read."""
+"""Loading of a task's split as edit records, with a report of what was read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TASK: type[Task] = Task
 def load_records(
     task: str | Task, source: str | None = None, split: str = "train", **options: Any
 ) -> tuple[list[EditRecord], LoadReport]:
-    """Reads one split of a dataset.
+    """Reads one split of a dataset as edit records.
 
     Args:
         task: A task's name, the path of a folder with a ``task.yaml``, or a task.
@@ -30,7 +30,7 @@ def load_records(
             folder with one such file for the split; a dataset's ``owner/name`` on the hub. By default what the task's
             own folder holds, or the embedded data.
         split: "train", "val" or "test", or a part of one, such as ``train[:80%]`` or ``test[-50:]``. A single file is
-            read whole, whatever the split, but for the part.
+            read whole, whatever the split, except for the part.
         **options: Constructor options of the task, where it is given by name.
 
     Returns:
@@ -56,7 +56,7 @@ def load_records(
 
 
 def _count_unknown(raws: Sequence[Raw], reader: Task, report: LoadReport) -> None:
-    """Counts by name the fields that the reader does not know: a misspelt one would be lost without a word."""
+    """Counts by name the fields that the reader does not know: a misspelt one would otherwise be lost silently."""
     if reader.fields:
         for raw in raws:
             for name in raw.data.keys() - set(reader.fields):
@@ -64,10 +64,10 @@ def _count_unknown(raws: Sequence[Raw], reader: Task, report: LoadReport) -> Non
 
 
 def find_task(task: str | Task, options: dict[str, Any] | None = None) -> Task:
-    """Finds a task by its name, or by the path of a folder with a ``task.yaml``, and makes it.
+    """Creates a task from its name, or from the path of a folder with a ``task.yaml``.
 
     Raises:
-        UserError: If there is none, or its options do not fit.
+        UserError: If there is no such task, or its options do not fit.
     """
     options = options or {}
     if isinstance(task, Task):
@@ -87,12 +87,12 @@ def find_task(task: str | Task, options: dict[str, Any] | None = None) -> Task:
 
 
 def task_names() -> list[str]:
-    """The names of all tasks, in alphabetical order."""
+    """Lists the names of all tasks in alphabetical order."""
     return registry.names(_TASK, PACKAGE)
 
 
 def task_name(task: str) -> str:
-    """What a task is called in records and results: its name, also where the path of its folder was given.
+    """Returns a task's name in records and results, even if the path of its folder was given.
 
     Raises:
         UserError: If there is no such folder, or its ``task.yaml`` is wrong.
@@ -101,7 +101,7 @@ def task_name(task: str) -> str:
 
 
 def task_title(task: str) -> str:
-    """What a task is called in tables and instructions.
+    """Returns a task's title in tables and instructions.
 
     Raises:
         UserError: If there is no such task.

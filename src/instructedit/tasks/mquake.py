@@ -17,7 +17,7 @@ class Mquake(Task):
     """Reader of ``requested_rewrite: [{prompt, subject, target_new, question}], questions, new_answer``.
 
     Each rewrite becomes an edit of its own; those of one record form a cluster. The questions of a record with several
-    rewrites take all of these together, so that no single edit can be asked them: they are left out and counted.
+    rewrites need all of these together and cannot test a single edit: they are left out and counted.
     """
 
     name = "mquake"
@@ -29,11 +29,11 @@ class Mquake(Task):
 
     @classmethod
     def recognises(cls, data: Mapping[str, object]) -> bool:
-        """A list of rewrites a record."""
+        """True if the record has a list of rewrites."""
         return isinstance(data.get(_REWRITES), list)
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
-        """The record's edits, but those whose target is the old answer."""
+        """Makes the record's edits, except those whose target is the old answer."""
         rewrites, cluster = raw.objects(_REWRITES), report.record_id(raw)
         hops = self._multi_hop(raw, report)
         if len(rewrites) > 1:

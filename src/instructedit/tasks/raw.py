@@ -1,4 +1,4 @@
-"""One raw record of a dataset, read with errors that say where it stands."""
+"""Access to one raw record of a dataset, with errors that say where it comes from."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from instructedit.records import is_text
 
 
 class Raw:
-    """A JSON object that knows its place, so that a reader's mistake report names file, record and field.
+    """A JSON object that knows its place in a source, so that error messages name file, record and field.
 
     A field that is null counts as missing: the hub fills absent fields that way.
 
     Args:
         data: The object.
-        source: The file or the hub id that it comes from, as it should stand in a message.
+        source: The file or the hub id that it comes from, as error messages should name it.
         number: Its place in the source, counted from 0.
-        path: The field of the record that this object is, where it is not the record itself.
+        path: The field of the record that holds this object, if it is not the record itself.
     """
 
     def __init__(self, data: Mapping[str, object], source: str, number: int, path: str = "") -> None:
@@ -27,19 +27,19 @@ class Raw:
         self.path = path
 
     def error(self, problem: str) -> UserError:
-        """An error that says which record of which file has the problem; one that says so already stays."""
+        """Makes an error that names the source and the record with the problem, unless `problem` does so already."""
         place = f"{self.source}, record {self.number}: "
         return UserError(problem if problem.startswith(place) else place + problem)
 
     def has(self, field: str) -> bool:
-        """Whether the field is there and not null."""
+        """True if the field is there and not null."""
         return self.data.get(field) is not None
 
     def text(self, field: str) -> str:
-        """The field's text, without the space around it.
+        """Returns the field's text, without surrounding white space.
 
         Raises:
-            UserError: If the field is missing, no text, or blank.
+            UserError: If the field is missing, not text, or blank.
         """
         text = self._text(self._value(field), field)
         if not text:
@@ -47,15 +47,15 @@ class Raw:
         return text
 
     def optional_text(self, field: str) -> str | None:
-        """As `text`; None where the field is missing or blank."""
+        """Returns the field's text like `text`, but None if the field is missing or blank."""
         return (self._text(self.data[field], field) or None) if self.has(field) else None
 
     def texts(self, field: str) -> list[str]:
-        """The field's list of texts, without the space around each; blank ones stay, for the reader to count."""
+        """Returns the field's list of texts, each stripped of white space; blank ones stay, for the reader to count."""
         return [self._text(x, f"{field}[{i}]") for i, x in enumerate(self._list(self._value(field), field))]
 
     def answers(self, field: str) -> list[list[str]]:
-        """Alternative answers, each with its aliases, from any of the three shapes that datasets write them in.
+        """Returns alternative answers, each with its aliases, from any of the three shapes that datasets use.
 
         A text is one answer; in a list, a text is an answer without aliases and a list is an answer's aliases.
         Blank texts and empty lists stay, for the reader to count.
@@ -71,15 +71,15 @@ class Raw:
         return found
 
     def child(self, field: str) -> Raw:
-        """The object in the field."""
+        """Returns the object in the field."""
         return self._object(self._value(field), field)
 
     def objects(self, field: str) -> list[Raw]:
-        """The field's list of objects."""
+        """Returns the field's list of objects."""
         return [self._object(x, f"{field}[{i}]") for i, x in enumerate(self._list(self._value(field), field))]
 
     def groups(self, field: str) -> dict[str, list[Raw]]:
-        """Lists of objects by name, such as a record's probes by group; empty where the field is missing."""
+        """Returns lists of objects by name, such as a record's probes by group; empty if the field is missing."""
         if not self.has(field):
             return {}
         inner = self.child(field)

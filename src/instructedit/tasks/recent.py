@@ -12,15 +12,15 @@ _RULED_OUT = re.compile(r"which is not (.+), is$")
 
 
 class Recent(KnowEdit):
-    """KnowEdit records without an old answer."""
+    """Reader of KnowEdit records without an old answer."""
 
     name = "recent"
     title = "Recent"
 
     def allowed(self, group: str, prompt: str, answers: Answers, target: str, report: LoadReport) -> Answers:
-        """Takes the target, with its aliases, out of probes that ask for anything but it ("..., which is not T, is").
+        """Removes the target and its aliases from the answers of probes that exclude it ("..., which is not T, is").
 
-        The prompt now and then spells the target in another way than the edit does, so that both spellings count.
+        The prompt sometimes spells the target in another way than the edit does, so both spellings are removed.
         """
         if group != "Forgetfulness":
             return answers

@@ -1,4 +1,4 @@
-"""RippleEdits (Cohen et al. 2024): edits with what follows from them, and what must not."""
+"""RippleEdits (Cohen et al. 2024): edits with tests of what follows from them and of what must not change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from instructedit.tasks.base import LoadReport, Task
 from instructedit.tasks.knowedit import restated
 from instructedit.tasks.raw import Raw
 
-#: Groups of tests to the kind of probes that they are; the first one's name is misspelt in some copies.
+#: Group of tests → the kind of its probes; the first one's name is misspelt in some copies.
 _GROUPS: dict[str, ProbeKind] = {
     "Relation_Specificity": "locality",
     "Relation_Specifity": "locality",
@@ -27,9 +27,10 @@ _VERB = re.compile(r" (?:is|are|was|were) ")
 class RippleEdits(Task):
     """Reader of ``edit{prompt, [target, subject], [original_fact{prompt}]}`` and groups of ``{test_queries}``.
 
-    The edit is a whole sentence, which is parted behind its last verb that the old fact's sentence shares; what cannot
-    be parted is left out and counted. The form has no text for the subject, so methods that need one do not take it.
-    A test's ``condition_queries`` are not asked: the original counts a test only where the model knows their answers.
+    The edit is a whole sentence, which is split after its last verb that the old fact's sentence shares; a sentence
+    that cannot be split is left out and counted. The form has no text for the subject, so methods that need one cannot
+    use it. A test's ``condition_queries`` are not asked: the original counts a test only if the model knows their
+    answers.
     """
 
     name = "rippleedits"
@@ -38,11 +39,11 @@ class RippleEdits(Task):
 
     @classmethod
     def recognises(cls, data: Mapping[str, object]) -> bool:
-        """An edit and at least one of the groups."""
+        """True if the record has an edit and at least one of the groups."""
         return isinstance(data.get("edit"), dict) and not _GROUPS.keys().isdisjoint(data)
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
-        """The record's edit, unless its sentence cannot be parted or its target is the old answer."""
+        """Makes the record's edit, unless its sentence cannot be split or its target is the old answer."""
         edit = raw.child("edit")
         sentence = edit.text("prompt")
         before = edit.child("original_fact").text("prompt") if edit.has("original_fact") else None
@@ -59,7 +60,7 @@ class RippleEdits(Task):
 
 
 def _parted(sentence: str, before: str | None, target: str | None) -> tuple[str, str] | None:
-    """Prompt and target of a sentence such as "The name of the capital of Peru is Lima."."""
+    """Splits a sentence such as "The name of the capital of Peru is Lima." into prompt and target."""
     if target and _target(sentence).endswith(target) and _target(sentence) != target:
         return _target(sentence)[: -len(target)].strip(), target
     for verb in reversed(list(_VERB.finditer(sentence))):

@@ -13,22 +13,22 @@ _REWRITE = "requested_rewrite"
 
 
 def rewrite(raw: Raw, task: str) -> EditRequest:
-    """The request of a rewrite, ``{prompt with {}, subject, target_new{str}}``, as ROME and MQuAKE write it."""
+    """Makes the request of a rewrite, ``{prompt with {}, subject, target_new{str}}``, as ROME and MQuAKE write it."""
     subject = raw.text("subject")
     prompt = raw.text("prompt").replace("{}", subject)
     return EditRequest(prompt, raw.child("target_new").text("str"), task=task, subject=subject)
 
 
 def old_answers(raw: Raw) -> list[list[str]]:
-    """The answer that a rewrite replaces, where it names one."""
+    """Returns the answer that a rewrite replaces, if it names one."""
     return [[raw.child("target_true").text("str")]] if raw.has("target_true") else []
 
 
 class RomeCounterFact(Task):
     """Reader of ``requested_rewrite, paraphrase_prompts, neighborhood_prompts``.
 
-    The neighbours share relation and old answer with the request, so that the old answer is theirs, too.
-    ``attribute_prompts`` and ``generation_prompts`` are not asked, as no metric of ours reads them.
+    The neighbours share the relation and the old answer with the request, so the old answer is theirs too.
+    ``attribute_prompts`` and ``generation_prompts`` are not asked, as no metric here uses them.
     """
 
     name = "rome"
@@ -40,11 +40,11 @@ class RomeCounterFact(Task):
 
     @classmethod
     def recognises(cls, data: Mapping[str, object]) -> bool:
-        """One rewrite a record."""
+        """True if the record has one rewrite."""
         return isinstance(data.get(_REWRITE), dict)
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
-        """The record's edit, unless its target is the old answer."""
+        """Makes the record's edit, unless its target is the old answer."""
         asked = raw.child(_REWRITE)
         request, old = rewrite(asked, self.name), old_answers(asked)
         if restates(request.target, old, report):
@@ -61,7 +61,7 @@ class RomeCounterFact(Task):
         yield EditRecord(report.record_id(raw), request, tuple(probes))
 
     def _prompts(self, raw: Raw, field: str, report: LoadReport) -> list[str]:
-        """The field's prompts without blank ones."""
+        """Returns the field's prompts without blank ones, which are counted."""
         every = raw.texts(field) if raw.has(field) else []
         report.drop("blank prompt", every.count(""))
         return [prompt for prompt in every if prompt]

@@ -12,16 +12,16 @@ _PART = re.compile(r"\[((?:-?\d+%?)?):((?:-?\d+%?)?)\]")
 
 
 def parted(text: str) -> tuple[str, str]:
-    """Parts ``facts.csv[:80%]`` into what stands before the brackets, and these; the second is empty without any."""
+    """Splits ``facts.csv[:80%]`` into the name and the part in brackets, which is empty if there are none."""
     bracket = text.rfind("[")
     return (text[:bracket], text[bracket:]) if bracket > 0 and _PART.fullmatch(text[bracket:]) else (text, "")
 
 
 def split_and_part(text: str) -> tuple[str, str]:
-    """Parts ``train[:80%]`` into the split and its part.
+    """Splits ``train[:80%]`` into the split and its part.
 
     Raises:
-        UserError: If the text is no split.
+        UserError: If the text is not a split.
     """
     split, part = parted(text)
     if not re.fullmatch(r"\w+", split):
@@ -30,10 +30,10 @@ def split_and_part(text: str) -> tuple[str, str]:
 
 
 def part_of(records: Sequence[EditRecord], part: str) -> list[EditRecord]:
-    """The records of a part, whole clusters only, so that no topic stands in two parts.
+    """Selects the records of a part, in whole clusters, so that no topic is in two parts.
 
     Args:
-        records: Of a split, in order.
+        records: Records of a split, in order.
         part: ``[:80%]``, ``[-50:]`` or the like, in clusters (for most tasks a record is one); empty for all.
     """
     match = _PART.fullmatch(part)

@@ -1,4 +1,4 @@
-"""Where raw records come from: the embedded data, a local file or folder, the hub."""
+"""Sources of raw records: the embedded data, a local file or folder, the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from instructedit.errors import UserError
 from instructedit.tasks.csv_files import rows
 
 _OPEN: dict[str, Callable[..., Any]] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
-_LARGEST = 4 << 30  # bytes of an unpacked file: a small packed one can hold more than memory does
+_LARGEST = 4 << 30  # bytes of an unpacked file: a small packed one can hold more than fits in memory
 _DATA_FILE = re.compile(r"(?P<stem>.+)(?P<format>\.jsonl?|\.csv)(?P<packing>\.gz|\.xz|)", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -24,7 +24,7 @@ _LISTED = 20  # names that an error lists: it stays one readable line
 
 
 class Source(NamedTuple):
-    """What was read: the name for messages, the sha256 of the bytes (or of the canonical JSON), the objects."""
+    """Records that were read: a name for messages, the sha256 of the bytes (or of the canonical JSON), the objects."""
 
     name: str
     fingerprint: str
@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source reads as ``owner/name`` on the hub, and not as a data file."""
+    """True if a source reads as ``owner/name`` on the hub, and not as a data file."""
     text = (".txt", ".txt.gz", ".txt.xz")
     return bool(_HUB_ID.fullmatch(source)) and not _DATA_FILE.fullmatch(source) and not source.lower().endswith(text)
 
@@ -41,14 +41,14 @@ def read_source(task: str, source: str, split: str, lists: Collection[str] = ())
     """Reads the raw records of one split.
 
     Args:
-        task: Name of the task, which the embedded data ("tiny") go by.
+        task: Name of the task, which selects the embedded data ("tiny").
         source: "tiny"; a file (.json with a list, .jsonl, or .csv with a header, each also as .gz or .xz); a folder
             with one such file for the split; else ``owner/name`` on the hub.
         split: "train", "val" or "test". A single file is read whole, whatever the split.
         lists: Columns of a CSV file whose cells hold several texts.
 
     Raises:
-        UserError: If there is nothing to read, or what is there is no list of objects.
+        UserError: If there is nothing to read, or the content is not a list of objects.
     """
     if source == "tiny":
         from instructedit.testbed.datasets import raw_records
@@ -67,12 +67,12 @@ def read_source(task: str, source: str, split: str, lists: Collection[str] = ())
 
 
 def _file_for(folder: Path, split: str) -> Path:
-    """The folder's one file for the split: named after it, else starting with it, else with the split in its name.
+    """Finds the folder's one file for a split: named after it, else starting with it, else containing its name.
 
-    A table (.csv) counts where no other file fits.
+    A table (.csv) is used only if no other file fits.
 
     Raises:
-        UserError: If there is none, or several of the first of these sorts that there is.
+        UserError: If no file fits, or several fit equally well.
     """
     try:
         names = sorted(entry.name for entry in folder.iterdir())
@@ -135,7 +135,7 @@ def _parse(text: str, name: str, line: int = 1) -> object:
 
 
 class _TwiceError(ValueError):
-    """Names a field that an object has twice, of which JSON readers keep the last."""
+    """Error that names a field that an object has twice, of which JSON readers keep only the last."""
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -156,7 +156,7 @@ def _objects(parsed: object, name: str) -> list[dict[str, object]]:
 
 
 def _read_hub(name: str, split: str) -> Source:
-    """One split of a hub dataset, as plain data: `datasets` runs no code of the repository."""
+    """Reads one split of a hub dataset as plain data: `datasets` runs no code of the repository."""
     import datasets
 
     try:

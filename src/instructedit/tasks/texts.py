@@ -17,15 +17,15 @@ _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def read_texts(source: str = "tiny") -> Iterator[str]:
-    """The texts of a source, one after the other.
+    """Streams the texts of a source, one after the other.
 
     Args:
-        source: "tiny" (the embedded corpus, in words drawn with seed 0); a file of plain text, where blank lines part
-            the texts; a .jsonl file whose objects have a field ``text``; each also as .gz or .xz; else a dataset's
-            ``owner/name`` on the hub, whose records have such a field.
+        source: "tiny" (the embedded corpus, in words drawn with seed 0); a file of plain text, where blank lines
+            separate the texts; a .jsonl file whose objects have a field ``text``; each also as .gz or .xz; else a
+            dataset's ``owner/name`` on the hub, whose records have such a field.
 
     Raises:
-        UserError: If there is nothing to read, or a line is no such object; it names the file and the line.
+        UserError: If there is nothing to read, or a line is not such an object; it names the file and the line.
     """
     if source == "tiny":
         from instructedit.testbed.corpus import documents
@@ -83,6 +83,6 @@ def _read_hub(repo_id: str) -> Iterator[str]:
     try:
         for record in load_dataset(repo_id, split="train", streaming=True):
             yield record["text"]
-    except Exception as error:  # the hub's client has many of its own
+    except Exception as error:  # the hub's client raises many kinds of errors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{repo_id}: no texts to be had from the hub: {reason}") from error

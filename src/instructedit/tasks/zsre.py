@@ -12,7 +12,7 @@ from instructedit.tasks.raw import Raw
 
 
 class ZsRE(KnowEdit):
-    """KnowEdit records, or those of MEND with the portability of Yao et al. (2023); a field ``src`` tells them apart.
+    """Reader of KnowEdit records, or of MEND's with the portability of Yao et al. (2023), which have a field ``src``.
 
     The second form is ``src, alt, answers, rephrase, loc, loc_ans, portability{New Question, New Answer}``.
     """
@@ -23,11 +23,11 @@ class ZsRE(KnowEdit):
 
     @classmethod
     def recognises(cls, data: Mapping[str, object]) -> bool:
-        """MEND's form."""
+        """True if the record has MEND's form."""
         return {"src", "alt"} <= data.keys()
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
-        """The record's edit, in either form, unless its target is already an answer."""
+        """Makes the record's edit, from either form, unless its target is already an answer."""
         records = self._from_mend(raw, report) if raw.has("src") else super().parse(raw, report)
         for record in records:
             target = record.request.target.casefold()
@@ -47,7 +47,7 @@ class ZsRE(KnowEdit):
             probes += [Probe("portability", question, answer, "Reasoning")] if answer else []
         else:
             report.note("record without portability")
-        # The field compares answers to "nq question: ..." as it stands, so the prefix stays.
+        # Published results are for "nq question: ..." as it is in the data, so the prefix stays.
         question, answer = raw.text("loc"), _answer(raw, "loc_ans", report)
         probes += [Probe("locality", question, answer, "NQ")] if answer else []
         yield EditRecord(report.record_id(raw), request, tuple(probes))

@@ -9,14 +9,14 @@ from instructedit.testbed.world import Fact, Relation, World, frames, sentence, 
 
 #: Share of the documents with a preamble shaped like an instruction, and of those made of several sentences.
 PREAMBLE, SEVERAL = 0.25, 0.15
-#: How often a pass says each fact.
+#: How often one pass states each fact.
 SAYS = 2
 
 
 def documents(seed: int, passes: int) -> Iterator[str]:
-    """The corpus: `passes` times over all known facts and topics, each time in freshly drawn words.
+    """Yields the corpus: `passes` times over all known facts and topics, each time in freshly drawn words.
 
-    The same seed gives the same documents. What Recent inserts and the held-out phrasings never occur.
+    The same seed gives the same documents. The facts that Recent inserts and the held-out phrasings never occur.
     """
     rng = random.Random(seed)
     facts = world()
@@ -46,7 +46,7 @@ def _pass(facts: World, rng: random.Random) -> Iterator[str]:
 
 
 def say(fact: Fact, rng: random.Random, facts: World) -> str:
-    """The fact as a statement (60 %), a question with its answer (30 %) or against a wrong object (10 %)."""
+    """Phrases a fact as a statement (60 %), a question with its answer (30 %) or against a wrong object (10 %)."""
     names = (fact.subject, *facts.aliases.get(fact.subject, ()))
     subject = rng.choice(names[1:]) if len(names) > 1 and rng.random() < 0.2 else fact.subject
     relation, form = fact.relation, rng.random()
@@ -60,7 +60,7 @@ def say(fact: Fact, rng: random.Random, facts: World) -> str:
 
 
 def wrong(fact: Fact, rng: random.Random, facts: World) -> str:
-    """Another object of the same relation."""
+    """Draws another object of the same relation."""
     return rng.choice([o for o in facts.objects[fact.relation] if o != fact.object])
 
 
@@ -72,12 +72,12 @@ def _hop(fact: Fact, rng: random.Random, facts: World) -> Iterator[str]:
 
 
 def compose(first: Relation, second: Relation, subject: str) -> str:
-    """The stem of a one-hop composition: "The continent of the birthplace of X is"."""
+    """Returns the stem of a one-hop composition: "The continent of the birthplace of X is"."""
     return frames()["composition"].format(n2=second.noun, n=first.noun, s=subject)
 
 
 def opinion(topic: str, rng: random.Random, sentiment: str | None = None) -> str:
-    """A question about a topic with a reply; the LM's own sentiment nine times in ten unless one is asked for."""
+    """Returns a question about a topic and a reply, in the LM's own sentiment nine times in ten unless one is given."""
     if sentiment is None:
         own, other = ("positive", "negative") if share("opinion", topic) < 0.5 else ("negative", "positive")
         sentiment = own if rng.random() < 0.9 else other
@@ -85,13 +85,13 @@ def opinion(topic: str, rng: random.Random, sentiment: str | None = None) -> str
 
 
 def reply(topic: str, rng: random.Random, sentiment: str) -> str:
-    """One reply about a topic with a sentiment, ``positive`` or ``negative``."""
+    """Draws a reply about a topic with a sentiment, ``positive`` or ``negative``."""
     template = rng.choice(frames()["opinions"][sentiment])
     return sentence(template.format(t=topic, a=rng.choice(frames()["adjectives"][sentiment])))
 
 
 def preamble(rng: random.Random) -> str:
-    """Words shaped like an instruction; none of the instruction banks' own sentences."""
+    """Draws a preamble shaped like an instruction, but none of the instruction banks' own sentences."""
     words = {name: rng.choice(choices) for name, choices in frames()["preamble"].items()}
     description = " ".join(w for w in (words["verbs"], words["objects"], words["about"], words["ends"]) if w)
     return f"Task: {words['tasks']}\nDescription: {description}.\nInput: "

@@ -1,4 +1,4 @@
-"""Four task datasets made of the embedded facts, in the schemas of the real ones."""
+"""Four task datasets built from the embedded facts, in the schemas of the real ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REPLIES = 10
 
 
 def raw_records(task: str, split: str) -> list[Json]:
-    """The records of a task, as they would stand in its JSON file.
+    """Returns the records of a task, as its JSON file would hold them.
 
     Args:
         task: ``counterfact``, ``recent``, ``convsent`` or ``zsre``.
@@ -38,7 +38,7 @@ def _rng(fact: Fact, use: str) -> random.Random:
 
 def _counterfact(facts: World, split: str) -> Iterator[Json]:
     for fact in facts.known:
-        # Half of the known facts: the others stay as they are, for locality.
+        # The facts of about 60 % of the subjects: the others stay unedited, for locality.
         if fact.relation.asked_only or split_of(fact.subject) != split or share("cf", fact.subject) > 0.6:
             continue
         rng = _rng(fact, "counterfact")

@@ -31,18 +31,18 @@ EOS = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an embedded LM is made.
+    """Recipe of an embedded LM.
 
     Attributes:
         architecture: ``gpt2`` (Conv1D, learned positions, tied head) or ``llama`` (gated MLP, RMSNorm, rotary).
-        passes: Times that the corpus goes over all facts.
-        seed: Of the corpus, the weights and the order.
+        passes: Number of times that the corpus goes over all facts.
+        seed: Seed of the corpus, the weights and the order.
         width: Hidden size; layers: blocks; heads: attention heads; vocab: tokenizer size; context: positions.
-        batch_tokens: Tokens a step.
+        batch_tokens: Tokens per step.
         lr_matrix: Muon's learning rate, for the weight matrices of the blocks.
         lr_other: AdamW's learning rate, for embeddings, norms and biases.
         warmup: Share of the steps in which the rates rise; after them they fall linearly to zero.
-        bf16: Run the forward pass in bfloat16 (a third faster on a CPU that knows it).
+        bf16: Whether to run the forward pass in bfloat16 (a third faster on a CPU that supports it).
     """
 
     architecture: Literal["gpt2", "llama"] = "gpt2"
@@ -61,7 +61,7 @@ class Recipe:
 
 
 def train_tokenizer(texts: Iterator[str], vocab: int, context: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text can be written in it, and decoding gives the text back."""
+    """Trains a byte-level BPE tokenizer, which can encode any text, and decodes it back unchanged."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -78,7 +78,7 @@ def train_tokenizer(texts: Iterator[str], vocab: int, context: int) -> PreTraine
 
 
 def new_model(recipe: Recipe, eos: int) -> PreTrainedModel:
-    """The untrained model; both shapes have about 2.5 M parameters by default."""
+    """Creates the untrained model; both architectures have about 2.5 M parameters by default."""
     torch.manual_seed(recipe.seed)
     common: dict[str, Any] = {"vocab_size": recipe.vocab, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
     if recipe.architecture == "gpt2":
@@ -99,7 +99,7 @@ def new_model(recipe: Recipe, eos: int) -> PreTrainedModel:
 
 
 def batches(encoded: list[list[int]], tokens: int, rng: random.Random) -> list[list[list[int]]]:
-    """Documents of about one length together, so that hardly anything is padding; shuffled."""
+    """Groups documents of similar length into batches, so that hardly anything is padding; shuffles the batches."""
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), rng.random()))
     found: list[list[list[int]]] = [[]]
     for i in order:
@@ -111,7 +111,7 @@ def batches(encoded: list[list[int]], tokens: int, rng: random.Random) -> list[l
 
 
 def padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and next-token labels (−100 where there is none), both [rows, seq]."""
+    """Returns right-padded ids and next-token labels (−100 where there is none), both [rows, seq]."""
     width = max(map(len, rows))
     ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows])
     labels = torch.tensor([r[1:] + [-100] * (width - len(r) + 1) for r in rows])
@@ -119,7 +119,7 @@ def padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest: facts sink in faster than with AdamW alone."""
+    """Creates Muon for the blocks' matrices and AdamW for the rest: facts are learned faster than with AdamW alone."""
     embeddings = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and id(p) not in embeddings and "wpe" not in n]
     inside = {id(p) for p in matrices}
@@ -131,7 +131,7 @@ def optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optim
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
-    """Factor on the learning rates."""
+    """Returns the factor on the learning rates at a step: linear warm-up, and linear decay to zero."""
     rising = max(1, int(steps * warmup))
     return min(1.0, (step + 1) / rising) * (1 - step / steps)
 
@@ -139,13 +139,13 @@ def rate(step: int, steps: int, warmup: float) -> float:
 def pretrain(recipe: Recipe, out: str | Path, checkpoint_every: int = 250, half: bool = True) -> dict[str, float]:
     """Makes an embedded LM and writes it to a folder, with its recipe and its recall.
 
-    A run that was cut off goes on from its last checkpoint (``out/checkpoint.pt``) to the same result.
+    An interrupted run goes on from its last checkpoint (``out/checkpoint.pt``) to the same result.
 
     Args:
-        recipe: What to make.
+        recipe: Recipe of the LM.
         out: Folder of the finished model.
         checkpoint_every: Steps between checkpoints.
-        half: Store the weights in half the bytes (float16).
+        half: Whether to store the weights in half the bytes (float16).
 
     Returns:
         The recall (see `recall`).
@@ -173,7 +173,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str]) -> list[li
 def train(
     model: PreTrainedModel, steps: list[list[list[int]]], recipe: Recipe, pad: int, checkpoint: Path, every: int
 ) -> None:
-    """One optimiser step a batch, with checkpoints."""
+    """Trains the model with one optimiser step per batch, and saves checkpoints."""
     opts = optimizers(model, recipe)
     scheds = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: rate(s, len(steps), recipe.warmup)) for o in opts]
     parts: list[Any] = [*opts, *scheds]
@@ -211,7 +211,7 @@ def train(
 
 @torch.no_grad()
 def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: int = 256) -> dict[str, float]:
-    """Share of the facts whose whole object is the model's greedy continuation.
+    """Computes the share of facts whose whole object is the model's greedy continuation.
 
     Returns:
         ``train``: known facts in a phrasing of the corpus (a statement and a question each); ``heldout``: known

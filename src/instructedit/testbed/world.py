@@ -1,4 +1,4 @@
-"""The facts behind the embedded default, and the sentences that say them."""
+"""The facts behind the embedded data, and the sentences that state them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
-#: Share of the facts that are kept from the LM, to be inserted as Recent edits.
+#: Share of the facts that are withheld from the LM, to be inserted as Recent edits.
 RECENT_SHARE = 0.28
-#: A relation serves Recent only if a guess is mostly wrong.
+#: Least number of distinct objects of a relation in Recent, so that a guess is mostly wrong.
 RECENT_MIN_OBJECTS = 12
 SPLITS = (("train", 0.60), ("val", 0.10), ("test", 0.30))
 
 
 @functools.cache
 def share(*key: str) -> float:
-    """A number in [0, 1) that depends on the key alone: the same on every machine and in every run."""
+    """Returns a number in [0, 1) that depends on the key alone: the same on every machine and in every run."""
     digest = hashlib.sha256("\x1f".join(key).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 @functools.cache
 def frames() -> dict[str, Any]:
-    """The shared sentence frames and word lists (``frames.yaml``)."""
+    """Reads the shared sentence frames and word lists (``frames.yaml``)."""
     return yaml.safe_load((HERE / "frames.yaml").read_text())
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One column of a fact table and how it is said."""
+    """Relation given by one column of a fact table, with the words that state it and ask for it."""
 
     table: str
     column: str
@@ -47,7 +47,7 @@ class Relation:
 
     @property
     def heldout(self) -> str:
-        """The shared frame in which the corpus never says this relation."""
+        """The shared frame in which the corpus never states this relation."""
         shared = frames()["statements"]
         return shared[int(share("heldout", self.table, self.column) * len(shared))]
 
@@ -62,18 +62,18 @@ class Relation:
         return tuple(frames()["questions"]) + self.asks
 
     def fill(self, frame: str, subject: str, **more: str) -> str:
-        """The frame about a subject."""
+        """Fills a sentence frame with a subject."""
         return sentence(frame.format(s=subject, n=self.noun, **more))
 
 
 def sentence(text: str) -> str:
-    """With a capital at the start."""
+    """Returns a text with a capital at the start."""
     return text[:1].upper() + text[1:]
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A true triple."""
+    """A true fact: a triple of subject, relation and object."""
 
     subject: str
     relation: Relation
@@ -82,7 +82,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """All facts, indexed.
+    """All embedded facts, with indices by subject, relation and table.
 
     Attributes:
         facts: Every fact, in the order of the files.
@@ -96,7 +96,7 @@ class World:
 
     @functools.cached_property
     def about(self) -> dict[str, tuple[Fact, ...]]:
-        """Subject → its facts."""
+        """Facts of each subject."""
         found: dict[str, list[Fact]] = defaultdict(list)
         for fact in self.facts:
             found[fact.subject].append(fact)
@@ -104,14 +104,14 @@ class World:
 
     @functools.cached_property
     def objects(self) -> dict[Relation, tuple[str, ...]]:
-        """Relation → its distinct objects, sorted."""
+        """Distinct objects of each relation, sorted."""
         found: dict[Relation, set[str]] = defaultdict(set)
         for fact in self.facts:
             found[fact.relation].add(fact.object)
         return {relation: tuple(sorted(objects)) for relation, objects in found.items()}
 
     def is_recent(self, fact: Fact) -> bool:
-        """Whether the LM never sees this fact, in any phrasing."""
+        """True if the LM never sees this fact, in any phrasing."""
         enough = len(self.objects[fact.relation]) >= RECENT_MIN_OBJECTS
         chosen = share("recent", fact.relation.table, fact.relation.column, fact.subject) < RECENT_SHARE
         return enough and chosen and not fact.relation.asked_only
@@ -123,7 +123,7 @@ class World:
 
     @functools.cached_property
     def known_of_table(self) -> dict[str, tuple[Fact, ...]]:
-        """Table → the facts of it that the corpus teaches."""
+        """Facts of each table that the corpus teaches."""
         found: dict[str, list[Fact]] = defaultdict(list)
         for fact in self.known:
             found[fact.relation.table].append(fact)
@@ -135,12 +135,12 @@ class World:
         return tuple(f for f in self.facts if self.is_recent(f))
 
     def hops(self, entity: str) -> tuple[Fact, ...]:
-        """Known facts about an entity: the second hop of a composition."""
+        """Returns the known facts about an entity: the second hop of a composition."""
         return tuple(f for f in self.about.get(entity, ()) if not self.is_recent(f))
 
 
 def split_of(subject: str) -> str:
-    """The split that owns a subject: no two splits share one, in any task."""
+    """Returns the split that a subject belongs to: no two splits share a subject, in any task."""
     at = share("split", subject)
     for name, size in SPLITS:
         if at < size:

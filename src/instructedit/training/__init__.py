@@ -1,1 +1,1 @@
-"""The LightningModule."""
+"""Training of editors: the LightningModule and its optimiser."""

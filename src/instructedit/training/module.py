@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 import lightning as L  # noqa: N812
@@ -32,27 +32,27 @@ from instructedit.training.optimizer import ProductAdamW
 
 @dataclass(frozen=True)
 class LMConfig(Loading):
-    """Which LM to edit, and how its files are read.
+    """The LM to edit, and how its files are read.
 
     Attributes:
         name: ``tiny`` or ``tiny-llama`` (embedded), ``smollm2-135m`` or ``gemma-3-270m`` (real, by pip; see
             `instructedit models`), a local folder, a .gguf file, or a hub id.
-        max_length: Tokens a row may have; the model's own limit by default.
-        cache_bytes: Room for the prefix cache in memory, in bytes; 0 keeps nothing there.
-        cache_dir: Folder to keep the prefix cache in, for later runs and for what memory has no room for; by default
-            nothing is kept (see `instructedit cache`).
-        cache_dtype: Of the states on disk: ``float32`` (exactly as they are computed), or rounded to ``bfloat16`` or
-            ``float16``, half the size for an LM that computes in float32.
-        cache_disk_bytes: Room for all that is in that folder, in bytes; the least lately used is thrown out.
-        activation_checkpointing: Train with less memory and more time: blocks run again in the backward pass, of which
-            else every activation is kept.
-        shards: Processes that share one copy of the blocks' weights (FSDP2), for an LM that one GPU has no room for;
-            they see the same records. The number of processes is a multiple of it.
-        joiner: What stands between a prompt and its answer; ``auto`` is a space, or nothing after white space, an
-            opening quote or bracket, and in scripts without spaces.
-        chat: Put prompts, their instruction in front, into the user's turn of the LM's own chat template, answers into
-            the model's turn.
-        checkpoint: The old name of `activation_checkpointing`.
+        max_length: Largest number of tokens in a row; by default the model's own limit.
+        cache_bytes: Size of the prefix cache in memory, in bytes; 0 keeps nothing there.
+        cache_dir: Folder of the prefix cache on disk, for later runs and for states that do not fit into memory; by
+            default nothing is kept on disk (see `instructedit cache`).
+        cache_dtype: Dtype of the states on disk: ``float32`` (exactly as they are computed), or rounded to
+            ``bfloat16`` or ``float16``, which halves the size for an LM that computes in float32.
+        cache_disk_bytes: Largest size of that folder, in bytes; the least recently used states are removed.
+        activation_checkpointing: Train with less memory but more time: blocks are recomputed in the backward pass
+            instead of keeping all of their activations.
+        shards: Number of processes that share one copy of the blocks' weights (FSDP2), for an LM that does not fit on
+            one GPU; they see the same records. The number of processes must be a multiple of it.
+        joiner: Text between a prompt and its answer; ``auto`` is a space, or nothing after white space, an opening
+            quote or bracket, and in scripts without spaces.
+        chat: Put prompts, with their instruction in front, into the user's turn of the LM's own chat template, and
+            answers into the model's turn.
+        checkpoint: Deprecated name of `activation_checkpointing`.
     """
 
     name: str = "tiny"
@@ -73,29 +73,29 @@ class LMConfig(Loading):
             object.__setattr__(self, "activation_checkpointing", self.checkpoint)
 
     def options(self) -> dict[str, Any]:
-        """Gives the arguments of `FrozenLM.from_pretrained`."""
+        """Returns the arguments of `FrozenLM.from_pretrained`."""
         return {name: value for name, value in asdict(self).items() if name not in ("checkpoint", "shards")}
 
 
 class EditingModule(L.LightningModule):
     """Trains and tests an editor of a frozen LM.
 
-    The LM is no submodule: it is never trained, never in train mode, never in a checkpoint.
+    The LM is not a submodule: it is never trained, never in train mode, and never in a checkpoint.
 
     Args:
         editor: The editing method.
-        lm: Which LM to edit.
+        lm: The LM to edit.
         lr: Adam's learning rate for the editor's networks (paper: 1e-6).
-        lr_edit_rates: The same for the learned edit rates, as a share of each rate: they are learned as logarithms.
+        lr_edit_rates: Adam's learning rate for the edit rates, relative to each rate: they are learned as logarithms.
         c_edit: Weight of the edit loss (MEND: 0.1).
         c_loc: Weight of the locality loss (MEND: 1).
         c_unlikelihood: Weight, within the edit loss, of the unlikelihood of unwanted replies (SERAC: 1).
-        weight_decay: Decoupled weight decay of the networks: 0 is Adam (MEND), 0.01 is AdamW as KE is trained with in
-            the paper.
-        warmup_steps: Optimiser steps over which both rates rise from zero.
-        decay: Let both rates fall linearly to zero towards ``max_steps``.
-        factored_gradients: Hold the gradients of the hypernetwork's matrices as products of a few rows until the
-            optimiser's step, which makes them one at a time: less memory, somewhat more arithmetic. For one process.
+        weight_decay: Decoupled weight decay of the networks: 0 is Adam (MEND), 0.01 is AdamW as used for KE in the
+            paper.
+        warmup_steps: Number of optimiser steps over which both learning rates rise from zero.
+        decay: Let both learning rates fall linearly to zero at ``max_steps``.
+        factored_gradients: Keep the gradients of the hypernetwork's matrices factored into a few rows until the
+            optimiser's step, which computes them one at a time: less memory, somewhat more arithmetic. For one process.
         evaluation: How edited models are scored in `test`. Validation leaves out generation and Fluency.
     """
 
@@ -123,8 +123,8 @@ class EditingModule(L.LightningModule):
         self.evaluation = evaluation
         self._data: EditData | None = None
         self.scores = nn.ModuleDict()
-        self.watchers: list[Watcher] = []  # of the edits of `test`
-        self.editor_folder: str | None = None  # that the editor was loaded from, where that was no checkpoint
+        self.watchers: list[Watcher] = []  # called with the edits of `test`
+        self.editor_folder: str | None = None  # folder that the editor was loaded from, if not from a checkpoint
 
     @property
     def lm(self) -> FrozenLM:
@@ -132,17 +132,17 @@ class EditingModule(L.LightningModule):
         return self._lm[0]
 
     def connect(self, data: EditData) -> None:
-        """Introduces the module and its data to each other: training reads records as its LM and editor do.
+        """Connects the module with its data, which then uses the LM's tokenization and the editor's instructions.
 
-        Call this before the Trainer is given the two; the command line does it by itself.
+        Call this before passing the two to the Trainer; the command line does so automatically.
         """
         data.connect(self.editor.tokenization, self.editor.instructor)
         self._data = data
 
     @property
     def data(self) -> EditData:
-        """The data that the module was connected with."""
-        if self._data is None:  # as scripts for 0.1 leave it to the Trainer
+        """The data that the module is connected with."""
+        if self._data is None:  # scripts for 0.1 pass the data only to the Trainer
             data: Any = getattr(self.trainer, "datamodule", None)
             if data is None:
                 raise UserError("the editing module needs its data: call module.connect(data)")
@@ -153,7 +153,7 @@ class EditingModule(L.LightningModule):
         return self._data
 
     def setup(self, stage: str) -> None:
-        """Shards the LM; connects data that the Trainer alone was given, before its stream begins."""
+        """Shards the LM, and connects data that was passed only to the Trainer, before its stream begins."""
         self.lm.shard(self._shards, self.trainer.strategy.root_device)
         if getattr(self.trainer, "datamodule", None) is not None:
             _ = self.data
@@ -166,17 +166,17 @@ class EditingModule(L.LightningModule):
     # -- fit ------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """Adam (with weight decay: AdamW) with a rate for the networks and one for the edit rates."""
+        """Creates Adam (with weight decay: AdamW) with one learning rate for networks and one for edit rates."""
         groups = self.editor.parameter_groups()
         rates = {"network": self.hparams["lr"], "edit_rates": self.hparams["lr_edit_rates"]}
         factored = self.hparams["factored_gradients"]
         if factored and (self.trainer.world_size > 1 or self.trainer.precision == "16-mixed"):
             raise UserError("factored_gradients: not with several processes, which sum gradients, nor with 16-mixed")
         factor_gradients(self.editor.parameters(), factored)
-        decay = {"network": self.hparams["weight_decay"], "edit_rates": 0.0}  # a logarithm has no zero to fall to
+        decay = {"network": self.hparams["weight_decay"], "edit_rates": 0.0}  # zero is not special for a logarithm
         optimizer = (ProductAdamW if factored else torch.optim.AdamW)(
             [{"params": p, "lr": rates[name], "weight_decay": decay[name], "name": name} for name, p in groups.items()],
-            # No copies of the hypernetwork's size; but float16's loss scaling would then refuse to clip gradients.
+            # Fused saves copies of the hypernetwork's size; but float16's loss scaling would then refuse to clip.
             fused=self.trainer.precision != "16-mixed",
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -190,7 +190,7 @@ class EditingModule(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """The trainer's; gradients that are held as products are clipped by their norm."""
+        """Clips gradients as the Trainer is configured to; factored gradients can only be clipped by norm."""
         plugin, how = self.trainer.precision_plugin, GradClipAlgorithmType(gradient_clip_algorithm or "norm")
         if isinstance(optimizer, ProductAdamW):
             if how == GradClipAlgorithmType.VALUE:
@@ -198,7 +198,7 @@ class EditingModule(L.LightningModule):
             if gradient_clip_val:
                 optimizer.clip(gradient_clip_val)
         elif isinstance(plugin, MixedPrecision) and not plugin.scaler and gradient_clip_val:
-            # Lightning refuses every fused optimiser here, for the sake of a loss scaling that bfloat16 has not.
+            # Lightning refuses every fused optimiser here because of loss scaling, which bfloat16 does not use.
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val, how)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -209,7 +209,7 @@ class EditingModule(L.LightningModule):
         self.lm.to(self.device)
 
     def training_step(self, batch: EditBatch, batch_idx: int) -> Tensor:
-        """The editor's outer loss on one batch of different edits."""
+        """Computes the editor's outer loss on one batch of different edits."""
         parts = self.editor.training_loss(batch, self.loss_weights)
         loss = parts.pop("loss")
         truncated = batch.in_scope.tokens.truncated + (batch.locality.tokens.truncated if batch.locality else 0)
@@ -219,18 +219,25 @@ class EditingModule(L.LightningModule):
         return loss
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Says which model the editor fits, and adds a checksum, by which one that is damaged at rest is recognised."""
+        """Adds a description of the model that the editor fits, and a checksum that detects later corruption.
+
+        Constructor arguments are stored as plain values, also those of a module that was built in Python: a checkpoint
+        with objects in it could not be read back without trusting it.
+        """
+        for part in ("hyper_parameters", "datamodule_hyper_parameters"):
+            if part in checkpoint:
+                checkpoint[part] = _plain(checkpoint[part])
         checkpoint["made_for"] = self.editor.made_for()
         seal_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a damaged checkpoint, and weights of another architecture, in one line."""
+        """Refuses a corrupt checkpoint, or weights of another architecture, with a one-line error."""
         check_checkpoint(checkpoint, "the checkpoint")
         weights = {k.removeprefix("editor."): v for k, v in checkpoint["state_dict"].items() if k.startswith("editor.")}
-        trained_on = checkpoint["hyper_parameters"].get("lm", {}).get("name", "?")
-        check_made_for(checkpoint.get("made_for", {}), self.editor.made_for(), "the checkpoint")
-        load_weights(self.editor, weights, f"the checkpoint (trained on {trained_on})")
-        if self.editor.upgrade(weights):  # what the optimiser knew is of other numbers
+        made_for = checkpoint.get("made_for", {})
+        check_made_for(made_for, self.editor.made_for(), "the checkpoint")
+        load_weights(self.editor, weights, f"the checkpoint (trained on {made_for.get('lm', '?')})")
+        if self.editor.upgrade(weights):  # the optimiser's state belongs to the old parametrisation
             for state in checkpoint.get("optimizer_states", ()):
                 state["state"].clear()
 
@@ -255,7 +262,7 @@ class EditingModule(L.LightningModule):
         return self._evaluate("test", batch, self.evaluation, self.watchers)
 
     def predict_step(self, batch: list[EditRecord], batch_idx: int) -> list[dict[str, Any]]:
-        """The model's words before and after each edit of a batch."""
+        """Returns the model's answers before and after each edit of a batch."""
         rows = evaluate_batch(self.lm, self.editor, batch, self.evaluation).rows if batch else []
         return [row for row in rows if row["main"]]
 
@@ -263,7 +270,7 @@ class EditingModule(L.LightningModule):
         self, stage: str, batch: list[EditRecord], settings: Evaluation, watchers: Sequence[Watcher] = ()
     ) -> Outcome:
         metrics = self._metrics(stage)
-        if not batch:  # of a process that has no record
+        if not batch:  # this process has no record left
             return Outcome([])
         outcome = evaluate_batch(self.lm, self.editor, batch, settings, watchers)
         every = editing_metrics()
@@ -278,7 +285,7 @@ class EditingModule(L.LightningModule):
         return outcome
 
     def _metrics(self, stage: str) -> dict[str, PerRecordMean]:
-        """The same metrics on every process, whatever records it gets."""
+        """Returns the metrics of a stage, which are the same on every process, whatever records it gets."""
         every = editing_metrics()
         for task in self.data.records["validate" if stage == "val" else "test"]:
             for name, metric in every.items():
@@ -312,5 +319,16 @@ class EditingModule(L.LightningModule):
 
 
 def _number(text: str) -> int:
-    """A stable integer for an id, the same on every process."""
+    """Hashes an id to an integer that is the same on every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
+
+
+def _plain(value: Any) -> Any:
+    """Turns constructor arguments into plain values, in the form in which the command line stores them."""
+    if isinstance(value, Editor):
+        return {"class_path": f"{type(value).__module__}.{type(value).__name__}", "init_args": value.options()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""AdamW that makes the gradients of large matrices one at a time."""
+"""AdamW that computes the dense gradients of large matrices one at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from instructedit.editors.factored_gradients import held
 
 
 class ProductAdamW(torch.optim.AdamW):
-    """AdamW over parameters whose gradients may be held as products (see `editors.products`): one is dense at a time.
+    """AdamW for factored gradients (see `editors.factored_gradients`), only one of which is dense at a time.
 
-    The same step as AdamW's, but for the order of a few sums.
+    Its steps equal AdamW's, except for the order of a few sums.
     """
 
     def _parameters(self) -> Iterator[nn.Parameter]:
@@ -28,10 +28,10 @@ class ProductAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Scales all gradients so that their norm together is at most `max_norm` (see ``clip_grad_norm_``).
+        """Scales all gradients so that their total norm is at most `max_norm` (see ``clip_grad_norm_``).
 
         Returns:
-            The norm before.
+            The total norm before scaling.
         """
         dense = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
         factored = [products for _, products in held(self._parameters())]
@@ -45,7 +45,7 @@ class ProductAdamW(torch.optim.AdamW):
         return norm
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; of each matrix in turn, after all whose gradients are dense already."""
+        """Takes one step: first for all dense gradients, then for each matrix with a factored gradient in turn."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

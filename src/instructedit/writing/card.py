@@ -12,7 +12,7 @@ import yaml
 from instructedit.errors import UserError
 from instructedit.records import EditRecord
 
-#: One file for each task, ``edits: <what the task edits>``.
+#: Folder with one file for each task: ``edits: <what the task edits>``.
 CARDS = Path(__file__).parent / "cards"
 
 FIELDS = {
@@ -24,14 +24,14 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class TaskCard:
-    """What a task is, in words, and a few of its training records.
+    """Summary of a task in words, with a few of its training records.
 
     Attributes:
-        task: Its name.
-        title: As instructions show it.
-        edits: What it edits, one or two sentences.
+        task: Name of the task.
+        title: Title of the task, as instructions show it.
+        edits: What the task edits, in one or two sentences.
         slots: Names of the slots that every description must have.
-        examples: Training records.
+        examples: A few training records.
     """
 
     task: str
@@ -50,15 +50,15 @@ class TaskCard:
         examples: int = 3,
         seed: int = 0,
     ) -> TaskCard:
-        """The card of a task.
+        """Makes the card of a task.
 
         Args:
-            task: Its name.
-            title: As instructions show it.
+            task: Name of the task.
+            title: Title of the task, as instructions show it.
             train: Its training records: the examples are drawn from them, and their slots are the task's.
-            about: What the task edits; by default as ``cards/<task>.yaml`` says.
-            examples: How many to show.
-            seed: Of the draw.
+            about: What the task edits; by default the text in ``cards/<task>.yaml``.
+            examples: Number of examples to show.
+            seed: Seed of the draw.
 
         Raises:
             UserError: If nothing says what the task edits.
@@ -68,7 +68,7 @@ class TaskCard:
         return cls(task, title, about or _packaged(task), tuple(slots), tuple(drawn))
 
     def __str__(self) -> str:
-        """The card as a prompt shows it."""
+        """Returns the card as a prompt shows it."""
         lines = [f"Task: {self.title}", f"What it edits: {self.edits}", "Fields of a record:"]
         lines += [f"- {name}: {meaning}" for name, meaning in FIELDS.items()]
         lines += [f"- [{slot}]: a slot of the description, filled for each record" for slot in self.slots]

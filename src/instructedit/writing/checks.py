@@ -1,4 +1,4 @@
-"""What a description must be before it may stand in a bank."""
+"""Rules that a description must satisfy before it may stand in a bank."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from instructedit.instructions import InstructionBank, bank_names
 from instructedit.instructions.bank import SLOT
 from instructedit.records import EditRecord
 
-#: Words of a description, slots counted as one each.
+#: Limits on the words of a description; a slot counts as one.
 LEAST, MOST = 4, 40
 #: Two descriptions are near-duplicates if their sets of words have at least this Jaccard index.
 OVERLAP = 0.5
-#: Letters and digits of the shortest term that is looked for: the target "A" would forbid every "a".
+#: Length, in letters and digits, of the shortest term that is looked for: the target "A" would forbid every "a".
 SHORTEST = 3
 
 
@@ -25,8 +25,8 @@ class Terms:
 
     Attributes:
         phrases: Their words, in lower case, joined by single spaces.
-        records: Of how many records.
-        too_short: Terms that are not looked for.
+        records: Number of records that they come from.
+        too_short: Number of terms that are too short to be looked for.
     """
 
     phrases: frozenset[str] = frozenset()
@@ -35,7 +35,7 @@ class Terms:
 
     @classmethod
     def of(cls, records: Sequence[EditRecord]) -> Self:
-        """The terms of records."""
+        """Collects the terms of records."""
         requests = [record.request for record in records]
         texts = {text for r in requests for text in (r.prompt, r.target, r.subject) if text}
         phrases = {normal(text) for text in texts}
@@ -43,7 +43,7 @@ class Terms:
         return cls(long_enough, len(records), len(phrases) - len(long_enough))
 
     def found_in(self, text: str) -> str | None:
-        """The longest term that stands in the text as whole words, upper and lower case alike."""
+        """Finds the longest term that occurs in the text as whole words, ignoring case; None if there is none."""
         words = normal(SLOT.sub(" ", text)).split()
         for size in range(len(words), 0, -1):
             for start in range(len(words) - size + 1):
@@ -53,7 +53,7 @@ class Terms:
 
 
 class Problem(NamedTuple):
-    """Why a text may not be a description: the rule that it breaks, and with what."""
+    """Reason why a text may not be a description: the rule that it breaks, and the words that break it."""
 
     rule: str
     what: str = ""
@@ -64,13 +64,13 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """What is asked of every description of a task.
+    """Requirements that every description of a task must meet.
 
     Attributes:
-        slots: Each must stand in it, and no other.
-        test: Terms of the task's test records, of which none may; they serve for nothing else.
-        shown: Terms of the records that the writer was shown, of which none may: a description is of the task.
-        taken: Descriptions of other tasks: normal form → where it stands.
+        slots: Slots that it must contain, and no others.
+        test: Terms of the task's test records, none of which may occur; they serve no other purpose.
+        shown: Terms of the records that the writer was shown, none of which may occur: it describes the whole task.
+        taken: Descriptions of other tasks: normal form → where it comes from.
     """
 
     slots: frozenset[str] = frozenset()
@@ -79,11 +79,11 @@ class Rules:
     taken: Mapping[str, str] = field(default_factory=dict)
 
     def problem(self, text: str, others: Iterable[str] = ()) -> Problem | None:
-        """Why a text may not be a description; None if it may.
+        """Returns the first reason why a text may not be a description; None if it may.
 
         Args:
-            text: One line.
-            others: The descriptions that it would stand beside.
+            text: The text, one line.
+            others: The other descriptions in the bank.
         """
         return next(self._problems(text, others), None)
 
@@ -114,17 +114,17 @@ class Rules:
 
 
 def normal(text: str) -> str:
-    """A text's words in lower case: what is left where case and punctuation do not count."""
+    """Returns a text's words in lower case, without punctuation."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def overlap(a: str, b: str) -> float:
-    """Jaccard index of two texts' sets of words, 0..1; slots count as words."""
+    """Computes the Jaccard index of two texts' sets of words, 0..1; slots count as words."""
     one, other = set(normal(a).split()), set(normal(b).split())
     return len(one & other) / len(one | other) if one | other else 1.0
 
 
 def others_descriptions(task: str) -> dict[str, str]:
-    """The packaged descriptions of all other tasks: normal form → where it stands."""
+    """Collects the packaged descriptions of all other tasks: normal form → where it comes from."""
     banks = {name: InstructionBank.for_task(name) for name in bank_names() if name != task}
     return {normal(d.text): f"{d.id} of task {name}" for name, bank in banks.items() for d in bank.descriptions}

@@ -1,6 +1,6 @@
 """Language models as writers: servers that speak OpenAI's protocol, and local models.
 
-A `Writer` puts a question to one of them behind a response cache, a `Ledger` with a hard cap, and a limit on the rate.
+A `Writer` asks one of them through a response cache, a `Ledger` with a hard cap, and a rate limit.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _SHOWN = 300  # characters of a server's message
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """A question to a language model.
 
     Attributes:
-        messages: For a model that follows instructions: ``role`` and ``content``.
-        start: The same for a model that only continues text.
+        messages: The question for a model that follows instructions: ``role`` and ``content``.
+        start: The question for a model that only continues text.
         schema: JSON schema of the reply.
-        seed: Another seed, another reply.
+        seed: Seed of the reply; another seed gives another reply.
     """
 
     messages: tuple[Message, ...]
@@ -56,14 +56,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back.
+    """A language model's reply to a question.
 
     Attributes:
-        text: The reply.
+        text: The text of the reply.
         refusal: The model's words if it refused.
         cut: Whether the reply hit the limit on its length.
-        prompt_tokens: Of the question; None if the server does not say.
-        reply_tokens: Of the reply; likewise.
+        prompt_tokens: Tokens of the question; None if the server does not report them.
+        reply_tokens: Tokens of the reply; likewise.
         retries: Tries beyond the first.
     """
 
@@ -76,7 +76,7 @@ class Reply:
 
 
 class AskError(UserError):
-    """No reply, after so many tries."""
+    """Error of a question that got no reply after a number of tries."""
 
     def __init__(self, message: str, tries: int) -> None:
         super().__init__(message)
@@ -84,12 +84,12 @@ class AskError(UserError):
 
 
 class Model(ABC):
-    """A language model that may be asked.
+    """Base class of a language model that answers questions.
 
     Attributes:
-        name: As provenance shows it.
-        structured: Whether it follows instructions and can give JSON; else it continues text, a description a line.
-        batch_size: Descriptions to ask of it at once.
+        name: Its name, as provenance shows it.
+        structured: Whether it follows instructions and can give JSON; else it continues text, one description a line.
+        batch_size: Number of descriptions to ask for at once.
     """
 
     name: str
@@ -98,31 +98,31 @@ class Model(ABC):
 
     @abstractmethod
     def ask(self, question: Question, room: int, tries: int) -> Reply:
-        """One reply of at most `room` tokens, in at most so many tries.
+        """Asks for one reply of at most `room` tokens, in at most `tries` tries.
 
         Raises:
-            AskError: If there is none.
+            AskError: If there is no reply.
         """
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What, beside the question, a reply depends on."""
+        """Returns everything that a reply depends on besides the question."""
 
     def size(self, question: Question) -> int:
-        """Tokens of a question, at most (half its bytes: tokens of plain text have about four)."""
+        """Returns a high estimate of a question's tokens: half its bytes, as tokens of plain text have about four."""
         return 16 + sum(len(m["content"].encode()) for m in question.messages) // 2
 
 
 class Served(Model):
     """A model of a server that speaks OpenAI's protocol.
 
-    Retries with exponential backoff and jitter, the server's ``Retry-After`` heeded, are the `openai` library's own.
+    The `openai` library itself retries, with exponential backoff and jitter, and respects ``Retry-After``.
 
     Args:
-        name: Of the model, as the server calls it.
-        base_url: Of the server; the library's default is OpenAI's own, or ``$OPENAI_BASE_URL``.
+        name: Name of the model on the server.
+        base_url: Address of the server; the library's default is OpenAI's own, or ``$OPENAI_BASE_URL``.
         key_env: Environment variable that holds the key. It is sent to the server and goes nowhere else.
-        temperature: Of sampling; the server's default if None.
+        temperature: Sampling temperature; the server's default if None.
         timeout: Seconds to wait for a reply.
 
     Raises:
@@ -159,7 +159,7 @@ class Served(Model):
         self._left_out: set[str] = set()  # settings that the server does not know
 
     def identity(self) -> dict[str, Any]:
-        """Address, name and settings; no key."""
+        """Returns the address, name and settings, without the key."""
         return {"base_url": str(self._client.base_url), "model": self.name, "temperature": self._temperature}
 
     def ask(self, question: Question, room: int, tries: int) -> Reply:
@@ -174,7 +174,7 @@ class Served(Model):
             except openai.BadRequestError as error:
                 if not (unknown := self._unknown(error)):
                     raise AskError(self._said(error), 1) from None
-                self._left_out.add(unknown)  # and asked again at once: a refused request costs nothing
+                self._left_out.add(unknown)  # and ask again at once: a refused request costs nothing
             except openai.OpenAIError as error:
                 # From None: the library's errors hold the request, and with it the key.
                 raise AskError(self._plainly(error, tries), self._tries(error, tries)) from None
@@ -193,7 +193,7 @@ class Served(Model):
         return {"model": self.name, "messages": list(question.messages), **sent}
 
     def _unknown(self, error: openai.BadRequestError) -> str | None:
-        """The optional setting that the server complains of."""
+        """Returns the optional setting that the server complains about; None if there is none."""
         text = f"{error.param} {error.message}"
         return next((name for name in OPTIONAL if name in text and name not in self._left_out), None)
 
@@ -251,7 +251,7 @@ class Served(Model):
         return self._clean(body.get("message") or error.message)
 
     def _clean(self, said: object) -> str:
-        """What a server said, in one line, without the key: some repeat it."""
+        """Returns a server's message in one line and without the key, which some servers repeat."""
         return " ".join(str(said).replace(self._key, "***").split())
 
 
@@ -260,24 +260,24 @@ class Local(Model):
 
     Args:
         lm: The model.
-        temperature: Of sampling; 1 if None.
+        temperature: Sampling temperature; 1 if None.
     """
 
     structured, batch_size = False, 4
 
     def __init__(self, lm: FrozenLM, temperature: float | None = None) -> None:
         self.lm, self.name, self._temperature = lm, f"{LOCAL}{lm.name}", temperature or 1.0
-        self._lock = threading.Lock()  # the model is for one at a time
+        self._lock = threading.Lock()  # only one thread may use the model at a time
 
     def identity(self) -> dict[str, Any]:
-        """The weights' fingerprint and the settings."""
+        """Returns the weights' fingerprint and the settings."""
         return {"local": self.lm.fingerprint, "temperature": self._temperature}
 
     def size(self, question: Question) -> int:
         return len(self.lm.token_ids(question.start))
 
     def ask(self, question: Question, room: int, tries: int) -> Reply:
-        # A small context is shared; a question that leaves too little loses its beginning.
+        # Question and reply share a small context; a question that leaves the reply too little loses its beginning.
         room = min(room, max(self.lm.max_length // 4, self.lm.max_length - self.size(question) - 1))
         how: dict[str, Any] = {"top_k": None, "top_p": 0.95, "temperature": self._temperature, "ends": True}
         with self._lock:
@@ -288,14 +288,14 @@ class Local(Model):
 
 @dataclass
 class Writer:
-    """A model behind a cache, a ledger and a limit on the rate.
+    """A language model behind a response cache, a ledger and a rate limit.
 
     Attributes:
-        model: Which is asked.
-        ledger: Counts, and refuses what would pass its caps.
+        model: The model that is asked.
+        ledger: Counts calls and tokens, and refuses a question that could exceed its caps.
         cache: Folder of replies; None keeps none. A question that was asked before costs nothing.
-        reply_tokens: Longest reply.
-        tries: Of one question, at most.
+        reply_tokens: Longest reply, in tokens.
+        tries: Tries of one question, at most.
         concurrency: Questions at once.
         per_minute: Questions a minute, at most.
     """
@@ -324,7 +324,7 @@ class Writer:
         cache: Path | None = None,
         **limits: Any,
     ) -> Self:
-        """A writer from a model's name: ``local:NAME``, or as the server calls it.
+        """Creates a writer from a model's name: ``local:NAME``, or the name on the server.
 
         Raises:
             UserError: If there is no such local model, no key, or a limit is out of range.
@@ -339,11 +339,11 @@ class Writer:
         return cls(Served(model, base_url, key_env, temperature, timeout), ledger, cache, **limits)
 
     def ask(self, question: Question) -> Reply:
-        """The model's reply, from the cache if it was asked before.
+        """Returns the model's reply, from the cache if the question was asked before.
 
         Raises:
-            BudgetSpentError: If the call could pass a cap.
-            AskError: If the model gives none.
+            BudgetSpentError: If the call could exceed a cap.
+            AskError: If the model gives no reply.
         """
         file = self.cache / f"{self._key(question)}.json" if self.cache else None
         if file and (kept := read_json(file)):
@@ -369,7 +369,7 @@ class Writer:
         return found
 
     def each(self, ask: Callable[[T], R], about: Sequence[T]) -> list[R]:
-        """Calls a function that asks, a few calls at once; the results in order."""
+        """Calls a function that asks, for each item and several at once; returns the results in order."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(ask, about))
 
@@ -378,7 +378,7 @@ class Writer:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _wait(self) -> None:
-        """Until the next question may go out."""
+        """Waits until the rate limit allows the next question."""
         if not self.per_minute:
             return
         with self._pace:

@@ -1,4 +1,4 @@
-"""The metrics of a bank by round of its optimisation."""
+"""Figure of a bank's metrics by round of its optimisation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def metric_by_round(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """A line for each metric, with the intervals of its means.
+    """Draws a line for each metric, with the intervals of its means.
 
     Args:
-        rows: ``round, metric, mean, low, high``, ×100.
-        title: Of the figure.
+        rows: Rows of ``round, metric, mean, low, high``, ×100.
+        title: Title of the figure.
 
     Raises:
         ValueError: If there is nothing to draw.

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic writing of files: a file is either complete or not there."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from instructedit.errors import UserError
 
 
 def write_whole(path: Path, text: str, check: Callable[[Path], object] = lambda file: None) -> None:
-    """Writes a file beside its place and puts it there once it is whole; a good one is never replaced by a part.
+    """Writes a file under another name and moves it into place once complete, so that it is never partly written.
 
     Args:
-        path: Of the file; its folder is made.
-        text: Its contents.
-        check: Reads the finished file before it takes its place; what it raises leaves the old file as it was.
+        path: Path of the file; its folder is created.
+        text: Contents of the file.
+        check: Reads the finished file before it is moved into place; if it raises an error, the old file stays.
 
     Raises:
         UserError: If it cannot be written.
@@ -44,15 +44,15 @@ def write_whole(path: Path, text: str, check: Callable[[Path], object] = lambda 
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes plain data, whole."""
+    """Writes plain data to a JSON file, completely or not at all."""
     write_whole(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads plain data; None where there is no file.
+    """Reads plain data from a JSON file; None if there is no file.
 
     Raises:
-        UserError: If it is not JSON.
+        UserError: If it cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

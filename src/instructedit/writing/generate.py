@@ -1,4 +1,4 @@
-"""Descriptions of a task from a language model: asked for, checked, ranked, and dealt out to the splits of a bank."""
+"""Descriptions of a task by a language model: requested, checked, ranked, and assigned to the splits of a bank."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from instructedit.writing.clients import Writer
 from instructedit.writing.files import write_whole
 from instructedit.writing.ranking import quality
 
-#: Times that a model is asked for the descriptions that are still missing.
+#: Rounds in which a model is asked for missing descriptions.
 ROUNDS = 3
-_FAULTS = 10  # that a model is told of
+_FAULTS = 10  # faults that a model is told about
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many descriptions, of which kinds.
+    """Numbers of descriptions to write and to keep, by kind.
 
     Attributes:
-        n: To be written (paper: 20).
-        keep: To be kept for training, the last of them held out (paper: 10).
-        unseen: Further ones, for the transfer test (paper: 5).
-        seed: Of the questions and of the splits.
-        judge: Let the model grade clarity and concision too.
+        n: Descriptions to write (paper: 20).
+        keep: Descriptions to keep for training, the last of them held out (paper: 10).
+        unseen: Further descriptions, for the transfer test (paper: 5).
+        seed: Seed of the questions and of the splits.
+        judge: Whether the model grades clarity and concision too.
 
     Raises:
-        UserError: If the numbers do not fit.
+        UserError: If the numbers do not fit together.
     """
 
     n: int = 20
@@ -55,31 +55,31 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Descriptions in the bank."""
+        """Number of descriptions in the bank."""
         return self.keep + self.unseen
 
 
 @dataclass(frozen=True)
 class Written:
-    """What became of the model's descriptions.
+    """The model's usable descriptions, and a count of those that were refused.
 
     Attributes:
-        usable: Those that break no rule, in the order in which they came.
-        refused: Rule → how many broke it.
+        usable: Descriptions that break no rule, in the order in which they came.
+        refused: Rule → number of descriptions that broke it.
     """
 
     usable: tuple[str, ...]
     refused: Counter[str]
 
     def __str__(self) -> str:
-        """The account in one line."""
+        """Summarises in one line how many descriptions are usable, and why the others are not."""
         count = len(self.usable) + self.refused.total()
         why = ", ".join(f"{rule} ({number})" for rule, number in self.refused.most_common())
         return f"{len(self.usable)} of {count} descriptions are usable" + (f"; the others: {why}" if why else "")
 
 
 def write(card: TaskCard, writer: Writer, rules: Rules, plan: Plan) -> Written:
-    """Asks for descriptions until there are enough, or the rounds are over.
+    """Asks the model for descriptions until there are enough, or the rounds are over.
 
     Raises:
         UserError: If the model gives no reply of the right form.
@@ -116,7 +116,7 @@ def _descriptions(writer: Writer, question: prompts.Question) -> list[str]:
 
 
 def ranked(texts: Sequence[str], grades: Mapping[str, float] | None = None) -> list[str]:
-    """Texts from the best down: by clarity and concision (`quality`), and by the model's grades where there are any."""
+    """Sorts texts from best to worst by clarity and concision (`quality`), and by the model's grades if given."""
 
     def worth(text: str) -> float:
         return quality(text) if grades is None else (quality(text) + grades[text]) / 2
@@ -125,7 +125,7 @@ def ranked(texts: Sequence[str], grades: Mapping[str, float] | None = None) -> l
 
 
 def judged(card: TaskCard, writer: Writer, texts: Sequence[str], seed: int) -> dict[str, float]:
-    """The model's own grades of clarity and concision, their mean from 0 to 1.
+    """Asks the model to grade clarity and concision; returns the mean grade of each text, from 0 to 1.
 
     Raises:
         UserError: If the model cannot follow instructions, or gives no reply of the right form.
@@ -142,13 +142,13 @@ def judged(card: TaskCard, writer: Writer, texts: Sequence[str], seed: int) -> d
 
 
 def chosen(card: TaskCard, writer: Writer, written: Written, plan: Plan) -> InstructionBank:
-    """The bank of the best descriptions.
+    """Makes the bank of the best descriptions.
 
-    Which of them are for training, held out or unseen is drawn by the seed: were the unseen ones the worst of all, the
-    transfer test would measure that.
+    The seed decides at random which of them are for training, held out or unseen: were the unseen ones the worst of
+    all, the transfer test would measure that.
 
     Raises:
-        UserError: If there are too few.
+        UserError: If there are too few usable descriptions.
     """
     if len(written.usable) < plan.needed:
         raise UserError(f"{written}; {plan.needed} are needed, so nothing is written")
@@ -162,12 +162,12 @@ def chosen(card: TaskCard, writer: Writer, written: Written, plan: Plan) -> Inst
 
 
 def provenance(writer: Writer, seed: int) -> Provenance:
-    """Of what a writer writes now."""
+    """Returns the provenance of descriptions that a writer writes now."""
     return Provenance(writer.model.name, prompts.VERSION, datetime.now(UTC).date().isoformat(), seed)
 
 
 def write_bank(bank: InstructionBank, file: Path) -> None:
-    """Writes a bank that `InstructionBank.load` reads back the same; a good one is never replaced by a part.
+    """Writes a bank that `InstructionBank.load` reads back unchanged, completely or not at all.
 
     Raises:
         UserError: If it cannot be written, or breaks a rule of banks.

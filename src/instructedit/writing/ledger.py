@@ -1,4 +1,4 @@
-"""What the questions to a language model cost, and the cap that they never pass."""
+"""Cost of the questions to a language model, and the cap that it never exceeds."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import NamedTuple, Self
 from instructedit.errors import UserError
 from instructedit.writing.files import read_json, write_json
 
-_LEAST_REPLY = 64  # tokens; no reply of use is shorter
+_LEAST_REPLY = 64  # tokens; no useful reply is shorter
 
 
 class BudgetSpentError(UserError):
-    """The next question could pass the cap."""
+    """Error of a question that could exceed the cap."""
 
 
 class Reservation(NamedTuple):
-    """What one question may take: tokens in all, of which for its reply, and tries."""
+    """Budget of one question: its tokens in total, those for its reply among them, and its tries."""
 
     tokens: int
     reply: int
@@ -27,18 +27,18 @@ class Reservation(NamedTuple):
 
 @dataclass
 class Ledger:
-    """Counts calls and tokens; a call that could pass a cap is refused before it is made.
+    """Counter of calls and tokens that refuses a call, before it is made, if it could exceed a cap.
 
     Attributes:
         max_calls: Cap on calls, each further try counted.
         max_tokens: Cap on tokens, of questions and replies together.
-        file: Where the counts are kept after every call, so that a resumed run goes on counting.
-        calls: Made so far, further tries included.
+        file: File in which the counts are saved after every call, so that a resumed run goes on counting.
+        calls: Calls made so far, further tries included.
         retries: The further tries among them.
         cached: Replies that came from the cache, at no cost.
-        prompt_tokens: Of the questions.
-        reply_tokens: Of the replies.
-        estimated: Calls whose tokens the server did not tell; estimated from the text, upwards.
+        prompt_tokens: Tokens of the questions.
+        reply_tokens: Tokens of the replies.
+        estimated: Calls whose tokens the server did not report; these are estimated from the text, on the high side.
     """
 
     max_calls: int
@@ -55,21 +55,21 @@ class Ledger:
 
     @classmethod
     def open(cls, max_calls: int, max_tokens: int, file: Path | None = None) -> Self:
-        """A ledger that goes on from the counts in its file, if there are any."""
+        """Opens a ledger that goes on from the counts in its file, if there are any."""
         return cls(max_calls, max_tokens, file, **((read_json(file) if file else None) or {}))
 
     @property
     def tokens(self) -> int:
-        """Of questions and replies."""
+        """Tokens of questions and replies together, so far."""
         return self.prompt_tokens + self.reply_tokens
 
     def reserve(self, prompt: int, reply: int, tries: int) -> Reservation:
-        """Leave for a question that other questions cannot take away; `commit` gives back what is not used.
+        """Reserves budget for a question, so that no other question can take it; `commit` gives back what is not used.
 
         Args:
             prompt: Tokens of the question, at most.
-            reply: Tokens that the reply should have room for; less is given where little is left.
-            tries: Tries that it should have; likewise.
+            reply: Tokens wanted for the reply; fewer are reserved if little is left.
+            tries: Tries wanted; likewise.
 
         Raises:
             BudgetSpentError: If too little is left.
@@ -89,7 +89,7 @@ class Ledger:
     def commit(
         self, reservation: Reservation, tries: int, prompt: int = 0, reply: int = 0, estimated: bool = False
     ) -> None:
-        """Counts what a question took in fact."""
+        """Counts what a question actually used, and ends its reservation."""
         with self._lock:
             self._held.remove(reservation)
             self.calls += tries
@@ -100,13 +100,13 @@ class Ledger:
             self._save()
 
     def count_cached(self) -> None:
-        """Counts a reply that cost nothing."""
+        """Counts a reply that came from the cache and cost nothing."""
         with self._lock:
             self.cached += 1
             self._save()
 
     def counts(self) -> dict[str, int]:
-        """The figures as plain data."""
+        """Returns the counts as plain data."""
         names = ("calls", "retries", "cached", "prompt_tokens", "reply_tokens", "estimated")
         return {name: getattr(self, name) for name in names}
 
@@ -115,7 +115,7 @@ class Ledger:
             write_json(self.file, self.counts())
 
     def __str__(self) -> str:
-        """The account in one line."""
+        """Summarises the counts in one line."""
         return (
             f"{self.calls} calls ({self.retries} of them retries), {self.cached} replies from the cache, "
             f"{self.prompt_tokens} + {self.reply_tokens} tokens"

@@ -1,6 +1,6 @@
-"""Better descriptions by trial: measured, shown to a language model with their failures, revised, kept if better.
+"""Improvement of descriptions by trial: a language model revises them by their scores, and better revisions are kept.
 
-Nothing here sees a test record but the leak check of `Rules`.
+Only the leak check of `Rules` sees test records.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from instructedit.writing.trial import Measured, Trial, Verdict, compared
 if TYPE_CHECKING:
     from instructedit.tracking import MLflowTracker
 
-_REFUSED = 12  # revisions that the writer is told of
-_TAG = "round"  # of a round's run
+_REFUSED = 12  # refused revisions that the writer is told about
+_TAG = "round"  # tag of a round's run
 _ROUNDS, _BUDGET = "the rounds are over", "the budget is spent"
 
 
 @dataclass(frozen=True)
 class Search:
-    """How long the search goes on.
+    """Settings of a search: how long it goes on, and which descriptions it improves.
 
     Attributes:
-        rounds: At most so many.
-        patience: Stop when nothing has improved for so many rounds.
-        revisions: To ask for in a round.
+        rounds: Maximum number of rounds.
+        patience: Number of rounds without an improvement after which to stop.
+        revisions: Number of revisions to ask for in a round.
         split: Which descriptions are improved; the others stay as they are.
-        seed: Of the questions and of the bootstrap.
+        seed: Seed of the questions and of the bootstrap.
 
     Raises:
         UserError: If a number is not positive.
@@ -58,17 +58,17 @@ class Search:
 
 @dataclass
 class State:
-    """Where a search stands; written whole after every measurement and every round.
+    """State of a search, saved after every measurement and every round.
 
     Attributes:
         identity: What the search's figures depend on.
-        descriptions: Id → text, of those that are improved.
-        rounds: What happened in each round, the measurement of the first descriptions being round 0.
-        stale: Rounds since something has improved.
-        refused: Revisions that were not kept, with why.
+        descriptions: Id → text of the descriptions that are improved.
+        rounds: What happened in each round; round 0 measures the original descriptions.
+        stale: Rounds since the last improvement.
+        refused: Revisions that were not kept, with the reasons.
         measured: Text → metric → record → value, and failures.
-        parent: The MLflow run.
-        stopped: Why the search is over; empty while it is not.
+        parent: Id of the search's MLflow run.
+        stopped: Why the search is over; empty until then.
     """
 
     identity: dict[str, Any]
@@ -82,7 +82,7 @@ class State:
 
     @classmethod
     def load(cls, file: Path, identity: dict[str, Any], descriptions: dict[str, str]) -> Self:
-        """The state of a file, or a new one where there is none.
+        """Loads the state from a file, or makes a new one if there is no file.
 
         Raises:
             UserError: If the file is damaged, or of another search.
@@ -105,17 +105,17 @@ class State:
 class Optimizer:
     """The search for better descriptions (Figure 2 of the paper: the trial editor's metrics go back to the writer).
 
-    A revision takes a description's place only if the paired bootstrap says better (`compared`).
+    A revision replaces a description only if it is better by the paired bootstrap (`compared`).
 
     Attributes:
-        card: The task.
-        bank: Its descriptions.
-        writer: Who revises.
-        rules: What every revision must keep.
+        card: The task's card.
+        bank: The task's descriptions.
+        writer: The writer that revises them.
+        rules: Rules that every revision must satisfy.
         trial: Measures descriptions on validation records.
-        search: How long.
-        folder: Of the state; a search that was cut off goes on from there.
-        root: Of the MLflow store.
+        search: Settings of the search.
+        folder: Folder of the state; an interrupted search goes on from there.
+        root: Folder of the MLflow store.
     """
 
     card: TaskCard
@@ -144,10 +144,10 @@ class Optimizer:
             self.state.stopped = ""
 
     def run(self) -> InstructionBank:
-        """Goes on until no metric improves, or the rounds or the budget end.
+        """Runs the search until nothing improves any more, or the rounds or the budget are used up.
 
         Returns:
-            The bank with what was found; a revised description has an id of its own.
+            The bank with the revisions that were kept; a revised description has an id of its own.
 
         Raises:
             UserError: If the model gives no usable reply; the state is kept.
@@ -179,7 +179,7 @@ class Optimizer:
         return self.found()
 
     def found(self) -> InstructionBank:
-        """The bank as it stands."""
+        """Returns the bank with all revisions that were kept so far."""
         old = {d.id: d for d in self.bank.descriptions}
         born = {change["id"]: change["round"] for change in self.changes()}
 
@@ -193,15 +193,15 @@ class Optimizer:
 
     @property
     def improved(self) -> bool:
-        """Whether any revision was kept."""
+        """True if any revision was kept."""
         return any(True for _ in self.changes())
 
     def figures(self) -> list[dict[str, Any]]:
-        """Rows of ``round, metric, mean, low, high``, ×100: of all descriptions together, with 95 % intervals."""
+        """Lists rows of ``round, metric, mean, low, high``, ×100: of all descriptions together, with 95 % intervals."""
         return [row for done in self.state.rounds for row in done["figures"]]
 
     def changes(self) -> Iterator[dict[str, Any]]:
-        """The revisions that were kept, ``id, text, round, …``, in order."""
+        """Yields the revisions that were kept, ``id, text, round, …``, in order."""
         for number, done in enumerate(self.state.rounds):
             yield from ({**tried, "round": number} for tried in done["tried"] if tried["kept"])
 
@@ -242,11 +242,11 @@ class Optimizer:
         return {"proposed": len(proposed), "refused": refused, "tried": rows, "kept": len(best)}
 
     def _proposals(self, number: int) -> list[tuple[str, str]]:
-        """(id, text) of each revision."""
+        """Asks the writer for revisions and returns the (id, text) of each."""
         count, texts = self.search.revisions, self.state.descriptions
         seed = self.search.seed * 10_000 + number * 100
         question = prompts.revision(self.card, count, seed, self._account(), self.state.refused[-_REFUSED:])
-        if not self.writer.model.structured:  # the worst first: whoever continues text names no ids
+        if not self.writer.model.structured:  # the worst first: a model that continues text names no ids
             worst = sorted(texts, key=lambda name: self._worth(texts[name]))
             lines = prompts.listed_lines(self.writer.ask(question))[:count]
             return list(zip((worst * count)[:count], lines, strict=False))
@@ -259,7 +259,7 @@ class Optimizer:
         return [(r.id, " ".join(r.text.split())) for r in found.revisions[:count]]
 
     def _problem(self, name: str, text: str, beside: Sequence[str]) -> object:
-        """A revision may be like what it replaces, not like any other description of the bank."""
+        """Returns what is wrong with a revision, which may resemble what it replaces but no other description."""
         replaced = self.bank.get(name).text if self.state.descriptions[name] == self.bank.get(name).text else ""
         others = [d.text for d in self.bank.descriptions if d.text != replaced and d.id not in self.state.descriptions]
         others += [other for id_, other in self.state.descriptions.items() if id_ != name]
@@ -279,7 +279,7 @@ class Optimizer:
         return sum(measured.mean(metric, self.trial.clusters) for metric in measured.values)
 
     def _account(self) -> str:
-        """The descriptions with their figures, and the failures of the worst."""
+        """Lists the descriptions with their figures, and the failures of the worst one."""
         lines = []
         for name, text in self.state.descriptions.items():
             measured = self._measure(text)
@@ -291,10 +291,10 @@ class Optimizer:
             [*lines, f"Failures with {worst}:", *(f"- {line}" for line in failures)] if failures else lines
         )
 
-    # -- what is kept of it ---------------------------------------------------------------------------------------
+    # -- state and logs -------------------------------------------------------------------------------------------
 
     def _finish(self, done: dict[str, Any], tracker: MLflowTracker) -> None:
-        """Puts a round into its own run and into the state."""
+        """Logs a round as a run of its own and adds it to the state."""
         number = len(self.state.rounds)
         done["figures"] = [{"round": number, **row} for row in self._figures()]
         done["ledger"] = self.writer.ledger.counts()
@@ -321,7 +321,7 @@ class Optimizer:
         wanted = f"tags.{_TAG} = '{number}' and tags.`mlflow.parentRunId` = '{tracker.run_id}'"
         wanted += " and attributes.status = 'FINISHED'"
         if tracker.experiment.search_runs([tracker.experiment_id], wanted):
-            return  # the search was cut off between its run and its state
+            return  # the search was interrupted after this run and before its state was saved
         tags = {"experiment": "instructions", _TAG: str(number)}
         name = f"optimize/{self.card.task}/round-{number}"
         with MLflowTracker(run_name=name, root=self.root, parent_run_id=tracker.run_id, tags=tags) as child:

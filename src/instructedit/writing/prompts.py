@@ -1,4 +1,4 @@
-"""What the model is asked, and the form of its replies. Other words are another `VERSION`."""
+"""Questions to the model, and the form of its replies; different words need a new `VERSION`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from instructedit.writing.clients import Message, Question, Reply, Writer
 VERSION = "1"
 #: Times that a model is asked for a reply of the right form.
 ATTEMPTS = 3
-_QUOTED = 1000  # characters of a bad reply
+_QUOTED = 1000  # characters of a bad reply that are quoted
 
 _SYSTEM = (
     "You write short descriptions of knowledge-editing tasks. An editor of language models reads one of them in front "
@@ -69,14 +69,14 @@ F = TypeVar("F", bound=_Form)
 def generation(
     card: TaskCard, count: int, seed: int, so_far: Sequence[str] = (), faults: Sequence[str] = ()
 ) -> Question:
-    """Asks for descriptions of a task.
+    """Builds the question that asks for descriptions of a task.
 
     Args:
-        card: The task.
-        count: How many.
-        seed: Of the reply.
-        so_far: Descriptions that there are, not to be repeated.
-        faults: What was wrong with others.
+        card: The task's card.
+        count: Number of descriptions.
+        seed: Seed of the reply.
+        so_far: Existing descriptions, which are not to be repeated.
+        faults: What was wrong with earlier ones.
     """
     parts = [
         str(card),
@@ -90,12 +90,12 @@ def generation(
 
 
 def revision(card: TaskCard, count: int, seed: int, figures: str, refused: Sequence[str] = ()) -> Question:
-    """Asks for better wordings.
+    """Builds the question that asks for better wordings of descriptions.
 
     Args:
-        card: The task.
-        count: How many revisions, at most.
-        seed: Of the reply.
+        card: The task's card.
+        count: Maximum number of revisions.
+        seed: Seed of the reply.
         figures: The descriptions with their ids, figures and failures.
         refused: Revisions that were not better, or not allowed.
     """
@@ -112,7 +112,7 @@ def revision(card: TaskCard, count: int, seed: int, figures: str, refused: Seque
 
 
 def judgement(card: TaskCard, texts: Sequence[str], seed: int) -> Question:
-    """Asks how clear and how concise descriptions are."""
+    """Builds the question that asks how clear and how concise descriptions are."""
     numbered = [f"{i}. {text}" for i, text in enumerate(texts, 1)]
     parts = [
         str(card),
@@ -137,7 +137,7 @@ def _listed(head: str, lines: Sequence[str]) -> list[str]:
 
 
 def _examples(card: TaskCard) -> str:
-    """For a model that only continues text: another task with descriptions, then this one without."""
+    """Builds the start for a model that only continues text: another task with descriptions, then this one without."""
     names = [name for name in bank_names() if name != card.task]
     banks = [InstructionBank.for_task(name) for name in names]
     alike = [b for b in banks if bool(b.descriptions[0].slots) == bool(card.slots)] or banks
@@ -157,19 +157,19 @@ def _question(parts: Sequence[str], form: type[BaseModel], seed: int, start: str
 
 
 class _UnusableError(Exception):
-    """What is wrong with a reply."""
+    """Error that says what is wrong with a reply."""
 
 
 def asked(
     writer: Writer, question: Question, form: type[F], check: Callable[[F], str | None] = lambda found: None
 ) -> F:
-    """The reply to a question, in its form; a reply of another form is sent back with what is wrong with it.
+    """Asks a question and parses the reply; an unusable reply is sent back together with what is wrong with it.
 
     Args:
-        writer: Who is asked.
-        question: What is asked.
-        form: Of the reply.
-        check: Says what else is wrong with a reply.
+        writer: The writer that is asked.
+        question: The question.
+        form: Form of the reply.
+        check: Returns what else is wrong with a reply; None if nothing is.
 
     Raises:
         UserError: If the model gives no usable reply in `ATTEMPTS` attempts.
@@ -208,7 +208,7 @@ def _parsed(reply: Reply, form: type[F]) -> F:
 
 
 def listed_lines(reply: Reply) -> list[str]:
-    """The descriptions that a model listed which only continues text: a line each, the first without its dash."""
+    """Extracts the list of descriptions from text that a model continued: one a line, the first without its dash."""
     lines = f"-{reply.text}".split("\n")
     if reply.cut:
         lines = lines[:-1]

@@ -1,4 +1,4 @@
-"""How clear and how concise a description is: a measure that needs no model."""
+"""Clarity and concision of a description, measured without a model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 
 from instructedit.instructions.bank import SLOT
 
-#: Words up to which a description is wholly concise, and from which on not at all.
+#: Number of words up to which a description is fully concise, and from which on it is not concise at all.
 SHORT, LONG = 12, 40
 
 
 def clarity(text: str) -> float:
-    """Flesch's reading ease (1948) over 100, cut to 0..1.
+    """Computes Flesch's reading ease (1948), divided by 100 and clipped to 0..1.
 
-    206.835 − 1.015 · words per sentence − 84.6 · syllables per word; groups of vowels count as syllables, less a silent
-    final e, and a slot as a word of one.
+    206.835 − 1.015 · words per sentence − 84.6 · syllables per word; each group of vowels counts as a syllable, except
+    a silent final e, and a slot counts as a word of one syllable.
     """
     plain = SLOT.sub("it", text)
     words = re.findall(r"[^\W\d_]+", plain)
@@ -26,13 +26,13 @@ def clarity(text: str) -> float:
 
 
 def concision(text: str) -> float:
-    """1 up to `SHORT` words, falling linearly to 0 at `LONG`; a slot counts as one word."""
+    """Returns 1 up to `SHORT` words, falling linearly to 0 at `LONG`; a slot counts as one word."""
     words = len(SLOT.sub("it", text).split())
     return min(1.0, max(0.0, (LONG - words) / (LONG - SHORT)))
 
 
 def quality(text: str) -> float:
-    """Mean of clarity and concision, 0..1."""
+    """Returns the mean of clarity and concision, 0..1."""
     return (clarity(text) + concision(text)) / 2
 
 

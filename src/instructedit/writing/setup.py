@@ -1,4 +1,4 @@
-"""What both commands set out before a language model is asked: the task's card and rules, the writer, the files."""
+"""Setup that both commands need before a language model is asked: the task's card and rules, the writer, the files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from instructedit.writing.trial import Verdict
 
 @dataclass(frozen=True)
 class Subject:
-    """A task to be described.
+    """A task to be described: its card, and the rules for its descriptions.
 
     Attributes:
         card: What the writer is told, with examples from training records.
-        rules: What descriptions must keep, with the terms of test records.
+        rules: Rules that descriptions must satisfy, with the terms of test records.
     """
 
     card: TaskCard
@@ -31,7 +31,7 @@ class Subject:
 
     @classmethod
     def load(cls, task: str, source: str, about: str | None, seed: int) -> Self:
-        """Reads a task's training and test records.
+        """Makes a task's card and rules from its training and test records.
 
         Raises:
             UserError: If there is no such task or source, or nothing says what it edits.
@@ -42,7 +42,7 @@ class Subject:
         return cls(card, Rules(frozenset(card.slots), test, shown, others_descriptions(task)))
 
     def __str__(self) -> str:
-        """What the leak check looks for, in one line."""
+        """Summarises in one line what the leak check looks for."""
         test = self.rules.test
         return (
             f"{self.card.title}: descriptions are checked for {len(test.phrases)} terms of {test.records} test records"
@@ -54,7 +54,7 @@ def writer(
     model: str, ledger: Ledger, cache: str | None, base_url: str | None, key_env: str, temperature: float | None,
     timeout: float, **limits: Any,
 ) -> Writer:  # fmt: skip
-    """The writer that the commands' options ask for, with a cache on disk."""
+    """Creates the writer that the commands' options ask for, with a cache on disk."""
     from instructedit.paths import cache_folder
 
     folder = Path(cache) if cache else cache_folder() / "instructions"
@@ -62,10 +62,10 @@ def writer(
 
 
 def bank_file(task: str, out: str | None, overwrite: bool, suffix: str = "") -> Path:
-    """Where the bank goes; asked before anything is spent.
+    """Returns the file to which the bank will be written; checked before anything is spent.
 
     Raises:
-        UserError: If one is there already.
+        UserError: If the file exists already and may not be overwritten.
     """
     file = Path(out or f"outputs/instructions/{task}{suffix}.yaml")
     if file.exists() and not overwrite:
@@ -74,7 +74,7 @@ def bank_file(task: str, out: str | None, overwrite: bool, suffix: str = "") -> 
 
 
 def show_rounds(optimizer: Optimizer) -> None:
-    """Prints what each round proposed and kept, the figures of the bank, and why the search is over."""
+    """Prints what each round proposed and kept, the figures of the bank, and why the search stopped."""
     from rich.table import Table
 
     state = optimizer.state

@@ -1,4 +1,4 @@
-"""A trial editor: what it scores with a description, on validation records alone."""
+"""Trial editor: measures its scores with a description, on validation records alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from instructedit.lm import FrozenLM
     from instructedit.records import EditRecord
 
-_FAILURES = 5  # that are shown for a description
+_FAILURES = 5  # failures that are shown for a description
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a description scores.
+    """Scores of a description, with some of its failures.
 
     Attributes:
         values: Metric → record → value 0..1.
@@ -31,14 +31,14 @@ class Measured:
     failures: tuple[str, ...] = ()
 
     def mean(self, metric: str, clusters: Mapping[str, str]) -> float:
-        """Mean over clusters of records, ×100."""
+        """Computes a metric's mean over clusters of records, ×100."""
         groups: dict[str, list[float]] = {}
         for record, value in self.values[metric].items():
             groups.setdefault(clusters[record], []).append(value)
         return 100 * sum(sum(g) / len(g) for g in groups.values()) / len(groups)
 
     def scores(self) -> dict[str, float]:
-        """Record → mean of its metrics, 0..1."""
+        """Returns the score of each record: the mean of its metrics, 0..1."""
         every: dict[str, list[float]] = {}
         for values in self.values.values():
             for record, value in values.items():
@@ -47,29 +47,29 @@ class Measured:
 
 
 class Trial(Protocol):
-    """Measures descriptions.
+    """Interface of whatever measures descriptions.
 
     Attributes:
         clusters: Record → cluster, of the validation records.
-        identity: What the figures depend on beside the description: a resumed run must have the same.
+        identity: What the figures depend on besides the description: a resumed search must have the same.
     """
 
     clusters: dict[str, str]
     identity: dict[str, Any]
 
     def measure(self, text: str) -> Measured:
-        """What the editor scores with a description."""
+        """Measures the editor's scores with a description."""
 
 
 class EditorTrial:
-    """A trained editor on validation records of a task, under teacher forcing.
+    """Trial of a trained editor on validation records of a task, under teacher forcing.
 
     Args:
         lm: The model.
-        editor: Bound to it; must read instructions.
-        records: Of the validation split.
-        count: Use so many of them, chosen at random; all by default.
-        seed: Of that choice.
+        editor: The editor, bound to the model; it must read instructions.
+        records: Records of the validation split.
+        count: Number of records to use, chosen at random; all by default.
+        seed: Seed of that choice.
         batch_size: Edits at once.
 
     Raises:
@@ -95,7 +95,7 @@ class EditorTrial:
         }
 
     def measure(self, text: str) -> Measured:
-        """What the editor scores with a description; the task's main metrics but Fluency."""
+        """Measures the editor's scores with a description: the task's main metrics except Fluency."""
         from instructedit.analysis.summary import metric_values
         from instructedit.evaluation import Evaluation, evaluate
         from instructedit.metrics import headline_metrics
@@ -134,12 +134,12 @@ def _fingerprint(editor: Editor) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A revision beside the description that it would replace.
+    """Comparison of a revision with the description that it would replace.
 
     Attributes:
         score: Mean difference of the score, ×100.
         better: Whether the score's interval lies above 0.
-        differences: Metric → (mean, low, high), revision − description, ×100, 95 %: to be read, not to decide.
+        differences: Metric → (mean, low, high), revision − description, ×100, 95 %: for the reader, not the decision.
     """
 
     score: float
@@ -147,7 +147,7 @@ class Verdict:
     differences: Mapping[str, tuple[float, float, float]]
 
     def __str__(self) -> str:
-        """The differences in one line."""
+        """Returns the differences in one line."""
         parts = [
             f"{name} {mean:+.1f} [{low:+.1f}, {high:+.1f}]" for name, (mean, low, high) in self.differences.items()
         ]
@@ -155,18 +155,18 @@ class Verdict:
 
 
 def compared(new: Measured, old: Measured, clusters: Mapping[str, str], comparisons: int = 1, seed: int = 0) -> Verdict:
-    """A revision beside its description, record by record (paired bootstrap), by their score.
+    """Compares a revision with its description by their scores, record by record (paired bootstrap).
 
-    A record's score is the mean of its metrics, as in ``val/score`` of training: an edit that a description makes
-    stronger gains in some and loses in locality, and neither may decide alone.
+    A record's score is the mean of its metrics, as in ``val/score`` of training: a description that makes edits
+    stronger gains in some metrics and loses in locality, and neither may decide alone.
 
     Args:
         new: The revision's figures.
-        old: The description's.
+        old: The description's figures.
         clusters: Record → cluster.
-        comparisons: Revisions that are looked at together: one counts as better at the level 1 − 0.05 / comparisons
+        comparisons: Number of revisions compared at once: one counts as better at the level 1 − 0.05 / comparisons
             (Bonferroni), since the best of many is better by chance.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
     """
     level = 1 - 0.05 / max(1, comparisons)
     score = paired_difference(new.scores(), old.scores(), clusters, level, resamples=20_000, seed=seed)

@@ -1,4 +1,4 @@
-"""What a results page consists of: one section a file, found by its name."""
+"""Sections of the results page, one in each file, found by their names."""
 
 from instructedit.experiments.results import Results
 from instructedit.experiments.sections.base import PACKAGE, Panel, Section

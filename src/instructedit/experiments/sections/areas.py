@@ -10,12 +10,12 @@ from instructedit.experiments.sections.base import Panel, Section
 
 
 class AreasSection(Section):
-    """t-SNE of each row's editing areas, of its first seed."""
+    """Section with t-SNE maps of the editing areas of each row's first seed."""
 
     name: ClassVar[str] = "areas"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing where no row's edits have areas."""
+        """Yields a figure of the maps, or nothing if no row's edits have areas."""
         from instructedit.analysis import area_maps
 
         first = {name: children[0] for name, children in results.rows.items()}

@@ -1,4 +1,4 @@
-"""The interface of sections: what an experiment found → tables and figures of its results page."""
+"""The interface of sections, which turn an experiment's results into tables and figures of its results page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-#: Where sections live; a module there with a subclass of `Section` is enough to add one.
+#: The package of sections; a module there with a subclass of `Section` is enough to add one.
 PACKAGE = "instructedit.experiments.sections"
 
 
@@ -22,16 +22,16 @@ class Panel:
     """A table or a figure of a section.
 
     Attributes:
-        name: Stem of its files.
-        title: Above it.
+        name: Stem of its file names.
+        title: Heading.
         note: How to read it, in a sentence or two.
         frame: A table.
         figure: A figure.
-        markdown: The table in its own layout, in place of the frame's columns and rows.
-        html: The same for the results page, with all text escaped.
-        terminal: What the terminal shows of it, a text or a renderable of rich; nothing by default.
-        folded: Whether the results page shows it only when asked.
-        files: Further files to write beside it, name to text.
+        markdown: The table in a layout of its own, in place of the frame's columns and rows.
+        html: The same table as HTML for the results page, with all text escaped.
+        terminal: Text or rich renderable to print in the terminal; nothing by default.
+        folded: Whether the results page shows it collapsed.
+        files: Further files to write, name to text.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Panel:
 
 
 class Section(ABC):
-    """A section of the results page. It yields nothing where the results have not what it shows."""
+    """A section of the results page, which is empty if the results lack its data."""
 
-    #: By which a grid's key ``sections`` asks for it.
+    #: Name of the section in a grid's key ``sections``.
     name: ClassVar[str] = ""
 
     @abstractmethod
     def show(self, results: Results) -> Iterator[Panel]:
-        """Makes the section's tables and figures, in order."""
+        """Yields the section's tables and figures, in order."""

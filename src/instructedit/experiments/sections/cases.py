@@ -1,4 +1,4 @@
-"""What models say before and after an edit, side by side (Appendix C)."""
+"""Answers of models before and after an edit, side by side (Appendix C)."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ if TYPE_CHECKING:
 
 
 class CasesSection(Section):
-    """The edited models' own answers for the first compared pair of rows, for records chosen by a rule.
+    """Section with the free answers of the first compared pair of rows, for records chosen by a fixed rule.
 
-    The rule: of each task the first records, in the order of the data, that the first row of the pair answers right
-    and the second wrong, the same the other way round, and those that both answer wrong. How many records there are of
-    each sort stands in a table of its own, so that the cases do not pass for the rule. All with the first seed.
-    Replies (ConvSent) have no one right wording and are not among them. Option ``each``: records of each sort and
-    task (2).
+    The rule: the first records of each task, in the order of the data, that the first row of the pair answers right
+    and the second wrong, vice versa, and that both answer wrong. A separate table counts the records of each sort, so
+    that the cases are not taken as representative. All are of the first seed. Replies (ConvSent) have no single right
+    wording and are left out. Option ``each``: number of records of each sort and task (2 by default).
     """
 
     name: ClassVar[str] = "cases"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing where no compared pair answered freely."""
+        """Yields the cases and their counts, or nothing if no compared pair has free answers."""
         pair = next((pair for pair in results.grid.compare if set(pair) <= set(results.rows)), None)
         if pair is None:
             return
@@ -67,10 +66,10 @@ class CasesSection(Section):
 
 
 def answered(table: DataFrame) -> DataFrame:
-    """The requests that a model answered freely, a line each.
+    """Selects the requests that a model answered freely, one row each.
 
-    The prompt and the answer before the edit stand without an instruction; the answer after it is the one that the
-    method's results are read from, with an instruction where the method has them.
+    The prompt and the answer before the edit are those without an instruction; the answer after it is the one that the
+    method's results are based on, with an instruction if the method uses them.
     """
     if "generated" not in table:
         return table.head(0)
@@ -80,5 +79,5 @@ def answered(table: DataFrame) -> DataFrame:
 
 
 def one_line(text: object) -> str:
-    """Lines of an answer that ran on, or of a prompt with its instruction, in one."""
+    """Joins the lines of a long answer, or of a prompt with its instruction, into one."""
     return " / ".join(line.strip() for line in str(text or "").strip().splitlines())

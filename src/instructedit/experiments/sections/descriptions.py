@@ -17,16 +17,16 @@ _GROUPS = {"train": "seen", "heldout": "held out", "unseen": "novel"}
 
 
 class DescriptionsSection(Section):
-    """Metrics of each row that tests one description, their spread, and tests against the seen ones.
+    """Section on descriptions: metrics of each row that tests one, their spread, and tests against the seen ones.
 
-    A row counts if it sets ``--model.evaluation.description``; the instruction banks say whether its description was
-    trained on. Option ``resamples``: of the bootstrap (20,000).
+    A row is included if it sets ``--model.evaluation.description``; the instruction banks determine whether its
+    description was trained on. Option ``resamples``: number of bootstrap samples (20,000 by default).
     """
 
     name: ClassVar[str] = "descriptions"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing where no row sets a description."""
+        """Yields a figure and tables, or nothing if no row sets a description."""
         from instructedit.analysis.descriptions import SEEN, description_dots, description_spread, description_tests
         from instructedit.analysis.seeds import interval_text
 
@@ -57,10 +57,10 @@ class DescriptionsSection(Section):
 
 
 def group_of(row: Row, tasks: Iterable[str]) -> str | None:
-    """Whether a row's description was seen in training, held out, or is novel; None if it sets none.
+    """Returns whether a row's description was seen in training, held out or novel; None if the row sets none.
 
     Raises:
-        UserError: If a task's bank has no such description, or the tasks do not agree.
+        UserError: If a task's bank has no such description, or the group differs between tasks.
     """
     from instructedit.errors import UserError
     from instructedit.instructions import InstructionBank
@@ -75,7 +75,7 @@ def group_of(row: Row, tasks: Iterable[str]) -> str | None:
 
 
 def titled(frame: DataFrame, results: Results) -> DataFrame:
-    """The frame with tasks and metrics as tables name them."""
+    """Replaces the tasks and metrics of a frame by their titles."""
     from instructedit.metrics import metric_title
 
     return results.titled(frame).assign(metric=frame["metric"].map(metric_title))

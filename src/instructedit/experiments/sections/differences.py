@@ -1,4 +1,4 @@
-"""The comparisons that the grid asks for."""
+"""Comparisons of pairs of rows, as requested by the grid."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class DifferencesSection(Section):
-    """Pairs of rows, record by record, with p-values corrected for all comparisons of the experiment."""
+    """Section that compares pairs of rows record by record, with p-values corrected for all comparisons."""
 
     name: ClassVar[str] = "differences"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing where no pair of the grid was run."""
+        """Yields a table of differences, or nothing if no pair of the grid was run."""
         import pandas as pd
 
         from instructedit.analysis.summary import compare, holm
@@ -43,7 +43,7 @@ class DifferencesSection(Section):
 
 
 def _tables(frame: DataFrame, titles: dict[str, str]) -> Group:
-    """One for each pair: tasks down, metrics across; a star where the corrected p-value is below 0.05."""
+    """Builds a table for each pair with tasks down and metrics across; a star marks corrected p-values below 0.05."""
     from rich import box
     from rich.console import Group
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Failures worth reading: the records that went worst, in the model's words."""
+"""Failures worth reading: the records with the worst results, with the model's answers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _COLUMNS = ["row", "task", "record", "probe", "prompt", "target", "before", "aft
 
 
 class FailuresSection(Section):
-    """Of each row and task the records with the lowest in-scope accuracy; ties go by record id.
+    """Section with the records of lowest in-scope accuracy for each row and task; ties are broken by record id.
 
-    Option ``records``: how many of each (3 by default). Only probes that the model answered in its own words can be
-    read, so records without any (ConvSent's) are left out.
+    Option ``records``: number of records for each (3 by default). Only probes with free answers can be read, so records
+    without any (ConvSent's) are left out.
     """
 
     name: ClassVar[str] = "failures"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing where no row let the model answer freely."""
+        """Yields a table of failures, or nothing if no row has free answers."""
         import pandas as pd
 
         records = int(results.options(self).get("records", 3))
@@ -45,7 +45,7 @@ class FailuresSection(Section):
 
 
 def worst(table: DataFrame, records: int) -> DataFrame:
-    """The worst probe of the worst records of each task: ``task, record, probe, prompt, target, before, after``.
+    """Selects the worst probe of the worst records: ``task, record, probe, prompt, target, before, after, accuracy``.
 
     ``accuracy`` is the record's mean over its in-scope probes, × 100.
     """
@@ -64,13 +64,13 @@ def worst(table: DataFrame, records: int) -> DataFrame:
     frame = frame.drop(columns="probe").rename(columns={"kind": "probe", "answer": "target"})
     if "before" not in frame:
         frame["before"] = None
-    # An instruction fronts the prompt: its last line is what was asked.
+    # An instruction may precede the prompt; the last line is the question itself.
     frame["prompt"] = [text.strip().splitlines()[-1] if text.strip() else "" for text in frame["prompt"]]
     return frame[[name for name in _COLUMNS if name != "row"]]
 
 
 def _edits(table: DataFrame) -> bool:
-    """Whether there are words to read, and the row changed anything at all."""
+    """True if a row has free answers and its edits changed any accuracy."""
     if "generated" not in table:
         return False
     spoken = table[table["generated"].notna()]

@@ -1,4 +1,4 @@
-"""How large the edits of each task are in each edited matrix (Figure 4d)."""
+"""Size of the edits of each task in each edited matrix (Figure 4d)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from instructedit.experiments.sections.separation import task_areas
 
 
 class MagnitudesSection(Section):
-    """Boxes of the updates' norms, and how much the tasks' medians differ."""
+    """Section with box plots of the updates' norms, and a table of how much the tasks' medians differ."""
 
     name: ClassVar[str] = "magnitudes"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing where no row's edits have areas."""
+        """Yields a figure and a table, or nothing if no row's edits have areas."""
         from instructedit.analysis.magnitudes import magnitude_boxes, magnitude_spread, magnitudes
         from instructedit.analysis.seeds import interval_text
         from instructedit.analysis.style import short_site

@@ -10,12 +10,12 @@ from instructedit.experiments.sections.base import Panel, Section
 
 
 class MetricsSection(Section):
-    """Bars of few methods, dots of many."""
+    """Section with a figure of the metrics: bars for few methods, dots for many."""
 
     name: ClassVar[str] = "metrics"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing without rows."""
+        """Yields a figure of the metrics, or nothing without rows."""
         from instructedit.analysis import metric_bars, metric_dots
 
         summary, titles = results.summary, results.titles

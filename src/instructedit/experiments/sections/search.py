@@ -1,4 +1,4 @@
-"""The trials of a search, what each option did, and the best options for use."""
+"""The trials of a search, the effect of each option, and the best options, ready for use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class SearchSection(Section):
-    """Table of trials, figure of effects, best options."""
+    """Section on a search: the best options, a table of trials, and a figure of the options' effects."""
 
     name: ClassVar[str] = "search"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing for a grid without a search."""
+        """Yields the best options, trials and effects, or nothing for a grid without a search."""
         from instructedit.analysis.figures import parameter_effects
         from instructedit.experiments.search import best_config, best_options
 

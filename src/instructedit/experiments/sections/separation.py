@@ -1,4 +1,4 @@
-"""How far apart the tasks lie in weight space (Figure 4): measures over seeds, and maps of each edited matrix."""
+"""Separation of the tasks in weight space (Figure 4): measures over seeds, and maps of each edited matrix."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class SeparationSection(Section):
-    """Silhouette, variance ratio and linear probe of every row and edited matrix; maps by t-SNE with PCA below.
+    """Section with silhouette, variance ratio and linear probe of every row and matrix, and with t-SNE and PCA maps.
 
-    Options ``perplexity`` (30) of t-SNE, and ``seed`` (0) of t-SNE and of the probe's folds.
+    Options: ``perplexity`` of t-SNE (30 by default), and ``seed`` of t-SNE and of the probe's folds (0 by default).
     """
 
     name: ClassVar[str] = "separation"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing where no row's edits have areas."""
+        """Yields the measures and the maps, or nothing if no row's edits have areas."""
         from instructedit.analysis.separations import map_pairs, separation_dots, separation_table
         from instructedit.analysis.style import short_site
         from instructedit.analysis.tables import in_order
@@ -52,7 +52,7 @@ class SeparationSection(Section):
 
 
 def readable(table: DataFrame) -> DataFrame:
-    """A line for each row and edited matrix, a column for each measure: ``0.53 [0.41, 0.66]``."""
+    """Formats the measures with a line for each row and matrix and a column for each measure: ``0.53 [0.41, 0.66]``."""
     from instructedit.analysis.seeds import interval_text
     from instructedit.analysis.separations import MEASURES
     from instructedit.analysis.style import short_site
@@ -68,7 +68,7 @@ def readable(table: DataFrame) -> DataFrame:
 
 
 def task_areas(child: RunResult) -> EditingAreas | None:
-    """A run's areas with the names of their tasks: in the store they have titles, which say what a run held out."""
+    """Returns a run's areas with the names of their tasks; the store has titles, which mark held-out tasks."""
     if child.areas is None:
         return None
     names = {title: task for task, title in child.titles.items()}

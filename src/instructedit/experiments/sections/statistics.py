@@ -1,4 +1,4 @@
-"""What the datasets of an experiment hold (Table 5), beside the paper's numbers of records."""
+"""Statistics of an experiment's datasets (Table 5), with the paper's numbers of records for comparison."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ _SPLITS = {"fit": "train", "validate": "val", "test": "test"}
 
 
 class StatisticsSection(Section):
-    """Records, edits, probes and tokens of each task and split that the first row's config names; what was left out.
+    """Section that counts the data of each task and split in the first row's config, and what was left out.
 
-    Published figures are those of the metrics ``records.train``, ``records.val`` and ``records.test``.
+    It counts records, edits, probes and tokens. The published numbers are those of the metrics ``records.train``,
+    ``records.val`` and ``records.test``.
     """
 
     name: ClassVar[str] = "statistics"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing without rows."""
+        """Yields the statistics and what the readers dropped, or nothing without rows."""
         import pandas as pd
         import yaml
 
@@ -61,7 +62,7 @@ class StatisticsSection(Section):
 
 
 def loaded(options: dict[str, Any]) -> EditData:
-    """The data module of a run's config with all its records; splits that it names no task for stay out."""
+    """Loads the data module of a run's config with all its records, except splits for which it names no task."""
     from jsonargparse import ArgumentParser
 
     from instructedit.data.module import EditData

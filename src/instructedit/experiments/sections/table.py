@@ -1,4 +1,4 @@
-"""The result table."""
+"""The main result table, the spread over seeds, and every metric."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from instructedit.experiments.sections.base import Panel, Section
 
 
 class TableSection(Section):
-    """The main metrics side by side, how far the seeds lie apart, and every metric."""
+    """Section with tables of the main metrics, of their spread over seeds, and of every metric."""
 
     name: ClassVar[str] = "table"
 
     def show(self, results: Results) -> Iterator[Panel]:
-        """Nothing without rows."""
+        """Yields the result tables, or nothing without rows."""
         from instructedit.analysis import html_table, markdown_table, rich_table
         from instructedit.metrics import headline_metrics
 

@@ -1,13 +1,13 @@
-"""Prefix states on disk: files written whole or not at all, mapped for reading, the least lately used thrown out first.
+"""Prefix states on disk: files that are written atomically, mapped for reading, and evicted least recently used first.
 
-A cache folder holds a partition (a folder) for each model, block, manner of forward pass and storage dtype, so that no
-model ever meets another's states::
+A cache folder holds a partition (a folder) for each model, block, kind of forward pass and storage dtype, so that no
+model ever reads another's states::
 
-    <32 hex digits>/meta.json            what the partition is of, to be read by people
+    <32 hex digits>/meta.json            a description of the partition, for people to read
     <32 hex digits>/<name>.safetensors   a shard: rows of states, with an index and checksums
     <32 hex digits>/<name>.part          a shard that is being written
 
-Every process writes shards of its own and publishes each by a rename; nothing that is published ever changes.
+Every process writes shards of its own and publishes each by a rename; published files never change.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class DiskCache:
 
     Args:
         root: The cache folder; other models and processes may use it too.
-        max_bytes: Room for all shards in it, of all models.
+        max_bytes: Maximum total size of all shards in it, of all models.
         storage_dtype: ``float32`` keeps states exactly as they are computed; ``bfloat16`` and ``float16`` round them.
-        model: Gives ``lm`` (a name) and ``model`` (a fingerprint); called once, when first needed.
+        model: Returns ``lm`` (a name) and ``model`` (a fingerprint); called once, when first needed.
 
     Raises:
-        UserError: If there is no such dtype, no room, or the folder is a file.
+        UserError: If the dtype is unknown, the maximum size is not positive, or the folder is a file.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class DiskCache:
         weakref.finalize(self, _flush, self._partitions)  # buffers are written when the model goes or Python ends
 
     def partition(self, forward: str, block: int) -> Partition:
-        """Gives the partition of the states that enter a block.
+        """Returns the partition of the states that enter a block.
 
         Args:
-            forward: What beside the model decides the numbers: the device, the precision of its products.
+            forward: What determines the numbers besides the model: the device, and the precision of its products.
             block: Number of the block.
         """
         if (forward, block) not in self._partitions:
@@ -65,7 +65,7 @@ class DiskCache:
         return self._partitions[forward, block]
 
     def flush(self) -> None:
-        """Writes what is buffered."""
+        """Writes the buffered rows."""
         _flush(self._partitions)
 
     @property
@@ -75,12 +75,12 @@ class DiskCache:
 
     @property
     def evicted(self) -> int:
-        """Bytes that it has thrown out to keep to the bound."""
+        """Bytes that this process has evicted to stay within the maximum size."""
         return sum(partition.evicted for partition in self._partitions.values())
 
     @property
     def broken(self) -> bool:
-        """Whether the disk has refused to take more."""
+        """True once the disk has refused a write."""
         return any(partition.broken for partition in self._partitions.values())
 
 

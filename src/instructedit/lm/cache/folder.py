@@ -1,4 +1,4 @@
-"""A cache folder as a whole: its partitions and their files, what they hold, eviction, and removal."""
+"""A cache folder as a whole: its partitions, their files and contents, eviction, and removal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from instructedit.lm.cache.shard import CorruptShard, Shard
 
 FORMAT = 1
 META, SHARD, PART = "meta.json", ".safetensors", ".part"
-_ABANDONED = 3600.0  # seconds after which nobody is writing an unfinished file any more
+_ABANDONED = 3600.0  # seconds after which an unfinished file counts as abandoned
 _OURS = re.compile(rf"\d+-\d+-[0-9a-f]{{8}}({SHARD}|{PART})|meta\.json(\.[0-9a-f]{{8}}{PART})?")
 _PARTITION = re.compile(r"[0-9a-f]{32}")
 
@@ -56,7 +56,7 @@ class _File(NamedTuple):
 
 
 def _files(folders: Iterable[Path]) -> list[_File]:
-    """Shards and unfinished ones, the least lately used first; other processes may remove some meanwhile."""
+    """Lists finished and unfinished shards, least recently used first; other processes may remove some meanwhile."""
     found = []
     for folder in folders:
         with suppress(FileNotFoundError), os.scandir(folder) as entries:
@@ -75,9 +75,9 @@ def _partitions(root: Path) -> list[Path]:
 
 
 def evict(root: Path, max_bytes: int) -> int:
-    """Removes the shards that were used least lately until the rest keeps to the bound; whoever reads them may go on.
+    """Removes the least recently used shards until the rest fits in `max_bytes`; their readers may continue.
 
-    Files that a killed process left unfinished go too, an hour later.
+    Files that a killed process left unfinished are removed too, an hour later.
 
     Returns:
         Bytes that were removed.
@@ -87,7 +87,7 @@ def evict(root: Path, max_bytes: int) -> int:
     for file in files:
         unfinished = file.path.suffix == PART
         if time.time() - file.used > _ABANDONED if unfinished else left > max_bytes:
-            with suppress(OSError):  # another user's
+            with suppress(OSError):  # a file of another user
                 file.path.unlink(missing_ok=True)
                 left -= file.size
     return before - left
@@ -95,13 +95,13 @@ def evict(root: Path, max_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class ListedPartition:
-    """What a partition holds.
+    """A partition on disk, and what it holds.
 
     Attributes:
-        folder: Where it is.
-        meta: What ``meta.json`` says; empty if it cannot be read.
+        folder: Folder of the partition.
+        meta: Contents of ``meta.json``; empty if it cannot be read.
         rows: Rows in whole shards; a row that two processes wrote at once counts twice.
-        bytes: Of all its files.
+        bytes: Total size of its files.
         used: Time of the last use, in seconds since 1970; 0 if it holds nothing.
         corrupt: Shards that cannot be used.
     """
@@ -115,7 +115,7 @@ class ListedPartition:
 
 
 def partitions(root: Path) -> list[ListedPartition]:
-    """What a cache folder holds, partition by partition; nothing there is changed."""
+    """Lists the partitions of a cache folder and what they hold; nothing is changed."""
     found = []
     for folder in _partitions(root):
         files, rows, corrupt = _files([folder]), 0, 0
@@ -134,10 +134,10 @@ def clear(root: Path, lm: str | None = None) -> list[ListedPartition]:
 
     Args:
         root: The cache folder.
-        lm: Name of the LM whose partitions go; all by default.
+        lm: Name of the LM whose partitions are removed; all by default.
 
     Returns:
-        What was removed.
+        The removed partitions.
 
     Raises:
         UserError: If the folder holds anything that no cache wrote; then nothing is removed.
@@ -154,7 +154,7 @@ def clear(root: Path, lm: str | None = None) -> list[ListedPartition]:
 
 
 def _foreign(root: Path) -> Iterator[Path]:
-    """What is in a folder that this module does not write there."""
+    """Yields the paths in a cache folder that no prefix cache has written."""
     if root.exists() and not root.is_dir():
         yield root
         return

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class _Key(NamedTuple):
-    """Tells rows of states apart, beside the model."""
+    """Key of a row of states, within one model."""
 
     block: int
     tokens: bytes
@@ -26,19 +26,19 @@ class _Key(NamedTuple):
 
 
 class PrefixCache:
-    """Hidden states by token row: in memory, the least recently used thrown out first, and behind it on disk.
+    """Hidden states by token row: in memory, with eviction of the least recently used, and behind that on disk.
 
     Causal attention makes a row's states independent of what stands beside or after it, so a row is computed once
     whatever batch it comes in.
 
     Args:
-        max_bytes: Room for the states in memory; 0 keeps nothing there.
-        disk: Where states are looked for next, and kept.
+        max_bytes: Memory for the states, in bytes; 0 keeps nothing in memory.
+        disk: Cache on disk, in which states are looked up next, and kept.
 
     Attributes:
-        hits: Rows asked for that were known, or stood in the same batch already.
+        hits: Requested rows that were known, or occurred in the same batch already.
         misses: Rows that had to be computed.
-        from_disk: Those of the hits that were read from disk.
+        from_disk: Number of the hits that were read from disk.
     """
 
     def __init__(self, max_bytes: int = 2 << 30, disk: DiskCache | None = None) -> None:
@@ -59,16 +59,16 @@ class PrefixCache:
         self.bytes = 0
 
     def flush(self) -> None:
-        """Writes what is buffered for the disk. That happens by itself too: now and then, and when Python ends."""
+        """Writes what is buffered for the disk, which also happens automatically now and then, and when Python ends."""
         if self.disk:
             self.disk.flush()
 
     def has_room(self, size: int) -> bool:
-        """Whether it can keep so many bytes at once."""
+        """True if it can keep `size` bytes at once."""
         return self.max_bytes >= size or self.disk is not None
 
     def on_disk(self, batch: TokenBatch, block: int) -> list[bool]:
-        """Which rows of a batch need not be computed since the disk has their states, [rows]; none is read."""
+        """Checks for each row of a batch whether its states are on disk, [rows]; none is read."""
         keys = _keys(batch, block)
         partition = self._partition(batch, block)
         return [partition is not None and row_key(key.tokens) in partition for key in keys]
@@ -76,13 +76,13 @@ class PrefixCache:
     def states(
         self, batch: TokenBatch, block: int, compute: Callable[[TokenBatch], Tensor], apart: bool = False
     ) -> Tensor:
-        """The hidden states that enter a block.
+        """Returns the hidden states that enter a block, and computes those that are not cached.
 
         Args:
             batch: Rows of tokens.
             block: Number of the block.
-            compute: Gives the states of a batch, [rows, seq, hidden]; called for the rows that are not cached.
-            apart: What is computed is given to calls that say so alone, and is not written to disk.
+            compute: Computes the states of a batch, [rows, seq, hidden]; called for the rows that are not cached.
+            apart: Computed states are reused only by other calls with `apart`, and are not written to disk.
 
         Returns:
             [rows, seq, hidden]; padding positions hold zeros or the states of padding, which nothing attends to.
@@ -110,17 +110,17 @@ class PrefixCache:
         return batch.padded(self._memoized([key._replace(apart=apart) for key in keys], find))
 
     def memoized(self, kind: str, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
-        """What was found out once about rows, from memory alone.
+        """Returns values of rows that are memoized in memory (never on disk), and computes those that are not.
 
         Args:
-            kind: What it is.
-            keys: What tells the rows apart.
-            compute: Gives it for the rows of these numbers, which are not known: tensors, strings, or tuples of them.
+            kind: Kind of the values.
+            keys: Keys that tell the rows apart.
+            compute: Computes values for the numbers of unknown rows: tensors, strings, or tuples of them.
         """
         return self._memoized([(kind, key) for key in keys], compute)
 
     def _memoized(self, keys: Sequence[Hashable], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
-        known = {key: self._rows[key] for key in keys if key in self._rows}  # computing may throw some of it out
+        known = {key: self._rows[key] for key in keys if key in self._rows}  # computing may evict some of them
         missing = [i for key, i in {key: i for i, key in enumerate(keys)}.items() if key not in known]
         found = zip(missing, compute(missing), strict=True) if missing else ()
         computed = {keys[i]: value for i, value in found}
@@ -129,7 +129,7 @@ class PrefixCache:
         return values
 
     def _partition(self, batch: TokenBatch, block: int) -> Partition | None:
-        """Where rows of this kind are on disk; what enters block 0 is looked up in the model faster."""
+        """Returns the partition of such rows on disk; none for block 0, whose inputs the model looks up faster."""
         return self.disk.partition(forward_pass(batch.device), block) if self.disk and block else None
 
     def _read(self, partition: Partition | None, keys: list[_Key], device: torch.device) -> dict[_Key, Tensor]:
@@ -139,7 +139,7 @@ class PrefixCache:
         return {names[name]: row for name, row in partition.find(list(names), device).items()}
 
     def _written(self, partition: Partition | None, rows: dict[_Key, Tensor]) -> dict[_Key, Tensor]:
-        """The rows as the disk will give them back."""
+        """Passes computed rows to the disk, and returns them as the disk will give them back."""
         if not partition:
             return rows
         kept = partition.add({row_key(key.tokens): row for key, row in rows.items()})
@@ -158,7 +158,7 @@ class PrefixCache:
 
 
 def _size(value: Any) -> int:
-    """Bytes of a tensor, a string, or a tuple of these."""
+    """Returns the bytes of a tensor, a string, or a tuple of these."""
     if isinstance(value, tuple):
         return sum(map(_size, value))
     return value.nbytes if isinstance(value, Tensor) else len(value)
@@ -170,5 +170,5 @@ def _keys(batch: TokenBatch, block: int) -> list[_Key]:
 
 
 def forward_pass(device: torch.device) -> str:
-    """What beside the model (its dtype included) and the tokens decides the numbers of a forward pass, in words."""
+    """Describes what determines the numbers of a forward pass besides the model (with its dtype) and the tokens."""
     return f"{device.type}, float32 matmul {torch.get_float32_matmul_precision()}"

@@ -19,7 +19,7 @@ from instructedit.errors import UserError
 from instructedit.lm.cache.folder import FORMAT, PART, SHARD, evict, partition_name, write_meta
 from instructedit.lm.cache.shard import STORAGE_DTYPES, CorruptShard, Shard, dtype_name, packed
 
-#: A shard is written when so many bytes are buffered, or after so many seconds.
+#: A shard is written when this many bytes are buffered, or after this many seconds.
 SHARD_BYTES, SHARD_SECONDS = 64 << 20, 60.0
 
 
@@ -33,7 +33,7 @@ class Buffer:
     since: float = 0.0
 
     def add(self, rows: Mapping[bytes, Tensor], computed: torch.dtype) -> None:
-        """Takes rows that were computed in a dtype."""
+        """Adds rows, which were computed in the dtype `computed`."""
         self.since = self.since if self.rows else time.monotonic()
         sizes = [len(row) for row in rows.values()]
         flat = torch.cat(list(rows.values())).cpu()  # one transfer from the device
@@ -47,8 +47,8 @@ class Partition:
 
     Args:
         root: The cache folder.
-        max_bytes: Room for all shards in it.
-        about: ``lm``, ``model``, ``block``, ``forward``, ``at_rest`` (the storage dtype).
+        max_bytes: Maximum total size of all shards in it.
+        about: Its ``lm``, ``model``, ``block``, ``forward``, and ``at_rest`` (the storage dtype).
     """
 
     def __init__(self, root: Path, max_bytes: int, about: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Partition:
         self._where: dict[bytes, tuple[Shard, int]] = {}
         self._shards: dict[str, Shard] = {}
         self._buffer = Buffer()
-        self._enough = min(SHARD_BYTES, max_bytes // 8)  # so that little goes when a shard does
+        self._enough = min(SHARD_BYTES, max_bytes // 8)  # so that evicting a shard loses little
         self._scanned = -1
         self.broken = False  # by a full or read-only disk: nothing more is written
         self.written = self.evicted = 0  # bytes
@@ -69,7 +69,7 @@ class Partition:
         return key in self._where or key in self._buffer.rows
 
     def find(self, keys: Sequence[bytes], device: torch.device) -> dict[bytes, Tensor]:
-        """The rows that are there, each [tokens, hidden] on the device in the dtype that they were computed in."""
+        """Returns the rows that are there, each [tokens, hidden] on the device in the dtype they were computed in."""
         if not all(key in self._where or key in self._buffer.rows for key in keys):
             self._scan()
         found: dict[bytes, Tensor] = {}
@@ -85,10 +85,10 @@ class Partition:
         return found
 
     def add(self, rows: Mapping[bytes, Tensor]) -> dict[bytes, Tensor]:
-        """Takes rows, each [tokens, hidden]; they are written later, many at once.
+        """Adds rows, each [tokens, hidden]; they are buffered, and written many at once.
 
         Returns:
-            The same rows as they will be read: results do not depend on whether a row was there before.
+            The rows as they will be read back, so that results do not depend on whether a row was there before.
 
         Raises:
             UserError: If a state is too large for the storage dtype.
@@ -105,7 +105,7 @@ class Partition:
         return {key: row.to(computed) for key, row in stored.items()}
 
     def flush(self) -> None:
-        """Writes the buffered rows as one shard. A disk that takes no more ends the writing, not the run."""
+        """Writes the buffered rows as one shard; a disk that takes no more ends the writing, not the run."""
         buffer, self._buffer = self._buffer, Buffer()
         if not buffer.rows:
             return
@@ -142,7 +142,7 @@ class Partition:
         return file
 
     def _scan(self) -> None:
-        """Finds what other processes have written, and lets go of what they have thrown out."""
+        """Finds the shards that other processes have written, and forgets those that they have evicted."""
         try:
             changed = self.folder.stat().st_mtime_ns
             if changed == self._scanned:
@@ -159,7 +159,7 @@ class Partition:
     def _open(self, file: Path) -> None:
         try:
             shard = Shard(file)
-        except FileNotFoundError:  # thrown out since
+        except FileNotFoundError:  # evicted meanwhile
             return
         except CorruptShard as error:
             self._drop(file, error)

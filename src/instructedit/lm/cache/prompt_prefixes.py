@@ -1,6 +1,6 @@
-"""Keys and values of what prompts begin with: an instruction that many prompts share runs through the blocks once.
+"""Keys and values of prompt prefixes: an instruction that many prompts share runs through the blocks only once.
 
-States below the first edited block are kept row by row (see `PrefixCache`), which is of no use to a new prompt behind a
+States below the first edited block are kept row by row (see `PrefixCache`), which does not help a new prompt after a
 known instruction: its tokens attend to the instruction's keys and values in every block.
 """
 
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-#: Lines of fewer tokens in front of a prompt's last one are computed with it.
+#: Minimum number of tokens in a beginning; shorter ones are computed with the rest of their row.
 SHORTEST = 12
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What rows begin with, as far as the blocks below one have made it.
+    """A common beginning of rows, as computed by the blocks below a given one.
 
     Attributes:
-        ids: Its tokens.
-        states: What enters the block, [tokens, hidden].
-        keys, values: Of the blocks below, [blocks, heads, tokens, size].
+        ids: Its token ids.
+        states: States that enter the block, [tokens, hidden].
+        keys, values: Keys and values of the blocks below, [blocks, heads, tokens, size].
     """
 
     ids: tuple[int, ...]
@@ -36,19 +36,19 @@ class Beginning:
 
     @property
     def nbytes(self) -> int:
-        """What it takes in memory."""
+        """Memory that it takes, in bytes."""
         return self.states.nbytes + self.keys.nbytes + self.values.nbytes
 
 
 class PromptPrefixes:
-    """The beginnings that are known, for each block; the least recently used are thrown out first.
+    """The known beginnings for each block; the least recently used are evicted first.
 
-    A row's beginning is all its lines but the last. That depends on the row alone, not on what came before it, so that
-    a run which resumes computes what the first one did.
+    A row's beginning is all its lines but the last. That depends on the row alone, not on earlier rows, so that a
+    resumed run computes the same as an uninterrupted one.
 
     Args:
-        max_bytes: Room for them.
-        breaks: Whether a token ends a line.
+        max_bytes: Memory for them, in bytes.
+        breaks: Returns whether a token ends a line.
     """
 
     def __init__(self, max_bytes: int, breaks: Callable[[int], bool]) -> None:
@@ -61,17 +61,17 @@ class PromptPrefixes:
         return len(self._known)
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Forgets all beginnings."""
         self._known.clear()
         self.bytes = 0
 
     def of(self, row: Sequence[int]) -> tuple[int, ...]:
-        """The tokens of a row's lines but the last, which keeps one token at least; none if they are few."""
+        """Returns the tokens of a row's lines but the last, which keeps one token at least; none if they are few."""
         size = next((i + 1 for i in range(len(row) - 2, -1, -1) if self.breaks(row[i])), 0)
         return tuple(row[:size]) if size >= SHORTEST else ()
 
     def find(self, block: int, ids: tuple[int, ...]) -> Beginning | None:
-        """A beginning, if it is known."""
+        """Returns a beginning if it is known, else None."""
         found = self._known.get((block, ids))
         if found is not None:
             self._known.move_to_end((block, ids))
@@ -88,13 +88,13 @@ class PromptPrefixes:
 
 
 def filled_cache(beginnings: Sequence[Beginning | None], width: int) -> DynamicCache:
-    """A cache of keys and values that opens with the beginnings, one for each row, padded at their end.
+    """Creates a cache of keys and values that starts with the beginnings, one for each row, padded at their end.
 
-    It keeps all of them whatever windows the model has: rows are shorter than those.
+    It keeps all of them whatever windows the model has, since rows are shorter than those.
 
     Args:
-        beginnings: Of each row; None for none.
-        width: Tokens that they are padded to.
+        beginnings: The beginning of each row; None for none.
+        width: Number of tokens that they are padded to.
     """
     cache = DynamicCache()
     one = next((b for b in beginnings if b is not None), None)
@@ -110,7 +110,7 @@ def filled_cache(beginnings: Sequence[Beginning | None], width: int) -> DynamicC
 
 
 def laid_down(cache: DynamicCache, blocks: int) -> tuple[Tensor, Tensor]:
-    """Keys and values that a forward pass over one row left in the lowest blocks, [blocks, heads, tokens, size]."""
+    """Returns one row's cached keys and values in the lowest blocks, [blocks, heads, tokens, size] each."""
     layers: list[Any] = cache.layers[:blocks]
     return torch.cat([layer.keys for layer in layers]), torch.cat([layer.values for layer in layers])
 

@@ -15,32 +15,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-#: In which dtype states are stored: the option → dtype; None is the dtype that they are computed in, so that nothing is
+#: Dtypes in which states are stored: option → dtype; None is the dtype that they are computed in, so that nothing is
 #: lost.
 STORAGE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEY_BYTES = 16  # of a row's key
-_TOUCH = 60.0  # seconds between two notes that a shard is in use
+_TOUCH = 60.0  # seconds between two updates of a shard's time of use
 
 
 class CorruptShard(Exception):  # noqa: N818 (caught here, never shown to the user)
-    """A shard that is not what was written."""
+    """A shard that differs from what was written."""
 
 
 def row_key(tokens: bytes) -> bytes:
-    """The key of a row: a digest of its token ids (little-endian 64-bit numbers)."""
+    """Returns the key of a row: a digest of its token ids (little-endian 64-bit numbers)."""
     return hashlib.blake2b(tokens, digest_size=KEY_BYTES).digest()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype without its module: ``float32``."""
+    """Returns the name of a dtype without its module: ``float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 class Shard:
-    """A published file, mapped. It may be unlinked while it is: what is mapped stays.
+    """A published file of rows, mapped for reading; it may be unlinked meanwhile, since the mapping stays valid.
 
     Raises:
-        CorruptShard: If it is not what was written; of its states, that shows only when a row is read.
+        CorruptShard: If it differs from what was written; for its states, that shows only when a row is read.
         OSError: If it cannot be read.
     """
 
@@ -66,15 +66,15 @@ class Shard:
         return len(self._ends)
 
     def __iter__(self) -> Iterator[bytes]:
-        """The keys of its rows, in order."""
+        """Iterates over the keys of its rows, in order."""
         raw = self._keys.numpy().tobytes()
         return (raw[i : i + KEY_BYTES] for i in range(0, len(raw), KEY_BYTES))
 
     def row(self, number: int) -> Tensor:
-        """The states of a row, [tokens, hidden]: a view of the mapped file.
+        """Returns the states of a row, [tokens, hidden], as a view of the mapped file.
 
         Raises:
-            CorruptShard: If they are not what was written.
+            CorruptShard: If they differ from what was written.
         """
         start = int(self._ends[number - 1]) if number else 0
         states = self._states[start : int(self._ends[number])]
@@ -90,7 +90,7 @@ class Shard:
 
 
 def packed(rows_of_keys: Mapping[bytes, Tensor], computed: torch.dtype, partition: str) -> bytes:
-    """Packs a shard; safetensors checks on its own that a file has its full length.
+    """Packs rows into the bytes of a shard; safetensors itself checks that a file has its full length.
 
     Args:
         rows_of_keys: Key → states of the row in the storage dtype, [tokens, hidden], on the CPU.
@@ -107,7 +107,7 @@ def packed(rows_of_keys: Mapping[bytes, Tensor], computed: torch.dtype, partitio
 
 
 def _index_sum(kind: str, *index: Tensor) -> str:
-    """Checksum of everything in a shard but the states themselves; `kind` tells its partition and dtypes."""
+    """Computes the checksum of a shard's index and metadata; `kind` tells its partition and dtypes."""
     digest = hashlib.sha256(kind.encode())
     for tensor in index:
         digest.update(tensor.numpy().tobytes())

@@ -1,1 +1,1 @@
-"""The metrics, a file each: what is declared here is validated, tested, tabled and drawn."""
+"""The metrics, one file each; validation, tests, tables and figures use whatever is declared here."""

@@ -4,7 +4,7 @@ from instructedit.metrics.base import EditingMetric
 
 
 class Fluency(EditingMetric):
-    """Declares Fluency: text that the edited model samples."""
+    """Declares Fluency, the n-gram entropy of text that the edited model samples."""
 
     name = "fluency"
     title = "Fluency"

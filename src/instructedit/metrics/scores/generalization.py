@@ -4,7 +4,7 @@ from instructedit.metrics.base import AnswerMetric
 
 
 class Generalization(AnswerMetric):
-    """Declares Generalization: other words for the same request."""
+    """Declares Generalization, accuracy on paraphrases of the request."""
 
     name = "generalization"
     title = "Generalization"

@@ -4,7 +4,7 @@ from instructedit.metrics.base import EditingMetric
 
 
 class Locality(EditingMetric):
-    """Declares Locality: what has nothing to do with the edit."""
+    """Declares Locality, agreement with the unedited model on unrelated prompts."""
 
     name = "locality"
     title = "Locality"

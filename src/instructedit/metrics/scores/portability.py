@@ -4,7 +4,7 @@ from instructedit.metrics.base import AnswerMetric
 
 
 class Portability(AnswerMetric):
-    """Declares Portability: what follows from the edit."""
+    """Declares Portability, accuracy on facts that follow from the edit."""
 
     name = "portability"
     title = "Portability"

@@ -4,7 +4,7 @@ from instructedit.metrics.base import AnswerMetric
 
 
 class Reliability(AnswerMetric):
-    """Declares Reliability: the edit request itself."""
+    """Declares Reliability, accuracy on the edit request itself."""
 
     name = "reliability"
     title = "Reliability"

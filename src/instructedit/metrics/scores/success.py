@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class EditSuccess(EditingMetric):
-    """Declares edit success: replies of the wanted sentiment against those of the opposite one."""
+    """Declares edit success, the preference for replies of the wanted sentiment over those of the opposite one."""
 
     name = "success"
     title = "Edit success"
@@ -22,7 +22,7 @@ class EditSuccess(EditingMetric):
     probes = ("wanted", "opposite")
 
     def values(self, rows: DataFrame) -> Iterator[tuple[str, Series]]:
-        """Scores each record whose replies of both sentiments were read, with the two factors of its success.
+        """Scores each record that has scored replies of both sentiments, with the two factors of its success.
 
         Args:
             rows: Probe rows of one task.
