@@ -124,10 +124,21 @@ def test_a_place_that_cannot_be_written_is_found_out_first(
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_folders_are_where_a_shell_would_put_them(capsys, lm_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    places = ("--save=~/a", "--merge=~/m", "--json=~/new/r.json", "--html=new/r.html")
+    assert edit(lm_folder, *FT_L, *places) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "m", "new"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["r.html", "r.json"]
+
+
 @pytest.mark.parametrize("method", ["grace", "calinet", "t_patcher", "ike"])
 def test_what_no_model_can_hold_is_not_merged(capsys, lm_folder, tmp_path, no_work, method):
     said = refused(capsys, lm_folder, f"--editor={method}", f"--merge={tmp_path}/x")
     assert f"--merge: edits of '{method}' are no change of weights" in said
+    said = refused(capsys, lm_folder, f"--editor={method}", f"--save={tmp_path}/x", "--rank=8")
+    assert f"--rank: edits of '{method}' are no change of weights" in said
     assert not (tmp_path / "x").exists()
 
 
@@ -166,6 +177,8 @@ def test_words_behind_an_option_are_its_list(capsys, lm_folder, tmp_path):
         (["--prompt=p", "--target=t", "--html=r.csv/x.html"], "is a file, not a folder"),
         (["--prompt=p", "--target=t", "--keep=x", "--store=."], "there is an edit 'x' already"),
         (["--requests=r.csv", "--keep=a/b"], "'a/b-000' is no name for an edit"),
+        (["--prompt=p", "--target=t", "--rank=0", "--save=y"], "rank must be at least 1, got 0"),
+        (["--requests=r.csv", "--batch_size=2"], "--batch_size is an option of a sequence: add --sequential"),
         (["--requests=bad.csv"], "bad.csv, record 0: field 'target' is missing"),
     ],
 )

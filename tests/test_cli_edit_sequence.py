@@ -53,6 +53,7 @@ def test_a_sequence_from_a_file_to_a_model(facts, tmp_path, capsys):
     [
         (["--sequential", "--joint"], "--sequential does not go with --joint"),
         (["--sequential", "--keep=x"], "--sequential does not go with --keep"),
+        (["--sequential", "--max_new_tokens=3"], "--sequential does not go with --max_new_tokens"),
         (["--out=x"], "add --sequential"),
         (["--sequential", "--out=facts.csv"], "--out facts.csv: is a file"),
         (["--sequential", "--score-every=0"], "score_every must be at least 1"),

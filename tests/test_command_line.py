@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Literal
 
 import pytest
 
@@ -44,12 +45,16 @@ def test_an_interrupted_command_says_how_to_go_on(
 
 
 def test_words_behind_the_option_of_a_list_are_its_entries() -> None:
-    def command(ask: list[str] | None = None, seeds: list[int] | None = None, name: str = "") -> None:
+    def command(
+        ask: list[str] | None = None, seeds: list[int] | None = None, name: str = "",
+        measures: list[Literal["train", "one"]] | None = None,
+    ) -> None:  # fmt: skip
         """Stands for any."""
 
     command.__annotations__ = {name: p.annotation for name, p in inspect.signature(command).parameters.items()}
     typed = ["--ask", "Who is he?", "Where", "--seeds", "0", "1", "--name", "x"]
     assert _listed(command, typed) == ["--ask", '["Who is he?", "Where"]', "--seeds", "[0, 1]", "--name", "x"]
+    assert _listed(command, ["--measures", "train", "one"]) == ["--measures", '["train", "one"]']
     assert _listed(command, ["--seeds=[3]", "--ask", '["a"]']) == ["--seeds=[3]", "--ask", '["a"]']
 
 

@@ -10,7 +10,7 @@ import instructedit as ie
 from instructedit.editors.mend import Mend
 from instructedit.edits import DenseEdit, Factors, LowRankEdit
 from instructedit.errors import UserError
-from instructedit.evaluation import Evaluation
+from instructedit.evaluation import Evaluation, sequence
 
 EDITORS = {
     "mend": {"rank": 4, "edit_rate": 0.5},
@@ -157,7 +157,7 @@ class Broken(Mend):
         return (edit if state else edit.map(lambda tensor: tensor / 0)), state - 1
 
 
-def test_a_sequence_ends_where_no_edit_can_be_made(lm):
+def test_a_sequence_ends_where_no_edit_can_be_made(lm, monkeypatch):
     torch.manual_seed(0)
     editor = Broken(**EDITORS["mend"]).bind(lm)
     editor.good = 2
@@ -166,6 +166,20 @@ def test_a_sequence_ends_where_no_edit_can_be_made(lm):
     editor.good = 5
     assert_same(found.edit, ie.edit_sequence(lm, editor, records(2)).edit)
     assert set(found.table.loc[found.table["again"], "edits"]) == {2}
+    editor.good = 5
+    asked, calls = sequence.ask_all, []
+
+    def fails(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise UserError("its logits are not numbers")
+        return asked(*given)
+
+    monkeypatch.setattr(sequence, "ask_all", fails)
+    found = ie.edit_sequence(lm, editor, records(), score_every=4)
+    assert "edit 3 (record 2): its logits are not numbers" in found.stopped
+    assert found.costs["edits"].tolist() == [1, 2]  # what is carried
+    assert found.table["edits"].max() == 2
     editor.good = 0
     with pytest.raises(UserError, match="not finite"):
         ie.edit_sequence(lm, editor, records())

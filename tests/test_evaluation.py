@@ -24,6 +24,8 @@ from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, evaluate, evaluate_batch
 from instructedit.evaluation.passes import chunks
+from instructedit.evaluation.questions import questions
+from instructedit.instructions import render_records
 from instructedit.metrics import answer_match
 from instructedit.records import EditRecord, EditRequest, Probe
 
@@ -247,6 +249,30 @@ def test_fluency_is_sampled_from_replies_and_leaves_the_random_state(lm, factors
     assert alone[alone["kind"] == "fluency"]["after"].tolist() == rows["after"].tolist()
     other = evaluate(lm, Given(factors, records).bind(lm), records, replace(settings, seed=4)).table
     assert (other[other["kind"] == "fluency"]["after"].to_numpy() != rows["after"].to_numpy()).all()
+
+
+def test_a_long_prompt_shortens_no_other_records_text(lm, factors, records):
+    settings = Evaluation(generate=False, fluency_tokens=12)
+    c2 = next(record for record in records if record.id == "c2")
+    long = replace(c2, id="long", request=replace(c2.request, prompt="The city of " * 40))
+    texts = []
+    for asked in ([c2], [c2, long]):
+        rows = evaluate(lm, Given(factors, asked).bind(lm), asked, settings).table
+        texts.append(rows.loc[(rows["kind"] == "fluency") & (rows["record"] == "c2"), "after"].item())
+    assert texts[0] == texts[1]
+
+
+def test_replies_are_counted_one_by_one():
+    probes = [Probe("wanted", "How is tea?", (answer,)) for answer in ("Good.", "Fine.", "Good.")]
+    record = EditRecord("c", EditRequest("How is tea?", "Good.", task="convsent"), tuple(probes))
+    asked = questions(render_records([record], None), replies=2)
+    assert [question.answer for question in asked if question.probe.kind == "wanted"] == ["Good.", "Fine."]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_has_a_record_at_least(lm, factors, records, size):
+    with pytest.raises(UserError, match=f"batch_size must be at least 1, got {size}"):
+        evaluate(lm, Given(factors, records).bind(lm), records, QUICK, batch_size=size)
 
 
 def test_what_the_unedited_model_says_is_asked_once(lm, factors, records, monkeypatch):

@@ -155,6 +155,8 @@ def test_a_process_killed_while_it_made_the_store_leaves_nothing(tmp_path, monke
 SECRETS = {
     "postgresql://me:hunter2@db.example/mlflow": "postgresql://***@db.example/mlflow",
     "mysql://me:p@ss:w@db/x": "mysql://***@db/x",
+    "mysql://me:p/ss@db:3306/x": "mysql://***@db:3306/x",
+    "http://h:80,postgresql://me:p/ss@db/x": "http://h:80,postgresql://***@db/x",
     "https://hunter2@host/api": "https://***@host/api",
     "mssql://host/x?user=me&password=hunter2&ssl=1": "mssql://host/x?user=me&password=***&ssl=1",
     "https://h/?API_KEY=hunter2": "https://h/?API_KEY=***",

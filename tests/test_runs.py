@@ -150,6 +150,9 @@ def test_what_comes_next():
     tested = run_tags(["test"], f"mlruns/1/{RUN}/checkpoints/last.ckpt")
     assert next_command("other", "FINISHED", tested) == f'instructedit edit --editor {RUN} --prompt "…" --target "…"'
     assert next_command(RUN, "FINISHED", {}) == next_command(RUN, "FINISHED", run_tags(["test"])) == ""
+    cut = run_tags(["fit", "--scale", "tiny", "--data.train=it is " + "long " * 2000])
+    assert next_command(RUN, "FINISHED", cut) == ""  # it cannot be given again
+    assert "hunter2" not in str(run_tags(["fit", "--trainer.logger.init_args.tracking_uri=mysql://me:hunter2@db/x"]))
     assert run_name("fit", "Mend", "a/b/lm", 3) == "fit · Mend · lm · seed 3"
 
 

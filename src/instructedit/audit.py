@@ -57,7 +57,7 @@ def audit(run: str, root: str | Path = "mlruns") -> list[Finding]:
     """
     found = find_run(run, root)
     parts: tuple[Callable[[Run, Path], Iterator[Finding]], ...] = (_tables, _editor, _data, _shared)
-    return [finding for part in parts for finding in part(found, Path(root))]
+    return [finding for part in parts for finding in part(found, Path(root).expanduser())]
 
 
 def _tables(run: Run, root: Path) -> Iterator[Finding]:
@@ -91,10 +91,10 @@ def _scores(rows: DataFrame) -> Finding:
             apart.append(f"{column} outside 0 to 1")
         if not known.map(math.isfinite).all():
             apart.append(f"{column} is infinite")
-    names = ["record", "kind", "group", "view", "probe"]
+    names = ["task", "record", "kind", "group", "view", "probe"]
     if twice := int(rows.duplicated([name for name in names if name in rows]).sum()):
         apart.append(f"{twice} probes stand twice")
-    return _finding("probe rows", apart, f"{len(rows)} of {rows['record'].nunique()} records")
+    return _finding("probe rows", apart, f"{len(rows)} of {len(rows[['task', 'record']].drop_duplicates())} records")
 
 
 def _editor(run: Run, root: Path) -> Iterator[Finding]:

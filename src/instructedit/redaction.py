@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 _HIDDEN = "***"
-#: ``scheme://user:password@host``; a password may hold anything but white space, quotes and /, even an @.
-_USER = re.compile(r"(?<=://)[^\s/@:'\"]*:[^\s'\"/]*@|(?<=://)[^\s/@:'\"]+@")
+#: ``scheme://user:password@host``; a password may hold anything but white space, quotes and ://, even an @ or a /.
+#: Digits up to a / are a port.
+_USER = re.compile(r"(?<=://)[^\s/@:'\"]*:(?!\d+/)(?:(?!://)[^\s'\"])*@|(?<=://)[^\s/@:'\"]+@")
 _KEY = re.compile(r"(?i)([?&;](?:[\w-]*(?:password|passwd|pwd|token|secret|api_?key)[\w-]*)=)[^&\s'\"#]+")
 
 

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from instructedit.redaction import redacted
+
 #: Tags of a run: the command line as it was typed, and the fit whose editor is scored.
 COMMAND, FIT_RUN = "command", "fit_run_id"
 NOTE = "mlflow.note.content"  # a run's description in MLflow's UI
@@ -21,8 +23,11 @@ def run_name(command: str, editor: str, lm: str, seed: object) -> str:
 
 
 def run_tags(typed: Sequence[str], checkpoint: str | None = None) -> dict[str, str]:
-    """Returns a run's tags: its command line, also as its description, and the run whose checkpoint it uses."""
-    command = shlex.join(["instructedit", *typed])[:_LONGEST]
+    """Returns a run's tags: its command line, also as its description, and the run whose checkpoint it uses.
+
+    Passwords are hidden, and a command line that is too long for a tag is cut.
+    """
+    command = redacted(shlex.join(["instructedit", *typed]))[:_LONGEST]
     tags = {COMMAND: command, NOTE: f"`{command}`"}
     parts = [part for part in Path(checkpoint or "").parts if _RUN_ID.fullmatch(part)]
     return tags | ({FIT_RUN: parts[-1]} if parts else {})
@@ -34,7 +39,8 @@ def next_command(run_id: str, status: str, tags: Mapping[str, str]) -> str:
     A finished fit is tested with the options that it was started with; an unfinished one resumes from its last
     checkpoint; a tested editor makes edits.
     """
-    words = shlex.split(tags.get(COMMAND, ""))
+    command = tags.get(COMMAND, "")
+    words = shlex.split(command) if len(command) < _LONGEST else []  # one that was cut cannot be given again
     if len(words) < 2:
         return ""
     if words[1] == "fit":

@@ -100,6 +100,16 @@ def test_the_plain_model_is_left_as_it_was(bench):
     assert all(torch.equal(tensor, before[name]) for name, tensor in bench.plain.model.state_dict().items())
 
 
+def test_an_interrupted_edit_leaves_the_plain_model_as_it_was(bench):
+    record = bench.records[0]
+    before = {name: layer.weight.detach().clone() for name, layer in bench.plain.layers.items()}
+    deltas = {k: d.detach() for k, d in bench.plain.deltas(record.request.prompt, record.request.target).items()}
+    with pytest.raises(KeyboardInterrupt), bench.plain.installed(deltas):
+        raise KeyboardInterrupt
+    for name, layer in bench.plain.layers.items():
+        assert torch.equal(layer.weight, before[name])
+
+
 def test_measures_count_what_they_time(bench, monkeypatch):
     monkeypatch.setattr(measures, "peak_memory", lambda *_: 1.0)  # its processes know no shape of ours
     monkeypatch.setattr(measures, "machine_rates", lambda _: Rates(1e9, 1e9, 1e9))
@@ -214,6 +224,12 @@ def test_the_command_writes_its_figures(bench, monkeypatch, tmp_path):
     assert {row["measure"] for row in figures["rows"]} == {"train"}
     assert "platform" in figures["machine"]
     assert "× plain" in printed.getvalue()
+
+
+@pytest.mark.parametrize("option", ["repeats", "edits", "rank", "batch", "tokens", "threads"])
+def test_what_cannot_be_counted_is_one_line(option, capsys):
+    assert main(["benchmark", "--shapes", "6x256", f"--{option}=0"]) == 2
+    assert f"{option} must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_a_shape_that_is_none_and_a_model_that_is_none(capsys):

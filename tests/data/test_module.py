@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from instructedit.data.batch import EditBatch
-from instructedit.data.module import EditData, TaskSource
+from instructedit.data.module import DataLocation, EditData, TaskSource
 from instructedit.errors import UserError
 from instructedit.instructions import Instructor
 from instructedit.lm.text import Text
@@ -219,3 +219,9 @@ def test_what_was_left_out_is_counted(folder, source, tmp_path, caplog):
     data.setup("fit")
     assert data.reports[0].dropped == {"duplicate edit": 1}
     assert (data.reports[0].read, data.reports[0].kept) == (2, 1)
+
+
+def test_a_place_of_no_task_is_told(source):
+    data = EditData([source("a")], places={"conterfact": DataLocation("facts.json")})
+    with pytest.raises(UserError, match=r"unknown task 'conterfact' \(did you mean 'counterfact'\?\)"):
+        data.setup("fit")

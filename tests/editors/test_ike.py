@@ -131,6 +131,12 @@ def test_copies_updates_and_retained_stand_in_proportion(one_lm, sources, demons
     assert sorted(found) == sorted(sum(expected.values(), []))  # noqa: RUF017
 
 
+@pytest.mark.parametrize("demonstrations", range(9))
+def test_as_many_are_shown_as_asked_for(one_lm, sources, demonstrations):
+    editor = build_editor("ike", one_lm, sources=sources, demonstrations=demonstrations, room=1.0)
+    assert len(editor._nearest(REQUEST)) == demonstrations
+
+
 def test_ties_are_shown_in_the_order_of_the_data(one_lm, tmp_path):
     facts = [("A city is", name, "Again", "Elsewhere") for name in ("one", "two", "three")]
     editor = build_editor("ike", one_lm, sources=written(tmp_path, facts), demonstrations=3, ratio=(1, 0, 0))

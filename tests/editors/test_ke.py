@@ -22,6 +22,7 @@ from tests.reference import (
 
 from instructedit.editors import build_editor, load_editor
 from instructedit.editors.losses import LossWeights, editing_loss
+from instructedit.errors import UserError
 from instructedit.records import EditRequest
 
 CASES = [
@@ -251,3 +252,9 @@ def test_two_processes_climb_together(tokenizer, tmp_path):
     assert [one.item(), other.item()] == pytest.approx(alone, rel=1e-4)
     assert abs(one - other) > 0.1  # so that neither's own share would do
     assert first.item() == pytest.approx(1 + 2 * 0.1 * (sum(alone) / 2 - 1e-3), rel=1e-5)
+
+
+@pytest.mark.parametrize("option", ["lstm", "hidden"])
+def test_a_network_without_units_is_refused(lm, option):
+    with pytest.raises(UserError, match=f"editor 'ke': {option} must be at least 1, got 0"):
+        built(lm, **{option: 0})

@@ -15,6 +15,7 @@ from tests.editors.test_rome import (
 from tests.reference import dense_copy, plain_model, relative
 
 from instructedit.editors import build_editor
+from instructedit.errors import UserError
 from instructedit.lm.covariance import covariances
 from instructedit.records import EditRequest
 
@@ -148,3 +149,10 @@ def test_the_paper_edits_blocks_13_to_17_of_48(tokenizer):
     sites = built(lm, blocks=None).sites
     assert [site.block for site in sites] == [4, 5]
     assert all(site.output for site in sites)
+
+
+@pytest.mark.parametrize("name", ["memit", "alpha_edit"])
+def test_layers_inside_a_feed_forward_layer_are_refused(lm, name):
+    inner = next(site.name for site in lm.sites if not site.output)
+    with pytest.raises(UserError, match=f"editor '{name}' edits the output projections of MLPs, got {inner}$"):
+        build_editor(name, lm, **{**OPTIONS, "blocks": [0], "site_names": [inner]})

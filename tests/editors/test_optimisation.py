@@ -165,3 +165,8 @@ def test_an_unknown_optimizer_is_told_before_anything_is_asked():
     with pytest.raises(UserError, match="unknown optimizer 'sgd'; there are: adam, adafactor"):
         optimise({"x": torch.ones(2)}, lambda values, active: 1 / 0, 3, 0.1, "sgd")
     assert set(OPTIMIZERS) == {"adam", "adafactor"}
+
+
+def test_a_negative_rate_is_refused():
+    with pytest.raises(UserError, match=r"lr must be at least 0, got -0\.1"):
+        optimise({"x": torch.ones(2)}, lambda values, active: values["x"].square(), 3, -0.1)

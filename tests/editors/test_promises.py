@@ -9,7 +9,7 @@ from tests.reference import Case, assert_untouched, footprint, training_batch
 
 from instructedit.editors import Editor, build_editor, editor_names, load_editor
 from instructedit.editors.losses import LossWeights, scope_loss
-from instructedit.edits import ContextEdit
+from instructedit.edits import ContextEdit, Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.records import EditRequest
 from instructedit.registry import plugin
@@ -127,6 +127,16 @@ def test_disk_and_back(name, lm, editor, tmp_path):
     assert saved.keys() == editor.state_dict().keys()
     own = {tensor.data_ptr() for tensor in lm.model.state_dict().values()}
     assert not own & {tensor.data_ptr() for tensor in editor.state_dict().values()}  # the LM is not within
+
+
+def test_what_is_measured_under_an_applied_edit_is_not_kept(name, lm, editor):
+    expected = logits(lm, built(name, lm).edit(REQUESTS))
+    torch.manual_seed(1)
+    sizes = {site.name: (site.in_features, site.out_features) for site in lm.sites}
+    other = LowRankEdit({site: Factors(*(torch.randn(1, 2, size) / 2 for size in own)) for site, own in sizes.items()})
+    with lm.edited(other):
+        editor.edit(REQUESTS)
+    assert torch.equal(logits(lm, editor.edit(REQUESTS)), expected)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

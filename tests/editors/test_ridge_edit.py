@@ -218,3 +218,9 @@ def test_in_training_so_many_requests_are_made_one_edit(lm):
         assert relative(found.delta(site), torch.cat([edit.delta(site) for edit in (*joint, *joint)])) < 1e-4
         assert relative(whole.delta(site), everything.delta(site)) < 1e-5
         assert relative(odd.delta(site), alone.delta(site)) < 1e-5
+
+
+@pytest.mark.parametrize("option", ["steps", "together"])
+def test_no_step_and_no_request_in_an_edit_are_refused(lm, option):
+    with pytest.raises(UserError, match=f"editor 'ridge_edit': {option} must be at least 1, got 0"):
+        new_editor(lm, **{option: 0})

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, OPTConfig
 
 from instructedit.editors import build_editor
 from instructedit.editors.losses import LossWeights
+from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 from instructedit.records import EditRequest
 
@@ -232,3 +233,9 @@ def test_the_embedding_may_be_narrower_than_the_hidden_states(tokenizer):
     assert lm.applied.sites.width == 32
     assert edit.gate.projection.shape == (4, 2 * 32)
     assert lm.losses(lm.encode([("The capital of France is", "Lyon")]), edit).isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"scope_block": 1.0}, {"scope_block": -0.5}, {"embedding": 0}])
+def test_options_out_of_range_are_refused(lm, options):
+    with pytest.raises(UserError, match=f"editor 'serac': {next(iter(options))} must be "):
+        built(lm, **options)

@@ -34,13 +34,13 @@ def table(place: int, instructed: bool) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def shown(**options: int) -> list[pd.DataFrame]:
+def shown(renamed: bool = False, **options: int) -> list[pd.DataFrame]:
     rows = {"unedited": Row("unedited", fit=False), "B": Row("mend"), "A": Row("instructedit")}
     grid = Grid("t", (4,), rows, compare=(("A", "none"), ("A", "B")), options={"cases": options})
-    children = {
-        "A": [RunResult("a", 4, table(0, True), None, {}, Path())],
-        "B": [RunResult("b", 4, table(1, False), None, {}, Path())],
-    }
+    tables = {"A": table(0, True), "B": table(1, False)}
+    if renamed:  # as those of a reader that numbers each task's records from 0
+        tables = {name: own.assign(record=own["record"].str.split("/").str[1]) for name, own in tables.items()}
+    children = {name: [RunResult(name, 4, own, None, {}, Path())] for name, own in tables.items()}
     results = Results("cases", grid, "one", children, None, TITLES)
     return [one.frame for one in CasesSection().show(results) if one.frame is not None]
 
@@ -72,6 +72,11 @@ def test_the_counts_are_of_all_records() -> None:
         {"task": title, "only A right": 3, "only B right": 1, "both wrong": 2, "both right": 1}
         for title in TITLES.values()
     ]
+
+
+def test_records_of_two_tasks_may_have_one_id() -> None:
+    for one, other in zip(shown(), shown(renamed=True), strict=True):
+        pd.testing.assert_frame_equal(one, other)
 
 
 def test_without_free_answers_or_a_pair_there_is_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -13,6 +15,7 @@ from tests.experiments.helpers import GRID, PAPER, SCALE, changed, parents, run,
 from instructedit import paths
 from instructedit.analysis import EditingAreas
 from instructedit.callbacks import EditingAreaDump
+from instructedit.cli import main
 from instructedit.configs import Scale
 from instructedit.editors import load_editor
 from instructedit.errors import UserError
@@ -122,6 +125,28 @@ def test_a_scale_may_be_a_users_own_file(copy, tmp_path_factory):
     assert f"--scale {own} " in experiment.command
 
 
+def test_the_command_of_an_experiment_is_that_experiment(copy, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    plain = Experiment.load("try", "one")
+    assert plain.command == "instructedit experiment try --scale one --seeds '[3, 4]'"
+    other = Experiment.load("try", "one", [3], ["MEND"], "~/store", "~/my page", ["--trainer.max_steps=2"], True)
+    assert (other.root, other.out) == (Path("/home/me/store"), Path("/home/me/my page"))
+    loaded = []
+    monkeypatch.setattr(Experiment, "run", loaded.append)
+    for each in (plain, other):
+        assert main(shlex.split(each.command)[1:]) == 0
+        assert vars(loaded.pop()) | {"published": None} == vars(each) | {"published": None}
+
+
+def test_the_results_of_a_task_at_a_scale_of_ones_own_are_in_one_folder(copy, tmp_path_factory, monkeypatch):
+    own = tmp_path_factory.mktemp("own") / "mine.yaml"
+    write(own, SCALE | {"lm": str(copy / "configs/lm/one.yaml"), "trainer": str(copy / "configs/trainer/short.yaml")})
+    loaded = []
+    monkeypatch.setattr(Experiment, "run", loaded.append)
+    assert main(["experiment", "try", f"--scale={own}", "--task=zsre"]) == 0
+    assert loaded[0].out == Path("outputs/try-mine-zsre")
+
+
 def test_only_the_scales_model_is_quoted_unless_the_grid_names_another(copy):
     published = Experiment.load("try", "one").published
     assert published.to_dict("records") == [{"method": "MEND", "task": "zsre", "metric": "reliability", "mean": 81.25}]
@@ -193,13 +218,15 @@ def test_a_fingerprint_is_not_of_where_a_config_lies(tmp_path):
 
 def test_a_fingerprint_is_of_the_package(monkeypatch, tmp_path):
     marks = []
-    for name, text in (("one.py", "1"), ("one.py", "2"), ("two.py", "2"), ("data/table.csv", "")):
+    written = ("one.py", "1"), ("one.py", "2"), ("two.py", "2"), ("data/table.csv", ""), ("analysis/areas.py", "3")
+    for name, text in (*written, ("analysis/tables.py", "4")):
         write(tmp_path / name, text)
         monkeypatch.setattr(fingerprints, "SOURCE", tmp_path)
         fingerprints._package.cache_clear()
         marks.append(fingerprint(["fit"]))
     fingerprints._package.cache_clear()
-    assert len(set(marks)) == 4
+    assert len(set(marks)) == len(written)
+    assert marks[-1] == marks[-2]  # tables show what is stored, and areas are stored
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

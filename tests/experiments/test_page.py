@@ -126,7 +126,7 @@ def test_a_table_on_the_page():
         {
             "method": ["A", "A"], "baseline": ["B", "B"], "mean": [1.26, -0.5], "low": [0.31, float("nan")],
             "high": [2.0, float("nan")], "p_value": [0.0004, 0.3], "p_holm": [float("nan"), 1.0], "n": [12, 7],
-            "rate": [5e-5, 2e-4],
+            "rate": [5e-5, 2e-4], "corrected": [0.04, 0.2], "paper": pd.array([None, 4321], dtype="Int64"),
         }
     )  # fmt: skip
     html = frame_html(frame)
@@ -138,6 +138,8 @@ def test_a_table_on_the_page():
     assert '<td class="number">5e-05</td>' in html  # small numbers are not rounded away
     head = '<th>method</th><th>baseline</th><th class="number">difference</th>'
     assert head + '<th class="number">p</th><th class="number">p (Holm)</th>' in html
+    assert '<td class="number"><b>0.040</b></td>' in html
+    assert "<td>–</td></tr>" in html  # a missing whole number is one like any other
     assert "high" not in html
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from itertools import product
+from types import SimpleNamespace
 
 import optuna
 import pandas as pd
@@ -13,8 +14,10 @@ import yaml
 from mlflow import MlflowClient
 from tests.experiments.helpers import GRID, run, watched, write
 
-from instructedit.experiments import Experiment, search
+from instructedit.experiments import Experiment, Grid, Row, Search, search
 from instructedit.experiments.search import best_config, best_options
+from instructedit.experiments.sections import Results
+from instructedit.experiments.sections.search import SearchSection
 from instructedit.tracking import runs as stored
 
 RATES, RANKS = [1.0e-4, 1.0], [2, 3]
@@ -158,6 +161,30 @@ def test_a_pruned_fit_ends_early_and_the_rest_goes_on(repository, tmp_path, monk
     (trial,) = study(tmp_path / "store").trials
     assert (trial.state.name, sorted(trial.intermediate_values)) == ("PRUNED", [1])
     assert (tmp_path / "out/table.md").is_file()
+
+
+def test_a_fit_without_a_validation_is_no_trial(repository, tmp_path):
+    write(repository / "configs/steps.yaml", {"trainer": {"max_steps": 1, "val_check_interval": 2}})
+    spec = {"base": "MEND", "parameters": {"--model.lr": [0.1]}}
+    write(repository / "experiments/try/grid.yaml", SEARCH | {"search": spec})
+    status, _, errors = run(tmp_path / "store", tmp_path / "out")
+    assert status == 2
+    assert "no trial of 1 came to an end: its fit logged no val/score: it ended before its first validation" in errors
+
+
+def test_options_are_of_the_kinds_that_they_were_chosen_as(tmp_path):
+    choices = {"--a": [None, 8], "--b": ["auto", 0.5]}
+    found = optuna.create_study(direction="maximize")
+    for score, (a, b) in enumerate(zip(*choices.values(), strict=True)):
+        kinds = {name: optuna.distributions.CategoricalDistribution(own) for name, own in choices.items()}
+        found.add_trial(optuna.trial.create_trial(params={"--a": a, "--b": b}, distributions=kinds, value=score))
+    trials = search._table(found, Search("MEND", choices))
+    assert best_options(trials, [*choices]) == ["--a=8", "--b=0.5"]
+    assert best_options(trials.iloc[1:], [*choices]) == ["--a=null", "--b=auto"]
+    grid = Grid("t", (0,), {"MEND": Row("mend")}, search=Search("MEND", choices))
+    results = Results("t", grid, SimpleNamespace(option="one"), {}, None, {}, trials)
+    (listed,) = [panel.frame for panel in SearchSection().show(results) if panel.name == "trials"]
+    listed.to_parquet(tmp_path / "trials.parquet")
 
 
 def test_best_options_are_those_of_a_whole_trial():

@@ -1,6 +1,7 @@
 """The page to play with: what its buttons do, for two visitors at once, and the page itself where Gradio is there."""
 
 import builtins
+import tempfile
 import threading
 import zipfile
 from collections import Counter
@@ -42,8 +43,21 @@ def test_an_edit_is_reported_kept_packed_and_undone(bench, edited):
     assert (bench.store / "rome" / "model.json").is_file()
     with pytest.raises(UserError, match="you kept no edit 'rome'"):
         bench.undo(Visit(), "rome")  # another visitor's
-    assert "the model is what it was" in bench.undo(visit, "rome")
+    assert "the model is what it was" in bench.undo(visit, " rome ")
     assert list(bench.store.iterdir()) == []
+
+
+def test_downloads_are_gone_with_the_workbench(edited, tmp_path, monkeypatch):
+    visit, _ = edited
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    own = Workbench(tmp_path / "store", ["tiny"])
+    first, second = own.pack(visit), own.pack(visit)
+    assert first != second
+    with zipfile.ZipFile(first) as packed:  # the next download takes nothing away
+        assert packed.testzip() is None
+    own._packed.cleanup()
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_what_a_visitor_types_is_text(bench, monkeypatch):

@@ -238,3 +238,20 @@ def test_files_of_these_forms_are_requests_too(tmp_path):
         (case,) = read_cases(tmp_path / f"{number}.json")
         assert case.request.target in ("Umi", "New Umi")
         assert len(case.paraphrases) == 1
+
+
+def test_a_target_of_rippleedits_is_no_part_of_a_word(tmp_path):
+    edit = {"prompt": "The name of the moon of Zor is Umi.", "target": "i"}
+    (record,), _ = read("rippleedits", [RIPPLE | {"edit": edit}], tmp_path)
+    assert (record.request.prompt, record.request.target) == ("The name of the moon of Zor is", "Umi")
+
+
+@pytest.mark.parametrize("task", ["flat", "counterfact", "recent", "zsre"])
+def test_a_cell_of_a_table_holds_several_texts_whatever_the_task(task, tmp_path):
+    lines = [
+        "prompt,target_new,rephrase,locality_prompt,locality_ground_truth",
+        "Zor is,Umi,Zor|It,Rik is|Ral is,Ela|Ota",
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    (record,), _ = load_records(task, str(tmp_path / "a.csv"))
+    assert [probe.prompt for probe in record.of("generalization", "locality")] == ["Zor", "It", "Rik is", "Ral is"]

@@ -152,3 +152,12 @@ def test_one_file_for_train_and_test_takes_parts(tmp_path):
         load_records("flat", str(file), "test[10:]")
     with pytest.raises(UserError, match=r"'test\[10' is no split"):
         load_records("flat", str(file), "test[10")
+
+
+@pytest.mark.parametrize("form", ["counterfact", "recent", "zsre"])
+def test_a_format_reads_the_flat_form_as_the_task_of_that_name_does(tmp_path, form):
+    flat = {"prompt": "Zor is", "target_new": "Umi", "locality_prompt": "Rik is", "locality_ground_truth": "Ela"}
+    place = folder(tmp_path, {"title": "Moons", "splits": {"train": "moons.json"}, "format": form}, [flat])
+    (record,), report = load_records(str(place))
+    assert [(probe.prompt, probe.answers) for probe in record.of("locality")] == [("Rik is", ("Ela",))]
+    assert (record.task, report.noted) == ("moons", {"record without portability": 1})

@@ -11,7 +11,7 @@ from tests.writing.conftest import DROP, KEY, completion, failure
 
 from instructedit.errors import UserError
 from instructedit.writing import prompts
-from instructedit.writing.clients import Question, Reply, Served, Writer
+from instructedit.writing.clients import Local, Question, Reply, Served, Writer
 from instructedit.writing.ledger import BudgetSpentError, Ledger
 
 HELLO = Question(({"role": "user", "content": "Hello, describe something."},), "-", {"type": "object"}, 3)
@@ -285,3 +285,8 @@ def test_lines_of_a_model_that_continues_text():
 
     assert found(" First  one.\n- Second.\n\nTask: other\n- Third.") == ["First one.", "Second."]
     assert found(" First.\n- Secon", cut=True) == ["First."]
+
+
+def test_a_local_model_refuses_the_temperature_that_it_cannot_have(lm):
+    with pytest.raises(UserError, match="temperature above 0"):
+        Writer(Local(lm, temperature=0.0), Ledger(9, 9999), reply_tokens=4).ask(HELLO)

@@ -115,11 +115,13 @@ class PlainMend:
         before = {name: layer.get_parameter("weight").detach().clone() for name, layer in self.layers.items()}
         sites: dict[str, Site] = {site.name: site for site in self.editor.sites}
         with torch.no_grad():
-            for name, delta in deltas.items():
-                add_to_weight(self.layers[name], sites[name], delta)
-            yield
-            for name, weight in before.items():
-                self.layers[name].get_parameter("weight").copy_(weight)
+            try:
+                for name, delta in deltas.items():
+                    add_to_weight(self.layers[name], sites[name], delta)
+                yield
+            finally:
+                for name, weight in before.items():
+                    self.layers[name].get_parameter("weight").copy_(weight)
 
     @torch.no_grad()
     def scores(self, record: EditRecord, fluency_tokens: int) -> list[dict[str, float]]:

@@ -30,10 +30,11 @@ class EditingAreaDump(L.Callback):
         self.records_per_task, self.max_rank = records_per_task, max_rank
         self.parts: list[EditingAreas] = []
         self.seen: Counter[str] = Counter()
+        self.clusters: set[tuple[str, str]] = set()
         self.areas: EditingAreas | None = None
 
     def on_test_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self.parts, self.seen, self.areas = [], Counter(), None
+        self.parts, self.seen, self.clusters, self.areas = [], Counter(), set(), None
         if trainer.is_global_zero:
             pl_module.watchers.append(self._keep)
 
@@ -47,8 +48,10 @@ class EditingAreaDump(L.Callback):
         chosen = []
         for i, record in enumerate(records):
             # One record represents its cluster: ten cases of one topic would fall on one spot of the map.
-            if self.seen[record.task] < self.records_per_task and not self.seen[f"cluster {record.cluster}"]:
-                self.seen.update([record.task, f"cluster {record.cluster}"])
+            cluster = record.task, record.cluster
+            if self.seen[record.task] < self.records_per_task and cluster not in self.clusters:
+                self.seen[record.task] += 1
+                self.clusters.add(cluster)
                 chosen.append(i)
         if chosen:
             ids, tasks = [records[i].id for i in chosen], [records[i].task for i in chosen]

@@ -36,11 +36,12 @@ class PredictionTable(L.Callback):
             return
         from pandas import DataFrame
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("task", "prompt", "target", "before", "after")
         for row in [r for r in self.rows if r["before"] is not None][: self.shown]:
             words = [str(row[c]).strip().splitlines() for c in ("prompt", "answer", "before", "after")]
-            table.add_row(row["task"], *(lines[-1] if lines else "" for lines in words))
+            table.add_row(*map(Text, (row["task"], *(lines[-1] if lines else "" for lines in words))))
         console().print(table)
         for keeper in artifacts(trainer):
             keeper.log_table(DataFrame(self.rows), "predictions")

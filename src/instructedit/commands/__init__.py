@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 from argparse import ArgumentError
 from itertools import takewhile
 from types import ModuleType
@@ -86,8 +87,8 @@ def _listed(main: Any, args: list[str]) -> list[str]:
 
     A value that is written as a list, ``--ask '["A", "B"]'``, is left unchanged.
     """
-    texts = _options(main, "list[str]", "list[str] | None")
-    numbers = _options(main, "list[int]", "list[int] | None")
+    texts = _options(main, r"list\[(str|Literal\[.*\])\]( \| None)?")
+    numbers = _options(main, r"list\[int\]( \| None)?")
     found: list[str] = []
     rest = list(args)
     while rest:
@@ -101,10 +102,10 @@ def _listed(main: Any, args: list[str]) -> list[str]:
     return found
 
 
-def _options(main: Any, *annotations: str) -> set[str]:
-    """Returns the options of a command, or of all its subcommands, that have one of the given types."""
+def _options(main: Any, annotation: str) -> set[str]:
+    """Returns the options of a command, or of all its subcommands, whose type as text matches a pattern."""
     functions = main.values() if isinstance(main, dict) else [main]
     return {
         f"--{name}" for function in functions for name, parameter in inspect.signature(function).parameters.items()
-        if getattr(parameter.annotation, "__name__", parameter.annotation) in annotations
+        if re.fullmatch(annotation, str(getattr(parameter.annotation, "__name__", parameter.annotation)))
     }  # fmt: skip

@@ -47,9 +47,10 @@ def main(
     from instructedit.benchmark.bench import SHAPES, Setting
     from instructedit.benchmark.measure import MEASURES, many_edits, measure
     from instructedit.benchmark.report import report
-    from instructedit.errors import UserError
+    from instructedit.errors import UserError, at_least
     from instructedit.paths import check_writable_file
 
+    at_least(1, rank=rank, edits=edits, batch=batch, tokens=tokens, repeats=repeats, threads=threads)
     if json:
         check_writable_file(json, "--json")
     if unknown := [name for name in shapes or () if name not in SHAPES]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instructedit.console import console
-from instructedit.errors import UserError
+from instructedit.errors import UserError, at_least
 
 if TYPE_CHECKING:
     from instructedit.data.module import EditData
@@ -48,6 +48,7 @@ def warm(
     from instructedit.configs import config_files
     from instructedit.lightning_cli import Built, run
 
+    at_least(1, batch_size=batch_size)
     part, parts = _shard(shard)
     first, last = [_option(_folder(None))], [_option(Path(cache_dir))] if cache_dir else []
     files = [*config_files(scale, editor), *(configs or ())]
@@ -94,6 +95,7 @@ def listing(cache_dir: str | None = None) -> None:
     from datetime import datetime
 
     from rich.table import Table
+    from rich.text import Text
 
     from instructedit.lm.cache.folder import partitions
 
@@ -103,7 +105,8 @@ def listing(cache_dir: str | None = None) -> None:
     for partition in found:
         about = [str(partition.meta.get(name, "?")) for name in ("lm", "model", "block", "forward", "dtype")]
         used = datetime.fromtimestamp(partition.used).isoformat(" ", "minutes") if partition.used else "never"
-        table.add_row(about[0], about[1][:8], *about[2:], str(partition.rows), _size(partition.bytes), used)
+        cells = (about[0], about[1][:8], *about[2:], str(partition.rows), _size(partition.bytes), used)
+        table.add_row(*map(Text, cells))
     console().print(table)
     print(f"{root}: {_size(sum(partition.bytes for partition in found))} in all")
     for partition in found:

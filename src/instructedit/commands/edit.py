@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from instructedit.configs import Scale
 from instructedit.console import console
-from instructedit.errors import UserError
+from instructedit.errors import UserError, at_least
 from instructedit.paths import check_writable, check_writable_file
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from instructedit.evaluation import EditSequence
     from instructedit.lm import FrozenLM
     from instructedit.reports import EditCase, EditReport
+
+#: Options that only a sequence uses, and those that it does not use.
+_OF_SEQUENCES = ("out", "score_every", "batch_size", "sample")
+_OF_REPORTS = ("joint", "json", "html", "keep", "rank", "ask", "text", "max_new_tokens")
 
 
 @dataclass
@@ -107,6 +111,9 @@ class EditCommand:
     rank: int | Literal["auto"] | None = None
     merge: str | None = None
 
+    def __post_init__(self) -> None:
+        self.save, self.merge = (str(Path(p).expanduser()) if p else None for p in (self.save, self.merge))
+
     def __call__(self) -> None:
         """Runs the command."""
         import instructedit as ie
@@ -121,6 +128,8 @@ class EditCommand:
         if self.merge and len(cases) > 1 and not (self.joint or self.sequential):
             raise UserError(f"--merge: a model holds one edit, and there are {len(cases)} requests: add --joint")
         _check_sequence(self)
+        if isinstance(self.rank, int):
+            at_least(1, rank=self.rank)
         places = _places(self.keep, self.store, 1 if self.joint else len(cases))
         name = self.lm or (None if self.scale else _trained_for(self.editor))
         at = Scale.load(self.scale) if self.scale else Scale.of_model(name or "tiny")
@@ -128,6 +137,8 @@ class EditCommand:
         method = _method(self.editor, model, self.options, at)
         if self.merge and not method.changes_weights:
             raise UserError(f"--merge: edits of {method.name!r} are no change of weights, so no model can hold them")
+        if self.rank is not None and not method.changes_weights:
+            raise UserError(f"--rank: edits of {method.name!r} are no change of weights, so they have no rank")
         if self.sequential:
             _finish_sequence(self, model, _sequence(self, model, method, cases))
             return
@@ -202,15 +213,16 @@ def _progress(what: str, unit: str = "batch") -> Any:
 
 def _check_sequence(asked: EditCommand) -> None:
     """Checks before the work that the options suit a sequence, and that the folder of its tables can be written."""
-    if asked.out and not asked.sequential:
-        raise UserError("--out is the folder of a sequence: add --sequential, or take --json or --html")
+    unused = _OF_REPORTS if asked.sequential else _OF_SEQUENCES
+    given = [name for name in unused if getattr(asked, name) != getattr(EditCommand, name)]
+    if given and asked.sequential:
+        raise UserError(
+            f"--sequential does not go with --{given[0]}; what a sequence leaves is --out, --save and --merge"
+        )
+    if given:
+        raise UserError(f"--{given[0]} is an option of a sequence: add --sequential, or leave it out")
     if asked.out:
         check_writable(asked.out, "--out")
-    others = [name for name in ("joint", "json", "html", "keep", "rank", "ask") if getattr(asked, name)]
-    if asked.sequential and others:
-        raise UserError(
-            f"--sequential does not go with --{others[0]}; what a sequence leaves is --out, --save and --merge"
-        )
 
 
 def _sequence(asked: EditCommand, lm: FrozenLM, editor: Editor, cases: list[EditCase]) -> EditSequence:

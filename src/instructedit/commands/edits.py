@@ -129,7 +129,7 @@ def combine(
     from instructedit.reports.table import tables
 
     folder = edits.store_folder(store)
-    edits.free_place(keep, folder)
+    edits.free_place(keep, check_writable(folder, "--store"))
     parts = [_kept(name, store) for name in (first, second, *(more or []))]
     model = _model(parts[0], None)
     each = [part.load(model) for part in parts]  # refused if one was made for another model
@@ -166,6 +166,7 @@ def export(
         raise UserError("edits export: say where to, by --adapter FOLDER, --merge FOLDER or --gguf FILE")
     if gguf and check_writable_file(gguf, "--gguf").exists():
         raise UserError(f"--gguf {gguf}: there is such a file already: another name")
+    adapter, merge = (str(Path(place).expanduser()) if place else None for place in (adapter, merge))
     for folder, option in ((adapter, "--adapter"), (merge, "--merge")):
         if folder and any(check_writable(folder, option).glob("*.json")):
             raise UserError(f"{option} {folder}: holds a model or an adapter already: another folder")

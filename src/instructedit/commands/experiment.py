@@ -41,8 +41,9 @@ def main(
     from instructedit.experiments import Experiment
 
     if task:
+        from instructedit.configs import Scale
         from instructedit.tasks import task_name
 
-        out = out or f"outputs/{name}-{scale}-{task_name(task)}"
+        out = out or f"outputs/{name}-{Scale.load(scale).name}-{task_name(task)}"
         overrides = [*(overrides or []), f"--task={task}"]
     Experiment.load(name, scale, seeds, rows, root, out, overrides, force, data).run()

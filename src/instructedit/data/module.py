@@ -135,7 +135,13 @@ class EditData(L.LightningDataModule):
         self._encoding = text, instructor
 
     def setup(self, stage: str) -> None:
-        """Reads the records that the stage needs, and reports what was dropped."""
+        """Reads the records that the stage needs, and reports what was dropped.
+
+        Raises:
+            UserError: If there is no such task, also among `places`, or its records cannot be read.
+        """
+        for name in self.places:  # a task whose place has a misspelt name would be read from the embedded data
+            task_title(name)
         wanted = {"fit": ("fit", "validate"), "predict": ("test",)}.get(stage, (stage,))
         for part in wanted:
             if part not in self.records:

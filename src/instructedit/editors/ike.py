@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -105,7 +106,8 @@ class Ike(Editor):
         if not self._store:
             self._store = self._read()
         text = f"{request.prompt} {request.target}"
-        counts = [self.demonstrations * part // sum(self.ratio) for part in self.ratio]
+        until = [self.demonstrations * part // sum(self.ratio) for part in itertools.accumulate(self.ratio)]
+        counts = [end - start for start, end in itertools.pairwise((0, *until))]
         ranked = [iter(store.nearest(text, n)) for store, n in zip(self._store.values(), counts, strict=True)]
         turns = sorted((k / n, sort) for sort, n in enumerate(counts) for k in range(n))
         return [found for _, sort in turns if (found := next(ranked[sort], None)) is not None]

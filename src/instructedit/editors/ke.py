@@ -15,6 +15,7 @@ from instructedit.editors.base import Editor
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.options import options
 from instructedit.edits import Factors, LowRankEdit
+from instructedit.errors import at_least
 from instructedit.lm import Site
 from instructedit.lm.tokens import rows_of
 from instructedit.processes import mean_over_processes
@@ -85,7 +86,13 @@ class Ke(Editor):
     multiplier_rate: float = 0.1
 
     def build(self) -> None:
-        """Builds an LSTM over the LM's embeddings, and gates for each site."""
+        """Builds an LSTM over the LM's embeddings, and gates for each site.
+
+        Raises:
+            UserError: If the LSTM or the hidden layer has no units.
+        """
+        sizes = {"lstm": self.lstm, "hidden": self.hidden}
+        at_least(1, **{f"editor {self.name!r}: {option}": units for option, units in sizes.items()})
         size = self.lm.model.get_input_embeddings().weight.shape[-1]
         self.reader = nn.LSTM(size, self.lstm, batch_first=True, bidirectional=True)
         self.summary = nn.Linear(2 * self.lstm, self.condition)

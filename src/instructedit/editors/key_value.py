@@ -135,9 +135,10 @@ class KeyValueEditor(Editor, ABC):
 
     def facts(self, batch: RequestBatch) -> Facts:
         """Builds the prompts from which the requests' keys and values are computed."""
-        if self._prefixes is None:
-            self._prefixes = self._random_contexts()
-        fronts = ["", *self._prefixes]
+        prefixes = self._random_contexts() if self._prefixes is None else self._prefixes
+        if not self.lm.applied:  # what an edited model says is not kept as the unedited model's
+            self._prefixes = prefixes
+        fronts = ["", *prefixes]
         pairs, ends = [], []
         lost = 0
         for request, prompt in zip(batch.requests, batch.prompts, strict=True):

@@ -13,6 +13,7 @@ from instructedit.editors.key_value import KeyValueEditor
 from instructedit.editors.options import options
 from instructedit.editors.ridge import ridge
 from instructedit.edits import Factors, LowRankEdit
+from instructedit.errors import UserError
 from instructedit.lm import Site
 
 
@@ -28,6 +29,16 @@ class SpreadEditor(KeyValueEditor, ABC):
     @abstractmethod
     def inverse(self, site: Site, keys: Tensor) -> Tensor:
         """Computes M⁻¹ k for each key, [n, in] in double precision, where M weights what the layer must preserve."""
+
+    def build(self) -> None:
+        """Checks that the update of every layer adds to the hidden state, where the facts' values are.
+
+        Raises:
+            UserError: If a layer is not the output projection of its block's MLP.
+        """
+        if inner := [site.name for site in self.sites if not site.output]:
+            raise UserError(f"editor {self.name!r} edits the output projections of MLPs, got {', '.join(inner)}")
+        super().build()
 
     def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         return self.spread(batch, self.inverse, together=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from instructedit.edits import Edit
-from instructedit.errors import UserError
+from instructedit.errors import UserError, at_least
 from instructedit.lm import TokenBatch
 
 Values = dict[str, Tensor]
@@ -85,7 +85,7 @@ def optimise(
         Name → final values, [n, …].
 
     Raises:
-        UserError: If there is no such optimiser, or a loss is not finite.
+        UserError: If there is no such optimiser, a rate is negative, or a loss is not finite.
     """
     if optimizer not in OPTIMIZERS:
         raise UserError(f"unknown optimizer {optimizer!r}; there are: {', '.join(OPTIMIZERS)}")
@@ -95,6 +95,7 @@ def optimise(
     ]
     active = list(range(len(own)))
     rates = lr if isinstance(lr, Mapping) else dict.fromkeys(start, lr)
+    at_least(0, lr=min(rates.values()))
     groups = [{"params": [values[name] for values in own], "lr": rates[name]} for name in start]
     method = OPTIMIZERS[optimizer](groups, weight_decay)
     device = next(iter(start.values())).device

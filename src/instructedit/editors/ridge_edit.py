@@ -20,6 +20,7 @@ from instructedit.editors.mend import Mend, ResidualLayers, SiteTokens
 from instructedit.editors.options import options
 from instructedit.editors.ridge import PastKeys, PriorKeys, ridge
 from instructedit.edits import Edit, Factors, LowRankEdit
+from instructedit.errors import at_least
 from instructedit.lm.covariance import covariances
 from instructedit.lm.own_text import text_for
 from instructedit.lm.tokens import TokenBatch, rows_of
@@ -90,7 +91,13 @@ class RidgeEdit(Mend):
     tokens: int = 20_000
 
     def build(self) -> None:
-        """Builds the networks of both steps, their conditions, and the weights of the ridge."""
+        """Builds the networks of both steps, their conditions, and the weights of the ridge.
+
+        Raises:
+            UserError: If there is no step, or no request in an edit.
+        """
+        counts = {"steps": self.steps, "together": self.together}
+        at_least(1, **{f"editor {self.name!r}: {option}": count for option, count in counts.items()})
         super().build()
         self._tokenization = self.lm.text.ended(self.ends)
         self._priors: dict[str, PriorKeys] = {}

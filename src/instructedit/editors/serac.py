@@ -15,6 +15,7 @@ from instructedit.editors.ike import told
 from instructedit.editors.losses import LossWeights, scope_loss
 from instructedit.editors.options import options
 from instructedit.edits import ContextEdit, Factors, Gate, LowRankEdit
+from instructedit.errors import UserError, at_least
 from instructedit.lm import TokenBatch
 
 
@@ -49,7 +50,16 @@ class Serac(Editor):
     blocks: Sequence[int] | None = None
 
     def build(self) -> None:
-        """Builds the adapter's factors (initially no change), and the classifier's projection, scale and bias."""
+        """Builds the adapter's factors (initially no change), and the classifier's projection, scale and bias.
+
+        Raises:
+            UserError: If the classifier's embeddings have no size, or scope_block is not a share from 0 to below 1.
+        """
+        at_least(1, **{f"editor {self.name!r}: embedding": self.embedding})
+        if not 0 <= self.scope_block < 1:
+            raise UserError(
+                f"editor {self.name!r}: scope_block must be a share from 0 to below 1, got {self.scope_block}"
+            )
         size = 2 * self.lm.applied.sites.width
         self.inputs = nn.ParameterList(torch.randn(self.rank, s.in_features) * s.in_features**-0.5 for s in self.sites)
         self.outputs = nn.ParameterList(torch.zeros(self.rank, s.out_features) for s in self.sites)

@@ -18,6 +18,8 @@ from instructedit.registry import plugin
 from instructedit.renamed import Renamed
 
 META, TENSORS = "edit.json", "edit.safetensors"
+#: Files of a LoRA adapter in PEFT's layout: its tensors and its config.
+ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 #: Names of kinds of edits in folders saved by earlier versions → current names.
 _OLD_NAMES = {"nothing": "identity"}
 
@@ -124,6 +126,8 @@ class Edit(ABC):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ADAPTER:  # of another edit that was saved here before
+            (folder / name).unlink(missing_ok=True)
         state = {k: v.detach().cpu().contiguous() for k, v in self.state().items()}
         save_file(state, folder / TENSORS)
         card = {"edit": self.name, "edits": len(self), "tensors": list(state), **meta}
@@ -156,13 +160,13 @@ def load_edit(folder: str | Path) -> Edit:
 
 
 def as_list(index: int | slice | list[int], count: int) -> list[int]:
-    """Converts an index of `Edit.__getitem__` to a list of indices of `count` edits.
+    """Converts an index of `Edit.__getitem__` to a list of indices of `count` edits, none of them negative.
 
     Raises:
         IndexError: If it is out of range, so that iteration ends.
     """
     if isinstance(index, list):
-        return index
+        return [range(count)[i] for i in index]
     chosen = range(count)[index]
     return [chosen] if isinstance(chosen, int) else list(chosen)
 

@@ -62,7 +62,13 @@ class ContextEdit(PromptEdit):
         return type(self)(every[None, None], torch.tensor([[len(every)]], device=every.device), self.adapter)
 
     def plus(self, other: Self) -> Self:
-        """Combines the contexts of both, which are assumed to share adapter and gate apart from the gate's keys."""
+        """Combines the contexts of both, which are assumed to share adapter and gate apart from the gate's keys.
+
+        Raises:
+            UserError: If only one of them has a gate, or an adapter.
+        """
+        if (bool(self.gate), bool(self.adapter)) != (bool(other.gate), bool(other.adapter)):
+            raise UserError("contexts of different editors do not go together: only one has a gate, or an adapter")
         width = max(self.ids.shape[2], other.ids.shape[2])
         padded = [F.pad(each.ids, (0, width - each.ids.shape[2])) for each in (self, other)]
         if self.gate and other.gate:

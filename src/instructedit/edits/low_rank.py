@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from instructedit.edits.base import Edit, as_list, pad_to, product_dtype
+from instructedit.edits.base import ADAPTER, Edit, as_list, pad_to, product_dtype
 from instructedit.errors import UserError
 from instructedit.rows import take_rows
 
@@ -22,10 +22,6 @@ class Factors(NamedTuple):
 
     a: Tensor
     b: Tensor
-
-
-#: Files of a LoRA adapter in PEFT's layout: its tensors and its config.
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)

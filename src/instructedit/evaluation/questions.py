@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,9 +52,10 @@ def questions(rendered: Sequence[RenderedRecord], replies: int) -> Iterator[Ques
     """
     for request_index, one in enumerate(rendered):
         record = one.record
-        left_out = {probe for kind in REPLIES for probe in record.of(kind)[replies:]}
+        of_kind: Counter[str] = Counter()
         for number, probe in enumerate((record.reliability, *record.probes)):
-            if probe in left_out:
+            of_kind[probe.kind] += 1
+            if probe.kind in REPLIES and of_kind[probe.kind] > replies:
                 continue
             if probe.kind == "locality":
                 yield Question(request_index, record, probe, number, "plain", True, probe.prompt, probe.answers[0])

@@ -11,7 +11,7 @@ import torch
 
 from instructedit.editors import Editor
 from instructedit.edits import Edit
-from instructedit.errors import UserError
+from instructedit.errors import UserError, at_least
 from instructedit.evaluation.passes import chunks
 from instructedit.evaluation.questions import REPLIES, questions
 from instructedit.evaluation.scoring import Row, scored
@@ -158,6 +158,9 @@ def evaluate(
         settings: How to score.
         batch_size: Number of records that are edited and scored together.
         progress: Wraps the batches, e.g. ``tqdm``.
+
+    Raises:
+        UserError: If there are no records, a number is below 1, or a record does not suit the editor.
     """
     from pandas import DataFrame
 
@@ -165,6 +168,7 @@ def evaluate(
 
     if not records:
         raise UserError("evaluate: no records given")
+    at_least(1, batch_size=batch_size)
     rows: list[Row] = []
     batches = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]
     for batch in progress(batches):

@@ -161,7 +161,7 @@ class _Run:
 
     def step(self, start: int, stop: int, score_every: int) -> bool:
         """Edits with the records from `start` to `stop` and scores them; returns False if that failed."""
-        before = self.carried
+        before, costs, rows = self.carried, len(self.costs), len(self.rows)
         try:
             self._edit(start, stop)
             self._ask(range(start, stop), stop, again=False)
@@ -171,6 +171,7 @@ class _Run:
             if before is None:
                 raise
             self.carried = before
+            del self.costs[costs:], self.rows[rows:]  # what the failed edit left
             self.stopped = f"edit {stop} (record {self.rendered[start].record.id}): {error}"
             with suppress(UserError):  # the earlier model may have no finite scores either
                 self._checkpoint(start)

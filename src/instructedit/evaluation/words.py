@@ -83,7 +83,7 @@ def fluency_rows(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], s
     """Measures Fluency on text sampled (top 5 tokens, as in ROME) after the prompts of records with replies."""
     chosen = [i for i, one in enumerate(rendered) if one.record.of(*REPLIES)]
     prompts = [rendered[i].ask(rendered[i].record.reliability) for i in chosen]
-    tokens = min(settings.fluency_tokens, lm.max_length - max(map(len, lm.text.prompts(prompts)), default=0))
+    tokens = min(settings.fluency_tokens, lm.max_length // 2)  # a prompt that leaves less room is shortened
     seeds = [f"{settings.seed} {rendered[i].record.id}" for i in chosen]
 
     def say(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:

@@ -104,7 +104,9 @@ class Experiment(Plan):
 
     def _run_row(self, number: int, name: str, runner: Runner) -> bool:
         """Runs a row with all seeds; returns False if that failed."""
-        console().rule(f"row {number} of {len(self.rows)}: {name}")
+        from rich.markup import escape
+
+        console().rule(escape(f"row {number} of {len(self.rows)}: {name}"))
         try:
             children: list[RunResult] = [runner.child(name, seed) for seed in self.seeds_of(name)]
         except Exception as error:  # any: later rows may still succeed, for example if they need less memory

@@ -27,6 +27,7 @@ _APART = (
     "configs.py",
     "console.py",
 )
+_STORED = "analysis/areas.py"  # except for this one: what it computes is stored with a run
 
 
 def fingerprint(args: Sequence[str]) -> str:
@@ -46,7 +47,7 @@ def fingerprint(args: Sequence[str]) -> str:
 def _package() -> str:
     apart = {SOURCE / name for name in _APART}
     files = sorted(path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc")
-    files = [path for path in files if apart.isdisjoint((path, *path.parents))]
+    files = [path for path in files if path == SOURCE / _STORED or apart.isdisjoint((path, *path.parents))]
     names = [path.relative_to(SOURCE).as_posix() for path in files]
     parts = [*zip(names, map(_sha256, files), strict=True), ("defaults", _sha256(DEFAULTS))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

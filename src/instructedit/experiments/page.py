@@ -32,6 +32,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 _LONG = 25  # tables with more rows are folded
 _WORDS = 30  # cells with more characters get the CSS class "long"
 _PREFIX = "provenance."
+_P_VALUES = ("p_value", "p_holm", "corrected")  # columns of p-values
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def frame_html(frame: DataFrame) -> str:
         if joined and name == "mean":
             ends = zip(values, frame["low"].tolist(), frame["high"].tolist(), strict=True)
             texts[name] = [_interval(*three, signed) for three in ends]
-        elif name.startswith("p_"):
+        elif name in _P_VALUES:
             texts[name] = [_p_value(value) for value in values]
         else:
             digits = _digits(values)
@@ -198,7 +199,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    from pandas import isna
+
+    return isna(value) is True  # of a list it is an array
 
 
 def _digits(values: Sequence[Any]) -> int:

@@ -18,6 +18,9 @@ from instructedit.experiments.spec import Grid, published
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+#: Folder of the MLflow store unless another is named.
+ROOT = "mlruns"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,7 +59,7 @@ class Plan:
         scale: str = "tiny",
         seeds: list[int] | None = None,
         rows: list[str] | None = None,
-        root: str = "mlruns",
+        root: str = ROOT,
         out: str | None = None,
         overrides: list[str] | None = None,
         force: bool = False,
@@ -77,9 +80,9 @@ class Plan:
         model = grid.paper_model or at.paper
         figures = published(file.parent / grid.paper, model) if grid.paper and model else None
         wanted = rows or [key for key, row in grid.rows.items() if not row.hidden]
-        place = Path(out or f"outputs/{_place(name, at.name, data)}")
+        place = Path(out).expanduser() if out else _outputs(name, at.name, data)
         experiment = cls(
-            name, grid, at, tuple(wanted), tuple(seeds or grid.seeds), figures, Path(root), place,
+            name, grid, at, tuple(wanted), tuple(seeds or grid.seeds), figures, Path(root).expanduser(), place,
             tuple(located(overrides or ())), force, data,
         )  # fmt: skip
         for key in grid.rows:
@@ -99,9 +102,10 @@ class Plan:
         parts += ["--data", self.data] if self.data else []
         if self.rows != tuple(key for key, row in self.grid.rows.items() if not row.hidden):
             parts += ["--rows", json.dumps(self.rows, ensure_ascii=False)]
-        return shlex.join(
-            parts + (["--overrides", json.dumps(self.overrides, ensure_ascii=False)] if self.overrides else [])
-        )
+        parts += ["--root", str(self.root)] if self.root != Path(ROOT) else []
+        parts += ["--out", str(self.out)] if self.out != _outputs(self.name, self.scale.name, self.data) else []
+        parts += ["--overrides", json.dumps(self.overrides, ensure_ascii=False)] if self.overrides else []
+        return shlex.join([*parts, *(["--force"] if self.force else [])])
 
     def configs(self, name: str) -> list[Path]:
         """Returns the config files of a row; for a row with ``of``, those of the other row come first.
@@ -162,6 +166,6 @@ def _shipped(names: Sequence[str]) -> list[Path]:
     return files
 
 
-def _place(name: str, scale: str, data: str | None) -> str:
-    """Returns the name of an experiment's output folder, with its scale and data unless they are the default."""
-    return "-".join([name, *([scale] if scale != "tiny" else []), *([data] if data else [])])
+def _outputs(name: str, scale: str, data: str | None) -> Path:
+    """Returns the usual output folder of an experiment, named after its scale and data too if they are not usual."""
+    return Path("outputs", "-".join([name, *([scale] if scale != "tiny" else []), *([data] if data else [])]))

@@ -41,7 +41,7 @@ def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: S
                 _keep(each, experiment.out, parent)
                 shown.append(each)
                 if each.terminal is not None:
-                    out.print(each.terminal, each.note, highlight=False)
+                    out.print(each.terminal, each.note, markup=False, highlight=False)
         except Exception as error:  # any error, as for rows
             report_error(f"section {name!r}", error)
             failed.append(name)
@@ -55,7 +55,7 @@ def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: S
     out.print(
         f"\nresults page: {experiment.out}/index.html   runs: "
         f"mlflow ui --backend-store-uri sqlite:///{experiment.root}/mlflow.db   (under Model training)",
-        highlight=False, soft_wrap=True,
+        markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     return own
 

@@ -76,7 +76,8 @@ class Runner:
             raise UserError(f"row {name!r}, which it tests, failed")
         file = self._checkpoint_of(self.child(name, seed))
         if file is None:
-            console().print(f"seed {seed}: the checkpoint of row {name!r} is gone: it is run again", highlight=False)
+            gone = f"seed {seed}: the checkpoint of row {name!r} is gone: it is run again"
+            console().print(gone, markup=False, highlight=False)
             file = self._checkpoint_of(self._run(name, seed))
         if file is None:
             raise UserError(f"row {name!r}: its run left no checkpoint")
@@ -111,7 +112,7 @@ class Runner:
         of, tags, checkpoint = self.experiment.grid.rows[name].of, {}, None
         if of:
             tags[_BASE], checkpoint = self._checkpoint(of, seed)
-        console().print(f"seed {seed}" if (name, seed) not in self._done else f"{name}, seed {seed}")
+        console().print(f"seed {seed}" if (name, seed) not in self._done else f"{name}, seed {seed}", markup=False)
         try:
             cli = run_row(self.experiment, name, seed, self.parent, checkpoint)
         except Exception:

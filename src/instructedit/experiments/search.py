@@ -144,6 +144,8 @@ class _Searching:
         watch = Pruning(self.search.metric, report)
         try:
             run_id = self._fit(trial.number, options, watch)
+            if watch.best == float("-inf"):
+                raise UserError(f"its fit logged no {self.search.metric}: it ended before its first validation")
         except Exception as error:
             trial.set_user_attr(_ERROR, " ".join(str(error).split()))
             report_error(f"trial {trial.number}", error)
@@ -207,7 +209,10 @@ def _table(study: Study, search: Search) -> DataFrame:
         for trial in study.trials
         if trial.state.name in states and trial.number not in again
     ]
-    frame = pd.DataFrame(rows).sort_values(["score", "trial"], ascending=[False, True], ignore_index=True)
+    frame = pd.DataFrame(rows)
+    for option in search.parameters:  # as they were chosen: in a column of numbers None would be nan, and 8 be 8.0
+        frame[option] = pd.Series([row[option] for row in rows], dtype=object)
+    frame = frame.sort_values(["score", "trial"], ascending=[False, True], ignore_index=True)
     return frame if frame["reason"].any() else frame.drop(columns="reason")
 
 

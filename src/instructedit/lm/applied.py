@@ -75,6 +75,17 @@ class Applied:
             finally:
                 self.blocks.pop()
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Makes the model the unedited one inside a ``with`` block, whatever is applied outside of it."""
+        applied = self.blocks, self.prompt_edit
+        self.blocks, self.prompt_edit = [], None
+        try:
+            with hooks.bare(self.forward.model.modules()):
+                yield
+        finally:
+            self.blocks, self.prompt_edit = applied
+
     def index(self, edit: Edit, rows: Tensor | None, count: int) -> Tensor:
         """Returns the index of each row's edit, [rows]."""
         hooks.check_rows(edit, rows, count)

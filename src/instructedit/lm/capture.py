@@ -62,10 +62,7 @@ def record_activations(
     recorded: dict[str, LayerIO] = {}
 
     def keep(site: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        whole = (
-            args[0] if args else kwargs["hidden_states"],
-            output[0] if isinstance(output, tuple | list) else output,
-        )
+        whole = (hooks.entering(args, kwargs), output[0] if isinstance(output, tuple | list) else output)
         inputs, outputs = (t.reshape(len(batch), -1, t.shape[-1]) for t in whole)
         last = len(recorded) + 1 == len(sites)
         recorded[site] = LayerIO(
@@ -103,8 +100,8 @@ def capture(
     u: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def keep(site: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        u[site], outputs[site] = args[0].detach(), output
+    def keep(site: str, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        u[site], outputs[site] = hooks.entering(args, kwargs).detach(), output
 
     def apart(flat: Tensor) -> Tensor:
         return flat.reshape(len(batch), -1, flat.shape[-1])  # some MLPs flatten all rows into one
@@ -114,8 +111,8 @@ def capture(
     hidden = scores.prefix.of(batch, start).clone().requires_grad_()
     with torch.enable_grad(), forward.own_dtype(), scores.applied.at_layers(edit, rows), ExitStack() as stack:
         for site in sites:
-            handle = forward.model.get_submodule(site).register_forward_hook(functools.partial(keep, site))
-            stack.callback(handle.remove)
+            hook = functools.partial(keep, site)
+            stack.callback(forward.model.get_submodule(site).register_forward_hook(hook, with_kwargs=True).remove)
         nll, predicted = scores.token_scores(
             forward.from_block(batch.inputs, start, hidden)[batch.answer_at], batch.answers
         )

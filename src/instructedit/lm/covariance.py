@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from instructedit.errors import UserError
 from instructedit.lm.frozen import FrozenLM
-from instructedit.lm.own_text import AUTO, documents_of, text_for
+from instructedit.lm.own_text import AUTO, documents_of, model_key, text_for
 from instructedit.lm.tokens import TokenBatch, rows_of
 from instructedit.paths import cache_folder, check_writable
 
@@ -30,8 +29,8 @@ def covariance_file(lm: FrozenLM, site: str, text: str, tokens: int) -> Path:
     text = text_for(lm, text)
     path = Path(text).expanduser()
     edition = f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else ""
-    key = hashlib.sha256(f"{lm.fingerprint} {lm.max_length} {site} {text} {edition} {tokens}".encode()).hexdigest()
-    return cache_folder() / "moments" / f"{key[:32]}.safetensors"
+    key = model_key(lm, site, text, edition, tokens)
+    return cache_folder() / "moments" / f"{key}.safetensors"
 
 
 def covariances(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: int = 100_000) -> dict[str, Tensor]:
@@ -60,19 +59,21 @@ def covariances(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: in
         print(f"{lm.name}: second moments over {tokens} tokens of {_called(lm, text)}", file=sys.stderr)
         sums: dict[str, Tensor] = {}
         seen = 0
-        for inputs in _inputs(lm, missing, text, tokens):
-            for site, u in inputs.items():
-                square = (u.T @ u).double().cpu()
-                sums[site] = sums[site] + square if site in sums else square
-            seen += len(u)
+        with lm.applied.suspended():
+            for inputs in _inputs(lm, missing, text, tokens):
+                for site, u in inputs.items():
+                    square = (u.T @ u).double().cpu()
+                    sums[site] = sums[site] + square if site in sums else square
+                seen += len(u)
         for site, total in sums.items():
             _save((total / seen).float(), files[site])
     return {site: _load(file) for site, file in files.items()}
 
 
 def sample_inputs(lm: FrozenLM, site: str, text: str = AUTO, tokens: int = 1000) -> Tensor:
-    """Returns the inputs of a site over the first tokens of a text, [tokens, in], on the model's device."""
-    return torch.cat([inputs[site] for inputs in _inputs(lm, [site], text, tokens)])
+    """Returns the unedited model's inputs of a site over a text's first tokens, [tokens, in], on its device."""
+    with lm.applied.suspended():
+        return torch.cat([inputs[site] for inputs in _inputs(lm, [site], text, tokens)])
 
 
 def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[dict[str, Tensor]]:

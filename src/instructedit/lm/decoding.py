@@ -218,7 +218,8 @@ class Decoder:
         ids = torch.zeros(len(prompts), int(sizes.max()) + forced.shape[1], dtype=torch.long, device=forced.device)
         for row, prompt, told in zip(ids, prompts, forced.tolist(), strict=True):
             row[: len(prompt) + len(told)] = torch.tensor(prompt + told)
-        logits = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
+        seen = torch.ones_like(ids)
+        logits = self.model(input_ids=ids, attention_mask=seen, use_cache=False, return_dict=True).logits
         steps = torch.arange(forced.shape[1], device=ids.device)
         found: Tensor = logits[torch.arange(len(ids), device=ids.device)[:, None], sizes[:, None] - 1 + steps]
         return found.float()
@@ -285,6 +286,8 @@ class Decoder:
             options: dict[str, Any] = {"logits_to_keep": 1}
             if layout.padded:  # else the model counts positions itself, in its own way (RoBERTa's begin at 2)
                 options["position_ids"] = place.clamp(min=0)[:, read:]
+            elif not read:  # else transformers suspects padding in whole rows, and says so
+                options["attention_mask"] = torch.ones_like(ids)
             options = {name: value for name, value in options.items() if name in self._takes} | kept
             if layout.padded:
                 options["attention_mask"] = (place >= 0).long()

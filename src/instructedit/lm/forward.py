@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ class Forward:
         """
         ids = torch.zeros(len(states), 1, dtype=torch.long, device=states.device)
         bare = hooks.bare(self.blocks)
+        uncounted = hooks.hooked({self.model: {"_forward_pre_hooks": OrderedDict()}})  # these are no rows of an edit
         resumed = hooks.resumed(self.blocks, len(self.blocks), states.unsqueeze(1), self.outputs_of_a_block)
-        with bare, resumed, self.own_dtype(), small_batch_matmul([self.model.get_output_embeddings()]):
+        with bare, uncounted, resumed, self.own_dtype(), small_batch_matmul([self.model.get_output_embeddings()]):
             logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return logits.squeeze(1)

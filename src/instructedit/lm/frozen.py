@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,9 +71,10 @@ class FrozenLM:
         at_least(1, max_length=max_length)
         at_least(0, cache_bytes=cache_bytes)
         self.model = model.eval().requires_grad_(False)
-        model.config.return_dict = model.config.get_text_config(decoder=True).return_dict = True  # accessed by name
+        language = model.config.get_text_config(decoder=True)
+        model.config.return_dict = language.return_dict = True  # outputs are accessed by name
         self.tokenizer, self.name, self._device_mapped = tokenizer, name, False
-        limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None), max_length]
+        limits = [tokenizer.model_max_length, getattr(language, "max_position_embeddings", None), max_length]
         self.forward = Forward(self.model, int(min(limit for limit in limits if limit)), activation_checkpointing)
         self.text = Text(tokenizer, self.max_length, joiner, chat)
         disk = DiskCache(cache_dir, cache_disk_bytes, cache_dtype, self._cache_identity) if cache_dir else None
@@ -123,7 +125,7 @@ class FrozenLM:
         if count > 1 and not is_sharded(self.forward.blocks[0]):
             if self.cache.disk:  # what one process finds there, its neighbour may not
                 raise UserError("lm: shards and cache_dir do not go together: processes of a group run the same passes")
-            _ = self.try_out().fingerprint  # computed from the whole weights
+            _ = self.try_out().exact_fingerprint  # computed from the whole weights
             shard_blocks(self.forward.blocks, torch.device(device), groups, count)
             self.to(device).forget()
             one = torch.ones(1, 1, dtype=torch.long, device=self.device)
@@ -143,7 +145,7 @@ class FrozenLM:
 
     def _cache_identity(self) -> dict[str, str]:
         """Identifies the model whose states are on disk: no bit of the weights may differ."""
-        return {"lm": self.name, "model": f"{self.fingerprint} {checksum(self.model.state_dict())}"}
+        return {"lm": self.name, "model": self.exact_fingerprint}
 
     @property
     def device(self) -> torch.device:
@@ -159,6 +161,7 @@ class FrozenLM:
     def max_length(self, tokens: int) -> None:
         """Sets the maximum number of tokens in a row."""
         self.forward.max_length = tokens
+        self.text = self.context.text = self.generation.text = replace(self.text, max_length=tokens)
 
     @property
     def source(self) -> str:
@@ -169,6 +172,11 @@ class FrozenLM:
     def fingerprint(self) -> str:
         """Digest that tells models apart (see `fingerprint.fingerprint`)."""
         return fingerprint(self.model)
+
+    @functools.cached_property
+    def exact_fingerprint(self) -> str:
+        """Digest in which every bit of the weights counts, not only a sample (`fingerprint` and `checksum`)."""
+        return f"{self.fingerprint} {checksum(self.model.state_dict())}"
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -234,7 +242,7 @@ class FrozenLM:
 
     def merge(self, edit: Edit) -> PreTrainedModel:
         """Makes a copy of the plain transformers model with one edit in its weights (see `merging.merge`)."""
-        return merging.merge(self.applied.sites, edit)
+        return merging.merge(self.applied, edit)
 
     def save(self, edit: Edit, folder: str | Path) -> None:
         """Writes an edit to a folder, a single low-rank one also as a LoRA adapter (see `merging.save`)."""

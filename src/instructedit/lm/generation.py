@@ -163,11 +163,11 @@ class Generation:
         width = limit - max(lengths)
         if width < 1:
             raise UserError(f"max_new_tokens={max(lengths)} leaves no room for a prompt in {limit} tokens")
-        ids = self.text.prompts(prompts)
+        ids = self.text.shortened(self.text.prompts(prompts), width)
         if not all(ids):  # an empty prompt begins a text, if the tokenizer has a token for that
             raise UserError("an empty prompt has nothing to continue")
         new: list[list[int]] = [[]] * len(ids)
-        for route in self.context.routes_of([row[-limit:] for row in ids]):
+        for route in self.context.routes_of(ids):
             rows = route.rows.tolist()
             own = self._behind([ids[i] for i in rows], route.contexts, width)
             index = None if route.numbers is None else route.numbers.tolist()
@@ -177,10 +177,10 @@ class Generation:
         return list(self.text.tokenizer.batch_decode(new, skip_special_tokens=True))
 
     def _behind(self, ids: list[list[int]], contexts: Sequence[torch.Tensor] | None, width: int) -> list[list[int]]:
-        """Prepends their contexts to prompts, and shortens them to `width` tokens."""
-        if contexts is not None:
-            ids = [behind(row, c.tolist(), width, self.text.opening) for row, c in zip(ids, contexts, strict=True)]
-        return self.text.shortened(ids, width)
+        """Prepends their contexts to prompts, as far as there is room for them in `width` tokens."""
+        if contexts is None:
+            return ids
+        return [behind(row, c.tolist(), width, self.text.opening) for row, c in zip(ids, contexts, strict=True)]
 
     def _ends(self) -> list[int]:
         """Returns the tokens that end a text, the only generation setting of the model that is used."""

@@ -27,11 +27,16 @@ class StopForward(Exception):  # noqa: N818 (a signal, not an error)
     """Ends a forward pass once everything that is needed has been recorded."""
 
 
+def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns the states that enter a module, which models pass by position or by name."""
+    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+
+
 def input_of(block: nn.Module, forward: Callable[[], Any]) -> Tensor:
     """Returns the hidden states that enter a block when `forward` runs the model, and stops the pass there."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise StopForward(args[0] if args else kwargs["hidden_states"])
+        raise StopForward(entering(args, kwargs))
 
     try:
         return _caught(block.register_forward_pre_hook(hook, with_kwargs=True), forward)
@@ -197,7 +202,7 @@ def _apply(
     edit: Edit, site: str, rows: Tensor | None, batch: _BatchSize, layer: nn.Module, args: tuple[Tensor, ...],
     kwargs: dict[str, Tensor], output: Tensor,
 ) -> Tensor:  # fmt: skip
-    inputs = args[0] if args else next(iter(kwargs.values()))
+    inputs = entering(args, kwargs)
     if inputs.ndim == 2:  # an MLP that flattens all rows into one, such as OPT's
         inputs, apart = (t.reshape(batch.rows, -1, t.shape[-1]) for t in (inputs, output))
         check_rows(edit, rows, batch.rows)

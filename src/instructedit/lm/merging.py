@@ -14,28 +14,33 @@ from instructedit.edits import ADAPTER, Edit
 from instructedit.errors import UserError
 from instructedit.lm import adapters, tryout
 from instructedit.lm.applied import Applied
-from instructedit.lm.edit_sites import EditSites
 from instructedit.lm.loading import source_of
 from instructedit.lm.sites import add_to_weight, dense_weight
 
 
-def merge(own: EditSites, edit: Edit) -> PreTrainedModel:
+def merge(applied: Applied, edit: Edit) -> PreTrainedModel:
     """Puts an edit into the weights of a copy of the plain model.
 
     Args:
-        own: The model's edit sites.
+        applied: Knows the model's edit sites.
         edit: One edit; several must be merged into one first.
 
     Raises:
-        UserError: If there is more than one, the edit is not a change of weights, or the weights are packed.
+        UserError: If there is more than one, the edit is not a change of weights, or not of linear layers, the weights
+            are packed, or an edit is applied to the model: the copy would have it too.
     """
     if len(edit) != 1:
         raise UserError(f"merge takes one edit, got {len(edit)}: choose edit[i], or all of them by edit.joined()")
     if not edit.is_weights:
         raise UserError(f"merge: an edit of the kind {edit.name!r} is no change of weights; it can only be applied")
+    if applied.layers:
+        raise UserError("an edit is applied to the model: merge outside of `edited`")
+    own = applied.sites
     own.first_block(edit.sites)
     plain = own.forward.model
     sites = [site for site in own.select(every=True) if site.name in edit.sites]
+    if others := set(edit.sites) - {site.name for site in sites}:
+        raise UserError(f"merge: {own.name}'s {min(others)} is no linear layer; the edit can only be applied")
     for site in sites:  # before a copy is made
         dense_weight(plain.get_submodule(site.name), site)
     # Some models keep states of the last text in their modules, with the graph that made them.
@@ -62,9 +67,11 @@ def save(applied: Applied, edit: Edit, folder: str | Path) -> None:
     written = [file for name in ADAPTER if (file := Path(folder) / name).is_file()]
     if not written:
         return
-    with torch.no_grad(), applied.at_layers(edit, None):
-        expected = model(**tryout.inputs(model)).logits
-    if not adapters.reads_back(model, Path(folder), expected):
+    with applied.suspended():
+        with torch.no_grad(), applied.at_layers(edit, None):
+            expected = model(**tryout.inputs(model)).logits
+        restored = adapters.reads_back(model, Path(folder), expected)
+    if not restored:
         for file in written:
             file.unlink()
         warnings.warn(

@@ -6,10 +6,12 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from instructedit.errors import UserError
 from instructedit.lm.frozen import FrozenLM
+from instructedit.lm.generation import Drawing, Generation
 from instructedit.tasks.texts import read_texts
 from instructedit.testbed import EMBEDDED
 
@@ -37,6 +39,12 @@ def text_for(lm: FrozenLM, text: str = AUTO) -> str:
     return "tiny" if lm.name in EMBEDDED else SAMPLED
 
 
+def model_key(lm: FrozenLM, *about: object) -> str:
+    """Returns a name for a file of what a model gives on plain text, by all of its weights and its tokenizer."""
+    parts = (lm.exact_fingerprint, lm.text.exact_fingerprint, lm.max_length, *about)
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
 def documents_of(lm: FrozenLM, text: str, folder: Path) -> Iterator[str]:
     """Iterates over the texts of a source, without end if they are sampled.
 
@@ -54,23 +62,27 @@ def documents_of(lm: FrozenLM, text: str, folder: Path) -> Iterator[str]:
 
 def _sampled(lm: FrozenLM, folder: Path) -> Iterator[str]:
     """Yields texts that the model samples itself, part by part; each part is sampled once, then read from disk."""
-    key = hashlib.sha256(f"{lm.fingerprint} {lm.max_length} {_ROWS} {_TOKENS} {_LIKELIEST}".encode()).hexdigest()[:32]
+    key = model_key(lm, _ROWS, _TOKENS, _LIKELIEST)
     part = 0
     while True:
         file = folder / f"{key}-{part}.json"
         if not file.is_file():
-            _save(_sample(lm, part), file)
+            with lm.applied.suspended():
+                texts = _sample(lm, part)
+            _save(texts, file)
         yield from _load(file)
         part += 1
 
 
 def _sample(lm: FrozenLM, part: int) -> list[str]:
-    """Samples one part of the texts; each text depends on its own number alone."""
+    """Samples one part of the texts, outside of any chat template; each text depends on its own number alone."""
+    text = replace(lm.text, chat=False)
     numbers = range(part * _ROWS, (part + 1) * _ROWS)
-    begins = bool(lm.tokenizer("")["input_ids"])
+    begins = all(text.prompts([""]))
     prompts = ["" if begins else _OPENINGS[number % len(_OPENINGS)] for number in numbers]
     length = min(_TOKENS, lm.max_length - 8)  # an opening has a few tokens too
-    said = lm.sample(prompts, length, [f"text {number}" for number in numbers], _LIKELIEST)
+    seeds = [f"text {number}" for number in numbers]
+    said = Generation(lm.context, text).sample(prompts, length, seeds, Drawing(_LIKELIEST))
     return [prompt + text for prompt, text in zip(prompts, said, strict=True)]
 
 

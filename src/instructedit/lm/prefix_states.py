@@ -143,16 +143,16 @@ class PrefixStates:
         opening, top = self._spread([1 + i % 3 for i in range(2 * SHORTEST)]), len(self.forward.blocks) - 1
         rests = [self._spread(rest) for rest in ([2, 1], [3, 3, 1], [2, 1])]
         rows, behind = [opening + rests[0], opening + rests[1], rests[2]], [len(opening), len(opening), 0]
-        expected = self.forward.up_to_block(rows_of(rows).to(self.forward.device), top)
-        try:
-            with torch.no_grad():
+        with hooks.bare(self.forward.model.modules()), torch.no_grad():
+            expected = self.forward.up_to_block(rows_of(rows).to(self.forward.device), top)
+            try:
                 one = self._begin(tuple(opening), top)
                 shape = (rounded_up(len(opening), BEHIND), rounded_up(1))
                 found = self._pass(rests, [one, one, None], shape, top)
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return False
-        finally:
-            self.prompt_prefixes.clear()
+            except (TypeError, ValueError, RuntimeError, IndexError):
+                return False
+            finally:
+                self.prompt_prefixes.clear()
         return all(
             tryout.close(own[: len(row) - size], whole[size : len(row)])
             for own, whole, row, size in zip(found, expected, rows, behind, strict=True)
@@ -170,11 +170,12 @@ class PrefixStates:
         rows = [self._spread(row) for row in (long, [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2])]
         batch = rows_of(rows).to(self.forward.device)
         kept, top = batch.attention_mask.bool(), len(self.forward.blocks) - 1
-        try:
-            found = self._of_trees(batch.unpadded(), top)[kept]
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            return False
-        return tryout.close(found, self.forward.up_to_block(batch, top)[kept])
+        with hooks.bare(self.forward.model.modules()):
+            try:
+                found = self._of_trees(batch.unpadded(), top)[kept]
+            except (TypeError, ValueError, RuntimeError, IndexError):
+                return False
+            return tryout.close(found, self.forward.up_to_block(batch, top)[kept])
 
     def _spread(self, tokens: list[int]) -> list[int]:
         return tryout.spread(tokens, self.forward.model.config.get_text_config().vocab_size)

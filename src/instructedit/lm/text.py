@@ -67,6 +67,12 @@ class Text:
         words = sorted(self.tokenizer.get_vocab().items())
         return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
+    @functools.cached_property
+    def exact_fingerprint(self) -> str:
+        """Digest that tells tokenizers apart by all that decides a text's tokens (sha256, hex)."""
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        return hashlib.sha256(json.dumps(rules).encode()).hexdigest()
+
     def within(self, max_length: int | None) -> Self:
         """Returns a copy for rows of at most `max_length` tokens (and no more than before)."""
         return replace(self, max_length=min(max_length or self.max_length, self.max_length))
@@ -165,8 +171,9 @@ class Text:
         for (tokens, *_), (prompt, _), end, size in zip(self._answered(pairs), pairs, ends, batch.lengths, strict=True):
             end += (len(self._turn.before) if self._turn else 0) - (len(prompt) - len(prompt.lstrip()))
             places = [t for t, (start, stop) in enumerate(tokens.offsets) if start < end and stop > start]
-            kept = len(self._kept(tokens.ids)) if size < len(tokens.ids) else 0
-            found.append(max(kept, max(places, default=0) - (len(tokens.ids) - size)))
+            cut = len(tokens.ids) + self.ends - size
+            kept = len(self._kept(tokens.ids)) if cut else 0
+            found.append(max(kept, max(places, default=0) - cut))
         return torch.tensor(found, device=batch.device)
 
     def shortened(self, prompts: Sequence[list[int]], max_length: int) -> list[list[int]]:

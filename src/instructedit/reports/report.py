@@ -166,18 +166,18 @@ class EditReport:
         return f"{took} of {len(verdicts)} requests took{together}{spread}"
 
     def save_json(self, file: str | Path) -> None:
-        """Writes the report as JSON (see `to_dict`)."""
-        Path(file).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Writes the report as JSON (see `to_dict`); its folder is created if needed."""
+        _write(file, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     def save_html(self, file: str | Path) -> None:
-        """Writes the report as one self-contained HTML page, which needs neither network nor other files."""
+        """Writes the report as one self-contained HTML page without other files; its folder is created if needed."""
         options = ", ".join(f"{name}={value}" for name, value in self.options.items() if value is not None)
         facts = [("model", self.lm), ("editor", self.editor), ("options", options or "none"), ("text", self.text)]
         page = render(
             _PAGE, title=self.headline(), facts=facts, advice=self.advice, joint=self.joint,
             requests=[(each, drift_line(each.drift)) for each in self.requests], change=change,
         )  # fmt: skip
-        Path(file).write_text(page, encoding="utf-8")
+        _write(file, page)
 
     def each(self) -> Iterator[EditReport]:
         """Yields a separate report for each edit."""
@@ -189,6 +189,12 @@ class EditReport:
 
     def __str__(self) -> str:
         return "\n".join(f"{r.request.prompt!r} → {r.request.target!r}: {r.verdict}" for r in self.requests)
+
+
+def _write(file: str | Path, text: str) -> None:
+    path = Path(file).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

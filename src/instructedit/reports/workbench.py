@@ -66,6 +66,7 @@ class Workbench:
         self.store, self.models = store, tuple(models)
         self._loaded: dict[str, FrozenLM] = {}
         self._lock = threading.Lock()  # a model has only one edit applied at a time
+        self._packed = tempfile.TemporaryDirectory(prefix="instructedit-")  # gone with the workbench
 
     def edit(
         self, visit: Visit, lm: str, editor: str, prompt: str, target: str, task: str = "", subject: str = "",
@@ -130,6 +131,7 @@ class Workbench:
         Raises:
             UserError: If this visitor kept no edit of that name.
         """
+        name = name.strip()
         if name not in visit.kept:
             raise UserError(
                 f"you kept no edit {name!r}" + (f"; you have: {', '.join(visit.kept)}" if visit.kept else "")
@@ -143,20 +145,21 @@ class Workbench:
         """Writes the visitor's last edit to a zip file: an adapter if it is of low rank, its report and its requests.
 
         Returns:
-            The file, in a new temporary folder.
+            The file, in a new folder that lasts as long as the workbench.
 
         Raises:
             UserError: If there is no edit yet.
         """
-        folder = Path(tempfile.mkdtemp(prefix="instructedit-"))
-        with self._lock:
-            model = self._model(visit.last().lm)
-            report, _ = served(model, visit.last(), None)
-            write_edit(model, report, folder / "edit")
-        file = folder / "edit.zip"
-        with ZipFile(file, "w", ZIP_DEFLATED) as packed:
-            for each in sorted((folder / "edit").iterdir()):
-                packed.write(each, each.name)
+        last = visit.last()
+        file = Path(tempfile.mkdtemp(dir=self._packed.name), "edit.zip")
+        with tempfile.TemporaryDirectory() as folder:
+            with self._lock:
+                model = self._model(last.lm)
+                report, _ = served(model, last, None)
+                write_edit(model, report, Path(folder))
+            with ZipFile(file, "w", ZIP_DEFLATED) as packed:
+                for each in sorted(Path(folder).iterdir()):
+                    packed.write(each, each.name)
         return str(file)
 
     def _model(self, name: str) -> FrozenLM:

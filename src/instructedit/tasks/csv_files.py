@@ -24,10 +24,11 @@ def rows(text: str, name: str, lists: Collection[str] = ()) -> list[dict[str, ob
     Raises:
         UserError: If it is not CSV, a column occurs twice, or a line has another number of cells than the header.
     """
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        found = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if any(map(str.strip, row))]
+        found = [row for row in lines if any(map(str.strip, row))]
     except csv.Error as error:
-        raise UserError(f"{name}: wrong CSV: {error}") from error
+        raise UserError(f"{name}: wrong CSV at line {lines.line_num}: {error}") from error
     header = [column.strip() for column in found[0]] if found else []
     if twice := {column for column in header if header.count(column) > 1}:
         raise UserError(f"{name}: column {min(twice)!r} stands twice in the header")

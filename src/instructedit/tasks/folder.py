@@ -107,7 +107,7 @@ class TaskFolder(Task):
                 f"fields of no known format ({names}): {self.file} can say under 'fields:' which is which, "
                 f"or under 'format:' which of {', '.join(registry.plugins(_TASK, _PACKAGE))} it is"
             )
-        return self._with_options(registry.plugin(_TASK, _PACKAGE, form))
+        return self._with_options(registry.plugin(_TASK, _PACKAGE, form)).reader(raws)
 
     def parse(self, raw: Raw, report: LoadReport) -> Iterable[EditRecord]:
         """Makes the edits of one record with the reader of its format."""

@@ -27,6 +27,7 @@ class KnowEdit(Task):
     fields: Collection[str] = (
         "subject", "prompt", "target_new", "ground_truth", *_REPHRASES, *GROUPS, "case_id", "id", "pred", "cond",
     )  # fmt: skip
+    lists: Collection[str] = Flat().lists
 
     def reader(self, raws: Sequence[Raw]) -> Task:
         """Returns this task, or the flat form's reader for records in that form, which EasyEdit uses for these too."""

@@ -61,7 +61,7 @@ class RippleEdits(Task):
 
 def _parted(sentence: str, before: str | None, target: str | None) -> tuple[str, str] | None:
     """Splits a sentence such as "The name of the capital of Peru is Lima." into prompt and target."""
-    if target and _target(sentence).endswith(target) and _target(sentence) != target:
+    if target and _target(sentence).endswith(f" {target}"):
         return _target(sentence)[: -len(target)].strip(), target
     for verb in reversed(list(_VERB.finditer(sentence))):
         prompt, rest = sentence[: verb.end()].strip(), _target(sentence[verb.end() :])

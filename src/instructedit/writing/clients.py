@@ -34,7 +34,6 @@ Message = dict[str, str]
 LOCAL = "local:"
 #: Settings that some servers do not know: left out once a server has refused one by name.
 OPTIONAL = ("response_format", "seed", "temperature", "max_completion_tokens")
-_SHOWN = 300  # characters of a server's message
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ class Local(Model):
     structured, batch_size = False, 4
 
     def __init__(self, lm: FrozenLM, temperature: float | None = None) -> None:
-        self.lm, self.name, self._temperature = lm, f"{LOCAL}{lm.name}", temperature or 1.0
+        self.lm, self.name, self._temperature = lm, f"{LOCAL}{lm.name}", 1.0 if temperature is None else temperature
         self._lock = threading.Lock()  # only one thread may use the model at a time
 
     def identity(self) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from instructedit.experiments.sections.base import Panel, Section
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+_KEYS = ["task", "record"]
+
 
 class CasesSection(Section):
     """Section with the free answers of the first compared pair of rows, for records chosen by a fixed rule.
@@ -33,8 +35,8 @@ class CasesSection(Section):
             return
         a, b = pair
         each = int(results.options(self).get("each", 2))
-        said = [own[["after", "generated"]].add_suffix(f"/{name}") for name, own in answers.items()]
-        table = answers[a].drop(columns=["after", "generated"]).join(said, how="inner")
+        said = answers[b][[*_KEYS, "after", "generated"]]
+        table = answers[a].merge(said, on=_KEYS, suffixes=(f"/{a}", f"/{b}"))
         right = {name: table[f"generated/{name}"] > 0 for name in pair}
         sorts = {
             f"only {a} right": right[a] & ~right[b],
@@ -73,9 +75,9 @@ def answered(table: DataFrame) -> DataFrame:
     """
     if "generated" not in table:
         return table.head(0)
-    asked = table[(table["kind"] == "reliability") & table["generated"].notna()].set_index("record")
-    words = asked.loc[asked["view"] == "plain", ["task", "prompt", "answer", "before"]]
-    return words.join(asked.loc[asked["main"], ["after", "generated"]])
+    asked = table[(table["kind"] == "reliability") & table["generated"].notna()]
+    words = asked.loc[asked["view"] == "plain", [*_KEYS, "prompt", "answer", "before"]]
+    return words.merge(asked.loc[asked["main"], [*_KEYS, "after", "generated"]], on=_KEYS)
 
 
 def one_line(text: object) -> str:

@@ -39,7 +39,10 @@ class SearchSection(Section):
             terminal=f"best options ({search.metric}): {' '.join(options)}",
             files={"best.yaml": best_config(options)},
         )
-        yield Panel("trials", "Trials", _note(search, trials["state"].value_counts().to_dict()), frame=trials)
+        # A column of the table's file has one type.
+        mixed = [option for option in parameters if trials[option].map(type).nunique() > 1]
+        listed = trials.assign(**{option: trials[option].map(str) for option in mixed})
+        yield Panel("trials", "Trials", _note(search, trials["state"].value_counts().to_dict()), frame=listed)
         yield Panel(
             "effects",
             "What each option does",

@@ -33,7 +33,7 @@ def partition_name(about: Mapping[str, Any]) -> str:
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     """Writes ``meta.json`` for people and for `partitions`; states are found without it."""
     file = folder / META
-    if read_meta(folder).keys() == meta.keys():
+    if read_meta(folder) == meta:
         return
     part = folder / f"{META}.{secrets.token_hex(4)}{PART}"
     part.write_text(json.dumps(meta, indent=2) + "\n")
