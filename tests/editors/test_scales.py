@@ -11,6 +11,7 @@ from instructedit.editors.ft_l import FtL
 from instructedit.editors.grace import Grace
 from instructedit.editors.scales import NEUTRAL_PROMPTS, layer_scale, weight_size
 from instructedit.editors.t_patcher import TPatcher
+from instructedit.edits import Factors, LowRankEdit
 from instructedit.records import EditRequest
 
 REQUESTS = [EditRequest("The capital of France is", "Lyon"), EditRequest("Who", "a man of the sea")]
@@ -34,6 +35,16 @@ def test_scales_are_those_of_the_plain_model_at_unrelated_prompts(lm):
         assert found == pytest.approx((x.norm(dim=-1) / x.shape[-1] ** 0.5).median().item(), rel=1e-4)
     distances = sorted((a - b).norm().item() for i, a in enumerate(inputs) for b in inputs[:i])
     assert distances[len(distances) // 2 - 1] - 1e-4 <= scale.distance <= distances[len(distances) // 2] + 1e-4
+
+
+def test_edits_that_are_applied_do_not_count(lm):
+    site = lm.select(blocks=[2])[0]
+    expected = layer_scale(lm, site.name), weight_size(lm, site)
+    edit = LowRankEdit(
+        {s.name: Factors(torch.randn(2, 1, s.in_features), torch.ones(2, 1, s.out_features)) for s in lm.sites}
+    )
+    with lm.edited(edit, rows=[0, 1, 0]):
+        assert (layer_scale(lm, site.name), weight_size(lm, site)) == expected
 
 
 def changed(edit):

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -292,6 +292,17 @@ class Editor(nn.Module, ABC):
 
 
 Renamed.keep(Editor, **_OLD_METHODS)
+
+
+@runtime_checkable
+class KeepsTrainingState(Protocol):
+    """An editor that gathers more than weights in training, which a run that is resumed needs: it is in checkpoints."""
+
+    def training_state(self) -> dict[str, Any]:
+        """Returns it as tensors and plain values."""
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Takes it from a checkpoint."""
 
 
 def _blocks(editor: Editor, lm: FrozenLM) -> Sequence[int] | None:

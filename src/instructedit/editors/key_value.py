@@ -135,10 +135,9 @@ class KeyValueEditor(Editor, ABC):
 
     def facts(self, batch: RequestBatch) -> Facts:
         """Builds the prompts from which the requests' keys and values are computed."""
-        prefixes = self._random_contexts() if self._prefixes is None else self._prefixes
-        if not self.lm.applied:  # what an edited model says is not kept as the unedited model's
-            self._prefixes = prefixes
-        fronts = ["", *prefixes]
+        if self._prefixes is None:
+            self._prefixes = self._random_contexts()
+        fronts = ["", *self._prefixes]
         pairs, ends = [], []
         lost = 0
         for request, prompt in zip(batch.requests, batch.prompts, strict=True):
@@ -169,7 +168,9 @@ class KeyValueEditor(Editor, ABC):
         if not self.contexts:
             return []
         openings = [OPENINGS[i % len(OPENINGS)] for i in range(self.contexts)]
-        texts = self.lm.sample(openings, self.context_tokens, [f"{self.seed} {i}" for i in range(self.contexts)])
+        seeds = [f"{self.seed} {i}" for i in range(self.contexts)]
+        with self.lm.applied.suspended():
+            texts = self.lm.sample(openings, self.context_tokens, seeds)
         return [f"{opening}{' '.join(text.split(chr(10)))}. " for opening, text in zip(openings, texts, strict=True)]
 
     # -- keys, values, covariances -------------------------------------------------------------------------------

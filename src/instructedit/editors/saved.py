@@ -17,7 +17,7 @@ from instructedit.errors import UserError
 from instructedit.lm import FrozenLM
 
 _PREFIX = "editor."
-_PARTS = ("state_dict", "optimizer_states")  # the parts of a checkpoint that hold tensors
+_PARTS = ("state_dict", "optimizer_states", "training_state")  # the parts of a checkpoint that hold tensors
 
 
 class SavedEditor(NamedTuple):

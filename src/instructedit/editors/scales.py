@@ -45,11 +45,12 @@ def layer_scale(lm: FrozenLM, layer: str) -> LayerScale:
     """Measures a layer's scale on some neutral prompts, independently of what is edited.
 
     Args:
-        lm: The unedited model.
+        lm: The model; edits that are applied to it do not count.
         layer: Name of a site or feed-forward module.
     """
     batch = lm.encode([(prompt, "it") for prompt in NEUTRAL_PROMPTS]).prompts()
-    seen = lm.record_activations(batch, [layer])[layer]
+    with lm.applied.suspended():
+        seen = lm.record_activations(batch, [layer])[layer]
     last = (torch.arange(len(batch)), torch.tensor(batch.lengths) - 1)
     inputs, outputs = seen.inputs[last].float(), seen.outputs[last].float()
     return LayerScale(_size(inputs), _size(outputs), torch.pdist(inputs).median().item())
@@ -57,11 +58,14 @@ def layer_scale(lm: FrozenLM, layer: str) -> LayerScale:
 
 @torch.no_grad()
 def weight_size(lm: FrozenLM, site: Site) -> float:
-    """Estimates the root mean square of a site's weights, in any storage format, from noise, to a few per cent."""
+    """Estimates the root mean square of a site's weights, in any storage format, from noise, to a few per cent.
+
+    Edits that are applied to the model do not count.
+    """
     layer = lm.model.get_submodule(site.name)
     noise = torch.randn(_DRAWS, site.in_features, generator=torch.Generator().manual_seed(0))
     noise = noise.to(lm.device, lm.model.dtype)
-    with gathered(lm.forward.blocks[site.block]):
+    with lm.applied.suspended(), gathered(lm.forward.blocks[site.block]):
         without_bias = layer(noise) - layer(torch.zeros_like(noise[:1]))
     return (without_bias.float().square().mean() / site.in_features).sqrt().item()
 

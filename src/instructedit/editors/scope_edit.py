@@ -2,91 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from instructedit.data.batch import EditBatch, RequestBatch
 from instructedit.editors.losses import LossWeights
+from instructedit.editors.matching import Matcher
 from instructedit.editors.options import options
 from instructedit.editors.ridge_edit import RidgeEdit
-from instructedit.edits import Edit, MatchGate, ScopedEdit
-from instructedit.lm import FrozenLM, TokenBatch
+from instructedit.edits import Edit, ScopedEdit
+from instructedit.lm import TokenBatch
 from instructedit.lm.context import PromptStates
-
-#: What in-scope probes weigh beside those out of scope where a request stands alone: there a change may hold too far,
-#: since it leaves alone what it can, but must not be missed. Among many they weigh the same.
-ALONE, AMONG_MANY = 0.95, 0.5
-#: Where bias, the logarithms of scale and sharpness, and crowd of a `MatchGate` start.
-START = {"bias": 3.0, "log_scale": -2.5, "log_sharpness": 1.5, "crowd": 0.5}
-
-
-class Matcher(nn.Module):
-    """Makes the gate of requests, and learns to (see `MatchGate`).
-
-    Args:
-        lm: What prompts are read by.
-        size: Of k.
-        width: Of each t.
-        block, token_block: Whose inputs are read.
-    """
-
-    def __init__(self, lm: FrozenLM, size: int, width: int, block: int, token_block: int) -> None:
-        super().__init__()
-        hidden = lm.applied.sites.width
-        self.projection = nn.Parameter(torch.randn(size, 2 * hidden) * (2 * hidden) ** -0.5)
-        self.token_projection = nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
-        self.importance = nn.Parameter(torch.zeros(hidden))
-        self.levels = nn.ParameterDict({name: torch.tensor(value) for name, value in START.items()})
-        self.blocks = (block, token_block)
-
-    def gate(self, prompts: PromptStates) -> MatchGate:
-        """The scope of each request, around its own prompt; edits of one entry."""
-        block, token_block = self.blocks
-        states, there = prompts.tokens(token_block)
-        words = F.normalize(states @ self.token_projection.T, dim=-1) * there.unsqueeze(-1)
-        weights = (states @ self.importance).masked_fill(~there, -torch.inf).softmax(-1)
-        level = self.levels
-        return MatchGate(
-            (prompts(block) @ self.projection.T).unsqueeze(1), words.unsqueeze(1), weights.unsqueeze(1),
-            self.projection, self.token_projection, level["bias"], level["log_scale"].exp(),
-            level["log_sharpness"].exp(), level["crowd"], torch.tensor(block), torch.tensor(token_block),
-        )  # fmt: skip
-
-    def loss(self, requests: PromptStates, probes: PromptStates, own: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of telling each request's probes apart, alone and among all requests of a batch; and accuracy.
-
-        Args:
-            requests: Prompts of the requests.
-            probes: Prompts of their probes.
-            own: Which request each probe is of, [probes].
-            inside: Whether it is in scope, bool [probes].
-
-        Returns:
-            The loss, and the share of probes that are classified right where their request stands alone, scalars.
-        """
-        gate = self.gate(requests).joined()
-        logits = gate.scores(probes, torch.zeros_like(own))  # [probes, requests]
-        wordings = requests.prompts.unpadded()
-        same = torch.tensor([[asked == words for words in wordings] for asked in probes.prompts.unpadded()])
-        others = torch.arange(len(wordings), device=own.device) != own.unsqueeze(-1)
-        logits = logits.masked_fill(others & same.to(own.device), -torch.inf)  # as much in that one's scope
-        count = len(wordings)
-        alone = logits.gather(-1, own.unsqueeze(-1)).squeeze(-1) + gate.crowd * math.log(count)
-        apart = F.binary_cross_entropy_with_logits(alone, inside.to(alone.dtype), reduction="none")
-        none = torch.cat([logits, logits.new_zeros(len(logits), 1)], -1)
-        among = F.cross_entropy(none, own.where(inside, count), reduction="none")
-        right = ((alone > 0) == inside).float().mean()
-        return _balanced(apart, inside, ALONE) + _balanced(among, inside, AMONG_MANY), right.detach()
-
-
-def _balanced(losses: Tensor, inside: Tensor, share: float) -> Tensor:
-    """Mean over the probes in scope and over those out of it, the first with this weight, the second with the rest."""
-    means = [(losses * part).sum() / part.sum().clamp(min=1) for part in (inside, ~inside)]
-    return share * means[0] + (1 - share) * means[1]
 
 
 @options
@@ -101,12 +30,13 @@ class ScopeEdit(RidgeEdit):
     Edits do not add up: each is made on the unedited LM, and a prompt meets one of them at most, the latest of equals.
 
     Args:
-        embedding: Size of what a prompt asks, as the scope compares it.
-        token_embedding: The same for its tokens.
+        embedding: Size of the vector by which the scope compares prompts as wholes.
+        token_embedding: Size of the vectors by which it compares their tokens.
         token_block: Share of the LM's blocks below the hidden states by which tokens are compared.
-        scope_weight: Of the scope's loss beside the others.
-        reach: Added to the scope's bias, as it was learned: above zero edits are missed less and hold too far more.
-        kept_rank: Of a change that is kept; 0 keeps the whole.
+        competitors: Number of requests of earlier batches among which the scope learns to find a batch's own.
+        scope_weight: Weight of the scope's loss, added to the editing loss.
+        reach: Added to the scope's learned bias: above zero, fewer edits are missed and more hold too far.
+        kept_rank: Rank to which a change is reduced when it is made; 0 keeps it whole.
     """
 
     name: ClassVar[str] = "scope_edit"
@@ -117,19 +47,20 @@ class ScopeEdit(RidgeEdit):
     embedding: int = 128
     token_embedding: int = 32
     token_block: float = 0.15
+    competitors: int = 80
     scope_weight: float = 1.0
     reach: float = 0.0
     kept_rank: int = 0
 
     def build(self) -> None:
-        """Builds RidgeEdit's parts and the scope's."""
+        """Builds the parts of RidgeEdit and the scope's matcher."""
         super().build()
         token_block = int(self.token_block * len(self.lm.forward.blocks))
         block = self.lm.first_block(self.names)
-        self.matcher = Matcher(self.lm, self.embedding, self.token_embedding, block, token_block)
+        self.matcher = Matcher(self.lm, self.embedding, self.token_embedding, block, token_block, self.competitors)
 
     def compute_edit(self, batch: RequestBatch) -> Any:
-        """N requests → n edits of one entry each; in training their changes, which hold everywhere."""
+        """Computes n edits of one entry each for N requests; in training their changes, which hold everywhere."""
         changes = super().compute_edit(batch)
         if self.training:
             return changes
@@ -139,33 +70,42 @@ class ScopeEdit(RidgeEdit):
         return ScopedEdit(changes, gate._replace(bias=gate.bias + self.reach))
 
     def compute_joint_edit(self, batch: RequestBatch) -> Edit:
-        """N requests → one edit of n entries."""
+        """Computes one edit of n entries for N requests."""
         return self.compute_edit(batch).joined()
 
     def begin_sequence(self) -> Any:
-        """Nothing: an edit does not depend on those before."""
+        """Returns an empty state: an edit does not depend on those before."""
         return {}
 
     def make_next(self, batch: RequestBatch, state: Any) -> tuple[Edit, Any]:
         return self.compute_joint_edit(batch), state
 
     def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
-        """RidgeEdit's outer loss, and the scope's beside it."""
+        """Computes RidgeEdit's outer loss plus the scope's."""
         parts = super().training_loss(batch, weights)
         probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
         own = torch.cat([part.request_index for part in probes])
         inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
-        asked = self._prompts(TokenBatch.cat(batch.tokens))
-        loss, right = self.matcher.loss(self._prompts(batch.requests.tokens), asked, own, inside)
+        requests, asked = self._prompts(batch.requests.tokens), self._prompts(TokenBatch.cat(batch.tokens))
+        loss, right = self.matcher.loss(requests, asked, own, inside)
+        self.matcher.remember(requests)
         parts["loss"] = parts["loss"] + self.scope_weight * loss
         return parts | {"scope_loss": loss, "scope_accuracy": right}
 
     def _prompts(self, tokens: TokenBatch) -> PromptStates:
-        """Of rows with answers; in training their states are known, or will be asked for."""
+        """Returns the prompts of rows with answers; in training the rows' own states are used, which are known."""
         return PromptStates(self.lm.context, tokens.prompts(), tokens if self.training else None)
 
+    def training_state(self) -> dict[str, Any]:
+        """Returns the scope's competitors."""
+        return {"competitors": self.matcher.memory()}
+
+    def load_training_state(self, state: Mapping[str, Any]) -> None:
+        """Takes the scope's competitors from a checkpoint."""
+        self.matcher.recall(state["competitors"])
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The scope's parameters take the edit rates' learning rate: it has as few steps, and starts as far off."""
+        """Groups the scope's parameters with the edit rates: they have few steps too, and start as far off."""
         found = super().parameter_groups()
         own = {id(parameter) for parameter in self.matcher.parameters()}
         network = [parameter for parameter in found["network"] if id(parameter) not in own]

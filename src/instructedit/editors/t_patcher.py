@@ -83,11 +83,8 @@ class TPatcher(Editor):
 
     def compute_edit(self, batch: RequestBatch) -> SlotEdit:
         """Trains patches for each request, one for each token of its target."""
-        memory = self._memory
-        if memory is None:
-            memory = sample_inputs(self.lm, self.module, self.text, self.memory)
-        if not self.lm.applied:  # what an edited model's layer sees is not kept as the unedited model's
-            self._memory = memory
+        if self._memory is None:
+            self._memory = sample_inputs(self.lm, self.module, self.text, self.memory)
         tokens = batch.tokens
         queries = self.lm.record_activations(tokens, [self.module])[self.module].inputs[tokens.answer_at].float()
         parts = list(queries.split(tokens.answer_sizes()))
@@ -109,7 +106,7 @@ class TPatcher(Editor):
 
         def losses(values: Values, active: Tensor) -> Tensor:
             wrong = self.lm.losses(tokens.select(active), edit(values, active))
-            aside = self._scope_losses(values["keys"], values["biases"], q[active], real[active], memory)
+            aside = self._scope_losses(values["keys"], values["biases"], q[active], real[active])
             # A request whose target is predicted is finished, whatever its patches' activations elsewhere.
             return torch.where(wrong < self.stop_below, wrong, wrong + aside)
 
@@ -125,10 +122,11 @@ class TPatcher(Editor):
         rates = {"keys": key, "biases": 1.0, "values": scale.outputs}
         return {name: self.AUTO_LR * size for name, size in rates.items()}, self.AUTO_START * scale.outputs
 
-    def _scope_losses(self, keys: Tensor, biases: Tensor, q: Tensor, real: Tensor, memory: Tensor) -> Tensor:
+    def _scope_losses(self, keys: Tensor, biases: Tensor, q: Tensor, real: Tensor) -> Tensor:
         """Computes a·l_a + m·(l_m1 + l_m2) of each request, averaged over its patches, [n]."""
+        assert self._memory is not None  # set by compute_edit
         own = (keys * q).sum(-1) + biases  # [n, patches]
-        other = keys @ memory.T + biases.unsqueeze(-1)  # [n, patches, memory]
+        other = keys @ self._memory.T + biases.unsqueeze(-1)  # [n, patches, memory]
         top = other.topk(min(self.largest, other.shape[-1]), -1).values
         still = (top - self.beta).exp().mean(-1) + (top - own.unsqueeze(-1) - self.gamma).exp().mean(-1)
         loss = self.a * (-own).exp() + self.m * still

@@ -17,7 +17,7 @@ from instructedit.editors.ridge import ridge
 from instructedit.editors.scales import NEUTRAL_PROMPTS, layer_scale
 from instructedit.edits import Factors, LowRankEdit, stack
 from instructedit.errors import UserError
-from instructedit.lm import LayerGradients, Site
+from instructedit.lm import LayerGradients
 
 
 class KeyNorms(NamedTuple):
@@ -128,7 +128,7 @@ class UltraEdit(Editor):
             keys, gradients = tokens[site.name]
             own = norms[site.shape]
             sizes = own.keys.standardised(keys).square().sum(-1, keepdim=True)
-            values = -self._rate(site) * sizes * own.gradients.standardised(gradients)
+            values = -self._rate(site.name) * sizes * own.gradients.standardised(gradients)
             factors[site.name] = least_squares(keys, values)
         return LowRankEdit(factors), norms
 
@@ -140,29 +140,27 @@ class UltraEdit(Editor):
         return norms
 
     def _first_norms(self) -> Norms:
-        """Returns the statistics before the first edit, kept from the first use on the unedited model."""
-        if self._first:
-            return self._first
-        words = [prompt.rstrip(",").rsplit(" ", 1)[-1] for prompt in NEUTRAL_PROMPTS]
-        batch = self.lm.encode(list(zip(NEUTRAL_PROMPTS, words[1:] + words[:1], strict=True)))
-        seen = self._tokens(self.lm.capture(batch, self.names))
-        shapes = dict.fromkeys(site.shape for site in self.sites)
-        empty = {shape: KeyNorms(*(RunningNorm(size).to(self.lm.device) for size in shape)) for shape in shapes}
-        first = self._with_tokens(empty, {name: _all_tokens(rows) for name, rows in seen.items()})
-        if not self.lm.applied:
-            self._first = first
-        return first
+        """Returns the statistics before the first edit, computed on first use."""
+        if not self._first:
+            words = [prompt.rstrip(",").rsplit(" ", 1)[-1] for prompt in NEUTRAL_PROMPTS]
+            batch = self.lm.encode(list(zip(NEUTRAL_PROMPTS, words[1:] + words[:1], strict=True)))
+            with self.lm.applied.suspended():
+                seen = self._tokens(self.lm.capture(batch, self.names))
+            shapes = dict.fromkeys(site.shape for site in self.sites)
+            empty = {shape: KeyNorms(*(RunningNorm(size).to(self.lm.device) for size in shape)) for shape in shapes}
+            self._first = self._with_tokens(empty, {name: _all_tokens(rows) for name, rows in seen.items()})
+        return self._first
 
-    def _rate(self, site: Site) -> float:
-        """Returns η at a site, kept from the first use on the unedited model."""
+    def _rate(self, name: str) -> float:
+        """Returns η at a site."""
         if self.rate != AUTO:
             return float(self.rate)
-        if site.name in self._rates:
-            return self._rates[site.name]
-        rate = self.AUTO_RATE * layer_scale(self.lm, site.name).outputs / site.in_features
-        if not self.lm.applied:
-            self._rates[site.name] = rate
-        return rate
+        if not self._rates:
+            self._rates = {
+                site.name: self.AUTO_RATE * layer_scale(self.lm, site.name).outputs / site.in_features
+                for site in self.sites
+            }
+        return self._rates[name]
 
 
 def least_squares(keys: Tensor, values: Tensor) -> Factors:

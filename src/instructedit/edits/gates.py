@@ -95,20 +95,41 @@ class MatchGate(NamedTuple):
     token_block: Tensor
 
     def scores(self, prompts: Prompts, rows: Tensor) -> Tensor:
-        """For each row its prompt against the entries of its edit, [rows, entries], a part of the rows at a time."""
+        """Returns the logit of each row's prompt for each entry of its edit, [rows, entries].
+
+        All rows of an edit are compared with its entries at once, without padding, which most of many entries is.
+        """
         asked = prompts(int(self.block)).to(self.projection.dtype) @ self.projection.T
         states, there = prompts.tokens(int(self.token_block))
-        words = F.normalize(states.to(self.projection.dtype) @ self.token_projection.T, dim=-1)
-        per_row = self.tokens[0, ..., 0].numel() * max(words.shape[1], words.shape[2])
-        size = max(1, _ROOM // per_row)
-        parts = zip(*(each.split(size) for each in (asked, words, there, rows)), strict=True)
-        return torch.cat([self._logits(*part) for part in parts])
+        words = F.normalize(states[there].to(self.projection.dtype) @ self.token_projection.T, dim=-1)
+        lengths = there.sum(-1)
+        spans = words.split(lengths.tolist())
+        order, found = [], []
+        for edit in rows.unique().tolist():
+            own = (rows == edit).nonzero().squeeze(-1)
+            size = max(1, _ROOM // int(lengths[own].max() * (self.weights[edit] > 0).sum()))
+            for part in own.split(size):
+                order.append(part)
+                together = torch.cat([spans[row] for row in part.tolist()])
+                found.append(self._logits(asked[part], together, lengths[part], edit))
+        return torch.cat(found)[torch.cat(order).argsort()]
 
-    def _logits(self, asked: Tensor, words: Tensor, there: Tensor, rows: Tensor) -> Tensor:
-        distance = (asked.unsqueeze(1) - self.keys[rows]).square().sum(-1)
-        alike = torch.einsum("rxd,retd->retx", words, self.tokens[rows])
-        alike = alike.masked_fill(~there[:, None, None], -1.0).amax(-1)  # [rows, entries, tokens]
-        matched = (alike * self.weights[rows]).sum(-1)
+    def _logits(self, asked: Tensor, words: Tensor, lengths: Tensor, edit: int) -> Tensor:
+        """Computes the logits of prompts for the entries of one edit, [prompts, entries].
+
+        Args:
+            asked: P q of each prompt, [prompts, size].
+            words: T x of all their tokens, one prompt's behind the other's, [tokens, width].
+            lengths: Number of tokens of each, [prompts].
+            edit: Index of the edit.
+        """
+        weights = self.weights[edit]
+        real = weights > 0
+        cosines = (words @ self.tokens[edit][real].T).to(weights.dtype)  # products are of less precision under autocast
+        alike = torch.segment_reduce(cosines, "max", lengths=lengths, axis=0)
+        entry = real.nonzero()[:, 0]
+        matched = alike.new_zeros(len(asked), len(real)).index_add(1, entry, alike * weights[real])
+        distance = (asked.unsqueeze(1) - self.keys[edit]).square().sum(-1)
         needed = self.crowd * math.log(self.keys.shape[1])
         return self.bias - self.scale * distance - self.sharpness * (1 - matched) - needed
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from instructedit.data.batch import EditBatch
 from instructedit.data.module import EditData
 from instructedit.editors import Editor, load_weights
+from instructedit.editors.base import KeepsTrainingState
 from instructedit.editors.factored_gradients import factor_gradients
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.saved import check_checkpoint, check_made_for, seal_checkpoint
@@ -228,6 +229,8 @@ class EditingModule(L.LightningModule):
             if part in checkpoint:
                 checkpoint[part] = _plain(checkpoint[part])
         checkpoint["made_for"] = self.editor.made_for()
+        if isinstance(self.editor, KeepsTrainingState):
+            checkpoint["training_state"] = self.editor.training_state()
         seal_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -237,6 +240,8 @@ class EditingModule(L.LightningModule):
         made_for = checkpoint.get("made_for", {})
         check_made_for(made_for, self.editor.made_for(), "the checkpoint")
         load_weights(self.editor, weights, f"the checkpoint (trained on {made_for.get('lm', '?')})")
+        if isinstance(self.editor, KeepsTrainingState) and "training_state" in checkpoint:
+            self.editor.load_training_state(checkpoint["training_state"])
         if self.editor.upgrade(weights):  # the optimiser's state belongs to the old parametrisation
             for state in checkpoint.get("optimizer_states", ()):
                 state["state"].clear()
