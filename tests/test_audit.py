@@ -10,7 +10,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from instructedit.audit import shared
+from instructedit.audit import _scores, shared
 from instructedit.cli import main
 from instructedit.lightning_cli import run
 from instructedit.records import EditRecord, EditRequest, Probe
@@ -150,6 +150,12 @@ def test_a_run_without_rows_is_refused(store, capsys):
     assert "no artifact 'tables/probes.parquet'" in capsys.readouterr().err
     assert main(["audit", "0" * 32]) == 2
     assert "no run" in capsys.readouterr().err
+
+
+def test_records_of_two_tasks_may_have_one_id():
+    rows = pd.DataFrame({"task": ["a", "b"], "record": "0", "kind": "reliability", "probe": 0, "accuracy": 1.0})
+    assert str(_scores(rows)) == "ok      probe rows: 2 of 2 records"
+    assert not _scores(rows.assign(task="a")).agrees
 
 
 def test_what_records_share():

@@ -187,6 +187,7 @@ def test_clear_follows_no_links(place, said, store, tmp_path):
 
 def test_what_cannot_be_warmed_is_one_line(place, said, tmp_path, monkeypatch):
     assert "no such file" in said("warm", f"--configs=[{tmp_path}/none.yaml]", status=2)
+    assert "batch_size must be at least 1, got 0" in said(*warm(place), "--batch_size=0", status=2)
     assert "cache_dir is null" in said(*warm(place, "--model.lm.cache_dir=null"), status=2)
 
     def full(*_):

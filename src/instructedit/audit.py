@@ -29,16 +29,16 @@ class Finding:
 
     Attributes:
         what: Name of the thing that was checked.
-        said: What was found, as a phrase.
+        result: What was found, as a phrase.
         agrees: Whether it agrees with what the run logged.
     """
 
     what: str
-    said: str
+    result: str
     agrees: bool = True
 
     def __str__(self) -> str:
-        return f"{'ok     ' if self.agrees else 'DIFFERS'} {self.what}: {self.said}"
+        return f"{'ok     ' if self.agrees else 'DIFFERS'} {self.what}: {self.result}"
 
 
 def audit(run: str, root: str | Path = "mlruns") -> list[Finding]:

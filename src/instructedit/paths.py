@@ -20,7 +20,7 @@ DEFAULTS = SHARED / "configs" / "default.yaml"
 
 
 def cache_folder() -> Path:
-    """Returns the folder of models, second moments and states: $INSTRUCTEDIT_CACHE, else ~/.cache/instructedit."""
+    """Returns the folder of models, covariances and states: $INSTRUCTEDIT_CACHE, else ~/.cache/instructedit."""
     return Path(os.environ.get("INSTRUCTEDIT_CACHE") or Path.home() / ".cache" / "instructedit").expanduser()
 
 

@@ -15,9 +15,9 @@ from tests.reference import relative
 from instructedit.benchmark import bench as benches
 from instructedit.benchmark import measure as measures
 from instructedit.benchmark import memory
-from instructedit.benchmark.bench import WEIGHTS, Bench, Lean, Setting, Shape
+from instructedit.benchmark.bench import WEIGHTS, Bench, LowMemory, Setting, Shape
 from instructedit.benchmark.measure import MEASURES, many_edits, measure
-from instructedit.benchmark.memory import in_own_process, peak_memory, watched
+from instructedit.benchmark.memory import in_own_process, monitored_memory, peak_memory
 from instructedit.benchmark.roofline import Rates, counted
 from instructedit.cli import main
 from instructedit.errors import UserError
@@ -123,7 +123,7 @@ def test_measures_count_what_they_time(bench, monkeypatch):
 
 def test_the_variants_differ_in_how_much_they_do_at_once(bench, monkeypatch):
     at_once = []
-    monkeypatch.setattr(bench, "lean", Lean(2, 3, 440))
+    monkeypatch.setattr(bench, "low_memory", LowMemory(2, 3, 440))
     monkeypatch.setattr(
         benches, "evaluate_batch", lambda lm, editor, records, settings: at_once.append((len(records), settings.tokens))
     )
@@ -189,7 +189,7 @@ def test_a_product_counts_its_flops_and_the_bytes_that_no_cache_holds():
 
 
 def held_for_a_moment(megabytes):
-    with watched(SETTING) as peak:
+    with monitored_memory(SETTING) as peak:
         held = torch.ones(megabytes * 250_000)
         del held
     return peak()

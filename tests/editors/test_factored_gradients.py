@@ -6,25 +6,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from instructedit.editors.factored_gradients import Products, factor_gradients, held, linear
+from instructedit.editors.factored_gradients import FactoredGradient, factor_gradients, factored_matrices, linear
 from instructedit.training.optimizer import ProductAdamW
 
 
 @given(rows=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 9))
 def test_a_product_is_the_sum_and_knows_its_norm(rows, seed):
     torch.manual_seed(seed)
-    products, expected = Products(), torch.zeros(5, 7)
+    factored, expected = FactoredGradient(), torch.zeros(5, 7)
     for count in rows:
         x, g = torch.randn(count, 5), torch.randn(count, 7)
-        products.add(x, g)
+        factored.add(x, g)
         expected += x.T @ g
-    assert len(products) == sum(rows)
-    torch.testing.assert_close(products.dense(), expected)
-    torch.testing.assert_close(products.square(), expected.square().sum(), rtol=1e-4, atol=1e-4)
-    products.scale(torch.tensor(0.5))
-    torch.testing.assert_close(products.dense(), expected / 2)
-    products.clear()
-    assert not len(products)
+    assert len(factored) == sum(rows)
+    torch.testing.assert_close(factored.dense(), expected)
+    torch.testing.assert_close(factored.squared_norm(), expected.square().sum(), rtol=1e-4, atol=1e-4)
+    factored.scale(torch.tensor(0.5))
+    torch.testing.assert_close(factored.dense(), expected / 2)
+    factored.clear()
+    assert not len(factored)
 
 
 class Network(nn.Module):
@@ -55,7 +55,7 @@ def test_a_training_step_is_adamws(rows, max_norm):
             for network, own_x in zip(networks, inputs, strict=True):
                 network(own_x).tanh().sum().backward()
             torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
-        factored = {id(parameter) for parameter, _ in held(networks[1].parameters())}
+        factored = {id(parameter) for parameter, _ in factored_matrices(networks[1].parameters())}
         assert factored == ({id(networks[1].down), id(networks[1].up)} if rows < 50 else set())
         assert all((p.grad is None) == (id(p) in factored) for p in networks[1].parameters())
         norm = torch.nn.utils.clip_grad_norm_(networks[0].parameters(), max_norm)
@@ -63,7 +63,7 @@ def test_a_training_step_is_adamws(rows, max_norm):
         for optimizer in (plain, own):
             optimizer.step()
             optimizer.zero_grad()
-        assert not list(held(networks[1].parameters()))
+        assert not list(factored_matrices(networks[1].parameters()))
         for found, expected in zip(networks[1].parameters(), networks[0].parameters(), strict=True):
             assert found.grad is None
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -122,7 +122,7 @@ def test_under_autocast_the_gradients_are_those_of_float32_up_to_rounding():
         network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             network(x).sum().backward()
-        found.append([p.grad if p.grad is not None else p.products.dense() for p in network.parameters()])
+        found.append([p.grad if p.grad is not None else p.factored_grad.dense() for p in network.parameters()])
     for plain, own in zip(*found, strict=True):
         assert own.dtype == torch.float32
         torch.testing.assert_close(own, plain, rtol=0.05, atol=0.3)

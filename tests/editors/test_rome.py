@@ -319,7 +319,7 @@ def test_more_than_one_layer_is_refused(lm):
 def test_too_few_tokens_for_a_moment_of_full_rank_are_told(lm, tmp_path):
     text = tmp_path / "short.txt"
     text.write_text("A city.\n\nThe sea.\n")
-    with pytest.raises(UserError, match=r"editor 'rome': the second moment of .* over 50 tokens of .*short\.txt.*rank"):
+    with pytest.raises(UserError, match=r"editor 'rome': the covariance of .* over 50 tokens of .*short\.txt.*rank"):
         built(lm, text=str(text), tokens=50).edit(REQUESTS[:1])
 
 

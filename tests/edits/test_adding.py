@@ -1,6 +1,7 @@
 """Edits that are put together one after another."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from instructedit.edits import (
     ContextEdit,
     DenseEdit,
     Factors,
+    Gate,
     IdentityEdit,
     LowRankEdit,
     SlotEdit,
@@ -95,3 +97,14 @@ def test_what_cannot_be_put_together_is_one_line():
     with pytest.raises(UserError, match="several edits"):
         add(None, IdentityEdit(2))
     assert add(None, slots) is add(IdentityEdit(1), slots) is add(slots, IdentityEdit(1)) is slots
+
+
+def test_contexts_with_and_without_a_gate_or_an_adapter_are_no_one_edit():
+    """The gate of one, or its adapter, would be lost or hold for the other."""
+    ids, lengths = torch.ones(1, 1, 3, dtype=torch.long), torch.tensor([[3]])
+    gate = Gate(torch.zeros(1, 1, 2), torch.zeros(2, 4), torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1))
+    kinds = [ContextEdit(ids, lengths, *rest) for rest in ((), (None, gate), (low_rank(0),), (low_rank(0), gate))]
+    for first, second in itertools.permutations(kinds, 2):
+        with pytest.raises(UserError, match="do not go together"):
+            add(first, second)
+    assert all(len(add(one, one)) == 1 for one in kinds)

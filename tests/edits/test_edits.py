@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tests.reference import dense, plain_model, random_factors
 
-from instructedit.edits import Factors, IdentityEdit, LowRankEdit, SlotEdit, Slots, load_edit, stack
+from instructedit.edits import ADAPTER, Factors, IdentityEdit, LowRankEdit, SlotEdit, Slots, load_edit, stack
 from instructedit.errors import UserError
 from instructedit.lm import TokenBatch
 
@@ -211,6 +211,50 @@ def test_peft_loads_a_saved_edit(lm, tmp_path):
         adapted = peft.PeftModel.from_pretrained(plain_model(lm), tmp_path / str(number)).eval()
         with torch.no_grad():
             torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=2e-5, rtol=1e-4)
+
+
+def edits_of(lm, count, block=1, seed=0):
+    factors = random_factors(lm.select(blocks=[block]), count, 2, 0.5, seed)
+    return LowRankEdit({name: Factors(*pair) for name, pair in factors.items()})
+
+
+@pytest.mark.parametrize("save", [LowRankEdit.save_pretrained, lambda edit, folder, lm: lm.save(edit, folder)])
+@pytest.mark.parametrize("count", [2, 3])
+def test_no_adapter_of_an_earlier_edit_stays_in_the_folder(lm, tmp_path, save, count, recwarn):
+    edits_of(lm, 1).save_pretrained(tmp_path)
+    assert all((tmp_path / name).is_file() for name in ADAPTER)
+    save(edits_of(lm, count), tmp_path, **{} if save is LowRankEdit.save_pretrained else {"lm": lm})
+    assert not any((tmp_path / name).exists() for name in ADAPTER)
+    assert len(load_edit(tmp_path)) == count
+    assert not [one for one in recwarn if "PEFT" in str(one.message)]
+
+
+def test_an_edit_is_saved_as_it_is_whatever_is_applied(lm, tmp_path):
+    with lm.edited(edits_of(lm, 3, seed=1)):
+        lm.save(edits_of(lm, 1), tmp_path)
+    assert all((tmp_path / name).is_file() for name in ADAPTER)
+
+
+def test_a_merged_model_has_one_edit_alone(lm):
+    with lm.edited(edits_of(lm, 1)), pytest.raises(UserError, match="merge outside of `edited`"):
+        lm.merge(edits_of(lm, 1))  # the copy would have both
+
+
+def test_a_change_of_what_is_no_linear_layer_is_not_dropped_by_merging(lm):
+    name = f"{lm.forward.block_name(1)}.mlp"
+    edit = LowRankEdit({name: Factors(torch.ones(1, 1, 32), torch.ones(1, 1, 32))})
+    with pytest.raises(UserError, match=f"{name} is no linear layer"):
+        lm.merge(edit)
+
+
+@pytest.mark.parametrize(
+    "edit", [IdentityEdit(3), LowRankEdit({"a": Factors(torch.rand(3, 1, 2), torch.rand(3, 1, 2))})]
+)
+def test_indices_in_a_list_count_from_the_end_as_one_index_does(edit):
+    for name, tensor in edit[[-1, 0]].state().items():
+        assert torch.equal(tensor, edit[[2, 0]].state()[name])
+    with pytest.raises(IndexError):
+        edit[[3]]
 
 
 # -- no edit ----------------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -15,7 +13,6 @@ from tests.experiments.helpers import GRID, PAPER, SCALE, changed, parents, run,
 from instructedit import paths
 from instructedit.analysis import EditingAreas
 from instructedit.callbacks import EditingAreaDump
-from instructedit.cli import main
 from instructedit.configs import Scale
 from instructedit.editors import load_editor
 from instructedit.errors import UserError
@@ -123,28 +120,6 @@ def test_a_scale_may_be_a_users_own_file(copy, tmp_path_factory):
     assert experiment.configs("MEND")[0] == own.parent / "lm.yaml"
     assert experiment.out.as_posix() == "outputs/try-mine"
     assert f"--scale {own} " in experiment.command
-
-
-def test_the_command_of_an_experiment_is_that_experiment(copy, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    plain = Experiment.load("try", "one")
-    assert plain.command == "instructedit experiment try --scale one --seeds '[3, 4]'"
-    other = Experiment.load("try", "one", [3], ["MEND"], "~/store", "~/my page", ["--trainer.max_steps=2"], True)
-    assert (other.root, other.out) == (Path("/home/me/store"), Path("/home/me/my page"))
-    loaded = []
-    monkeypatch.setattr(Experiment, "run", loaded.append)
-    for each in (plain, other):
-        assert main(shlex.split(each.command)[1:]) == 0
-        assert vars(loaded.pop()) | {"published": None} == vars(each) | {"published": None}
-
-
-def test_the_results_of_a_task_at_a_scale_of_ones_own_are_in_one_folder(copy, tmp_path_factory, monkeypatch):
-    own = tmp_path_factory.mktemp("own") / "mine.yaml"
-    write(own, SCALE | {"lm": str(copy / "configs/lm/one.yaml"), "trainer": str(copy / "configs/trainer/short.yaml")})
-    loaded = []
-    monkeypatch.setattr(Experiment, "run", loaded.append)
-    assert main(["experiment", "try", f"--scale={own}", "--task=zsre"]) == 0
-    assert loaded[0].out == Path("outputs/try-mine-zsre")
 
 
 def test_only_the_scales_model_is_quoted_unless_the_grid_names_another(copy):

@@ -5,5 +5,5 @@ import pytest
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    """Second moments are kept here."""
+    """Covariances are kept here."""
     monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(tmp_path / "cache"))

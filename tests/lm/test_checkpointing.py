@@ -6,10 +6,12 @@ import pytest
 import torch
 from tests.reference import Case, assert_untouched, footprint, random_factors, training_batch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from instructedit.editors import build_editor
 from instructedit.editors.losses import LossWeights
 from instructedit.edits import Factors, LowRankEdit
+from instructedit.lm import FrozenLM
 from instructedit.training.module import LMConfig
 
 CASES = [
@@ -144,8 +146,6 @@ def test_a_pass_that_fails_while_it_runs_again_leaves_the_edits_off(lm):
 
 
 def test_the_config_asks_for_it():
-    from instructedit.lm import FrozenLM
-
     assert not FrozenLM.from_pretrained("tiny").forward.activation_checkpointing
     assert FrozenLM.from_pretrained(
         **LMConfig(activation_checkpointing=True).options()
@@ -153,8 +153,6 @@ def test_the_config_asks_for_it():
 
 
 def test_its_old_name_works_and_warns_of_the_new_one(lm):
-    from instructedit.lm import FrozenLM
-
     with pytest.warns(DeprecationWarning, match="use activation_checkpointing"):
         assert FrozenLM(lm.model, lm.tokenizer, checkpoint=True).forward.activation_checkpointing
     with pytest.warns(DeprecationWarning, match=r"use lm\.activation_checkpointing"):
@@ -162,3 +160,17 @@ def test_its_old_name_works_and_warns_of_the_new_one(lm):
     with pytest.warns(DeprecationWarning, match=r"use \.forward\.activation_checkpointing"):
         setattr(lm, "checkpoint", True)  # noqa: B010
     assert lm.forward.activation_checkpointing
+
+
+def test_rows_of_a_layer_that_flattens_them_are_not_those_of_the_head(tokenizer):
+    """OPT: the head is read, a position a row, between the pass and its repetition."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(vocab_size=600, num_hidden_layers=4, max_position_embeddings=128, **sizes))
+    found = []
+    for again in (False, True):
+        lm = FrozenLM(model, tokenizer, activation_checkpointing=again)
+        names = [site.name for site in lm.select(blocks=[1])]
+        found.append(lm.capture(lm.encode(PAIRS), names, edits(lm, 1)))
+    assert all(torch.equal(found[1].delta[name], delta) for name, delta in found[0].delta.items())
+    assert len(found[0].delta) == 2

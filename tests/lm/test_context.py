@@ -353,3 +353,19 @@ def test_a_scope_reads_the_same_prompt_where_a_lone_space_is_not_scored(tokenize
     assert batch.select(torch.tensor([1, 0])).prompts().unpadded() == ids
     assert TokenBatch.cat([plain, batch]).prompts().unpadded() == ids * 2
     assert torch.equal(*lm.context.scope_embedding(batch, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*lose their beginning")
+def test_a_gate_reads_what_the_model_reads_of_a_long_prompt(tokenizer):
+    beginning = with_bos(tokenizer)
+    lm = random_lm("llama", tokenizer)
+    lm.model.resize_token_embeddings(len(beginning))
+    lm = FrozenLM(lm.model, beginning, "beginning")
+    prompt = " ".join(["a man of the sea"] * 60)
+    ids, width = beginning(prompt, verbose=False)["input_ids"], lm.max_length - 6
+    read = [ids[0], *ids[1 - width :]]
+    shown = beginning.decode(read[1:])
+    assert beginning(shown)["input_ids"] == read
+    edit = context_edit(lm, ["A"], an_adapter(lm)[0], a_gate(lm, [[shown]], 0.01))
+    assert lm.generate(prompt, 6, edit) == lm.generate(prompt, 6, edit.ungated())
+    assert lm.generate(prompt, 6, edit) != lm.generate(prompt, 6)

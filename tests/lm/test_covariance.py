@@ -1,4 +1,4 @@
-"""Second moments against a dense sum over plain forward passes, one text at a time; and how they are kept."""
+"""Covariances against a dense sum over plain forward passes, one text at a time; and how they are kept."""
 
 import json
 import os
@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tests.conftest import random_lm
-from tests.reference import assert_untouched, footprint, plain_model, relative
+from tests.reference import assert_untouched, footprint, plain_model, random_factors, relative
+from tokenizers.normalizers import Lowercase
 
+from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import FrozenLM, covariance, own_text
 from instructedit.lm.covariance import covariance_file, covariances, sample_inputs
@@ -172,13 +174,13 @@ def test_texts_cut_elsewhere_have_another_moment_and_another_file(tokenizer, fil
 
 
 @pytest.mark.parametrize("damage", [b"", b"no tensors", None])
-def test_a_damaged_file_is_named(lm, file, damage):
+def test_a_corrupt_file_is_named(lm, file, damage):
     name = names_of(lm)[0]
     covariances(lm, [name], str(file))
     kept = covariance_file(lm, name, str(file), 100_000)
     assert load_file(kept).keys() == {"second_moment"}
     kept.write_bytes(kept.read_bytes()[:-5] if damage is None else damage)
-    with pytest.raises(UserError, match=rf"{kept.name}: damaged .*remove it"):
+    with pytest.raises(UserError, match=rf"{kept.name}: corrupt .*remove it"):
         covariances(lm, [name], str(file))
     kept.unlink()
     covariances(lm, [name], str(file))
@@ -257,5 +259,41 @@ def test_moments_that_are_no_numbers_are_refused(lm, file):
     covariances(lm, [name], str(file), 10)
     kept = covariance_file(lm, name, str(file), 10)
     covariance._save(load_file(kept)["second_moment"] * float("nan"), kept)
-    with pytest.raises(UserError, match=r"damaged \(it holds NaN or infinities\); remove it"):
+    with pytest.raises(UserError, match=r"corrupt \(it holds NaN or infinities\); remove it"):
         covariances(lm, [name], str(file), 10)
+
+
+def test_every_weight_and_the_whole_tokenizer_tell_models_apart(tokenizer):
+    def file_of(lm):
+        return covariance_file(lm, names_of(lm)[0], "tiny", 10)
+
+    expected = file_of(random_lm("gpt2", tokenizer))
+    assert file_of(random_lm("gpt2", tokenizer)) == expected
+    unsampled = random_lm("gpt2", tokenizer)
+    unsampled.model.get_input_embeddings().weight[7, 1] += 1  # fingerprints read every eighteenth number
+    assert unsampled.fingerprint == random_lm("gpt2", tokenizer).fingerprint
+    backend = type(tokenizer._tokenizer).from_str(tokenizer._tokenizer.to_str())
+    backend.normalizer = Lowercase()
+    lower = type(tokenizer)(tokenizer_object=backend, model_max_length=128)
+    assert lower.get_vocab() == tokenizer.get_vocab()
+    assert len({expected, file_of(unsampled), file_of(random_lm("gpt2", lower))}) == 3
+    tokenizer(
+        ["A", "A b"], padding=True, truncation=True, max_length=2
+    )  # what the last call asked for is no part of it
+    assert file_of(random_lm("gpt2", tokenizer)) == expected
+
+
+@pytest.mark.parametrize("text", ["file", "sampled"])
+def test_moments_are_the_unedited_models_whatever_is_applied(lm, file, text, monkeypatch, tmp_path):
+    monkeypatch.setattr(own_text, "_ROWS", 4)
+    source, names = str(file) if text == "file" else text, names_of(lm)
+    expected = covariances(lm, names, source, 30), sample_inputs(lm, names[-1], source, 30)
+    monkeypatch.setenv("INSTRUCTEDIT_CACHE", str(tmp_path / "another"))
+    factors = random_factors(lm.select(blocks=[0]), 1, 2, scale=1.0)
+    with lm.edited(LowRankEdit({name: Factors(*pair) for name, pair in factors.items()})):
+        edited = lm.generate("Who", 5)
+        found = covariances(lm, names, source, 30), sample_inputs(lm, names[-1], source, 30)
+        assert lm.generate("Who", 5) == edited
+    assert edited != lm.generate("Who", 5)
+    assert all(torch.equal(found[0][name], moment) for name, moment in expected[0].items())
+    assert torch.equal(found[1], expected[1])

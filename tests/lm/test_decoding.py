@@ -5,13 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.conftest import ARCHITECTURES, random_lm
+from tests.lm.architectures.tiny import tiny_model
 from tests.reference import dense, dense_copy, greedy, plain_model, random_factors
-from transformers import GPT2Config, MistralConfig
+from transformers import GPT2Config, MistralConfig, modeling_utils
 
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import decoding, hooks
-from instructedit.lm.decoding import Draw, _Buffer, draws, preallocated_cache
+from instructedit.lm.decoding import Decoder, Draw, _Buffer, draws, preallocated_cache
 
 PROMPTS = ["The capital of France is", "A", "In the year 1969 the first people"]
 
@@ -210,3 +211,15 @@ def test_the_head_reads_last_positions_in_one_piece(tokenizer, architecture):
     assert not head._forward_pre_hooks
     with hooks.contiguous_inputs(None):  # of a model without a head
         pass
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-gpt"])
+def test_transformers_does_not_suspect_padding(name, monkeypatch):
+    """Token 0 pads and ends texts; openai-gpt reads whole rows in each step."""
+    model = tiny_model(name)
+    model.config.pad_token_id = 0
+    said = []
+    monkeypatch.setattr(modeling_utils.logger, "warning_once", said.append)
+    text = Decoder(model)([[5, 6, 0], [0, 7]], [3, 5])
+    assert list(map(len, text)) == [3, 5]
+    assert not said

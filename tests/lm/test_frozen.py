@@ -349,3 +349,25 @@ def test_generation_makes_room_in_the_context(lm):
         assert lm.generate(prompt, max_new_tokens=6) == lm.tokenizer.decode(expected)
     with pytest.raises(UserError, match="max_new_tokens=128 leaves no room"):
         lm.generate("A", max_new_tokens=128)
+
+
+def test_layers_that_are_given_their_input_by_name_are_seen_like_any_other(tokenizer):
+    lm, by_name = (random_lm("gpt2", tokenizer) for _ in range(2))
+    mlp = by_name.forward.blocks[2].mlp
+    mlp.forward = lambda states: mlp.c_proj(x=mlp.act(mlp.c_fc(x=states)))
+    names = [site.name for site in lm.select(blocks=[2])]
+    batch = lm.encode(PAIRS)
+    expected, found = lm.capture(batch, names), by_name.capture(batch, names)
+    before, after = lm.record_activations(batch, names), by_name.record_activations(batch, names)
+    for name in names:
+        assert torch.equal(found.u[name], expected.u[name])
+        assert torch.equal(found.delta[name], expected.delta[name])
+        assert torch.equal(after[name].inputs, before[name].inputs)
+
+
+def test_a_new_maximum_length_holds_for_rows_and_text_alike(lm):
+    lm.max_length = 8
+    with pytest.warns(UserWarning, match="lose their beginning"):
+        assert lm.encode([("A much longer prompt about a river and about a city", "it")]).input_ids.shape == (1, 8)
+    with pytest.warns(UserWarning, match="lose their beginning"):
+        assert lm.generate("A much longer prompt about a river and about a city", 2)

@@ -85,11 +85,30 @@ def test_parts_are_sampled_once_and_differ(lm, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.json"))) == 3  # of five texts each
     assert len(set(found)) == 12
     assert all(len(lm.tokenizer(text)["input_ids"]) >= 10 for text in found)
-    monkeypatch.setattr(type(lm), "sample", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr(own_text.Generation, "sample", lambda *args, **options: 1 / 0)
     assert first(lm, tmp_path, 12) == found
     with pytest.raises(ZeroDivisionError):
         first(lm, tmp_path, 16)
     assert len(list(tmp_path.iterdir())) == 3  # nothing half-made
+
+
+def test_a_chat_model_samples_the_same_plain_text(tokenizer, tmp_path):
+    turns = "{% for m in messages %}{{ m.content }}{% endfor %} It said:"
+    backend = type(tokenizer._tokenizer).from_str(tokenizer._tokenizer.to_str())
+    chatting = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=128, chat_template=turns)
+    model = random_lm("gpt2", tokenizer).model
+    plain, chat = (FrozenLM(model, chatting, chat=chat) for chat in (False, True))
+    assert first(chat, tmp_path / "chat", 3) == first(plain, tmp_path / "plain", 3)
+    assert chat.generate("Who") != plain.generate("Who")
+
+
+def test_a_token_that_is_only_appended_begins_no_text(tokenizer, tmp_path):
+    backend = type(tokenizer._tokenizer).from_str(tokenizer._tokenizer.to_str())
+    end = tokenizer.eos_token
+    backend.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)])
+    ending = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, model_max_length=128)
+    texts = first(FrozenLM(random_lm("gpt2", tokenizer).model, ending), tmp_path, 5)
+    assert [text.startswith(word) for text, word in zip(texts, own_text._OPENINGS, strict=False)] == [True] * 5
 
 
 def test_another_model_has_another_text(tokenizer, tmp_path):

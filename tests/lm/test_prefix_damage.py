@@ -12,7 +12,7 @@ import torch
 from tests.lm.prefixes import FORWARD, ROWS, asked, equal, filled, opened, shards
 
 from instructedit.lm.cache import disk, partition
-from instructedit.lm.cache.folder import META, evict, partitions
+from instructedit.lm.cache.folder import META, clear, evict, partitions
 
 # -- damage --------------------------------------------------------------------------------------------------------
 
@@ -71,6 +71,15 @@ def test_a_lost_description_loses_no_states(lm, tmp_path):
     asked(again, [[1, 2, 3]])
     again.cache.flush()
     assert json.loads(meta.read_text()) == about  # the next segment brings it back
+
+
+def test_a_model_under_another_name_is_found_by_the_new_one(lm, tmp_path):
+    filled(lm, tmp_path)
+    lm.name = "renamed"
+    filled(lm, tmp_path, [[1, 2, 3]])
+    assert [one.meta["lm"] for one in partitions(tmp_path)] == ["renamed"]
+    assert clear(tmp_path, "renamed")
+    assert not partitions(tmp_path)
 
 
 def test_a_full_disk_ends_the_writing_and_not_the_run(lm, tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.conftest import ARCHITECTURES, random_lm
+from tests.reference import random_factors
 
+from instructedit.edits import Factors, LowRankEdit
 from instructedit.lm.cache.prompt_prefixes import SHORTEST, Beginning, PromptPrefixes
 from instructedit.lm.tokens import IGNORE, SHAPE, rows_of
 
@@ -154,3 +156,12 @@ def test_without_room_nothing_is_kept(tokenizer):
     assert not lm.prefixes.takes_prompt_prefixes
     lm.prefixes.of(rows_of([[*INSTRUCTION, 1]]), 2)
     assert not len(lm.prefixes.prompt_prefixes)
+
+
+def test_an_applied_edit_does_not_decide_what_the_model_takes(tokenizer):
+    lm = with_lines(random_lm("gpt2", tokenizer))
+    del lm.prefixes.takes_prompt_prefixes, lm.prefixes.takes_trees
+    factors = random_factors(lm.select(blocks=[1]), 2, 2, scale=1.0)
+    with lm.edited(LowRankEdit({name: Factors(*pair) for name, pair in factors.items()})):
+        assert lm.prefixes.takes_trees
+        assert lm.prefixes.takes_prompt_prefixes

@@ -11,7 +11,7 @@ from tests.reference import assert_untouched, dense, dense_copy, footprint, plai
 from instructedit.edits import Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.lm import IGNORE, Text, TokenBatch
-from instructedit.lm.tokens import behind, rows_of
+from instructedit.lm.tokens import prepend_context, rows_of
 
 # -- rows of tokens ---------------------------------------------------------------------------------------------------
 
@@ -54,11 +54,12 @@ IDS = st.lists(st.integers(1, 50), max_size=9)
 def test_a_context_stands_between_the_first_token_and_the_row_and_loses_its_beginning(own, context, room, first):
     if first:
         own = [first, *own]
-    found = behind(own, context, room, [first] if first else [])
+    found = prepend_context(own, context, room, [first] if first else [])
     kept = len(found) - len(own)
     assert kept == min(len(context), max(0, room - len(own)))
     assert found == own[: bool(first)] + context[len(context) - kept :] + own[bool(first) :]
-    assert behind(own, context, room) == context[len(context) - kept :] + own  # without a first token to look for
+    unopened = prepend_context(own, context, room)  # without a first token to look for
+    assert unopened == context[len(context) - kept :] + own
 
 
 @given(data=st.data())

@@ -277,6 +277,17 @@ def test_positions_are_those_of_the_users_words(tokenizers):
         assert one.decode(batch.input_ids[row, : at[row] + 1]).endswith("The user" if row == 0 else "<|user|>\nuser")
 
 
+@pytest.mark.filterwarnings("ignore:.*lose their beginning")
+@pytest.mark.parametrize("length", [128, 12])
+def test_positions_are_the_same_with_an_end_behind_the_answer(tokenizers, length):
+    pairs = [("word word word word word word word Paris is", "Rome")]
+    text = Text(tokenizers["bytes", TEMPLATES[3]], length)
+    for one in (text, text.ended()):
+        batch = one.encode(pairs)
+        at = one.positions(pairs, [len("word " * 7 + "Paris")], batch)
+        assert one.tokenizer.decode(batch.input_ids[0, : at[0] + 1]).endswith("word Paris")
+
+
 def test_contexts_stand_within_the_users_turn(tokenizers):
     one = chatting(tokenizers)
     text = Text(one, 128, chat=True)

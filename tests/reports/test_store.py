@@ -231,11 +231,18 @@ def test_edits_are_solved_again_together(kept, capsys):
     assert not torch.allclose(solved.delta(solved.sites[0]), total.delta(total.sites[0]), atol=1e-3)
 
 
-def test_an_edit_leaves_as_an_adapter_and_as_a_model(kept, capsys, tmp_path):
+def test_a_store_that_cannot_be_written_is_found_out_first(kept, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert main(["edits", "combine", "rome", "lima", "new", f"--store={tmp_path}/file"]) == 2
+    assert "is a file, not a folder" in capsys.readouterr().err
+
+
+def test_an_edit_leaves_as_an_adapter_and_as_a_model(kept, capsys, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     assert main(["edits", "export", "rome"]) == 2
-    said = run(capsys, "export", "rome", f"--adapter={tmp_path}/lora", "--rank=16", f"--merge={tmp_path}/model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    said = run(capsys, "export", "rome", "--adapter=~/lora", "--rank=16", "--merge=~/model")
     assert "a LoRA adapter, rank 16: " in said
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 16
     lm = ie.FrozenLM.from_pretrained("tiny")

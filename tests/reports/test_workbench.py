@@ -56,7 +56,7 @@ def test_downloads_are_gone_with_the_workbench(edited, tmp_path, monkeypatch):
     assert first != second
     with zipfile.ZipFile(first) as packed:  # the next download takes nothing away
         assert packed.testzip() is None
-    own._packed.cleanup()
+    del own
     assert list((tmp_path / "temporary").iterdir()) == []
 
 

@@ -170,8 +170,8 @@ def cosines(areas: EditingAreas, site: str, other: EditingAreas | None = None, c
     Raises:
         UserError: If there is no such site.
     """
-    a, b, owner = _rows(areas, site)
-    a_other, b_other, owner_other = (a, b, owner) if other is None else _rows(other, site)
+    a, b, record = _rows(areas, site)
+    a_other, b_other, record_other = (a, b, record) if other is None else _rows(other, site)
     result = a.new_zeros(len(areas), len(areas if other is None else other))
     for i in range(0, len(a), chunk):
         for j in range(i if other is None else 0, len(a_other), chunk):
@@ -179,8 +179,8 @@ def cosines(areas: EditingAreas, site: str, other: EditingAreas | None = None, c
             products = (a[rows] @ a_other[columns].T).mul_(b[rows] @ b_other[columns].T)
             if other is None and i == j:
                 products /= 2  # the result is mirrored below, which would count this block twice
-            summed = a.new_zeros(len(areas), products.shape[1]).index_add_(0, owner[rows], products)
-            result.index_add_(1, owner_other[columns], summed)
+            summed = a.new_zeros(len(areas), products.shape[1]).index_add_(0, record[rows], products)
+            result.index_add_(1, record_other[columns], summed)
     return (result + result.T if other is None else result).clamp_(-1, 1)
 
 

@@ -36,8 +36,8 @@ def magnitudes(areas: Mapping[str, Mapping[int, EditingAreas]]) -> pd.DataFrame:
         pd.DataFrame(
             {"method": method, "seed": seed, "site": site, "task": own.tasks, "record": own.ids, "norm": norms.tolist()}
         )
-        for method, children in areas.items()
-        for seed, own in children.items()
+        for method, by_seed in areas.items()
+        for seed, own in by_seed.items()
         for site, norms in own.norms.items()
     ]
     return pd.concat(parts, ignore_index=True)

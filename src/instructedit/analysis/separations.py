@@ -55,9 +55,9 @@ def separation_table(areas: Mapping[str, Sequence[EditingAreas]], seed: int = 0)
     from instructedit.analysis.areas import separation
 
     rows = []
-    for method, children in areas.items():
-        for site in children[0].site_names:
-            scores = [separation(own, site, seed) for own in children]
+    for method, by_seed in areas.items():
+        for site in by_seed[0].site_names:
+            scores = [separation(own, site, seed) for own in by_seed]
             for measure in MEASURES:
                 found = across_seeds((score[measure] for score in scores), bounds=_BOUNDS[measure])
                 chance = across_seeds(score["chance"] for score in scores).mean

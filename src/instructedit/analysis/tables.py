@@ -30,7 +30,7 @@ _PAPER = "paper"
 _MARKDOWN_SPECIAL = re.compile(r"([\\|*_`<>\[\]])")
 
 _Values = dict[tuple[str, str, str], tuple[float, ...]]  # (method, task, metric) to (mean, low, high)
-_Shown = dict[tuple[str, str], list[str]]  # (task, its title) to its metrics
+_TaskMetrics = dict[tuple[str, str], list[str]]  # (task, its title) to its metrics
 
 
 class _Mark(Enum):
@@ -108,9 +108,9 @@ def rich_table(
         table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True, padding=(0, 0 if tall else 1))
         for position, name in enumerate(part.header):
             left = position < part.names
-            room = widths[position] + (not left and name != _PAPER) if tall else None
+            min_width = widths[position] + (not left and name != _PAPER) if tall else None
             justify: Literal["left", "right"] = "left" if left else "right"
-            table.add_column(Text(name), justify=justify, no_wrap=left or tall, min_width=room)
+            table.add_column(Text(name), justify=justify, no_wrap=left or tall, min_width=min_width)
         for row in part.rows:
             if row.section:
                 table.add_section()
@@ -195,18 +195,18 @@ def _parts(
     titles = titles or {}
     ours = _values(summary)
     published = {} if baselines is None else _values(baselines)
-    shown: _Shown = {}
+    task_metrics: _TaskMetrics = {}
     for task in in_order((task for _, task, _ in ours), titles):
         present = {metric for _, its, metric in ours if its == task}
         if own := [name.lower() for name in metrics if name.lower() in present]:
-            shown[task, titles.get(task, task)] = own
-    return (_tall if layout == "tall" else _wide)(shown, ours, published)
+            task_metrics[task, titles.get(task, task)] = own
+    return (_tall if layout == "tall" else _wide)(task_metrics, ours, published)
 
 
-def _wide(shown: _Shown, ours: _Values, published: _Values) -> list[_Part]:
+def _wide(task_metrics: _TaskMetrics, ours: _Values, published: _Values) -> list[_Part]:
     methods, others = _methods(ours), _methods(published)
     rows = []
-    for (task, title), metrics in shown.items():
+    for (task, title), metrics in task_metrics.items():
         for metric in metrics:
             first = metric == metrics[0]
             cells = _ranked(ours, methods, task, metric) + _published(published, others, task, metric)
@@ -214,10 +214,10 @@ def _wide(shown: _Shown, ours: _Values, published: _Values) -> list[_Part]:
     return [_Part(["Task", "Metric", *methods, *(f"{method} ({_PAPER})" for method in others)], rows, names=2)]
 
 
-def _tall(shown: _Shown, ours: _Values, published: _Values) -> list[_Part]:
+def _tall(task_metrics: _TaskMetrics, ours: _Values, published: _Values) -> list[_Part]:
     methods = _methods(ours)
     parts = []
-    for (task, title), metrics in shown.items():
+    for (task, title), metrics in task_metrics.items():
         header, columns = [title], []
         for metric in metrics:
             header.append(metric_title(metric))

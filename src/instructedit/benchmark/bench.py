@@ -30,7 +30,7 @@ WEIGHTS = LossWeights(edit=0.1, locality=1.0)
 ACCUMULATE = 2
 
 
-class Lean(NamedTuple):
+class LowMemory(NamedTuple):
     """Sizes of the low-memory variant: training examples, edits evaluated, and tokens of a forward pass at once.
 
     `kv_dtype` is that of `Evaluation`.
@@ -42,7 +42,7 @@ class Lean(NamedTuple):
     kv_dtype: Literal["float32", "float16"] = "float32"
 
 
-LEAN = Lean()
+LOW_MEMORY = LowMemory()
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Shape:
         gpu: Whether it is meant for a GPU alone.
         batch: Default number of edits that the engine works on at once.
         tokens: Default maximum of tokens in one forward pass of the engine's evaluation.
-        lean: Sizes of the low-memory variant.
+        low_memory: Sizes of the low-memory variant.
     """
 
     architecture: Literal["gpt2", "llama", "real"]
@@ -68,13 +68,13 @@ class Shape:
     gpu: bool = False
     batch: int = 32
     tokens: int = 8192
-    lean: Lean = LEAN
+    low_memory: LowMemory = LOW_MEMORY
 
 
 SHAPES = {
     "6x256": Shape("gpt2", 6, 256, 4),
     "12x768": Shape("gpt2", 12, 768, 12),
-    "48-narrow": Shape("gpt2", 48, 256, 4, lean=Lean(tokens=232, kv_dtype="float16")),
+    "48-narrow": Shape("gpt2", 48, 256, 4, low_memory=LowMemory(tokens=232, kv_dtype="float16")),
     "4x512-gated": Shape("llama", 4, 512, 8, 32000),
     "gpt2-xl": Shape("gpt2", 48, 1600, 25, dtype="bfloat16", gpu=True, batch=64),
     "llama-2-7b": Shape("llama", 32, 4096, 32, 32000, dtype="bfloat16", gpu=True, batch=64),
@@ -131,7 +131,7 @@ class Bench:
         records = load_records("counterfact", "tiny", "train")[0]
         self.records = [_trimmed(r) for r in records if r.of("locality")][: setting.edits]
         facts, replies = load_records("zsre", "tiny", "test")[0], load_records("convsent", "tiny", "test")[0]
-        self.lean = shape.lean
+        self.low_memory = shape.low_memory
         self.size, self.tokens = setting.batch or shape.batch, setting.tokens or shape.tokens
         self.tested = [*facts[: setting.edits * 3 // 4], *replies[: setting.edits // 4]]
         if setting.instructions:
@@ -139,7 +139,7 @@ class Bench:
         collate = Collator(self.lm.text, None)
         self.batches, self.small = (
             [collate(part).to(setting.device) for part in parts(list(enumerate(self.records)), size)]
-            for size in (self.size, self.lean.examples)
+            for size in (self.size, self.low_memory.examples)
         )
 
     def run(self, measure: str, variant: str) -> None:
@@ -208,7 +208,7 @@ class Bench:
 
     def evaluate_lean(self) -> None:
         """Computes all metrics of the test records with the engine, in the sizes of the low-memory variant."""
-        self._evaluate(self.lean.edits, self.lean.tokens, self.lean.kv_dtype)
+        self._evaluate(self.low_memory.edits, self.low_memory.tokens, self.low_memory.kv_dtype)
 
     def _evaluate(self, size: int, tokens: int, kv_dtype: Literal["float32", "float16"] = "float32") -> None:
         settings = Evaluation(fluency_tokens=self.setting.fluency_tokens, tokens=tokens, kv_dtype=kv_dtype)

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from instructedit.benchmark.bench import ACCUMULATE, Bench, Setting, parts
-from instructedit.benchmark.memory import in_own_process, peak_memory, watched
+from instructedit.benchmark.memory import in_own_process, monitored_memory, peak_memory
 from instructedit.benchmark.roofline import Rates, counted
 from instructedit.evaluation import Evaluation, evaluate_batch
 from instructedit.records import EditRecord
@@ -121,7 +121,7 @@ def _so_many_edits(setting: Setting, count: int) -> dict[str, float]:
                 evaluate_batch(bench.lm, bench.editor, part, quick)
 
     edit(_around(records, SETTLED, bench.size))
-    with watched(setting) as peak:
+    with monitored_memory(setting) as peak:
         start = time.perf_counter()
         edit(_around(records, count, bench.size))
         seconds = time.perf_counter() - start

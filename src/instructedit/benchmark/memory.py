@@ -79,13 +79,13 @@ def _peak(setting: Setting, name: str, variant: str) -> float:
     if variant == "cold":
         bench.lm.forget()
     gc.collect()
-    with watched(setting) as peak:
+    with monitored_memory(setting) as peak:
         bench.run(name, variant)
     return peak()
 
 
 @contextmanager
-def watched(setting: Setting) -> Iterator[Callable[[], float]]:
+def monitored_memory(setting: Setting) -> Iterator[Callable[[], float]]:
     """Yields a function that returns the peak memory within the context, in MB above that at its start."""
     if setting.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

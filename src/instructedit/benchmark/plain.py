@@ -43,13 +43,13 @@ class PlainMend:
     @torch.enable_grad()
     def deltas(self, prompt: str, target: str) -> dict[str, Tensor]:
         """Computes the dense ΔW [out, in] of each site for one request."""
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        layer_io: dict[str, tuple[Tensor, Tensor]] = {}
         handles = []
         for name, layer in self.layers.items():
 
             def keep(_: object, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
                 output.retain_grad()
-                seen[name] = (args[0].detach()[0], output)
+                layer_io[name] = (args[0].detach()[0], output)
 
             handles.append(layer.register_forward_hook(keep))
         try:
@@ -64,7 +64,7 @@ class PlainMend:
         for group, network in zip(self.editor.groups, self.editor.networks, strict=True):
             for number, i in enumerate(group):
                 name = self.editor.sites[i].name
-                u, output = seen[name]
+                u, output = layer_io[name]
                 assert output.grad is not None  # retained
                 delta = output.grad[0]
                 kept = (delta != 0).any(-1)
@@ -137,11 +137,11 @@ class PlainMend:
         with self.installed(deltas):
             for (probe, answer), was in zip(pairs, before, strict=True):
                 logits, tokens = self.answers(probe.prompt, answer, scored=True)
-                said = logits.argmax(-1)
+                predicted = logits.argmax(-1)
                 rows.append({
-                    "accuracy": (said == tokens).float().mean().item(),
-                    "exact": float((said == tokens).all()),
-                    "agreement": (said == was.argmax(-1)).float().mean().item(),
+                    "accuracy": (predicted == tokens).float().mean().item(),
+                    "exact": float((predicted == tokens).all()),
+                    "agreement": (predicted == was.argmax(-1)).float().mean().item(),
                     "log_likelihood": logits.log_softmax(-1).gather(-1, tokens[:, None]).mean().item(),
                     "log_likelihood_before": was.log_softmax(-1).gather(-1, tokens[:, None]).mean().item(),
                 })  # fmt: skip

@@ -1,4 +1,4 @@
-"""Measure the second moments of the inputs of an LM's layers over plain text, for ROME, MEMIT and AlphaEdit."""
+"""Measure the covariances of the inputs of an LM's layers over plain text, for ROME, MEMIT and AlphaEdit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(
     dtype: str | None = None,
     device: str = "cpu",
 ) -> None:
-    """Computes the second moments C = E[u uᵀ] that ROME, MEMIT and AlphaEdit need, once; they are kept on disk.
+    """Computes the covariances C = E[u uᵀ] that ROME, MEMIT and AlphaEdit need, once; they are kept on disk.
 
     They are kept under $INSTRUCTEDIT_CACHE (by default ~/.cache/instructedit), for each model, layer, text and number
     of tokens. The text is streamed, so any length fits. Editors with the same options find them there.
@@ -50,7 +50,8 @@ def main(
     assert isinstance(method, KeyValueEditor)
     names, source = [site.name for site in method.sites], (method.text, method.tokens)
     known = [name for name in names if covariance_file(model, name, *source).is_file()]
-    for name, moment in covariances(model, names, *source).items():
+    for name, covariance in covariances(model, names, *source).items():
         size = covariance_file(model, name, *source).stat().st_size / 1e6
         state = "was there" if name in known else "computed"
-        print(f"{name}: {moment.shape[0]} × {moment.shape[1]}, {size:.1f} MB, {state}, trace {moment.trace():.4g}")
+        shape, trace = " × ".join(map(str, covariance.shape)), covariance.trace()
+        print(f"{name}: {shape}, {size:.1f} MB, {state}, trace {trace:.4g}")

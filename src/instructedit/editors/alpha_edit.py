@@ -23,12 +23,12 @@ class NullSpace:
     given share of E‖u‖².
 
     Args:
-        moment: E[u uᵀ] of the layer's inputs over plain text, [in, in].
+        covariance: E[u uᵀ] of the layer's inputs over plain text, [in, in].
         energy: The share of E‖u‖².
     """
 
-    def __init__(self, moment: Tensor, energy: float) -> None:
-        values, vectors = torch.linalg.eigh(moment.double())
+    def __init__(self, covariance: Tensor, energy: float) -> None:
+        values, vectors = torch.linalg.eigh(covariance.double())
         values = values.clamp(min=0)
         reached = values.cumsum(0)  # its own last entry, as a separate sum may round lower: a share of 1 keeps all
         size = int((reached <= energy * reached[-1]).sum())
@@ -130,9 +130,9 @@ class AlphaEdit(SpreadEditor):
             UserError: If the share is too small for a single direction.
         """
         if not self._null_spaces:
-            moments = covariances(self.lm, [s.name for s in self.sites], self.text, self.tokens)
+            matrices = covariances(self.lm, [s.name for s in self.sites], self.text, self.tokens)
             device = self.lm.device
-            self._null_spaces = {name: NullSpace(c.to(device), self.energy) for name, c in moments.items()}
+            self._null_spaces = {name: NullSpace(c.to(device), self.energy) for name, c in matrices.items()}
         null = self._null_spaces[site.name]
         if not null.left > 0:
             raise UserError(

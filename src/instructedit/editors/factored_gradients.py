@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Products:
+class FactoredGradient:
     """The gradient of one matrix [in, out] as a sum of products, Σ_k x_kᵀ g_k."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Products:
         """Multiplies the gradient by a number."""
         self._g = [g * factor for g in self._g]
 
-    def square(self) -> Tensor:
+    def squared_norm(self) -> Tensor:
         """Computes ‖∇W‖² without forming ∇W, as the sum of (X Xᵀ) ∘ (G Gᵀ)."""
         x, g = torch.cat(self._x), torch.cat(self._g)
         return ((x @ x.T) * (g @ g.T)).sum()
@@ -58,19 +58,19 @@ def factor_gradients(parameters: Iterable[nn.Parameter], on: bool = True) -> Non
     """
     for parameter in parameters:
         if parameter.ndim == 2:
-            parameter.products = Products() if on else None  # type: ignore[attr-defined]
+            parameter.factored_grad = FactoredGradient() if on else None  # type: ignore[attr-defined]
 
 
-def held(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Products]]:
+def factored_matrices(parameters: Iterable[nn.Parameter]) -> Iterator[tuple[nn.Parameter, FactoredGradient]]:
     """Yields the matrices that have factored gradients now, with their factors."""
     for parameter in parameters:
-        if products := getattr(parameter, "products", None):
-            yield parameter, products
+        if gradient := getattr(parameter, "factored_grad", None):
+            yield parameter, gradient
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes x W + b for x [rows, in], W [in, out]; the gradient of W is factored if that is switched on for it."""
-    if getattr(weight, "products", None) is None:
+    if getattr(weight, "factored_grad", None) is None:
         return x @ weight if bias is None else torch.addmm(bias, x, weight)
     product: Tensor = _Linear.apply(x, weight)
     return product if bias is None else product + bias
@@ -88,17 +88,17 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
         (x,), weight = ctx.saved_tensors, ctx.weight
         grad = grad.to(weight.dtype)  # under autocast a product has lower precision
-        _take(weight, x.to(weight.dtype), grad)
+        _accumulate(weight, x.to(weight.dtype), grad)
         return (grad @ weight.detach().T).to(x.dtype) if ctx.needs_input_grad[0] else None, None
 
 
-def _take(weight: Any, x: Tensor, g: Tensor) -> None:
+def _accumulate(weight: Any, x: Tensor, g: Tensor) -> None:
     """Adds xᵀ g to the gradient of a matrix, as factors while these are smaller than the matrix."""
-    products: Products = weight.products
-    if weight.grad is None and (len(products) + len(x)) * sum(weight.shape) < weight.numel():
-        products.add(x, g)
+    factored: FactoredGradient = weight.factored_grad
+    if weight.grad is None and (len(factored) + len(x)) * sum(weight.shape) < weight.numel():
+        factored.add(x, g)
         return
     if weight.grad is None:
-        weight.grad = products.dense() if len(products) else torch.zeros_like(weight)
-        products.clear()
+        weight.grad = factored.dense() if len(factored) else torch.zeros_like(weight)
+        factored.clear()
     weight.grad.addmm_(x.T, g)

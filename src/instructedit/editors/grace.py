@@ -68,10 +68,10 @@ class Grace(Editor):
     def compute_edit(self, batch: RequestBatch) -> CodebookEdit:
         """Computes a codebook of one entry for each request."""
         site, count = self.sites[0], len(batch)
-        seen = self.lm.record_activations(batch.tokens.prompts(), [site.name])[site.name]
+        layer_io = self.lm.record_activations(batch.tokens.prompts(), [site.name])[site.name]
         last = (batch.tokens.labels != IGNORE).long().argmax(-1)
         where = torch.arange(count), last
-        keys, starts = seen.inputs[where].float(), seen.outputs[where].float()
+        keys, starts = layer_io.inputs[where].float(), layer_io.outputs[where].float()
         if self.init == "cold":
             drawn = torch.rand(site.out_features, generator=torch.Generator().manual_seed(self.seed))
             starts = drawn.to(starts.device).expand_as(starts)

@@ -21,9 +21,9 @@ from instructedit.tasks import load_records
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Sorts of demonstrations, each with the kinds of probes that it is made from: the edit itself is copied, rephrasings
+#: Kinds of demonstrations, each with the kinds of probes that it is made from: the edit itself is copied, rephrasings
 #: of it are updated, and prompts out of its scope are retained.
-SORTS: dict[str, tuple[str, ...]] = {
+PROBE_KINDS: dict[str, tuple[str, ...]] = {
     "copy": ("reliability",),
     "update": ("generalization", "portability", "wanted"),
     "retain": ("locality",),
@@ -40,12 +40,12 @@ class Demonstration:
     prompt: str
     answer: str
 
-    def told(self, text: Text) -> str:
+    def rendered(self, text: Text) -> str:
         """Returns the demonstration as the model reads it."""
-        return f"{told(text, self.request)}{text.joined(self.prompt, self.answer)}\n"
+        return f"{fact_statement(text, self.request)}{text.joined(self.prompt, self.answer)}\n"
 
 
-def told(text: Text, request: EditRequest) -> str:
+def fact_statement(text: Text, request: EditRequest) -> str:
     """Returns the line that states an edit."""
     return f"New fact: {text.joined(request.prompt, request.target)}\n"
 
@@ -55,13 +55,13 @@ class Ike(Editor):
     """Prepends demonstrations and the new fact to every prompt; no weight is changed.
 
     The demonstrations are those whose edit is nearest to the request, with the nearest last, in the paper's proportion
-    of sorts (copy : update : retain = 1 : 3 : 4). Each edit is stated as "New fact: …", followed by a prompt.
+    of kinds (copy : update : retain = 1 : 3 : 4). Each edit is stated as "New fact: …", followed by a prompt.
 
     Defaults: 32 demonstrations (Zheng et al.), or as many of the nearest as fit into the model's context.
 
     Args:
         demonstrations: Number of demonstrations.
-        ratio: Proportion of the sorts copy, update and retain.
+        ratio: Proportion of the kinds copy, update and retain.
         sources: Sources of demonstrations, task → source of its training records (``tiny``, a file, a hub id).
         retriever: ``tfidf`` (scikit-learn), or ``sentence-transformers`` if it is installed.
         sentence_model: Model for sentence-transformers, a name or a folder.
@@ -80,7 +80,7 @@ class Ike(Editor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.ratio) != len(SORTS) or min(self.ratio) < 0 or not sum(self.ratio):
+        if len(self.ratio) != len(PROBE_KINDS) or min(self.ratio) < 0 or not sum(self.ratio):
             raise UserError(f"editor 'ike': ratio must be three weights (copy, update, retain), got {list(self.ratio)}")
         self._store: dict[str, _Store] = {}
 
@@ -89,10 +89,10 @@ class Ike(Editor):
         budget = int(self.room * self.lm.max_length)
         contexts = []
         for request in batch.requests:
-            fact = encode(told(self.lm.text, request))
+            fact = encode(fact_statement(self.lm.text, request))
             shown: list[int] = []
             for demonstration in self._nearest(request):
-                more = encode(demonstration.told(self.lm.text))
+                more = encode(demonstration.rendered(self.lm.text))
                 if len(shown) + len(more) + len(fact) > budget:
                     break
                 shown = more + shown  # the nearest stands last
@@ -102,29 +102,29 @@ class Ike(Editor):
         return ContextEdit(ids.to(self.lm.device), lengths.to(self.lm.device))
 
     def _nearest(self, request: EditRequest) -> list[Demonstration]:
-        """Returns demonstrations for a request, the nearest first, with the sorts interleaved by their ratio."""
+        """Returns demonstrations for a request, the nearest first, with the kinds interleaved by their ratio."""
         if not self._store:
             self._store = self._read()
         text = f"{request.prompt} {request.target}"
         until = [self.demonstrations * part // sum(self.ratio) for part in itertools.accumulate(self.ratio)]
         counts = [end - start for start, end in itertools.pairwise((0, *until))]
         ranked = [iter(store.nearest(text, n)) for store, n in zip(self._store.values(), counts, strict=True)]
-        turns = sorted((k / n, sort) for sort, n in enumerate(counts) for k in range(n))
-        return [found for _, sort in turns if (found := next(ranked[sort], None)) is not None]
+        turns = sorted((k / n, kind) for kind, n in enumerate(counts) for k in range(n))
+        return [found for _, kind in turns if (found := next(ranked[kind], None)) is not None]
 
     def _read(self) -> dict[str, _Store]:
         records = [r for task, source in self.sources.items() for r in load_records(task, source, "train")[0]]
-        sorts = {sort: _demonstrations(records, kinds) for sort, kinds in SORTS.items()}
-        return {sort: _Store(found, self._vectors()) for sort, found in sorts.items()}
+        by_kind = {kind: _demonstrations(records, probe_kinds) for kind, probe_kinds in PROBE_KINDS.items()}
+        return {kind: _Store(found, self._vectors()) for kind, found in by_kind.items()}
 
     def _vectors(self) -> Any:
         """Returns an embedder with fit(texts) and of(texts), vectors whose inner products are similarities."""
         return _TfIdf() if self.retriever == "tfidf" else _Sentences(self.sentence_model)
 
 
-def _demonstrations(records: Sequence[EditRecord], kinds: tuple[str, ...]) -> list[Demonstration]:
+def _demonstrations(records: Sequence[EditRecord], probe_kinds: tuple[str, ...]) -> list[Demonstration]:
     """Builds a demonstration from the first probe of these kinds of each record that has one."""
-    firsts = [(record, record.of(*kinds)) for record in records]
+    firsts = [(record, record.of(*probe_kinds)) for record in records]
     return [Demonstration(r.request, probes[0].prompt, probes[0].answers[0]) for r, probes in firsts if probes]
 
 
@@ -156,11 +156,11 @@ class _Sentences:
 
 
 class _Store:
-    """A search index of the demonstrations of one sort, by the edit that they show."""
+    """A search index of the demonstrations of one kind, by the edit that they show."""
 
     def __init__(self, demonstrations: list[Demonstration], vectors: Any) -> None:
         self.demonstrations, self.vectors = demonstrations, vectors
-        if not demonstrations:  # the data have no probe of this sort
+        if not demonstrations:  # the data have no probe of this kind
             return
         texts = [f"{d.request.prompt} {d.request.target}" for d in demonstrations]
         vectors.fit(texts)

@@ -104,22 +104,22 @@ class Ke(Editor):
 
     def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         names = [site.name for site in self.sites]
-        seen = self.lm.capture(batch.tokens, names)
-        said = self.lm.tokenizer.batch_decode(seen.predicted.split(batch.tokens.answer_sizes()))
-        condition = self._read(batch, said)
+        captured = self.lm.capture(batch.tokens, names)
+        predictions = self.lm.tokenizer.batch_decode(captured.predicted.split(batch.tokens.answer_sizes()))
+        condition = self._encode(batch, predictions)
         factors: dict[str, Factors] = {}
         for name, gates in zip(names, self.gates, strict=True):
             alpha, beta, gamma, delta, eta = gates(condition)
-            a = torch.cat([alpha.unsqueeze(1) * seen.u[name].float(), beta.unsqueeze(1)], 1)
-            b = torch.cat([gamma.unsqueeze(1) * seen.delta[name].float(), delta.unsqueeze(1)], 1)
+            a = torch.cat([alpha.unsqueeze(1) * captured.u[name].float(), beta.unsqueeze(1)], 1)
+            b = torch.cat([gamma.unsqueeze(1) * captured.delta[name].float(), delta.unsqueeze(1)], 1)
             factors[name] = Factors(a, self.scale * eta.unsqueeze(1) * b)
         return LowRankEdit(factors)
 
-    def _read(self, batch: RequestBatch, said: list[str]) -> Tensor:
+    def _encode(self, batch: RequestBatch, predictions: list[str]) -> Tensor:
         """Encodes the requests and the model's current predictions as the condition h, [n, condition]."""
         texts = [
             f"{old.strip()} >> {request.target} || {prompt}"
-            for old, request, prompt in zip(said, batch.requests, batch.prompts, strict=True)
+            for old, request, prompt in zip(predictions, batch.requests, batch.prompts, strict=True)
         ]
         rows = rows_of([self.lm.text.document(text)[-self.lm.max_length :] for text in texts]).to(self.lm.device)
         embedded = self.lm.model.get_input_embeddings()(rows.inputs["input_ids"]).float()

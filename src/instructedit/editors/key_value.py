@@ -137,7 +137,7 @@ class KeyValueEditor(Editor, ABC):
         """Builds the prompts from which the requests' keys and values are computed."""
         if self._prefixes is None:
             self._prefixes = self._random_contexts()
-        fronts = ["", *self._prefixes]
+        prompt_prefixes = ["", *self._prefixes]
         pairs, ends = [], []
         lost = 0
         for request, prompt in zip(batch.requests, batch.prompts, strict=True):
@@ -145,8 +145,8 @@ class KeyValueEditor(Editor, ABC):
             start = prompt.rfind(subject) if subject and self.fact_token == "subject_last" else -1
             lost += start < 0 and self.fact_token == "subject_last"
             end = start + len(subject) if start >= 0 else len(prompt)
-            pairs += [(front + prompt, request.target) for front in fronts]
-            ends += [len(front) + end for front in fronts]
+            pairs += [(prefix + prompt, request.target) for prefix in prompt_prefixes]
+            ends += [len(prefix) + end for prefix in prompt_prefixes]
         if lost:
             warnings.warn(
                 f"editor {self.name!r}: {lost} of {len(batch)} requests name no subject that stands in their prompt; "
@@ -160,8 +160,8 @@ class KeyValueEditor(Editor, ABC):
         essence_at = self.lm.text.positions(essence_pairs, [len(name) for name in named], essence)
         rows = torch.arange(len(pairs), device=tokens.device)
         return Facts(
-            tokens, self.lm.text.positions(pairs, ends, tokens), rows // len(fronts), essence, essence_at,
-            rows[:: len(fronts)],
+            tokens, self.lm.text.positions(pairs, ends, tokens), rows // len(prompt_prefixes), essence,
+            essence_at, rows[:: len(prompt_prefixes)],
         )  # fmt: skip
 
     def _random_contexts(self) -> list[str]:
@@ -185,8 +185,8 @@ class KeyValueEditor(Editor, ABC):
         """
         rows = facts.request_index if edit is not None and len(edit) > 1 else None
         where = (torch.arange(len(facts.at), device=facts.at.device), facts.at)
-        seen = self.lm.record_activations(facts.tokens, layers, edit, rows)
-        return {name: LayerIO(*(t[where].float() for t in found)) for name, found in seen.items()}
+        layer_io = self.lm.record_activations(facts.tokens, layers, edit, rows)
+        return {name: LayerIO(*(t[where].float() for t in found)) for name, found in layer_io.items()}
 
     @staticmethod
     def over_contexts(facts: Facts, rows: Tensor) -> Tensor:
@@ -235,15 +235,15 @@ class KeyValueEditor(Editor, ABC):
             UserError: If C does not have full rank.
         """
         if not self._factors:
-            moments = covariances(self.lm, [s.name for s in self.sites], self.text, self.tokens)
-            self._factors = {name: self._factor(name, moment) for name, moment in moments.items()}
+            matrices = covariances(self.lm, [s.name for s in self.sites], self.text, self.tokens)
+            self._factors = {name: self._factor(name, covariance) for name, covariance in matrices.items()}
         return torch.cholesky_solve(keys.double().T, self._factors[site.name]).T
 
-    def _factor(self, name: str, moment: Tensor) -> Tensor:
-        factor, failed = torch.linalg.cholesky_ex(moment.to(self.lm.device).double())
+    def _factor(self, name: str, covariance: Tensor) -> Tensor:
+        factor, failed = torch.linalg.cholesky_ex(covariance.to(self.lm.device).double())
         if failed.any():
             raise UserError(
-                f"editor {self.name!r}: the second moment of {name} over {self.tokens} tokens of {self.text} has no "
+                f"editor {self.name!r}: the covariance of {name} over {self.tokens} tokens of {self.text} has no "
                 "full rank; use more tokens, or a text that is more varied"
             )
         return factor

@@ -63,10 +63,10 @@ def scope_loss(lm: FrozenLM, edit: Edit, probes: ProbeBatch, requests: int, *, w
     tokens = probes.tokens
     unwanted_at = probes.unwanted[tokens.places[0]]
 
-    def read(logits: Tensor, at: slice) -> tuple[Tensor]:
+    def losses(logits: Tensor, at: slice) -> tuple[Tensor]:
         return (answer_losses(logits, tokens.answers[at], unwanted_at[at]),)
 
-    (terms,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), read)
+    (terms,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), losses)
     per_row = row_mean(terms, tokens.rows, len(tokens))
     unwanted = probes.unwanted.to(per_row.device)
     wanted_part, unwanted_part = (
@@ -93,10 +93,10 @@ def _divergences(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: 
     tokens = probes.tokens
     before = lm.scores.unedited_states(tokens, lm.first_block(edit.sites))
 
-    def read(logits: Tensor, at: slice) -> tuple[Tensor]:
+    def drift(logits: Tensor, at: slice) -> tuple[Tensor]:
         return (divergences(logits, lm.forward.head(before[at])),)
 
-    (divergence,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), read)
+    (divergence,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), drift)
     per_row = row_mean(divergence, tokens.rows, len(tokens))
     means, counts = _per_request(per_row, probes.request_index, torch.ones_like(probes.request_index), requests)
     return means.sum(), (counts > 0).sum().to(means.dtype)

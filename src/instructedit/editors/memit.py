@@ -58,12 +58,12 @@ class SpreadEditor(KeyValueEditor, ABC):
         facts, last = self.facts(batch), self.sites[-1]
         top = self.lm.forward.block_name(last.block)
         hidden = self.at_facts(facts, [top])[top].outputs[facts.plain]
-        wanted = self.values(facts, last, hidden)
+        target = self.values(facts, last, hidden)
         done: dict[str, Factors] = {}
         for left, site in zip(range(len(self.sites), 0, -1), self.sites, strict=True):
-            seen = self.at_facts(facts, [site.name, top], LowRankEdit(done) if done else None)
-            keys = self.over_contexts(facts, seen[site.name].inputs)
-            missing = (wanted - seen[top].outputs[facts.plain]) / left
+            layer_io = self.at_facts(facts, [site.name, top], LowRankEdit(done) if done else None)
+            keys = self.over_contexts(facts, layer_io[site.name].inputs)
+            missing = (target - layer_io[top].outputs[facts.plain]) / left
             a = (_all_keys if together else _single_keys)(keys.double(), inverse(site, keys)).float()
             done[site.name] = Factors(a, missing[None] if together else missing.unsqueeze(1))
         return LowRankEdit(done)

@@ -8,7 +8,7 @@ import torch
 
 from instructedit.data.batch import RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.editors.ike import told
+from instructedit.editors.ike import fact_statement
 from instructedit.editors.options import AUTO, options
 from instructedit.editors.scales import NEUTRAL_PROMPTS
 from instructedit.edits import ContextEdit, Gate
@@ -66,7 +66,7 @@ class Retrieval(Editor):
 
     def compute_edit(self, batch: RequestBatch) -> ContextEdit:
         """Computes a memory of one entry for each request."""
-        rows = [self.lm.token_ids(told(self.lm.text, request)) for request in batch.requests]
+        rows = [self.lm.token_ids(fact_statement(self.lm.text, request)) for request in batch.requests]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).unsqueeze(1)
         lengths = torch.tensor([[len(row)] for row in rows])
         return ContextEdit(ids.to(self.lm.device), lengths.to(self.lm.device), gate=self._gate(batch.tokens))

@@ -14,13 +14,13 @@ class PriorKeys:
     Keys are measured in units of the root mean square of their coordinates over plain text.
 
     Args:
-        moment: E[u uᵀ] of the site's inputs over plain text, [in, in].
+        covariance: E[u uᵀ] of the site's inputs over plain text, [in, in].
     """
 
-    def __init__(self, moment: Tensor) -> None:
-        moment = moment.double()
-        self.unit = moment.diagonal().mean().sqrt().item()
-        values, basis = torch.linalg.eigh(moment / self.unit**2)
+    def __init__(self, covariance: Tensor) -> None:
+        covariance = covariance.double()
+        self.unit = covariance.diagonal().mean().sqrt().item()
+        values, basis = torch.linalg.eigh(covariance / self.unit**2)
         self.values, self.basis = values.clamp(min=0).float(), basis.float()
 
     def solve(self, keys: Tensor, log_weights: Tensor) -> Tensor:

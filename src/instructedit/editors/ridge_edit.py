@@ -211,8 +211,8 @@ class RidgeEdit(Mend):
     def prior(self, site: str) -> PriorKeys:
         """Returns the prior over the keys of a site, computed on first use."""
         if not self._priors:
-            moments = covariances(self.lm, self.names, self.text, self.tokens)
-            self._priors = {name: PriorKeys(moment.to(self.lm.device)) for name, moment in moments.items()}
+            matrices = covariances(self.lm, self.names, self.text, self.tokens)
+            self._priors = {name: PriorKeys(matrix.to(self.lm.device)) for name, matrix in matrices.items()}
         return self._priors[site]
 
     def _solved(self, site: str, keys: Tensor, values: Tensor, past: Mapping[str, PastKeys] | None) -> Factors:

@@ -34,9 +34,9 @@ class Rome(KeyValueEditor):
     def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         (site,) = self.sites
         facts = self.facts(batch)
-        seen = self.at_facts(facts, [site.name])[site.name]
-        key, now = seen.inputs[facts.plain], seen.outputs[facts.plain]
+        layer_io = self.at_facts(facts, [site.name])[site.name]
+        key, now = layer_io.inputs[facts.plain], layer_io.outputs[facts.plain]
         value = self.values(facts, site, now)
-        direction = self.solve(site, self.over_contexts(facts, seen.inputs))  # C⁻¹ k of each request, [n, in]
+        direction = self.solve(site, self.over_contexts(facts, layer_io.inputs))  # C⁻¹ k of each request, [n, in]
         b = (value - now).double() / (direction * key.double()).sum(-1, keepdim=True)
         return LowRankEdit({site.name: Factors(direction.float().unsqueeze(1), b.float().unsqueeze(1))})

@@ -50,9 +50,9 @@ def layer_scale(lm: FrozenLM, layer: str) -> LayerScale:
     """
     batch = lm.encode([(prompt, "it") for prompt in NEUTRAL_PROMPTS]).prompts()
     with lm.applied.suspended():
-        seen = lm.record_activations(batch, [layer])[layer]
+        layer_io = lm.record_activations(batch, [layer])[layer]
     last = (torch.arange(len(batch)), torch.tensor(batch.lengths) - 1)
-    inputs, outputs = seen.inputs[last].float(), seen.outputs[last].float()
+    inputs, outputs = layer_io.inputs[last].float(), layer_io.outputs[last].float()
     return LayerScale(_size(inputs), _size(outputs), torch.pdist(inputs).median().item())
 
 

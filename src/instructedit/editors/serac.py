@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from instructedit.data.batch import EditBatch, RequestBatch
 from instructedit.editors.base import Editor
-from instructedit.editors.ike import told
+from instructedit.editors.ike import fact_statement
 from instructedit.editors.losses import LossWeights, scope_loss
 from instructedit.editors.options import options
 from instructedit.edits import ContextEdit, Factors, Gate, LowRankEdit
@@ -74,7 +74,7 @@ class Serac(Editor):
 
     def compute_edit(self, batch: RequestBatch) -> ContextEdit:
         """Computes a memory of one entry for each request."""
-        rows = [self.lm.token_ids(told(self.lm.text, request)) for request in batch.requests]
+        rows = [self.lm.token_ids(fact_statement(self.lm.text, request)) for request in batch.requests]
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
         lengths = torch.tensor([[len(row)] for row in rows])
         factors = zip(self.sites, self.inputs, self.outputs, strict=True)
@@ -103,21 +103,22 @@ class Serac(Editor):
         gate = edit.joined().gate  # every probe against every request
         assert gate is not None  # set by compute_edit
         probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
-        queries = torch.cat([self.lm.context.scope_embedding(part.tokens, self.block) for part in probes])
+        scope_embeddings = torch.cat([self.lm.context.scope_embedding(part.tokens, self.block) for part in probes])
         request_index = torch.cat([part.request_index for part in probes])
-        count = len(queries)
+        count = len(scope_embeddings)
         inside = torch.arange(count, device=request_index.device) < len(batch.in_scope.request_index)
         every = torch.arange(len(batch), device=request_index.device)
-        logits = gate.logits(queries, torch.zeros_like(request_index))  # [probes, requests]
+        logits = gate.logits(scope_embeddings, torch.zeros_like(request_index))  # [probes, requests]
         own = request_index.unsqueeze(-1) == every
-        wanted = (own & inside.unsqueeze(-1)).float()
+        positive = (own & inside.unsqueeze(-1)).float()
         asked = [words for part in probes for words in _wordings(part.tokens)]
         requests = _wordings(batch.requests.tokens)
         same = [[words == request for request in requests] for words in asked]
         known = own | ~torch.tensor(same, device=request_index.device)
-        weight = known / torch.where(wanted > 0, (wanted * known).sum(), ((1 - wanted) * known).sum()).clamp(min=1) / 2
-        loss = (F.binary_cross_entropy_with_logits(logits, wanted, reduction="none") * weight).sum()
-        right = (((logits > 0) == (wanted > 0)) * weight).sum()
+        positives, negatives = (positive * known).sum(), ((1 - positive) * known).sum()
+        weight = known / torch.where(positive > 0, positives, negatives).clamp(min=1) / 2
+        loss = (F.binary_cross_entropy_with_logits(logits, positive, reduction="none") * weight).sum()
+        right = (((logits > 0) == (positive > 0)) * weight).sum()
         return loss, right.detach()
 
 

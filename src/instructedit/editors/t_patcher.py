@@ -86,8 +86,8 @@ class TPatcher(Editor):
         if self._memory is None:
             self._memory = sample_inputs(self.lm, self.module, self.text, self.memory)
         tokens = batch.tokens
-        queries = self.lm.record_activations(tokens, [self.module])[self.module].inputs[tokens.answer_at].float()
-        parts = list(queries.split(tokens.answer_sizes()))
+        inputs = self.lm.record_activations(tokens, [self.module])[self.module].inputs[tokens.answer_at].float()
+        parts = list(inputs.split(tokens.answer_sizes()))
         q = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)  # [n, patches, hidden]
         real = (q != 0).any(-1)
         drawn = torch.randn(q.shape[-1], generator=torch.Generator().manual_seed(self.seed))

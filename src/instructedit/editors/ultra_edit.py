@@ -88,8 +88,8 @@ class UltraEdit(Editor):
 
     def compute_edit(self, batch: RequestBatch) -> LowRankEdit:
         """Computes n separate edits, each as the first of a sequence."""
-        seen, first = self._tokens(self.lm.capture(batch.tokens, self.names)), self._first_norms()
-        return stack([self._solved({n: rows[i] for n, rows in seen.items()}, first)[0] for i in range(len(batch))])
+        tokens, first = self._tokens(self.lm.capture(batch.tokens, self.names)), self._first_norms()
+        return stack([self._solved({n: rows[i] for n, rows in tokens.items()}, first)[0] for i in range(len(batch))])
 
     def compute_joint_edit(self, batch: RequestBatch) -> LowRankEdit:
         """Computes one edit that serves all requests, as the first of a sequence."""
@@ -109,8 +109,8 @@ class UltraEdit(Editor):
         Returns:
             One edit for all of them, and the state for the next call.
         """
-        seen = self._tokens(self.lm.capture(batch.tokens, self.names))
-        return self._solved({name: _all_tokens(rows) for name, rows in seen.items()}, state)
+        tokens = self._tokens(self.lm.capture(batch.tokens, self.names))
+        return self._solved({name: _all_tokens(rows) for name, rows in tokens.items()}, state)
 
     def _tokens(self, captured: LayerGradients) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Selects the tokens that the loss depends on: site → for each request h [tokens, in] and ∇ [tokens, out]."""
@@ -145,10 +145,10 @@ class UltraEdit(Editor):
             words = [prompt.rstrip(",").rsplit(" ", 1)[-1] for prompt in NEUTRAL_PROMPTS]
             batch = self.lm.encode(list(zip(NEUTRAL_PROMPTS, words[1:] + words[:1], strict=True)))
             with self.lm.applied.suspended():
-                seen = self._tokens(self.lm.capture(batch, self.names))
+                tokens = self._tokens(self.lm.capture(batch, self.names))
             shapes = dict.fromkeys(site.shape for site in self.sites)
             empty = {shape: KeyNorms(*(RunningNorm(size).to(self.lm.device) for size in shape)) for shape in shapes}
-            self._first = self._with_tokens(empty, {name: _all_tokens(rows) for name, rows in seen.items()})
+            self._first = self._with_tokens(empty, {name: _all_tokens(rows) for name, rows in tokens.items()})
         return self._first
 
     def _rate(self, name: str) -> float:

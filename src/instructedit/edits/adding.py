@@ -33,7 +33,7 @@ def add(first: Edit | None, second: Edit) -> Edit:
     if first.is_weights and second.is_weights:
         return to_dense(first).plus(to_dense(second))
     if type(first) is not type(second):
-        raise UserError(f"edits of the sorts {first.name!r} and {second.name!r} cannot be put together")
+        raise UserError(f"edits of the kinds {first.name!r} and {second.name!r} cannot be put together")
     return first.plus(second)
 
 

@@ -67,7 +67,7 @@ class Edit(ABC):
         Raises:
             UserError: If edits of this kind cannot be added.
         """
-        raise UserError(f"edits of the sort {self.name!r} cannot be put together")
+        raise UserError(f"edits of the kind {self.name!r} cannot be put together")
 
     @abstractmethod
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:

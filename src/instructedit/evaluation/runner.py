@@ -69,8 +69,8 @@ def evaluate_batch(
 def _alike(lm: FrozenLM, rendered: Sequence[RenderedRecord], settings: Evaluation) -> Iterator[list[int]]:
     """Groups record indices within the token budget; records with replies are grouped on their own."""
     # The activations of a request are kept for its gradient, so that it takes more memory than a probe.
-    room = [2 * n for n in lm.text.lengths([(one.prompt, one.record.request.target) for one in rendered])]
-    spoken = [bool(one.record.of(*REPLIES)) for one in rendered]
+    costs = [2 * n for n in lm.text.lengths([(one.prompt, one.record.request.target) for one in rendered])]
+    has_replies = [bool(one.record.of(*REPLIES)) for one in rendered]
     if settings.fluency_tokens:
         share = settings.text_tokens // settings.tokens
         beside = settings.fluency_tokens + lm.generation.row_tokens
@@ -78,10 +78,10 @@ def _alike(lm: FrozenLM, rendered: Sequence[RenderedRecord], settings: Evaluatio
             math.ceil((len(ids) + beside) / share)
             for ids in lm.text.prompts([one.ask(one.record.reliability) for one in rendered])
         ]
-        room = [max(r, text) if s else r for r, text, s in zip(room, texts, spoken, strict=True)]
+        costs = [max(cost, text) if s else cost for cost, text, s in zip(costs, texts, has_replies, strict=True)]
     for kind in (True, False):
-        numbers = [i for i, s in enumerate(spoken) if s == kind]
-        for chunk in chunks([(room[i],) for i in numbers], settings.tokens):
+        numbers = [i for i, s in enumerate(has_replies) if s == kind]
+        for chunk in chunks([(costs[i],) for i in numbers], settings.tokens):
             yield sorted(numbers[i] for i in chunk)
 
 

@@ -69,10 +69,10 @@ def _predicted(
     return TokenScores(*(torch.cat(column)[order] for column in zip(*found, strict=True)))
 
 
-def _of_rows(judged: TokenScores, tokens: TokenBatch, rows: list[int]) -> TokenScores:
+def _of_rows(scores: TokenScores, tokens: TokenBatch, rows: list[int]) -> TokenScores:
     """Selects the scores of the given rows, in the given order."""
     sizes = tokens.answer_sizes()
-    columns = [column.split(sizes) for column in judged]
+    columns = [column.split(sizes) for column in scores]
     return TokenScores(*(torch.cat([column[i] for i in rows]) for column in columns))
 
 
@@ -86,10 +86,10 @@ def _best_aliases(asked: Sequence[Question], scores: list[tuple[float, ...]]) ->
     return list(best.values())
 
 
-def _fit(tokens: TokenBatch, judged: TokenScores) -> list[tuple[float, ...]]:
+def _fit(tokens: TokenBatch, token_scores: TokenScores) -> list[tuple[float, ...]]:
     """Returns how well each row's answer fits: whether all of its tokens are predicted, then the share that is."""
     scores = (exact_match, token_accuracy)
-    columns = [score(judged.predicted, tokens.answers, tokens.rows, len(tokens)) for score in scores]
+    columns = [score(token_scores.predicted, tokens.answers, tokens.rows, len(tokens)) for score in scores]
     return [tuple(row) for row in torch.stack(columns, -1).tolist()]
 
 

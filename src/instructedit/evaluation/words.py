@@ -30,30 +30,30 @@ def write_words(lm: FrozenLM, edit: Edit | None, rows: list[Row], column: str, s
     """Stores what the model generates after each row's prompt, under its request's edit, in a column of the row."""
     # Enough tokens for the longest answer, and a few more to show whether the model stops or runs on.
     lengths = [len(lm.token_ids(" " + max(r["aliases"], key=len))) for r in rows]
-    rooms = [min(length + 4, lm.max_length // 2) for length in lengths]
+    max_new_tokens = [min(length + 4, lm.max_length // 2) for length in lengths]
     prompts, request_indices = [r["prompt"] for r in rows], [r["request_index"] for r in rows]
 
-    def say(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:
-        found: list[str] = lm.generate([prompts[i] for i in chunk], [rooms[i] for i in chunk], applied, rows)
+    def generate(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:
+        found: list[str] = lm.generate([prompts[i] for i in chunk], [max_new_tokens[i] for i in chunk], applied, rows)
         return found
 
-    def said(these: Sequence[int]) -> list[str]:
-        return _continued(lm, edit, these, request_indices, prompts, rooms, size, say)
+    def generated(these: Sequence[int]) -> list[str]:
+        return _continued(lm, edit, these, request_indices, prompts, max_new_tokens, size, generate)
 
     if edit is None or edit.is_identity:
-        texts = lm.cache.memoized("words", list(zip(prompts, rooms, strict=True)), said)
+        texts = lm.cache.memoized("words", list(zip(prompts, max_new_tokens, strict=True)), generated)
     else:
-        texts = said(range(len(rows)))
+        texts = generated(range(len(rows)))
     for row, text in zip(rows, texts, strict=True):
         row[column] = text
 
 
 def _continued(
     lm: FrozenLM, edit: Edit | None, these: Sequence[int], request_indices: Sequence[int], prompts: Sequence[str],
-    rooms: Sequence[int], size: int, say: Callable[[list[int], Edit | None, list[int] | None], list[str]],
+    max_new_tokens: Sequence[int], size: int, generate: Callable[[list[int], Edit | None, list[int] | None], list[str]],
     trees: bool = True,
 ) -> list[str]:  # fmt: skip
-    """Generates text with `say` after the chosen prompts, each under its request's edit, in passes of bounded size.
+    """Generates text after the chosen prompts, each under its request's edit, in passes of bounded size.
 
     Args:
         lm: The model.
@@ -61,20 +61,20 @@ def _continued(
         these: Indices of the chosen prompts.
         request_indices: Request index of every prompt.
         prompts: All prompts.
-        rooms: Number of new tokens for every prompt.
+        max_new_tokens: Number of new tokens for every prompt.
         size: Largest number of tokens in a pass, new ones included.
-        say: Takes the prompt indices of a pass, the edits to apply, and which of them each prompt has.
-        trees: Whether `say` reads a prefix shared by one request's prompts only once, where the model can.
+        generate: Takes the prompt indices of a pass, the edits to apply, and which of them each prompt has.
+        trees: Whether `generate` reads a prefix shared by one request's prompts only once, where the model can.
     """
     texts: dict[int, str] = {}
     applied = None if edit is None or edit.is_identity else edit
     ids = lm.text.prompts([prompts[i] for i in these])
-    beside = [rooms[i] + lm.generation.row_tokens for i in these]
+    beside = [max_new_tokens[i] + lm.generation.row_tokens for i in these]
     request_indices = edit_numbers(applied, request_indices)
     groups = [0 if applied is None else request_indices[i] for i in these]
     for places in passes(ids, groups, size, beside, trees and lm.generation.shares_prompts(applied)):
         chunk = [these[place] for place in places]
-        found = say(chunk, applied, None if applied is None else [request_indices[i] for i in chunk])
+        found = generate(chunk, applied, None if applied is None else [request_indices[i] for i in chunk])
         texts |= zip(chunk, found, strict=True)
     return [texts[i] for i in these]
 
@@ -86,13 +86,13 @@ def fluency_rows(lm: FrozenLM, edit: Edit, rendered: Sequence[RenderedRecord], s
     tokens = min(settings.fluency_tokens, lm.max_length // 2)  # a prompt that leaves less room is shortened
     seeds = [f"{settings.seed} {rendered[i].record.id}" for i in chosen]
 
-    def say(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:
+    def generate(chunk: list[int], applied: Edit | None, rows: list[int] | None) -> list[str]:
         with lm.edited(applied, rows):
             asked, own = [prompts[i] for i in chunk], [seeds[i] for i in chunk]
             return lm.sample(asked, tokens, own, kv_dtype=settings.kv_dtype)
 
-    rooms = [tokens] * len(chosen)
-    texts = _continued(lm, edit, range(len(chosen)), chosen, prompts, rooms, settings.text_tokens, say, trees=False)
+    max_new_tokens, size = [tokens] * len(chosen), settings.text_tokens
+    texts = _continued(lm, edit, range(len(chosen)), chosen, prompts, max_new_tokens, size, generate, trees=False)
     rows = []
     for i, prompt, text in zip(chosen, prompts, texts, strict=True):
         record = rendered[i].record

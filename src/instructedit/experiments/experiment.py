@@ -56,27 +56,27 @@ class Experiment(Plan):
             return self._run(Runner(self, parent))
 
     def _run(self, runner: Runner) -> DataFrame:
-        trials, trouble = None, []
+        trials, failures = None, []
         if self.grid.search:
             try:
                 trials = search(self, runner.parent)
             except Exception as error:  # any error, as for rows
                 report_error("search", error)
-                trouble = ["the search failed, see above"]
+                failures = ["the search failed, see above"]
         done = [name for i, name in enumerate(self.rows, 1) if self._run_row(i, name, runner)]
         failed = [name for name in self.rows if name not in done]
         if failed:
-            trouble.append(f"{len(failed)} of {len(self.rows)} rows failed, see above: {', '.join(failed)}")
+            failures.append(f"{len(failed)} of {len(self.rows)} rows failed, see above: {', '.join(failed)}")
         # Collected only now, since a row that tests another may have caused the other's run to be repeated.
-        found = {name: [runner.child(name, seed) for seed in self.seeds_of(name)] for name in done}
+        found = {name: [runner.result(name, seed) for seed in self.seeds_of(name)] for name in done}
         if failed and not found:
-            raise UserError("; ".join(trouble))
-        titles = shared_titles([children[0].titles for children in found.values()])
+            raise UserError("; ".join(failures))
+        titles = shared_titles([runs[0].titles for runs in found.values()])
         results = Results(self.name, self.grid, self.scale, found, self.published, titles, trials)
-        trouble += report(self, results, runner.parent, trouble)
+        failures += report(self, results, runner.parent, failures)
         self._name_best(results, runner.parent)
-        if trouble:
-            raise UserError("; ".join(trouble))
+        if failures:
+            raise UserError("; ".join(failures))
         return results.summary
 
     def _name_best(self, results: Results, parent: MLflowTracker) -> None:
@@ -108,11 +108,11 @@ class Experiment(Plan):
 
         console().rule(escape(f"row {number} of {len(self.rows)}: {name}"))
         try:
-            children: list[RunResult] = [runner.child(name, seed) for seed in self.seeds_of(name)]
+            results: list[RunResult] = [runner.result(name, seed) for seed in self.seeds_of(name)]
         except Exception as error:  # any: later rows may still succeed, for example if they need less memory
             report_error(f"row {name!r}", error)
             return False
-        return bool(children)
+        return bool(results)
 
 
 def shared_titles(runs: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -47,19 +47,19 @@ class _Html:
 
 
 def page(
-    experiment: Plan, results: Results, shown: Sequence[Panel], trouble: Sequence[str], parent: MLflowTracker
+    experiment: Plan, results: Results, panels: Sequence[Panel], failures: Sequence[str], parent: MLflowTracker
 ) -> str:
     """Renders the results page; all text from data, models and grids is escaped.
 
     Args:
         experiment: The plan that was run.
         results: Its results.
-        shown: The panels of its sections, in order.
-        trouble: Failures, one line each.
+        panels: The panels of its sections, in order.
+        failures: Failures, one line each.
         parent: The experiment's own run, which has the date and the versions used.
     """
     client = parent.experiment
-    runs = [(name, child, client.get_run(child.run_id)) for name, found in results.rows.items() for child in found]
+    runs = [(name, result, client.get_run(result.run_id)) for name, found in results.rows.items() for result in found]
     own = client.get_run(parent.run_id)
     anchors: set[str] = set()
     return render(
@@ -68,12 +68,12 @@ def page(
         question=results.grid.note,
         name=results.name,
         command=experiment.command,
-        trouble=trouble,
+        failures=failures,
         facts=_facts(experiment, own),
         versions=_versions(own),
-        sections=[_section(each, anchors) for each in shown],
-        configs=[(name, _config(children[0])) for name, children in results.rows.items()],
-        runs=[_run(name, child.seed, run) for name, child, run in runs],
+        sections=[_section(each, anchors) for each in panels],
+        configs=[(name, _config(found[0])) for name, found in results.rows.items()],
+        runs=[_run(name, result.seed, run) for name, result, run in runs],
     )
 
 
@@ -82,9 +82,9 @@ def frame_html(frame: DataFrame) -> str:
     columns = list(map(str, frame.columns))
     joined = {"mean", "low", "high"} <= set(columns)
     signed = joined and "baseline" in columns
-    shown = [name for name in columns if not (joined and name in ("low", "high"))]
+    visible = [name for name in columns if not (joined and name in ("low", "high"))]
     texts = {}
-    for name in shown:
+    for name in visible:
         values = frame[name].tolist()
         if joined and name == "mean":
             ends = zip(values, frame["low"].tolist(), frame["high"].tolist(), strict=True)
@@ -94,8 +94,8 @@ def frame_html(frame: DataFrame) -> str:
         else:
             digits = _digits(values)
             texts[name] = [_cell(value, digits, name) for value in values]
-    headers = {name: "difference" if signed and name == "mean" else _header(name) for name in shown}
-    head = "".join(f"<th{_kind(frame[name].tolist())}>{escape(headers[name])}</th>" for name in shown)
+    headers = {name: "difference" if signed and name == "mean" else _header(name) for name in visible}
+    head = "".join(f"<th{_kind(frame[name].tolist())}>{escape(headers[name])}</th>" for name in visible)
     body = "".join(f"<tr>{''.join(cells)}</tr>\n" for cells in zip(*texts.values(), strict=True))
     return f"<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table>"
 
@@ -124,24 +124,24 @@ def figure_html(figure: Figure, title: str) -> str:
     return f'<div class="figure">{image}</div>'
 
 
-def _section(shown: Panel, taken: set[str]) -> _Html:
+def _section(panel: Panel, taken: set[str]) -> _Html:
     from markupsafe import Markup
 
     bodies = []
-    if shown.html is not None or shown.markdown is not None:
-        bodies.append(shown.html if shown.html is not None else markdown_html(shown.markdown or ""))
-    elif shown.frame is not None:
-        bodies.append(frame_html(shown.frame))
+    if panel.html is not None or panel.markdown is not None:
+        bodies.append(panel.html if panel.html is not None else markdown_html(panel.markdown or ""))
+    elif panel.frame is not None:
+        bodies.append(frame_html(panel.frame))
     if bodies:
         bodies = [f'<div class="scroll">{bodies[0]}</div>']
-    if shown.figure is not None:
-        bodies.append(figure_html(shown.figure, shown.title))
-    long = shown.markdown is None and shown.frame is not None and len(shown.frame) > _LONG
-    anchor = re.sub(r"\W+", "-", shown.name)
+    if panel.figure is not None:
+        bodies.append(figure_html(panel.figure, panel.title))
+    long = panel.markdown is None and panel.frame is not None and len(panel.frame) > _LONG
+    anchor = re.sub(r"\W+", "-", panel.name)
     while anchor in taken:
         anchor += "-"
     taken.add(anchor)
-    return _Html(anchor, shown.title, shown.note, Markup("\n".join(bodies)), shown.folded or long)
+    return _Html(anchor, panel.title, panel.note, Markup("\n".join(bodies)), panel.folded or long)
 
 
 def _facts(experiment: Plan, own: Run) -> list[tuple[str, str]]:
@@ -175,9 +175,9 @@ def _run(row: str, seed: int, run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _config(child: RunResult) -> str:
+def _config(result: RunResult) -> str:
     try:
-        return child.artifact("config.yaml").read_text()
+        return result.artifact("config.yaml").read_text()
     except UserError as error:  # a run with a logger of its own
         return str(error)
 

@@ -79,10 +79,10 @@ class Plan:
             raise UserError(f"{file}: {unknown('row', strange[0], list(grid.rows))}")
         model = grid.paper_model or at.paper
         figures = published(file.parent / grid.paper, model) if grid.paper and model else None
-        wanted = rows or [key for key, row in grid.rows.items() if not row.hidden]
-        place = Path(out).expanduser() if out else _outputs(name, at.name, data)
+        chosen = rows or [key for key, row in grid.rows.items() if not row.hidden]
+        folder = Path(out).expanduser() if out else _outputs(name, at.name, data)
         experiment = cls(
-            name, grid, at, tuple(wanted), tuple(seeds or grid.seeds), figures, Path(root).expanduser(), place,
+            name, grid, at, tuple(chosen), tuple(seeds or grid.seeds), figures, Path(root).expanduser(), folder,
             tuple(located(overrides or ())), force, data,
         )  # fmt: skip
         for key in grid.rows:

@@ -21,25 +21,25 @@ _NOTE = "mlflow.note.content"  # tag with a run's description in MLflow's UI
 _LONGEST_NOTE = 8000  # largest number of characters in an MLflow tag
 
 
-def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: Sequence[str] = ()) -> list[str]:
+def report(experiment: Plan, results: Results, parent: MLflowTracker, failures: Sequence[str] = ()) -> list[str]:
     """Writes, logs and prints the output of each section, and the page with all of it.
 
     Args:
         experiment: The plan that was run.
         results: Its results.
         parent: The experiment's own run.
-        trouble: Earlier failures, to be shown on the page.
+        failures: Earlier failures, to be shown on the page.
 
     Returns:
         Failures of this step; a section that fails does not stop the others.
     """
-    out, shown, failed = console(), [], []
+    out, panels, failed = console(), [], []
     experiment.out.mkdir(parents=True, exist_ok=True)
     for name in results.grid.sections:
         try:
             for each in plugin(Section, PACKAGE, name)().show(results):
                 _keep(each, experiment.out, parent)
-                shown.append(each)
+                panels.append(each)
                 if each.terminal is not None:
                     out.print(each.terminal, each.note, markup=False, highlight=False)
         except Exception as error:  # any error, as for rows
@@ -48,7 +48,7 @@ def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: S
     every = len(results.grid.sections)
     own = [f"{len(failed)} of {every} sections failed, see above: {', '.join(failed)}"] if failed else []
     try:
-        _keep_page(experiment, results, shown, [*trouble, *own], parent)
+        _keep_page(experiment, results, panels, [*failures, *own], parent)
     except Exception as error:
         report_error("results page", error)
         own.append("the results page failed, see above")
@@ -60,33 +60,33 @@ def report(experiment: Plan, results: Results, parent: MLflowTracker, trouble: S
     return own
 
 
-def _keep(shown: Panel, out: Path, parent: MLflowTracker) -> None:
+def _keep(panel: Panel, out: Path, parent: MLflowTracker) -> None:
     """Writes the files of a panel to `out` and logs them as artifacts."""
-    if shown.markdown is not None:
-        file = out / f"{shown.name}.md"
-        file.write_text("\n\n".join(filter(None, [f"# {shown.title}", shown.note, shown.markdown])))
+    if panel.markdown is not None:
+        file = out / f"{panel.name}.md"
+        file.write_text("\n\n".join(filter(None, [f"# {panel.title}", panel.note, panel.markdown])))
         parent.log_file(file)
-    if shown.frame is not None:
-        shown.frame.to_csv(out / f"{shown.name}.csv", index=False)
-        parent.log_table(shown.frame, shown.name)
-    if shown.figure is not None:
-        for file in save_figure(shown.figure, out / shown.name):
+    if panel.frame is not None:
+        panel.frame.to_csv(out / f"{panel.name}.csv", index=False)
+        parent.log_table(panel.frame, panel.name)
+    if panel.figure is not None:
+        for file in save_figure(panel.figure, out / panel.name):
             parent.log_file(file, "figures")
-    for name, text in shown.files.items():
+    for name, text in panel.files.items():
         (out / name).write_text(text)
         parent.log_file(out / name)
 
 
 def _keep_page(
-    experiment: Plan, results: Results, shown: list[Panel], trouble: list[str], parent: MLflowTracker
+    experiment: Plan, results: Results, panels: list[Panel], failures: list[str], parent: MLflowTracker
 ) -> None:
     from instructedit.experiments.page import page
 
     file = experiment.out / "index.html"
-    file.write_text(page(experiment, results, shown, trouble, parent))
+    file.write_text(page(experiment, results, panels, failures, parent))
     parent.log_file(file)
-    tables = [f"## {each.title}\n\n{each.note}\n\n{each.markdown}" for each in shown if each.markdown is not None]
-    place = f"#/experiments/{parent.experiment_id}/runs/{parent.run_id}/artifacts/index.html"
+    tables = [f"## {each.title}\n\n{each.note}\n\n{each.markdown}" for each in panels if each.markdown is not None]
+    address = f"#/experiments/{parent.experiment_id}/runs/{parent.run_id}/artifacts/index.html"
     # The link comes first: MLflow collapses all but the first lines.
-    note = "\n\n".join([f"[results page]({place})", f"# {results.grid.title}", results.grid.note, *tables])
+    note = "\n\n".join([f"[results page]({address})", f"# {results.grid.title}", results.grid.note, *tables])
     parent.experiment.set_tag(parent.run_id, _NOTE, note[:_LONGEST_NOTE])

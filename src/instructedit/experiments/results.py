@@ -43,8 +43,8 @@ class Results:
         import pandas as pd
 
         return {
-            name: pd.concat([child.table.assign(seed=child.seed) for child in children], ignore_index=True)
-            for name, children in self.rows.items()
+            name: pd.concat([run.table.assign(seed=run.seed) for run in runs], ignore_index=True)
+            for name, runs in self.rows.items()
         }
 
     @cached_property

@@ -64,7 +64,7 @@ class Runner:
     _done: dict[tuple[str, int], RunResult] = field(default_factory=dict)
     _broken: set[tuple[str, int]] = field(default_factory=set)
 
-    def child(self, name: str, seed: int) -> RunResult:
+    def result(self, name: str, seed: int) -> RunResult:
         """Returns the results of one row and seed, which is run if the store has no equal run."""
         if (name, seed) not in self._done:
             self._done[name, seed] = self._reused(name, seed) or self._run(name, seed)
@@ -74,7 +74,7 @@ class Runner:
         """Returns the id of the run that fitted a row, and its best checkpoint; without one, the row is run again."""
         if (name, seed) in self._broken:
             raise UserError(f"row {name!r}, which it tests, failed")
-        file = self._checkpoint_of(self.child(name, seed))
+        file = self._checkpoint_of(self.result(name, seed))
         if file is None:
             gone = f"seed {seed}: the checkpoint of row {name!r} is gone: it is run again"
             console().print(gone, markup=False, highlight=False)
@@ -83,9 +83,9 @@ class Runner:
             raise UserError(f"row {name!r}: its run left no checkpoint")
         return self._done[name, seed].run_id, file
 
-    def _checkpoint_of(self, child: RunResult) -> Path | None:
-        place = self.parent.experiment.get_run(child.run_id).data.tags.get(_CHECKPOINT)
-        file = child.root / place if place else None
+    def _checkpoint_of(self, result: RunResult) -> Path | None:
+        checkpoint = self.parent.experiment.get_run(result.run_id).data.tags.get(_CHECKPOINT)
+        file = result.root / checkpoint if checkpoint else None
         return file if file and file.is_file() else None
 
     def _reused(self, name: str, seed: int) -> RunResult | None:
@@ -93,16 +93,16 @@ class Runner:
         if self.experiment.force:
             return None
         client, mark = self.parent.experiment, self.experiment.fingerprint(name, seed)
-        wanted = f"tags.{_FINGERPRINT} = '{mark}' and attributes.status = 'FINISHED'"
-        for run in client.search_runs([self.parent.experiment_id], wanted):
+        query = f"tags.{_FINGERPRINT} = '{mark}' and attributes.status = 'FINISHED'"
+        for run in client.search_runs([self.parent.experiment_id], query):
             try:
-                child = self._read(run.info.run_id, seed)
+                result = self._read(run.info.run_id, seed)
             except UserError as error:
                 console().print(f"cannot be used again: {error}", markup=False)
                 continue
-            console().print(f"seed {seed}: run {child.run_id} of the store is used again", highlight=False)
-            client.set_tag(str(self.parent.run_id), mlflow_name(f"reused.{name}/{seed}"), child.run_id)
-            return child
+            console().print(f"seed {seed}: run {result.run_id} of the store is used again", highlight=False)
+            client.set_tag(str(self.parent.run_id), mlflow_name(f"reused.{name}/{seed}"), result.run_id)
+            return result
         return None
 
     def _run(self, name: str, seed: int) -> RunResult:
@@ -128,21 +128,21 @@ class Runner:
             tags[_CHECKPOINT] = os.path.relpath(best_checkpoint(cli.trainer), self.experiment.root)
         for key, value in tags.items():
             client.set_tag(run_id, key, value)
-        child = self._done[name, seed] = self._read(run_id, seed)
-        if child.areas is not None:
-            self.log_norms(child)
+        result = self._done[name, seed] = self._read(run_id, seed)
+        if result.areas is not None:
+            self.log_norms(result)
         client.set_tag(run_id, _FINGERPRINT, self.experiment.fingerprint(name, seed))
-        return child
+        return result
 
-    def log_norms(self, child: RunResult) -> None:
+    def log_norms(self, result: RunResult) -> None:
         """Logs the mean norm of each task's edits in each matrix, as ``update_norm.<task>/<matrix>``."""
-        assert child.areas is not None
-        tasks = list(dict.fromkeys(child.areas.tasks))
-        for site, norms in child.areas.norms.items():
+        assert result.areas is not None
+        tasks = list(dict.fromkeys(result.areas.tasks))
+        for site, norms in result.areas.norms.items():
             for task in tasks:
-                own = norms[[i for i, its in enumerate(child.areas.tasks) if its == task]]
+                own = norms[[i for i, its in enumerate(result.areas.tasks) if its == task]]
                 name = mlflow_name(f"update_norm.{task}/{site}")
-                self.parent.experiment.log_metric(child.run_id, name, own.mean().item())
+                self.parent.experiment.log_metric(result.run_id, name, own.mean().item())
 
     def _read(self, run_id: str, seed: int) -> RunResult:
         from instructedit.analysis import EditingAreas
@@ -162,8 +162,8 @@ def run_row(experiment: Plan, name: str, seed: int, parent: MLflowTracker, check
 
     gc.collect()  # a Trainer has reference cycles, which would keep the previous LM in memory
     tags = {"experiment": experiment.name, "method": name, "scale": experiment.scale.name, "seed": str(seed)}
-    place = logger_options(f"{experiment.name}/{name}/seed-{seed}", tags, parent, experiment.root)
-    arguments = [*experiment.arguments(name, seed), *place]
+    logger = logger_options(f"{experiment.name}/{name}/seed-{seed}", tags, parent, experiment.root)
+    arguments = [*experiment.arguments(name, seed), *logger]
     if not experiment.grid.rows[name].fitted:
         return run([*arguments, *([f"--ckpt_path={checkpoint}"] if checkpoint else [])])
     cli = run(arguments)

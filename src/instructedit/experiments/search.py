@@ -171,8 +171,8 @@ class _Searching:
         }
         tags |= {"search.trial": str(number)}
         tags |= {f"search.{name.lstrip('-')}": value for name, _, value in (each.partition("=") for each in options)}
-        place = logger_options(f"{here.name}/search/trial-{number}", tags, self.parent, here.root)
-        trainer: Any = run([*self.arguments, *options, *place, "--editor_model.log=false"], callbacks=[watch]).trainer
+        logger = logger_options(f"{here.name}/search/trial-{number}", tags, self.parent, here.root)
+        trainer: Any = run([*self.arguments, *options, *logger, "--editor_model.log=false"], callbacks=[watch]).trainer
         return str(trainer.logger.run_id)
 
 

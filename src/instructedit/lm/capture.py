@@ -109,7 +109,7 @@ def capture(
     start = forward.resumed_from(scores.applied.sites.first_block([*sites, *(edit.sites if edit else ())]))
     # Cloned, since cached states may have been computed in inference mode.
     hidden = scores.prefix.of(batch, start).clone().requires_grad_()
-    with torch.enable_grad(), forward.own_dtype(), scores.applied.at_layers(edit, rows), ExitStack() as stack:
+    with torch.enable_grad(), forward.no_autocast(), scores.applied.at_layers(edit, rows), ExitStack() as stack:
         for site in sites:
             hook = functools.partial(keep, site)
             stack.callback(forward.model.get_submodule(site).register_forward_hook(hook, with_kwargs=True).remove)

@@ -11,34 +11,34 @@ from torch import Tensor
 
 #: Takes states [n, hidden] and their slice of all positions; returns one number per state, [n], and optionally more
 #: tensors, [n, …].
-Read = Callable[[Tensor, slice], tuple[Tensor, ...]]
+ChunkFunction = Callable[[Tensor, slice], tuple[Tensor, ...]]
 
 
-def positionwise(states: Tensor, read: Read, size: int) -> tuple[Tensor, ...]:
-    """Applies `read` to all states, at most `size` at a time, and concatenates the results.
+def positionwise(states: Tensor, function: ChunkFunction, size: int) -> tuple[Tensor, ...]:
+    """Applies `function` to all states, at most `size` at a time, and concatenates the results.
 
-    The number that `read` returns for a state must depend on that state alone, and is differentiable with respect to
-    it: its gradient is computed in the forward pass, so that no logits are kept for a backward pass.
+    The number that `function` returns for a state must depend on that state alone, and be differentiable with respect
+    to it: its gradient is computed in the forward pass, so that no logits are kept for a backward pass.
 
     Args:
         states: [positions, hidden].
-        read: See `Read`.
+        function: See `ChunkFunction`.
         size: Maximum number of positions at a time.
     """
     if torch.is_grad_enabled() and states.requires_grad:
-        found: tuple[Tensor, ...] = _Positionwise.apply(states, read, size)
+        found: tuple[Tensor, ...] = _Positionwise.apply(states, function, size)
         return found
-    return _joined([read(states[at], at) for at in parts(len(states), size)])
+    return _joined([function(states[at], at) for at in parts(len(states), size)])
 
 
 class _Positionwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, read: Read, size: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, states: Tensor, function: ChunkFunction, size: int) -> tuple[Tensor, ...]:
         slopes, found_parts = [], []
         for at in parts(len(states), size):
             with torch.enable_grad():
                 part = states[at].detach().requires_grad_()
-                number, *others = read(part, at)
+                number, *others = function(part, at)
                 slopes.append(torch.autograd.grad(number.sum(), part)[0])
             found_parts.append((number.detach(), *others))
         ctx.save_for_backward(torch.cat(slopes))

@@ -1,4 +1,4 @@
-"""Layer inputs over plain text: samples, and covariances (second moments) C = E[u uᵀ], computed once and cached."""
+"""Layer inputs over plain text: samples, and covariances (uncentred) C = E[u uᵀ], computed once and cached."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ def covariances(lm: FrozenLM, sites: Iterable[str], text: str = AUTO, tokens: in
     missing = [site for site, file in files.items() if not file.is_file()]
     if missing:
         check_writable(files[missing[0]].parent, "$INSTRUCTEDIT_CACHE")  # else minutes of work would be lost
-        print(f"{lm.name}: second moments over {tokens} tokens of {_called(lm, text)}", file=sys.stderr)
+        print(f"{lm.name}: covariances over {tokens} tokens of {_called(lm, text)}", file=sys.stderr)
         sums: dict[str, Tensor] = {}
-        seen = 0
+        count = 0
         with lm.applied.suspended():
             for inputs in _inputs(lm, missing, text, tokens):
                 for site, u in inputs.items():
                     square = (u.T @ u).double().cpu()
                     sums[site] = sums[site] + square if site in sums else square
-                seen += len(u)
+                count += len(u)
         for site, total in sums.items():
-            _save((total / seen).float(), files[site])
+            _save((total / count).float(), files[site])
     return {site: _load(file) for site, file in files.items()}
 
 
@@ -81,9 +81,9 @@ def _inputs(lm: FrozenLM, sites: list[str], text: str, tokens: int) -> Iterator[
     left = tokens
     with tqdm(total=tokens, desc=f"{lm.name} reads {_called(lm, text)}", unit=" tokens", leave=False, delay=5) as bar:
         for batch in _batches(lm, text, tokens):
-            seen = lm.record_activations(batch, sites, cached=False)
+            layer_io = lm.record_activations(batch, sites, cached=False)
             real = batch.attention_mask.bool()
-            yield {site: seen[site].inputs[real.to(lm.device)][:left].float() for site in sites}
+            yield {site: layer_io[site].inputs[real.to(lm.device)][:left].float() for site in sites}
             count = min(left, sum(batch.lengths))
             left -= count
             bar.update(count)
@@ -121,12 +121,12 @@ def _rows(lm: FrozenLM, documents: Iterator[str], tokens: int) -> list[list[int]
 
 def _load(file: Path) -> Tensor:
     try:
-        moment = load_file(file)["second_moment"]
-        if not moment.isfinite().all():
+        covariance = load_file(file)["second_moment"]
+        if not covariance.isfinite().all():
             raise ValueError("it holds NaN or infinities")
-        return moment
+        return covariance
     except Exception as error:
-        raise UserError(f"{file}: damaged ({error}); remove it, and it is computed anew") from error
+        raise UserError(f"{file}: corrupt ({error}); remove it, and it is computed anew") from error
 
 
 def _save(matrix: Tensor, file: Path) -> None:

@@ -22,26 +22,26 @@ CACHES = ("past_key_values", "cache_params", "state")
 
 
 def preallocated_cache(
-    config: PreTrainedConfig, room: int, at_rest: torch.dtype | None = None, longest: int | None = None
+    config: PreTrainedConfig, capacity: int, storage_dtype: torch.dtype | None = None, longest: int | None = None
 ) -> Cache | None:
-    """Creates a cache of keys and values with room for `room` tokens per row, so that new tokens copy no others.
+    """Creates a preallocated cache of keys and values, so that new tokens copy no others.
 
     transformers' own cache reallocates the whole tensor for each token: this takes most of the time of a long text, and
     briefly twice the memory of a layer.
 
     Args:
         config: Config of the model.
-        room: Maximum number of tokens in a row.
-        at_rest: Storage dtype of keys and values while their layer does not run; None keeps them as they are computed.
-        longest: Maximum number of tokens that attend to each other; by default all that there is room for.
+        capacity: Maximum number of tokens in a row.
+        storage_dtype: Dtype of keys and values while their layer does not run; None keeps them as they are computed.
+        longest: Maximum number of tokens that attend to each other; by default `capacity`.
 
     Returns:
         The cache; None unless all layers attend to all tokens, since the model then knows better what to keep.
     """
-    if not attends_to_all(config, longest or room):
+    if not attends_to_all(config, longest or capacity):
         return None
     cache = _usual_cache(config)
-    cache.layers = [_RoomyLayer(room, at_rest) for _ in cache.layers]
+    cache.layers = [_PreallocatedLayer(capacity, storage_dtype) for _ in cache.layers]
     return cache
 
 
@@ -60,13 +60,13 @@ def _usual_cache(config: PreTrainedConfig) -> DynamicCache:
     return DynamicCache(config=config.get_text_config(decoder=True))
 
 
-class _RoomyLayer(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, room: int, at_rest: torch.dtype | None) -> None:
+    def __init__(self, capacity: int, storage_dtype: torch.dtype | None) -> None:
         super().__init__()
-        self._buffers = (_Buffer(room, at_rest), _Buffer(room, at_rest))
+        self._buffers = (_Buffer(capacity, storage_dtype), _Buffer(capacity, storage_dtype))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -77,21 +77,21 @@ class _RoomyLayer(DynamicLayer):
 
 
 class _Buffer:
-    """Preallocated storage for one tensor that grows along its sequence dimension, [rows, heads, room, size]."""
+    """Preallocated storage for one tensor that grows along its sequence dimension, [rows, heads, capacity, size]."""
 
-    def __init__(self, room: int, at_rest: torch.dtype | None) -> None:
-        self.room, self.at_rest = room, at_rest
+    def __init__(self, capacity: int, storage_dtype: torch.dtype | None) -> None:
+        self.capacity, self.storage_dtype = capacity, storage_dtype
         self.whole = self.filled = torch.empty(0)
 
-    def after(self, held: Tensor | None, new: Tensor) -> Tensor:
-        """Appends `new` to `held`, in place if `held` is the last result (which it is not if beams are reselected)."""
-        start = 0 if held is None or not held.numel() else held.shape[-2]
+    def after(self, previous: Tensor | None, new: Tensor) -> Tensor:
+        """Appends `new` to `previous`, in place if that is the last result, which it is not if beams are reselected."""
+        start = 0 if previous is None or not previous.numel() else previous.shape[-2]
         end = start + new.shape[-2]
-        if held is not self.filled or end > self.whole.shape[-2]:
-            shape = (*new.shape[:-2], max(self.room, end), new.shape[-1])
-            self.whole = new.new_empty(shape, dtype=self.at_rest or new.dtype)
-            if held is not None and start:
-                self.whole.narrow(-2, 0, start).copy_(held)
+        if previous is not self.filled or end > self.whole.shape[-2]:
+            shape = (*new.shape[:-2], max(self.capacity, end), new.shape[-1])
+            self.whole = new.new_empty(shape, dtype=self.storage_dtype or new.dtype)
+            if previous is not None and start:
+                self.whole.narrow(-2, 0, start).copy_(previous)
         self.whole.narrow(-2, start, end - start).copy_(new)
         self.filled = self.whole.narrow(-2, 0, end)
         return self.filled
@@ -137,8 +137,8 @@ class Draw:
         last = (reached < min(self.p, 1.0)).sum(-1, keepdim=True).clamp(max=reached.shape[-1] - 1)
         draw = self.draws.gather(-1, step.clamp(0, self.draws.shape[-1] - 1).unsqueeze(-1))
         # Scaled by the probability up to the last candidate, since rounded probabilities may not sum to 1.
-        place = (reached <= draw * reached.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
-        return (place if tokens is None else tokens.gather(-1, place)).squeeze(-1)
+        index = (reached <= draw * reached.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
+        return (index if tokens is None else tokens.gather(-1, index)).squeeze(-1)
 
 
 def draws(seeds: Sequence[int | str], tokens: int) -> Tensor:
@@ -175,24 +175,24 @@ class Decoder:
         self._takes = set(inspect.signature(model.forward).parameters)
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], rooms: Sequence[int], choose: Choice = likeliest,
-        ends: Sequence[int] = (), at_rest: torch.dtype | None = None,
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], choose: Choice = likeliest,
+        ends: Sequence[int] = (), storage_dtype: torch.dtype | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """Generates the token ids that follow each prompt, including the one that ends the text.
 
         Args:
             prompts: Token ids; none is empty.
-            rooms: Maximum number of new tokens of each row.
+            max_new_tokens: Maximum number of new tokens of each row.
             choose: Chooses the next tokens.
             ends: Tokens that end a text.
-            at_rest: Storage dtype of keys and values (see `preallocated_cache`).
+            storage_dtype: Storage dtype of keys and values (see `preallocated_cache`).
 
         Raises:
             UserError: If the model's logits are NaN.
         """
         exact, head = torch.autocast(self.model.device.type, enabled=False), self.model.get_output_embeddings()
         with exact, small_batch_matmul(self.model.modules()), hooks.contiguous_inputs(head):
-            return self._continued(self.layout, prompts, rooms, choose, ends, at_rest)
+            return self._continued(self.layout, prompts, max_new_tokens, choose, ends, storage_dtype)
 
     @functools.cached_property
     def layout(self) -> Layout:
@@ -216,10 +216,10 @@ class Decoder:
         """Computes the logits of `_probed` in one pass of whole rows: right padding does not affect a causal model."""
         sizes = torch.tensor([len(prompt) for prompt in prompts], device=forced.device)
         ids = torch.zeros(len(prompts), int(sizes.max()) + forced.shape[1], dtype=torch.long, device=forced.device)
-        for row, prompt, told in zip(ids, prompts, forced.tolist(), strict=True):
-            row[: len(prompt) + len(told)] = torch.tensor(prompt + told)
-        seen = torch.ones_like(ids)
-        logits = self.model(input_ids=ids, attention_mask=seen, use_cache=False, return_dict=True).logits
+        for row, prompt, continuation in zip(ids, prompts, forced.tolist(), strict=True):
+            row[: len(prompt) + len(continuation)] = torch.tensor(prompt + continuation)
+        mask = torch.ones_like(ids)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits
         steps = torch.arange(forced.shape[1], device=ids.device)
         found: Tensor = logits[torch.arange(len(ids), device=ids.device)[:, None], sizes[:, None] - 1 + steps]
         return found.float()
@@ -237,60 +237,61 @@ class Decoder:
         return torch.stack(rows)
 
     def _continued(
-        self, layout: Layout, prompts: Sequence[Sequence[int]], rooms: Sequence[int], choose: Choice,
-        ends: Sequence[int] = (), at_rest: torch.dtype | None = None,
+        self, layout: Layout, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int], choose: Choice,
+        ends: Sequence[int] = (), storage_dtype: torch.dtype | None = None,
     ) -> list[list[int]]:  # fmt: skip
-        width, columns = max(map(len, prompts)), max(map(len, prompts)) + max(rooms)
+        width, columns = max(map(len, prompts)), max(map(len, prompts)) + max(max_new_tokens)
         starts = [width - len(prompt) if layout.padded else 0 for prompt in prompts]
         firsts = [start + len(prompt) for start, prompt in zip(starts, prompts, strict=True)]
         written = [[0] * s + [*p] + [0] * (columns - f) for s, p, f in zip(starts, prompts, firsts, strict=True)]
-        ids, first, room = (torch.tensor(given, device=self.model.device) for given in (written, firsts, rooms))
+        given = (written, firsts, max_new_tokens)
+        ids, first, limit = (torch.tensor(part, device=self.model.device) for part in given)
         stops = torch.tensor(list(ends), dtype=torch.long, device=ids.device)
-        said, broken = torch.zeros_like(room), torch.zeros_like(room[0])
-        done = said >= room
-        run = self._stepwise(torch.tensor(starts, device=ids.device), layout, columns, at_rest)
+        generated, broken = torch.zeros_like(limit), torch.zeros_like(limit[0])
+        done = generated >= limit
+        run = self._stepwise(torch.tensor(starts, device=ids.device), layout, columns, storage_dtype)
         for column in range(min(firsts), columns):
             logits = run(ids[:, :column])
             chosen = choose(logits, column - first)
-            speaks = ~done & (column >= first)
-            broken += (logits.amax(-1).isnan() & speaks).sum()
-            ids[:, column] = torch.where(speaks, chosen, ids[:, column])
-            said += speaks
-            done |= speaks & (torch.isin(chosen, stops) | (said >= room))
+            continues = ~done & (column >= first)
+            broken += (logits.amax(-1).isnan() & continues).sum()
+            ids[:, column] = torch.where(continues, chosen, ids[:, column])
+            generated += continues
+            done |= continues & (torch.isin(chosen, stops) | (generated >= limit))
             if done.all():
                 break
         if broken:
             raise UserError("the model's logits are not numbers (NaN): no text can be made of them")
-        places = zip(ids.tolist(), firsts, said.tolist(), strict=True)
-        return [row[begin : begin + count] for row, begin, count in places]
+        ranges = zip(ids.tolist(), firsts, generated.tolist(), strict=True)
+        return [row[begin : begin + count] for row, begin, count in ranges]
 
     def _stepwise(
-        self, start: Tensor, layout: Layout, room: int, at_rest: torch.dtype | None
+        self, start: Tensor, layout: Layout, capacity: int, storage_dtype: torch.dtype | None
     ) -> Callable[[Tensor], Tensor]:
         """Returns a function from all tokens so far, [rows, columns], to the logits after them, [rows, vocab].
 
         Args:
             start: Column at which each row begins, [rows].
             layout: Whether there is padding, and whether tokens of earlier calls are cached.
-            room: Maximum number of columns.
-            at_rest: See `preallocated_cache`.
+            capacity: Maximum number of columns.
+            storage_dtype: See `preallocated_cache`.
         """
         kept: dict[str, Any] = {}
         if layout.cached and "past_key_values" in self._takes:
-            kept["past_key_values"] = preallocated_cache(self.model.config, room, at_rest)
+            kept["past_key_values"] = preallocated_cache(self.model.config, capacity, storage_dtype)
         read = 0
 
         def run(ids: Tensor) -> Tensor:
             nonlocal read
-            place = torch.arange(ids.shape[1], device=ids.device) - start.unsqueeze(-1)
+            position = torch.arange(ids.shape[1], device=ids.device) - start.unsqueeze(-1)
             options: dict[str, Any] = {"logits_to_keep": 1}
             if layout.padded:  # else the model counts positions itself, in its own way (RoBERTa's begin at 2)
-                options["position_ids"] = place.clamp(min=0)[:, read:]
+                options["position_ids"] = position.clamp(min=0)[:, read:]
             elif not read:  # else transformers suspects padding in whole rows, and says so
                 options["attention_mask"] = torch.ones_like(ids)
             options = {name: value for name, value in options.items() if name in self._takes} | kept
             if layout.padded:
-                options["attention_mask"] = (place >= 0).long()
+                options["attention_mask"] = (position >= 0).long()
             output = self.model(input_ids=ids[:, read:], use_cache=layout.cached, return_dict=True, **options)
             if layout.cached:
                 read = ids.shape[1]

@@ -1,4 +1,4 @@
-"""Detection of the linear layers of a block's feed-forward layer, by watching a short text pass through the model.
+"""Detection of the linear layers of a block's feed-forward layer, from a forward pass of a short text.
 
 A feed-forward layer processes each position alone, whereas attention, convolutions and recurrences mix positions; and
 it widens the residual stream and narrows it again. So a linear layer belongs to one if
@@ -31,12 +31,12 @@ class Run(NamedTuple):
     """Inputs and output of a module in one forward call.
 
     Attributes:
-        entered: The states that entered it, then any other input tensor that depends on the text.
-        left: The states that left it.
+        inputs: The states that entered it, then any other input tensor that depends on the text.
+        output: The states that left it.
     """
 
-    entered: tuple[Tensor, ...]
-    left: Tensor
+    inputs: tuple[Tensor, ...]
+    output: Tensor
 
 
 class FeedForward(NamedTuple):
@@ -61,17 +61,17 @@ def feed_forward(block: nn.Module, name: str, runs: Runs) -> FeedForward:
     Args:
         block: The block.
         name: Its module name.
-        runs: Recorded runs of the modules in it, by name (see `watched`).
+        runs: Recorded runs of the modules in it, by name (see `recorded_runs`).
     """
-    width = runs[name][0].entered[0].shape[-1]
-    alone = dict(_looking_at_positions_alone(block, name, runs))
+    width = runs[name][0].inputs[0].shape[-1]
+    alone = dict(_positionwise_parts(block, name, runs))
     layers = [part for part in runs if part in alone and _widens(alone[part], width)]
     routed = [part for part, module in alone.items() if _holds_matrices(module, width)]
-    routed += [part for part in layers if _rows(runs[part][0].entered[0]) < len(TOKENS)]
+    routed += [part for part in layers if _rows(runs[part][0].inputs[0]) < len(TOKENS)]
     return FeedForward(_homes(layers, alone, name, width), tuple(routed))
 
 
-def _looking_at_positions_alone(block: nn.Module, name: str, runs: Runs) -> Iterator[tuple[str, nn.Module]]:
+def _positionwise_parts(block: nn.Module, name: str, runs: Runs) -> Iterator[tuple[str, nn.Module]]:
     """Yields name and module of every part that neither mixes positions nor lies within a part that does."""
     for child, module in block.named_children():
         part = f"{name}.{child}"
@@ -79,17 +79,17 @@ def _looking_at_positions_alone(block: nn.Module, name: str, runs: Runs) -> Iter
         if part in runs and not leaf and _mixes(*runs[part][0]):
             continue
         yield part, module
-        yield from _looking_at_positions_alone(module, part, runs)
+        yield from _positionwise_parts(module, part, runs)
 
 
-def _mixes(entered: tuple[Tensor, ...], left: Tensor) -> bool:
+def _mixes(inputs: tuple[Tensor, ...], output: Tensor) -> bool:
     """True if the output at the last position depends on the inputs at other positions."""
-    if not left.requires_grad:
+    if not output.requires_grad:
         return False
-    last = _by_position(left)[-1].float()
+    last = _by_position(output)[-1].float()
     weights = torch.arange(1.0, len(last) + 1, device=last.device)  # after a layer norm a plain sum is constant
-    grads = torch.autograd.grad((last * weights).sum(), entered, retain_graph=True, allow_unused=True)
-    keys = [states is not entered[0] and states.ndim > 3 for states in entered]  # keys or values of other blocks
+    grads = torch.autograd.grad((last * weights).sum(), inputs, retain_graph=True, allow_unused=True)
+    keys = [states is not inputs[0] and states.ndim > 3 for states in inputs]  # keys or values of other blocks
     parts = [
         grad if key else _by_position(grad)[:-1] for grad, key in zip(grads, keys, strict=True) if grad is not None
     ]
@@ -159,16 +159,16 @@ def _tensors(given: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def watched(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[Runs]:
+def recorded_runs(model: PreTrainedModel, modules: Mapping[str, nn.Module]) -> Iterator[Runs]:
     """Runs a short text through the model and yields the runs of the given modules, in the order in which they end."""
     runs: dict[str, list[Run]] = defaultdict(list)
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            entered = tuple(_tensors([*args, *kwargs.values()]))
-            left = output[0] if isinstance(output, tuple | list) and output else output
-            if entered and isinstance(left, Tensor):
-                runs[name].append(Run(entered, left))
+            inputs = tuple(_tensors([*args, *kwargs.values()]))
+            states = output[0] if isinstance(output, tuple | list) and output else output
+            if inputs and isinstance(states, Tensor):
+                runs[name].append(Run(inputs, states))
             return output.clone() if isinstance(output, Tensor) else output  # keeps in-place changes off the record
 
         return hook

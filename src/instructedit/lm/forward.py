@@ -71,10 +71,10 @@ class Forward:
 
     def run(self, inputs: dict[str, Any]) -> Any:
         """Runs the model in the dtype of its weights; with a cache only if the inputs bring one."""
-        with self.own_dtype():
+        with self.no_autocast():
             return self.model(**inputs, use_cache="past_key_values" in inputs)
 
-    def own_dtype(self) -> torch.autocast:
+    def no_autocast(self) -> torch.autocast:
         """Turns a trainer's autocast off, since cached states must not depend on who asked first."""
         return torch.autocast(self.device.type, enabled=False)
 
@@ -93,6 +93,6 @@ class Forward:
         bare = hooks.bare(self.blocks)
         uncounted = hooks.hooked({self.model: {"_forward_pre_hooks": OrderedDict()}})  # these are no rows of an edit
         resumed = hooks.resumed(self.blocks, len(self.blocks), states.unsqueeze(1), self.outputs_of_a_block)
-        with bare, uncounted, resumed, self.own_dtype(), small_batch_matmul([self.model.get_output_embeddings()]):
+        with bare, uncounted, resumed, self.no_autocast(), small_batch_matmul([self.model.get_output_embeddings()]):
             logits: Tensor = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         return logits.squeeze(1)

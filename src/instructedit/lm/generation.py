@@ -18,7 +18,7 @@ from instructedit.lm.context import ContextStates
 from instructedit.lm.decoding import Choice, Decoder, Draw, draws, likeliest
 from instructedit.lm.prefix_trees import WIDTH
 from instructedit.lm.text import Text
-from instructedit.lm.tokens import behind
+from instructedit.lm.tokens import prepend_context
 from instructedit.lm.tree_decoding import continue_trees
 
 
@@ -169,18 +169,19 @@ class Generation:
         new: list[list[int]] = [[]] * len(ids)
         for route in self.context.routes_of(ids):
             rows = route.rows.tolist()
-            own = self._behind([ids[i] for i in rows], route.contexts, width)
+            own = self._prepended([ids[i] for i in rows], route.contexts, width)
             index = None if route.numbers is None else route.numbers.tolist()
             found = go_on(rows, own, [lengths[i] for i in rows], None if route.edit is None else (route.edit, index))
             for i, text in zip(rows, found, strict=True):
                 new[i] = text
         return list(self.text.tokenizer.batch_decode(new, skip_special_tokens=True))
 
-    def _behind(self, ids: list[list[int]], contexts: Sequence[torch.Tensor] | None, width: int) -> list[list[int]]:
+    def _prepended(self, ids: list[list[int]], contexts: Sequence[torch.Tensor] | None, width: int) -> list[list[int]]:
         """Prepends their contexts to prompts, as far as there is room for them in `width` tokens."""
         if contexts is None:
             return ids
-        return [behind(row, c.tolist(), width, self.text.opening) for row, c in zip(ids, contexts, strict=True)]
+        opening = self.text.opening
+        return [prepend_context(row, c.tolist(), width, opening) for row, c in zip(ids, contexts, strict=True)]
 
     def _ends(self) -> list[int]:
         """Returns the tokens that end a text, the only generation setting of the model that is used."""

@@ -82,8 +82,8 @@ def _sample(lm: FrozenLM, part: int) -> list[str]:
     prompts = ["" if begins else _OPENINGS[number % len(_OPENINGS)] for number in numbers]
     length = min(_TOKENS, lm.max_length - 8)  # an opening has a few tokens too
     seeds = [f"text {number}" for number in numbers]
-    said = Generation(lm.context, text).sample(prompts, length, seeds, Drawing(_LIKELIEST))
-    return [prompt + text for prompt, text in zip(prompts, said, strict=True)]
+    continuations = Generation(lm.context, text).sample(prompts, length, seeds, Drawing(_LIKELIEST))
+    return [prompt + text for prompt, text in zip(prompts, continuations, strict=True)]
 
 
 def _load(file: Path) -> list[str]:

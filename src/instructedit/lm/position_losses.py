@@ -55,7 +55,7 @@ class _AnswerLosses(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, answers: Tensor, unwanted: Tensor) -> Tensor:
         found = []
         for at in _blocks(logits):
-            logs, own, rows = _read(logits[at], answers[at], unwanted[at])
+            logs, own, rows = _prepared(logits[at], answers[at], unwanted[at])
             others = logs[rows].scatter_(-1, own[rows], -torch.inf)
             found.append(-logs.gather(-1, own).squeeze(-1).index_copy(0, rows, others.logsumexp(-1)))
         ctx.save_for_backward(logits, answers, unwanted)
@@ -67,7 +67,7 @@ class _AnswerLosses(torch.autograd.Function):
         logits, answers, unwanted = ctx.saved_tensors
         slopes = torch.empty_like(logits)
         for at in _blocks(logits):
-            logs, own, rows = _read(logits[at], answers[at], unwanted[at])
+            logs, own, rows = _prepared(logits[at], answers[at], unwanted[at])
             others = logs[rows].scatter_(-1, own[rows], -torch.inf).softmax(-1)
             less = grad.new_full(own.shape, -1.0).index_fill_(0, rows, 0.0)
             p = logs.exp_().scatter_add_(-1, own, less).index_add_(0, rows, others, alpha=-1)
@@ -75,7 +75,7 @@ class _AnswerLosses(torch.autograd.Function):
         return slopes, None, None
 
 
-def _read(logits: Tensor, answers: Tensor, unwanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _prepared(logits: Tensor, answers: Tensor, unwanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns log-probabilities, answers as a column, and indices of unwanted rows, without a device sync."""
     return in_full(logits).log_softmax(-1), answers[:, None], unwanted.nonzero().squeeze(-1).to(logits.device)
 

@@ -46,18 +46,18 @@ class PrefixTrees:
             width: Maximum number of tokens in a tree.
             groups: Group of each row; rows of different groups share no tree. By default all are in one.
         """
-        return _planted(rows, groups or [0] * len(rows), _Plan.of(_Steps.of(rows, groups), width))
+        return _built(rows, groups or [0] * len(rows), _Plan.of(_Steps.of(rows, groups), width))
 
     @classmethod
     def fitting(cls, rows: Sequence[list[int]], groups: Sequence[int] | None = None) -> PrefixTrees:
         """Builds the trees of rows, of the width that costs least in padded tokens and their attention."""
         steps = _Steps.of(rows, groups)
         plans = [_Plan.of(steps, width) for width in WIDTHS]
-        return _planted(rows, groups or [0] * len(rows), min(plans, key=lambda plan: plan.padded))
+        return _built(rows, groups or [0] * len(rows), min(plans, key=lambda plan: plan.cost))
 
     @property
-    def padded(self) -> int:
-        """Tokens of all trees, padding included."""
+    def padded_tokens(self) -> int:
+        """Number of tokens of all trees, padding included."""
         return self.ids.numel()
 
     @property
@@ -145,8 +145,8 @@ class _Steps(list[tuple[int, int]]):
         of_row = list(groups) if groups is not None else [0] * len(rows)
         steps, before = cls(), None
         for i in sorted(range(len(rows)), key=lambda i: (of_row[i], rows[i])):
-            together = before is not None and of_row[before] == of_row[i]
-            steps.append((i, shared_tokens(rows[before], rows[i]) if together and before is not None else 0))
+            same_group = before is not None and of_row[before] == of_row[i]
+            steps.append((i, shared_tokens(rows[before], rows[i]) if same_group and before is not None else 0))
             before = i
         steps.sizes, steps.groups = [len(row) for row in rows], of_row
         return steps
@@ -169,7 +169,7 @@ class _Plan:
     width: int
 
     @property
-    def padded(self) -> float:
+    def cost(self) -> float:
         """Cost of all trees: their tokens, padding included, and what attention to a whole tree costs each of them."""
         return self.count * self.width * (1 + self.width / 2048)
 
@@ -190,7 +190,7 @@ class _Plan:
         return cls(trees, paths, tree + 1, widest)
 
 
-def _planted(rows: Sequence[list[int]], groups: Sequence[int], plan: _Plan) -> PrefixTrees:
+def _built(rows: Sequence[list[int]], groups: Sequence[int], plan: _Plan) -> PrefixTrees:
     ids = torch.zeros(plan.count, plan.width, dtype=torch.long)
     positions, sees = torch.zeros_like(ids), torch.eye(plan.width, dtype=torch.bool).repeat(plan.count, 1, 1)
     of_tree = torch.zeros(plan.count, dtype=torch.long)

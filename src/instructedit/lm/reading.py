@@ -168,14 +168,14 @@ def _check_whole(where: str, found: dict[str, Any]) -> None:
     Tied weights, computed buffers, and whatever transformers knows to be harmless are in none of the lists.
     """
     odd = {name for name, *_ in found["mismatched_keys"]}
-    troubles = {
+    problems = {
         "lacks weights": found["missing_keys"] - odd,
         "has weights of another shape than its config says": odd,
         "has weights of layers that its config does not have": _of_layers(found["unexpected_keys"]),
     }
-    for trouble, names in troubles.items():
+    for problem, names in problems.items():
         if names:
-            raise UserError(f"{where} {trouble}: {_some(names)}")
+            raise UserError(f"{where} {problem}: {_some(names)}")
     if others := found["unexpected_keys"]:
         warnings.warn(f"{where}: not used by a causal LM, so left out: {_some(others)}", stacklevel=4)
 

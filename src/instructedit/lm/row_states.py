@@ -40,7 +40,7 @@ class RowStates:
         index = None if edit is None or len(edit) == 1 else self.applied.index(edit, rows, len(batch)).tolist()
         prefix_trees = PrefixTrees.fitting(batch.unpadded(), index)
         padded = sum(len(group) * max(batch.lengths[i] for i in group.tolist()) for group in batch.by_length())
-        return prefix_trees if prefix_trees.padded < padded else None
+        return prefix_trees if prefix_trees.padded_tokens < padded else None
 
     def _states_of_trees(
         self, batch: TokenBatch, prefix_trees: PrefixTrees, edit: Edit | None, start: int

@@ -104,16 +104,16 @@ class Scores:
         It is large enough that the head's product is bound by arithmetic rather than by reading its matrix, whose size
         does not matter for that: a small vocabulary merely leaves room for more.
         """
-        few, room = HEAD["cpu" if self.forward.device.type == "cpu" else "gpu"]
-        return max(few, room // (4 * self.forward.model.config.get_text_config().vocab_size))
+        few, budget = HEAD["cpu" if self.forward.device.type == "cpu" else "gpu"]
+        return max(few, budget // (4 * self.forward.model.config.get_text_config().vocab_size))
 
     def token_scores(self, states: Tensor, answers: Tensor) -> TokenScores:
         """Scores answer tokens, [positions], by states that left the last block, [positions, hidden]."""
 
-        def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
+        def score(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
             return answer_losses(logits, answers[at]), logits.detach().argmax(-1)
 
-        return _checked(self.name, TokenScores(*self.chunked_logits(states, read)))
+        return _checked(self.name, TokenScores(*self.chunked_logits(states, score)))
 
     @torch.no_grad()
     def predictions(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from instructedit.errors import UserError
-from instructedit.lm.feed_forward import TOKENS, Run, feed_forward, linear_shape, watched
+from instructedit.lm.feed_forward import TOKENS, Run, feed_forward, linear_shape, recorded_runs
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
     routed: dict[int, str] = {}
     named = {f"{prefix}.{i}": block for i, block in enumerate(blocks)}
     parts = {f"{name}.{part}".rstrip("."): m for name, block in named.items() for part, m in block.named_modules()}
-    with watched(model, parts) as runs:
+    with recorded_runs(model, parts) as runs:
         width = check_blocks(model, [runs[name] for name in named])
         for number, (name, block) in enumerate(named.items()):
             layers, experts = feed_forward(block, name, runs)
@@ -139,13 +139,13 @@ def check_blocks(model: PreTrainedModel, runs: Sequence[Sequence[Run]]) -> int:
     kind, times = type(model).__name__, [len(run) for run in runs]
     if set(times) != {1}:
         raise UserError(f"{kind}: text runs its blocks {times} times, not once each; it cannot be edited")
-    shape = list(runs[0][0].entered[0].shape)
+    shape = list(runs[0][0].inputs[0].shape)
     if shape[:-1] != [1, len(TOKENS)]:
         raise UserError(
             f"{kind}: its blocks see states of the shape {shape} for {len(TOKENS)} tokens, not one state for each; "
             "it cannot be edited"
         )
-    if not all(run[0].left.isfinite().all() for run in runs):
+    if not all(run[0].output.isfinite().all() for run in runs):
         raise UserError(f"{kind}: its hidden states are not numbers (NaN or infinite); are its weights, in this dtype?")
     return shape[-1]
 

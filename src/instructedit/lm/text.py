@@ -115,7 +115,8 @@ class Text:
 
     def prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         """Returns all token ids of prompts to continue; an empty prompt becomes a row's opening, if there is one."""
-        return [tokens.ids or self.opening for tokens in self._tokenised([self._front(prompt) for prompt in prompts])]
+        texts = [self._before_answer(prompt) for prompt in prompts]
+        return [tokens.ids or self.opening for tokens in self._tokenised(texts)]
 
     def lengths(self, pairs: Sequence[tuple[str, str]]) -> list[int]:
         """Counts the tokens of each prompt with its answer, before any truncation."""
@@ -143,8 +144,8 @@ class Text:
         end = [self.tokenizer.eos_token_id] if self.ends else []
         answered = self._answered(pairs, scored)
         for i, (tokens, size, _) in enumerate(answered):
-            ids, room = tokens.ids + end, self.max_length - len(self._kept(tokens.ids))
-            if not 0 < size < min(len(tokens.ids), room - len(end)):
+            ids, budget = tokens.ids + end, self.max_length - len(self._kept(tokens.ids))
+            if not 0 < size < min(len(tokens.ids), budget - len(end)):
                 name = where[i] if where else repr(pairs[i][0][-60:])
                 raise UserError(
                     f"{name}: the answer {pairs[i][1][:40]!r} has {size} tokens, which leaves nothing of its prompt "
@@ -182,36 +183,36 @@ class Text:
             warnings.warn(_CUT, stacklevel=2)
         return [self._cut(ids, max_length) for ids in prompts]
 
-    def _cut(self, ids: list[int], room: int) -> list[int]:
-        if len(ids) <= room:
+    def _cut(self, ids: list[int], budget: int) -> list[int]:
+        if len(ids) <= budget:
             return ids
-        kept = self._kept(ids)[: max(0, room - 1)]
-        return kept + ids[len(ids) - (room - len(kept)) :]
+        kept = self._kept(ids)[: max(0, budget - 1)]
+        return kept + ids[len(ids) - (budget - len(kept)) :]
 
     def _kept(self, ids: list[int]) -> list[int]:
         """Returns the opening if a row starts with it, else nothing."""
         return self.opening if self.opening and ids[: len(self.opening)] == self.opening else []
 
-    def _front(self, prompt: str) -> str:
+    def _before_answer(self, prompt: str) -> str:
         """Returns all text in front of an answer: the prompt, within its chat template if there is one."""
         prompt = stripped(prompt)
         return prompt if self._turn is None else f"{self._turn.before}{prompt}{self._turn.after}"
 
     def _answered(self, pairs: Sequence[tuple[str, str]], scored: bool = False) -> list[tuple[_Tokens, int, int]]:
         """Returns whole rows, each with the numbers of answer tokens that are scored and left out (see `encode`)."""
-        fronts, texts, starts = [], [], []
+        before, texts, starts = [], [], []
         for prompt, answer in pairs:
-            fronts.append(self._front(prompt))
+            before.append(self._before_answer(prompt))
             plain = self.joined(prompt, answer)
-            between = self._turn.joiner if self._turn else plain[len(fronts[-1]) : len(plain) - len(answer.strip())]
-            starts.append(len(fronts[-1]) + len(between))
-            texts.append(f"{fronts[-1]}{between}{answer.strip()}")
+            between = self._turn.joiner if self._turn else plain[len(before[-1]) : len(plain) - len(answer.strip())]
+            starts.append(len(before[-1]) + len(between))
+            texts.append(f"{before[-1]}{between}{answer.strip()}")
         rows = []
-        for front, whole, text, start, alone in zip(
-            fronts, self._tokenised(texts), texts, starts, self._tokenised(fronts), strict=True
+        for prefix, whole, text, start, alone in zip(
+            before, self._tokenised(texts), texts, starts, self._tokenised(before), strict=True
         ):
             if whole.ids[: len(alone.ids)] != alone.ids:  # the two would merge into common tokens
-                whole = _behind(alone, self._going_on(text[len(front) :]), len(front))
+                whole = _appended(alone, self._going_on(text[len(prefix) :]), len(prefix))
             first = len(alone.ids)
             if scored:
                 first = next((t for t, (_, stop) in enumerate(whole.offsets) if stop > start), len(whole.ids))
@@ -250,6 +251,7 @@ class Text:
         return _Tokens(ids[int(twice) : size], offsets[int(twice) : size])
 
 
-def _behind(front: _Tokens, new: _Tokens, place: int) -> _Tokens:
-    """Appends tokens to others, whose text is `place` characters long."""
-    return _Tokens(front.ids + new.ids, front.offsets + [(start + place, stop + place) for start, stop in new.offsets])
+def _appended(tokens: _Tokens, new: _Tokens, length: int) -> _Tokens:
+    """Appends tokens to others, whose text is `length` characters long."""
+    offsets = [(start + length, stop + length) for start, stop in new.offsets]
+    return _Tokens(tokens.ids + new.ids, tokens.offsets + offsets)

@@ -167,7 +167,7 @@ class TokenBatch:
         """
         rows, labels = [], []
         for i, (own, context) in enumerate(zip(self.unpadded(), contexts, strict=True)):
-            rows.append(behind(own, context.tolist(), max_length, opening))
+            rows.append(prepend_context(own, context.tolist(), max_length, opening))
             label = self.labels[i, : len(own)].tolist()
             labels.append([IGNORE] * (len(rows[-1]) - len(label)) + label[-len(rows[-1]) :])
         batch = rows_of(rows).to(self.device)
@@ -235,11 +235,11 @@ class TokenBatch:
         )  # fmt: skip
 
 
-def behind(ids: list[int], context: list[int], max_length: int, opening: Sequence[int] = ()) -> list[int]:
+def prepend_context(ids: list[int], context: list[int], max_length: int, opening: Sequence[int] = ()) -> list[int]:
     """Prepends a context to token ids; it loses its beginning if both are too long (see `TokenBatch.behind`)."""
     size = len(opening) if context and ids[: len(opening)] == list(opening) else 0
-    room = max(0, max_length - len(ids))
-    return ids[:size] + (context[-room:] if room else []) + ids[size:]
+    budget = max(0, max_length - len(ids))
+    return ids[:size] + (context[-budget:] if budget else []) + ids[size:]
 
 
 def rows_of(rows: Sequence[list[int]], width: int = 0) -> TokenBatch:

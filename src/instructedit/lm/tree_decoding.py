@@ -82,11 +82,11 @@ class TreeDecoder:
             row[places % width] = True
 
     @torch.no_grad()
-    def __call__(self, rooms: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
+    def __call__(self, max_new_tokens: Sequence[int], ends: Sequence[int]) -> list[list[int]]:
         """Generates the token ids that follow each prompt, including the one that ends the text.
 
         Args:
-            rooms: Maximum number of new tokens of each row.
+            max_new_tokens: Maximum number of new tokens of each row.
             ends: Tokens that end a text.
 
         Raises:
@@ -95,25 +95,25 @@ class TreeDecoder:
         inputs = self.prefix_trees.inputs(self.device, self.dtype) | {"past_key_values": self.cache}
         states = self.forward(inputs, self._trees)
         lasts = torch.stack([places[-1] for places in self.prefix_trees.places]).to(self.device)
-        new: list[list[int]] = [[] for _ in rooms]
-        live, stops = list(range(len(rooms))), set(ends)
+        new: list[list[int]] = [[] for _ in max_new_tokens]
+        live, stops = list(range(len(max_new_tokens))), set(ends)
         chosen = self._chosen(states.flatten(0, 1)[lasts])
-        self._branch(rooms)
+        self._branch(max_new_tokens)
         while live:
             for i, token in zip(live, chosen, strict=True):
                 new[i].append(token)
-            live = [i for i in live if len(new[i]) < rooms[i] and new[i][-1] not in stops]
+            live = [i for i in live if len(new[i]) < max_new_tokens[i] and new[i][-1] not in stops]
             if live:
                 self._drop_ended(live)
                 chosen = self._step(live, new)
         return new
 
-    def _branch(self, rooms: Sequence[int]) -> None:
+    def _branch(self, max_new_tokens: Sequence[int]) -> None:
         """Splits each tree into branches of at most `BRANCH` rows."""
         origin: list[int] = []
         filled: dict[int, int] = {}  # rows of each tree's last branch
         last: dict[int, int] = {}
-        for row in sorted(range(len(rooms)), key=lambda row: rooms[row]):
+        for row in sorted(range(len(max_new_tokens)), key=lambda row: max_new_tokens[row]):
             tree = self._place[row]
             if filled.setdefault(tree, BRANCH) == BRANCH:
                 filled[tree], last[tree] = 0, len(origin)

@@ -82,13 +82,13 @@ def replies(
     answers = tokens.answers
     index = None if edit is None else torch.tensor(rows, device=lm.device)
 
-    def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
+    def score(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
         logits = logits.float()
         own = logits.gather(-1, answers[at].unsqueeze(-1))
         nll = logits.logsumexp(-1) - own.squeeze(-1)
         return nll, (logits > own).sum(-1) + 1, logits.argmax(-1) == answers[at]
 
-    columns = lm.scores.chunked_logits(lm.scores.states(tokens, edit, index, start), read)
+    columns = lm.scores.chunked_logits(lm.scores.states(tokens, edit, index, start), score)
     if columns[0].isnan().any():
         raise UserError(f"{lm.name}: its logits are not numbers (NaN), which is no score; try dtype float32")
     parts = [column.cpu().split(tokens.answer_sizes()) for column in columns]
@@ -131,15 +131,15 @@ def drifts(lm: FrozenLM, sample: TokenBatch, edit: Edit) -> list[Drift]:
     n, count = len(edit), len(sample.answers)
     before = lm.scores.unedited_states(sample, lm.first_block(edit.sites))
     tiled = sample.select(torch.arange(len(sample)).repeat(n))
-    owners = torch.arange(n, device=lm.device).repeat_interleave(len(sample))
+    edit_index = torch.arange(n, device=lm.device).repeat_interleave(len(sample))
     answers = tiled.answers
 
-    def read(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
+    def drift(logits: Tensor, at: slice) -> tuple[Tensor, ...]:
         same = torch.arange(at.start, at.stop, device=lm.device) % count
         unedited = lm.forward.head(before[same])
         return divergences(logits, unedited), answer_losses(unedited, answers[at]), answer_losses(logits, answers[at])
 
-    columns = lm.scores.chunked_logits(lm.scores.states(tiled, edit, owners), read)
+    columns = lm.scores.chunked_logits(lm.scores.states(tiled, edit, edit_index), drift)
     means = torch.stack([column.view(n, count).mean(-1) for column in columns], -1).tolist()
     return [Drift(max(0.0, kl), _exp(old), _exp(new), count) for kl, old, new in means]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instructedit.editors.factored_gradients import held
+from instructedit.editors.factored_gradients import factored_matrices
 
 
 class ProductAdamW(torch.optim.AdamW):
@@ -23,8 +23,8 @@ class ProductAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for _, products in held(self._parameters()):
-            products.clear()
+        for _, factors in factored_matrices(self._parameters()):
+            factors.clear()
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
@@ -34,14 +34,14 @@ class ProductAdamW(torch.optim.AdamW):
             The total norm before scaling.
         """
         dense = [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
-        factored = [products for _, products in held(self._parameters())]
-        squares = [torch.nn.utils.get_total_norm(dense).square(), *(products.square() for products in factored)]
+        factored = [factors for _, factors in factored_matrices(self._parameters())]
+        squares = [torch.nn.utils.get_total_norm(dense).square(), *(factors.squared_norm() for factors in factored)]
         norm = torch.stack(squares).sum().sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for gradient in dense:
             gradient.mul_(scale)
-        for products in factored:
-            products.scale(scale)
+        for factors in factored:
+            factors.scale(scale)
         return norm
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -50,13 +50,13 @@ class ProductAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        waiting = list(held(self._parameters()))
+        matrices = list(factored_matrices(self._parameters()))
         dense = [(parameter, parameter.grad) for parameter in self._parameters()]
         super().step()
         for parameter, _ in dense:
             parameter.grad = None
-        for parameter, products in waiting:
-            parameter.grad = products.dense()
+        for parameter, factors in matrices:
+            parameter.grad = factors.dense()
             super().step()
             parameter.grad = None
         for parameter, gradient in dense:

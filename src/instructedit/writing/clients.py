@@ -96,8 +96,8 @@ class Model(ABC):
     batch_size: int
 
     @abstractmethod
-    def ask(self, question: Question, room: int, tries: int) -> Reply:
-        """Asks for one reply of at most `room` tokens, in at most `tries` tries.
+    def ask(self, question: Question, max_tokens: int, tries: int) -> Reply:
+        """Asks for one reply of at most `max_tokens` tokens, in at most `tries` tries.
 
         Raises:
             AskError: If there is no reply.
@@ -161,13 +161,13 @@ class Served(Model):
         """Returns the address, name and settings, without the key."""
         return {"base_url": str(self._client.base_url), "model": self.name, "temperature": self._temperature}
 
-    def ask(self, question: Question, room: int, tries: int) -> Reply:
+    def ask(self, question: Question, max_tokens: int, tries: int) -> Reply:
         import openai
 
         while True:
             try:
                 raw = self._client.with_options(max_retries=tries - 1).chat.completions.with_raw_response.create(
-                    **self._arguments(question, room)
+                    **self._arguments(question, max_tokens)
                 )
                 return self._reply(raw)
             except openai.BadRequestError as error:
@@ -178,16 +178,16 @@ class Served(Model):
                 # From None: the library's errors hold the request, and with it the key.
                 raise AskError(self._plainly(error, tries), self._tries(error, tries)) from None
 
-    def _arguments(self, question: Question, room: int) -> dict[str, Any]:
+    def _arguments(self, question: Question, max_tokens: int) -> dict[str, Any]:
         form = {"name": "reply", "schema": question.schema, "strict": True}
         wanted = {
             "response_format": {"type": "json_schema", "json_schema": form} if question.schema else None,
             "seed": question.seed,
             "temperature": self._temperature,
-            "max_completion_tokens": room,
+            "max_completion_tokens": max_tokens,
         }
         if "max_completion_tokens" in self._left_out:  # what older servers call it
-            wanted["max_tokens"] = room
+            wanted["max_tokens"] = max_tokens
         sent = {name: value for name, value in wanted.items() if value is not None and name not in self._left_out}
         return {"model": self.name, "messages": list(question.messages), **sent}
 
@@ -275,14 +275,14 @@ class Local(Model):
     def size(self, question: Question) -> int:
         return len(self.lm.token_ids(question.start))
 
-    def ask(self, question: Question, room: int, tries: int) -> Reply:
+    def ask(self, question: Question, max_tokens: int, tries: int) -> Reply:
         # Question and reply share a small context; a question that leaves the reply too little loses its beginning.
-        room = min(room, max(self.lm.max_length // 4, self.lm.max_length - self.size(question) - 1))
+        max_tokens = min(max_tokens, max(self.lm.max_length // 4, self.lm.max_length - self.size(question) - 1))
         how: dict[str, Any] = {"top_k": None, "top_p": 0.95, "temperature": self._temperature, "ends": True}
         with self._lock:
-            (text,) = self.lm.sample([question.start], room, [question.seed], **how)
+            (text,) = self.lm.sample([question.start], max_tokens, [question.seed], **how)
         used = len(self.lm.token_ids(text))
-        return Reply(text, cut=used >= room - 1, prompt_tokens=self.size(question), reply_tokens=used)
+        return Reply(text, cut=used >= max_tokens - 1, prompt_tokens=self.size(question), reply_tokens=used)
 
 
 @dataclass

@@ -50,7 +50,7 @@ class Ledger:
     prompt_tokens: int = 0
     reply_tokens: int = 0
     estimated: int = 0
-    _held: list[Reservation] = field(default_factory=list, repr=False)
+    _reserved: list[Reservation] = field(default_factory=list, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @classmethod
@@ -75,15 +75,15 @@ class Ledger:
             BudgetSpentError: If too little is left.
         """
         with self._lock:
-            calls = self.max_calls - self.calls - sum(reservation.tries for reservation in self._held)
-            tokens = self.max_tokens - self.tokens - sum(reservation.tokens for reservation in self._held) - prompt
+            calls = self.max_calls - self.calls - sum(each.tries for each in self._reserved)
+            tokens = self.max_tokens - self.tokens - sum(each.tokens for each in self._reserved) - prompt
             if calls < 1 or tokens < min(reply, _LEAST_REPLY):
                 raise BudgetSpentError(
                     f"the budget is spent: {self}; caps: {self.max_calls} calls, {self.max_tokens} tokens"
                 )
-            room = min(reply, tokens)
-            reservation = Reservation(prompt + room, room, min(tries, calls))
-            self._held.append(reservation)
+            granted = min(reply, tokens)
+            reservation = Reservation(prompt + granted, granted, min(tries, calls))
+            self._reserved.append(reservation)
             return reservation
 
     def commit(
@@ -91,7 +91,7 @@ class Ledger:
     ) -> None:
         """Counts what a question actually used, and ends its reservation."""
         with self._lock:
-            self._held.remove(reservation)
+            self._reserved.remove(reservation)
             self.calls += tries
             self.retries += max(0, tries - 1)
             self.prompt_tokens += prompt

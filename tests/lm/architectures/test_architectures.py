@@ -1,5 +1,6 @@
 """What an edit promises, on every causal LM that the installed transformers can build."""
 
+import copy
 import functools
 import os
 import re
@@ -8,7 +9,7 @@ import warnings
 import pytest
 import torch
 from tests.lm.architectures.survey import PAGE, found
-from tests.lm.architectures.tiny import CLASSES, NAMES, NOT_TRIED, tiny_lm
+from tests.lm.architectures.tiny import CLASSES, NAMES, NOT_TRIED, tiny_lm, tiny_model, tokenizer
 from tests.quick import QUICK
 from tests.reference import assert_untouched, footprint, greedy, oriented, plain_model, random_factors
 from torch import nn
@@ -17,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from instructedit.editors import build_editor, editor_names
 from instructedit.edits import Factors, LowRankEdit, load_edit
 from instructedit.errors import UserError
+from instructedit.lm import FrozenLM
 from instructedit.lm.architectures import STATUS, architectures, markdown
 from instructedit.lm.prefix_trees import PrefixTrees
 from instructedit.records import EditRequest
@@ -258,3 +260,11 @@ def test_every_editor_makes_an_edit_or_refuses_in_one_line(name, tmp_path, monke
     assert refused.keys() == ({"calinet", "calinet_trained", "t_patcher"} if bare else set()), refused
     state = footprint(lm)
     assert_untouched(lm, before | {"random": state["random"]})
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+def test_a_row_is_no_longer_than_the_language_tower_allows(name):
+    unlimited = copy.deepcopy(tokenizer())
+    unlimited.model_max_length = 10**30
+    model = tiny_model(name)
+    assert FrozenLM(model, unlimited).max_length == model.config.get_text_config().max_position_embeddings

@@ -18,8 +18,8 @@ class AreasSection(Section):
         """Yields a figure of the maps, or nothing if no row's edits have areas."""
         from instructedit.analysis import area_maps
 
-        first = {name: children[0] for name, children in results.rows.items()}
-        areas = {name: child.areas for name, child in first.items() if child.areas is not None}
+        first = {name: runs[0] for name, runs in results.rows.items()}
+        areas = {name: run.areas for name, run in first.items() if run.areas is not None}
         if not areas:
             return
         seeds = sorted({first[name].seed for name in areas})

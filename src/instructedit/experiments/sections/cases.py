@@ -35,8 +35,8 @@ class CasesSection(Section):
             return
         a, b = pair
         each = int(results.options(self).get("each", 2))
-        said = answers[b][[*_KEYS, "after", "generated"]]
-        table = answers[a].merge(said, on=_KEYS, suffixes=(f"/{a}", f"/{b}"))
+        others = answers[b][[*_KEYS, "after", "generated"]]
+        table = answers[a].merge(others, on=_KEYS, suffixes=(f"/{a}", f"/{b}"))
         right = {name: table[f"generated/{name}"] > 0 for name in pair}
         sorts = {
             f"only {a} right": right[a] & ~right[b],

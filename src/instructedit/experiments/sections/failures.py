@@ -28,7 +28,7 @@ class FailuresSection(Section):
         import pandas as pd
 
         records = int(results.options(self).get("records", 3))
-        tables = {name: children[0].table for name, children in results.rows.items()}
+        tables = {name: runs[0].table for name, runs in results.rows.items()}
         parts = [worst(table, records).assign(row=name) for name, table in tables.items() if _edits(table)]
         frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
         if frame.empty:

@@ -22,8 +22,7 @@ class MagnitudesSection(Section):
         from instructedit.analysis.style import short_site
 
         areas = {
-            name: {child.seed: own for child in children if (own := task_areas(child))}
-            for name, children in results.rows.items()
+            name: {run.seed: own for run in runs if (own := task_areas(run))} for name, runs in results.rows.items()
         }
         areas = {name: own for name, own in areas.items() if own}
         if not areas:

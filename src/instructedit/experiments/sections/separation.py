@@ -31,7 +31,7 @@ class SeparationSection(Section):
         from instructedit.analysis.tables import in_order
 
         options: dict[str, Any] = {"perplexity": 30.0, "seed": 0} | results.options(self)
-        areas = {name: [own for child in runs if (own := task_areas(child))] for name, runs in results.rows.items()}
+        areas = {name: [own for run in runs if (own := task_areas(run))] for name, runs in results.rows.items()}
         areas = {name: own for name, own in areas.items() if own}
         if not areas:
             return
@@ -67,9 +67,9 @@ def readable(table: DataFrame) -> DataFrame:
     return wide.rename_axis(columns=None).reset_index()
 
 
-def task_areas(child: RunResult) -> EditingAreas | None:
+def task_areas(run: RunResult) -> EditingAreas | None:
     """Returns a run's areas with the names of their tasks; the store has titles, which mark held-out tasks."""
-    if child.areas is None:
+    if run.areas is None:
         return None
-    names = {title: task for task, title in child.titles.items()}
-    return replace(child.areas, tasks=[names.get(title, title) for title in child.areas.tasks])
+    names = {title: task for task, title in run.titles.items()}
+    return replace(run.areas, tasks=[names.get(title, title) for title in run.areas.tasks])

@@ -34,10 +34,10 @@ class StatisticsSection(Section):
         from instructedit.lm import Loading
         from instructedit.lm.loading import load_tokenizer
 
-        children = next(iter(results.rows.values()), None)
-        if not children:
+        runs = next(iter(results.rows.values()), None)
+        if not runs:
             return
-        config = yaml.safe_load(children[0].artifact("config.yaml").read_text())
+        config = yaml.safe_load(runs[0].artifact("config.yaml").read_text())
         lm = config["model"]["lm"]
         asked = Loading(revision=lm.get("revision"), gguf_file=lm.get("gguf_file"))
         data, tokenizer = loaded(config["data"]), load_tokenizer(lm["name"], asked)
