@@ -14,7 +14,15 @@ QUICK = {
     "mend": {"rank": 6, "edit_rate": 0.05},
     "ridge_edit": {"text": "tiny", "tokens": 2000, "rank": 6, "edit_rate": 0.5},
     "rome": {**_SOLVED, "steps": 3, "contexts": 1},
-    "scope_edit": {"text": "tiny", "tokens": 2000, "rank": 6, "edit_rate": 0.5, "embedding": 4, "token_embedding": 4},
+    "scope_edit": {
+        "text": "tiny",
+        "tokens": 2000,
+        "rank": 6,
+        "edit_rate": 0.5,
+        "embedding": 4,
+        "token_embedding": 4,
+        "competitors": 0,
+    },
     "serac": {"rank": 2, "embedding": 4},
     "t_patcher": {"steps": 10, "lr": 0.1, "m": 1.0, "text": "tiny", "memory": 100},
 }

@@ -251,6 +251,7 @@ def test_fluency_is_sampled_from_replies_and_leaves_the_random_state(lm, factors
     assert (other[other["kind"] == "fluency"]["after"].to_numpy() != rows["after"].to_numpy()).all()
 
 
+@pytest.mark.filterwarnings("ignore:some prompts are longer")
 def test_a_long_prompt_shortens_no_other_records_text(lm, factors, records):
     settings = Evaluation(generate=False, fluency_tokens=12)
     c2 = next(record for record in records if record.id == "c2")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from instructedit.editors import base
-from instructedit.editors.factored_gradients import held as products_of
+from instructedit.editors.factored_gradients import factored_matrices
 from instructedit.editors.losses import EditingLoss
 from instructedit.errors import UserError
 from instructedit.lightning_cli import Built, run
@@ -307,7 +307,7 @@ def test_gradients_held_as_products_train_the_very_same_editor(options, monkeypa
     rows, clip = [], training.ProductAdamW.clip
 
     def counted(self, max_norm):
-        rows.append(sum(len(products) for _, products in products_of(self._parameters())))
+        rows.append(sum(len(products) for _, products in factored_matrices(self._parameters())))
         return clip(self, max_norm)
 
     monkeypatch.setattr(training.ProductAdamW, "clip", counted)

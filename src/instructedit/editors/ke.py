@@ -65,9 +65,9 @@ class Ke(Editor):
         condition: Size of h.
         hidden: Size of the hidden layer of the gates.
         scale: s, by which every update is multiplied.
-        margin: Initial m.
+        margin: Initial margin m, the largest KL that is allowed.
         margin_decay: Factor by which m is multiplied after a successful validation.
-        margin_min: Smallest m, at which the annealing ends.
+        margin_min: Smallest margin, at which the annealing ends.
         success: Share that Reliability must exceed for a validation to succeed.
         multiplier_rate: Learning rate of the multiplier of the constraint.
     """

@@ -107,7 +107,7 @@ class MatchGate(NamedTuple):
         order, found = [], []
         for edit in rows.unique().tolist():
             own = (rows == edit).nonzero().squeeze(-1)
-            size = max(1, _ROOM // int(lengths[own].max() * (self.weights[edit] > 0).sum()))
+            size = max(1, _ROOM // max(1, int(lengths[own].max() * (self.weights[edit] > 0).sum())))
             for part in own.split(size):
                 order.append(part)
                 together = torch.cat([spans[row] for row in part.tolist()])
