@@ -217,7 +217,7 @@ class MLflowTracker(Artifacts, MLFlowLogger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Ends the run, with interrupts told from failures: Lightning says "failed" for every exception."""
+        """Ends the run, with interrupts and failures distinguished: Lightning reports "failed" for every exception."""
         if status == "failed" and isinstance(sys.exc_info()[1], (KeyboardInterrupt, SystemExit)):
             status = "interrupted"
         super().finalize(_STATUS.get(status, status))

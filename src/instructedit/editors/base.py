@@ -6,6 +6,7 @@ import inspect
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
@@ -257,7 +258,7 @@ class Editor(nn.Module, ABC):
 
     def options(self) -> dict[str, Any]:
         """Returns the constructor arguments as plain values; a subclass stores each under its own name."""
-        return {name: _plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
+        return {name: plain(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
 
     def save_pretrained(self, folder: str | Path, results: DataFrame | None = None, place: str = "") -> None:
         """Writes the editor without the LM: ``editor.json``, ``editor.safetensors`` and a model card.
@@ -313,10 +314,15 @@ def _blocks(editor: Editor, lm: FrozenLM) -> Sequence[int] | None:
     return sorted({block * len(lm.forward.blocks) // depth for block in blocks})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Turns a constructor's argument into plain values, an editor among them in the form of the command line."""
+    if isinstance(value, Editor):
+        return {"class_path": f"{type(value).__module__}.{type(value).__name__}", "init_args": value.options()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def build_editor(name: str, lm: FrozenLM, **options: Any) -> Editor:

@@ -53,7 +53,7 @@ class KnownPrompts(NamedTuple):
 class Matcher(nn.Module):
     """Makes the gate of requests, and learns to (see `MatchGate`).
 
-    Requests of earlier batches stay known as competitors: what is asked must be told apart from these, too, so that
+    Requests of earlier batches stay known as competitors: what is asked must be distinguished from these, too, so that
     the gate learns what a crowd of edits costs although a batch has few. The LM is frozen, so their states do not age.
 
     Args:
@@ -100,7 +100,7 @@ class Matcher(nn.Module):
             The loss, and the share of probes that are classified correctly against their own request alone, scalars.
         """
         gate, wordings = self.gate(requests).joined(), requests.prompts.unpadded()
-        for known in self.known:
+        for known in (each.to(own.device) for each in self.known):
             gate, wordings = gate.beside(self.gate(known).joined()), wordings + known.wordings
         logits = gate.scores(probes, torch.zeros_like(own))  # [probes, requests]
         same = torch.tensor([[asked == words for words in wordings] for asked in probes.prompts.unpadded()])
@@ -129,7 +129,7 @@ class Matcher(nn.Module):
 
     def recall(self, memory: Sequence[dict[str, Any]]) -> None:
         """Takes the competitors from a checkpoint."""
-        self.known = [KnownPrompts(**each).to(self.projection.device) for each in memory]
+        self.known = [KnownPrompts(**each) for each in memory]
 
 
 def _balanced(losses: Tensor, inside: Tensor, share: float) -> Tensor:

@@ -143,7 +143,7 @@ class PrefixStates:
         opening, top = self._spread([1 + i % 3 for i in range(2 * SHORTEST)]), len(self.forward.blocks) - 1
         rests = [self._spread(rest) for rest in ([2, 1], [3, 3, 1], [2, 1])]
         rows, behind = [opening + rests[0], opening + rests[1], rests[2]], [len(opening), len(opening), 0]
-        with hooks.bare(self.forward.model.modules()), torch.no_grad():
+        with self.applied.suspended(), torch.no_grad():
             expected = self.forward.up_to_block(rows_of(rows).to(self.forward.device), top)
             try:
                 one = self._begin(tuple(opening), top)
@@ -170,7 +170,7 @@ class PrefixStates:
         rows = [self._spread(row) for row in (long, [1, 2, 3, 5, 4, 3, 2], [1, 2, 6], [2, 1, 2])]
         batch = rows_of(rows).to(self.forward.device)
         kept, top = batch.attention_mask.bool(), len(self.forward.blocks) - 1
-        with hooks.bare(self.forward.model.modules()):
+        with self.applied.suspended():
             try:
                 found = self._of_trees(batch.unpadded(), top)[kept]
             except (TypeError, ValueError, RuntimeError, IndexError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import lightning as L  # noqa: N812
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from instructedit.data.batch import EditBatch
 from instructedit.data.module import EditData
 from instructedit.editors import Editor, load_weights
-from instructedit.editors.base import KeepsTrainingState
+from instructedit.editors.base import KeepsTrainingState, plain
 from instructedit.editors.factored_gradients import factor_gradients
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.saved import check_checkpoint, check_made_for, seal_checkpoint
@@ -227,7 +227,7 @@ class EditingModule(L.LightningModule):
         """
         for part in ("hyper_parameters", "datamodule_hyper_parameters"):
             if part in checkpoint:
-                checkpoint[part] = _plain(checkpoint[part])
+                checkpoint[part] = plain(checkpoint[part])
         checkpoint["made_for"] = self.editor.made_for()
         if isinstance(self.editor, KeepsTrainingState):
             checkpoint["training_state"] = self.editor.training_state()
@@ -326,14 +326,3 @@ class EditingModule(L.LightningModule):
 def _number(text: str) -> int:
     """Hashes an id to an integer that is the same on every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
-
-
-def _plain(value: Any) -> Any:
-    """Turns constructor arguments into plain values, in the form in which the command line stores them."""
-    if isinstance(value, Editor):
-        return {"class_path": f"{type(value).__module__}.{type(value).__name__}", "init_args": value.options()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

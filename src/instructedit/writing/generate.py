@@ -23,7 +23,7 @@ from instructedit.writing.ranking import quality
 
 #: Rounds in which a model is asked for missing descriptions.
 ROUNDS = 3
-_FAULTS = 10  # faults that a model is told about
+_FAULTS = 10  # faults that a model's prompt lists
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from instructedit.writing.trial import Measured, Trial, Verdict, compared
 if TYPE_CHECKING:
     from instructedit.tracking import MLflowTracker
 
-_REFUSED = 12  # refused revisions that the writer is told about
+_REFUSED = 12  # refused revisions that the writer's prompt lists
 _TAG = "round"  # tag of a round's run
 _ROUNDS, _BUDGET = "the rounds are over", "the budget is spent"
 

@@ -2,7 +2,7 @@
 
 Why not diskcache or LMDB: the states are large tensors, written once and read many times. A shard is a safetensors
 file, so a row is read as a view of the mapped file, with its dtype and checksum, and no other row is copied. diskcache
-pickles values unless told otherwise (this project unpickles nothing), and LMDB stores plain bytes: dtypes, shapes and
+pickles values by default (this project unpickles nothing), and LMDB stores plain bytes: dtypes, shapes and
 checksums would remain our own work, and they are the larger part of this package.
 """
 
