@@ -1,5 +1,7 @@
 """ScopeEdit's scope loss pair by pair, and what its edits promise alone, joined and one after another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.quick import QUICK
@@ -7,7 +9,7 @@ from tests.reference import Case, training_batch
 
 from instructedit.data.batch import Collator
 from instructedit.editors import build_editor
-from instructedit.editors.losses import LossWeights
+from instructedit.editors.losses import LossWeights, locality_loss
 from instructedit.edits import LowRankEdit, MatchGate, ScopedEdit
 from instructedit.evaluation.sequence import edit_sequence
 from instructedit.lm.context import PromptStates
@@ -44,6 +46,61 @@ def test_training_adds_the_scopes_loss_to_the_editing_loss_and_moves_every_part(
     assert sum(len(group) for group in groups.values()) == len(list(editor.parameters()))
     made = editor.compute_edit(batch.requests)
     assert type(made) is LowRankEdit  # which holds everywhere
+
+
+def test_a_locality_probe_counts_as_much_as_the_scope_lets_it_through(lm):
+    batch = training_batch(lm, CASES)
+    found = {}
+    for bias in (-80.0, 0.0, 80.0):
+        editor = new_editor(lm, reach=0.5).train()
+        editor.matcher.levels["bias"].data.fill_(bias)
+        found[bias] = editor.training_loss(batch, WEIGHTS)["locality_loss"]
+    assert found[-80.0] < 1e-9 < found[0.0] < found[80.0]
+    editor.matcher.levels["bias"].data.fill_(0.0)
+    rows = batch.locality.tokens
+    requests, probes = (PromptStates(lm.context, t.prompts(), t) for t in (batch.requests.tokens, rows))
+    own = batch.locality.request_index
+    logits = editor.matcher.match(requests, probes, own, torch.zeros(len(own), dtype=torch.bool)).logits
+    edit = new_editor(lm).train().compute_edit(batch.requests)  # with the statistics of one batch, as above
+    drifts = [
+        locality_loss(lm, edit, replace(batch.locality, weights=one.float()), len(batch))
+        for one in torch.eye(len(own))
+    ]
+    torch.testing.assert_close(found[0.0], (torch.stack(drifts) * (logits + 0.5).sigmoid()).sum())
+
+
+def test_what_others_are_asked_is_out_of_scope_if_asked_about_a_requests_own_subject(lm):
+    requests = [
+        EditRequest("The capital of France is", "Rome", subject="France"),
+        EditRequest("The capital of Spain is", "Rome", subject="Spain"),
+        EditRequest("Who wrote Emma?", "Kafka", subject="Emma"),
+        EditRequest("Nobody is asked", "why", subject="Somebody"),
+        EditRequest("It is", "so"),
+        EditRequest("Emma, a book by", "Kafka", subject="Emma"),
+    ]
+    batch = Collator(lm.text, None)([(i, EditRecord(str(i), request)) for i, request in enumerate(requests)])
+    prompts, of = new_editor(lm, crossed=2)._crossed(batch)
+    asked = [lm.text.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts[0].unpadded()]
+    assert list(zip(of.tolist(), asked, strict=True)) == [
+        (0, "Who wrote France?"), (0, "France, a book by"), (1, "Who wrote Spain?"), (1, "Spain, a book by"),
+        (2, "Emma, a book by"), (2, "The capital of Emma is"), (5, "The capital of Emma is"), (5, "Who wrote Emma?"),
+    ]  # fmt: skip
+    assert new_editor(lm, crossed=0)._crossed(batch)[0] == []
+    editor = new_editor(lm, crossed=2).train()
+    loss = editor.training_loss(batch, WEIGHTS)["scope_loss"]
+    editor.crossed = 0
+    assert editor.training_loss(batch, WEIGHTS)["scope_loss"] != loss
+
+
+def test_an_editor_of_before_still_reads_the_blocks_that_it_learned_with(lm, tmp_path):
+    editor = new_editor(lm, prompt_block=1.0, token_block=0.15)
+    older = {name: weight for name, weight in editor.state_dict().items() if name != "matcher.read_at"}
+    newer = new_editor(lm)
+    assert newer.matcher.blocks != editor.matcher.blocks
+    assert newer.upgrade(older)
+    newer.load_state_dict(older)
+    assert newer.matcher.blocks == editor.matcher.blocks == (lm.first_block(editor.names), 0)
+    assert not newer.upgrade(newer.state_dict())
 
 
 def test_edits_are_made_apart_whatever_was_edited_before_and_of_one_prompt_the_latest_holds(lm):

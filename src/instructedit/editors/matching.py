@@ -22,6 +22,20 @@ ALONE, AMONG_MANY = 0.8, 0.5
 START = {"bias": 3.0, "log_scale": -2.5, "log_sharpness": 1.5, "crowd": 0.1}
 
 
+class Matched(NamedTuple):
+    """What a matcher finds for probes.
+
+    Attributes:
+        loss: Cross-entropy of telling the probes apart, a scalar.
+        right: Share of probes that are classified correctly against their own request alone, a scalar.
+        logits: Logit of each probe for its own request alone, [probes]; without gradients.
+    """
+
+    loss: Tensor
+    right: Tensor
+    logits: Tensor
+
+
 class KnownPrompts(NamedTuple):
     """Prompts of earlier batches with what the gate reads of them (see `edits.gates.Prompts`).
 
@@ -71,8 +85,15 @@ class Matcher(nn.Module):
         self.token_projection = nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
         self.importance = nn.Parameter(torch.zeros(hidden))
         self.levels = nn.ParameterDict({name: torch.tensor(value) for name, value in START.items()})
-        self.blocks, self.competitors = (block, token_block), competitors
+        self.competitors = competitors
+        self.register_buffer("read_at", torch.tensor([block, token_block]))  # saved, since the weights fit no others
         self.known: list[KnownPrompts] = []  # one for each of the last batches
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """The blocks whose inputs are read: of the prompt as a whole, and of its tokens."""
+        block, token_block = self.read_at.tolist()
+        return block, token_block
 
     def gate(self, prompts: Prompts) -> MatchGate:
         """Makes the scope of each request around its own prompt, as edits of one entry."""
@@ -87,7 +108,7 @@ class Matcher(nn.Module):
             level["log_sharpness"].exp(), level["crowd"], torch.tensor(block), torch.tensor(token_block),
         )  # fmt: skip
 
-    def loss(self, requests: PromptStates, probes: PromptStates, own: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    def match(self, requests: PromptStates, probes: PromptStates, own: Tensor, inside: Tensor) -> Matched:
         """Computes the cross-entropy of telling probes apart, alone and among all requests of this and known batches.
 
         Args:
@@ -95,9 +116,6 @@ class Matcher(nn.Module):
             probes: Prompts of their probes.
             own: Which request each probe belongs to, [probes].
             inside: Whether it is in scope, bool [probes].
-
-        Returns:
-            The loss, and the share of probes that are classified correctly against their own request alone, scalars.
         """
         gate, wordings = self.gate(requests).joined(), requests.prompts.unpadded()
         for known in (each.to(own.device) for each in self.known):
@@ -112,7 +130,8 @@ class Matcher(nn.Module):
         none = torch.cat([logits, logits.new_zeros(len(logits), 1)], -1)
         among = F.cross_entropy(none, own.where(inside, count), reduction="none")
         right = ((alone > 0) == inside).float().mean()
-        return _balanced(apart, inside, ALONE) + _balanced(among, inside, AMONG_MANY), right.detach()
+        loss = _balanced(apart, inside, ALONE) + _balanced(among, inside, AMONG_MANY)
+        return Matched(loss, right.detach(), alone.detach())
 
     @torch.no_grad()
     def remember(self, requests: PromptStates) -> None:

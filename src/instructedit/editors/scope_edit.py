@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from instructedit.editors.ridge_edit import RidgeEdit
 from instructedit.edits import Edit, ScopedEdit
 from instructedit.lm import TokenBatch
 from instructedit.lm.context import PromptStates
+from instructedit.lm.tokens import rows_of
+from instructedit.records import EditRequest
 
 
 @options
@@ -32,8 +35,11 @@ class ScopeEdit(RidgeEdit):
     Args:
         embedding: Size of the vector by which the scope compares prompts as wholes.
         token_embedding: Size of the vectors by which it compares their tokens.
-        token_block: Share of the LM's blocks below the hidden states by which tokens are compared.
+        prompt_block: Share of the LM's blocks below the hidden states by which prompts are compared as wholes.
+        token_block: The same for the hidden states by which tokens are compared.
         competitors: Number of requests of earlier batches among which the scope learns to find a batch's own.
+        crossed: Number of prompts for each request that ask what another request of the batch asks, but about this
+            one's subject, and so are out of scope: the data's own locality probes know few relations.
         scope_weight: Weight of the scope's loss, added to the editing loss.
         reach: Added to the scope's learned bias: above zero, fewer edits are missed and more hold too far.
         kept_rank: Rank to which a change is reduced when it is made; 0 keeps it whole.
@@ -46,8 +52,10 @@ class ScopeEdit(RidgeEdit):
     steps: int = 1
     embedding: int = 128
     token_embedding: int = 32
-    token_block: float = 0.15
+    prompt_block: float = 0.5
+    token_block: float = 0.5
     competitors: int = 80
+    crossed: int = 2
     scope_weight: float = 1.0
     reach: float = 0.0
     kept_rank: int = 0
@@ -55,9 +63,17 @@ class ScopeEdit(RidgeEdit):
     def build(self) -> None:
         """Builds the parts of RidgeEdit and the scope's matcher."""
         super().build()
-        token_block = int(self.token_block * len(self.lm.forward.blocks))
-        block = self.lm.first_block(self.names)
-        self.matcher = Matcher(self.lm, self.embedding, self.token_embedding, block, token_block, self.competitors)
+        top = self.lm.first_block(self.names)
+        blocks = (min(top, int(part * len(self.lm.forward.blocks))) for part in (self.prompt_block, self.token_block))
+        self.matcher = Matcher(self.lm, self.embedding, self.token_embedding, *blocks, self.competitors)
+
+    def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
+        """Adds the blocks that older versions always read: the first edited one, and the one above 15 % of all."""
+        older = super().upgrade(weights, prefix)
+        if f"{prefix}matcher.projection" not in weights or (name := f"{prefix}matcher.read_at") in weights:
+            return older
+        weights[name] = torch.tensor([self.lm.first_block(self.names), int(0.15 * len(self.lm.forward.blocks))])
+        return True
 
     def compute_edit(self, batch: RequestBatch) -> Any:
         """Computes n edits of one entry each for N requests; in training their changes, which hold everywhere."""
@@ -81,16 +97,41 @@ class ScopeEdit(RidgeEdit):
         return self.compute_joint_edit(batch), state
 
     def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
-        """Computes RidgeEdit's outer loss plus the scope's."""
-        parts = super().training_loss(batch, weights)
-        probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
-        own = torch.cat([part.request_index for part in probes])
+        """Computes RidgeEdit's outer loss plus the scope's.
+
+        A locality probe counts as much as the scope lets it through: what is kept out needs no care from the change.
+        """
+        top = self.lm.first_block(self.names)
+        self.lm.prefixes.warm(batch.tokens, top)
+        crossed, of = self._crossed(batch)
+        parts = [batch.in_scope, *([batch.locality] if batch.locality else [])]
+        own = torch.cat([part.request_index for part in parts] + [of.to(self.lm.device)])
         inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
-        requests, asked = self._prompts(batch.requests.tokens), self._prompts(TokenBatch.cat(batch.tokens))
-        loss, right = self.matcher.loss(requests, asked, own, inside)
+        rows = TokenBatch.cat([*batch.tokens, *crossed])
+        requests = self._prompts(batch.requests.tokens)
+        matched = self.matcher.match(requests, self._prompts(rows), own, inside)
         self.matcher.remember(requests)
-        parts["loss"] = parts["loss"] + self.scope_weight * loss
-        return parts | {"scope_loss": loss, "scope_accuracy": right}
+        if batch.locality:
+            passed = (matched.logits + self.reach).sigmoid()[~inside][: len(batch.locality.request_index)]
+            batch = replace(batch, locality=replace(batch.locality, weights=passed))
+        losses = super().training_loss(batch, weights)
+        losses["loss"] = losses["loss"] + self.scope_weight * matched.loss
+        return losses | {"scope_loss": matched.loss, "scope_accuracy": matched.right}
+
+    def _crossed(self, batch: EditBatch) -> tuple[list[TokenBatch], Tensor]:
+        """Asks about each request's subject what the next requests of the batch ask about theirs.
+
+        Returns:
+            The prompts (no batch if there are none), and the index of each one's request, [prompts].
+        """
+        templates = [_template(request) for request in batch.requests.requests]
+        prompts, of = [], []
+        for i, own in enumerate(templates):
+            others = dict.fromkeys(other for other in [*templates[i + 1 :], *templates[:i]] if other and other != own)
+            for before, after in list(others)[: self.crossed if own else 0]:
+                prompts.append(f"{before}{batch.requests.requests[i].subject}{after}")
+                of.append(i)
+        return [rows_of(self.lm.text.prompts(prompts)).to(self.lm.device)] if prompts else [], torch.tensor(of, dtype=torch.long)
 
     def _prompts(self, tokens: TokenBatch) -> PromptStates:
         """Returns the prompts of rows with answers; in training the rows' own states are used, which are known."""
@@ -110,3 +151,9 @@ class ScopeEdit(RidgeEdit):
         own = {id(parameter) for parameter in self.matcher.parameters()}
         network = [parameter for parameter in found["network"] if id(parameter) not in own]
         return {"network": network, "edit_rates": [*found["edit_rates"], *self.matcher.parameters()]}
+
+
+def _template(request: EditRequest) -> tuple[str, str] | None:
+    """Returns a request's prompt before and after its subject; None if the subject is unknown or not in it."""
+    before, subject, after = request.prompt.partition(request.subject or request.prompt)
+    return (before, after) if subject == request.subject else None
