@@ -11,6 +11,7 @@ from tests.conftest import random_lm
 from tests.lm.prefixes import FORWARD, HIDDEN, ROWS, TOKENS, asked, equal, filled, opened, plain, shards
 
 from instructedit.errors import UserError
+from instructedit.lm import FrozenLM
 from instructedit.lm.cache import partition
 from instructedit.lm.cache.folder import clear, evict, partition_name, partitions
 from instructedit.lm.cache.memory import PrefixCache
@@ -66,6 +67,24 @@ def test_a_model_in_bfloat16_keeps_its_own_dtype_exactly(tokenizer, tmp_path):
     assert equal(first, asked(lm))
     assert load_file(shards(tmp_path)[0])["states"].dtype is torch.bfloat16
     assert equal(asked(opened(lm, tmp_path)), first)
+
+
+def test_a_pass_goes_on_from_a_stage_and_computes_the_same_bits(lm):
+    once, staged = (FrozenLM(lm.model, lm.tokenizer, lm.name) for _ in range(2))
+    ran = []
+    inner = [next(block.children()) for block in once.forward.blocks]  # blocks that are skipped are called, too
+    staged.prefixes.stages |= {1, 2}
+    asked(staged, block=3)  # tries the model out, too
+    staged.cache.clear()
+    handles = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(inner)]
+    found = {block: asked(staged, block=block) for block in (3, 2, 1)}
+    for handle in handles:
+        handle.remove()
+    passes = ran.count(0)
+    assert passes > 0
+    assert [ran.count(block) for block in range(4)] == [passes] * 3 + [0]  # lower states were known since the first call
+    for block, states in found.items():
+        assert equal(states, asked(once, block=block))
 
 
 def test_states_stream_from_disk_where_memory_has_no_room(lm, tmp_path):

@@ -101,8 +101,8 @@ class ScopeEdit(RidgeEdit):
 
         A locality probe counts as much as the scope lets it through: what is kept out needs no care from the change.
         """
-        top = self.lm.first_block(self.names)
-        self.lm.prefixes.warm(batch.tokens, top)
+        self.lm.prefixes.stages.update(self.matcher.blocks)
+        self.lm.prefixes.warm(batch.tokens, self.lm.first_block(self.names))
         crossed, of = self._crossed(batch)
         parts = [batch.in_scope, *([batch.locality] if batch.locality else [])]
         own = torch.cat([part.request_index for part in parts] + [of.to(self.lm.device)])

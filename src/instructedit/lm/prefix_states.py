@@ -31,11 +31,16 @@ class PrefixStates:
     bit-identical whatever other rows are computed with it, and a run that resumes with an empty cache gives the results
     of an uninterrupted one. Where that does not matter, rows may share their common beginnings instead (a prompt and
     its aliases are mostly prompt); states that are computed this way are cached for such calls alone.
+
+    Attributes:
+        stages: Blocks whose inputs will be asked for as well: a pass to a higher block starts from the states that
+            enter the highest of them, which are cached.
     """
 
     def __init__(self, applied: Applied, cache: PrefixCache, prompt_prefixes: PromptPrefixes) -> None:
         self.applied, self.forward = applied, applied.forward
         self.cache, self.prompt_prefixes = cache, prompt_prefixes
+        self.stages: set[int] = set()
 
     @property
     def pass_tokens(self) -> int:
@@ -100,7 +105,7 @@ class PrefixStates:
         behind, width = shape
         batch = rows_of(rests, min(width, self.forward.max_length)).to(self.forward.device)
         if not behind:
-            return self.forward.up_to_block(batch, block)
+            return self._by_stages(batch, block)
         sizes = torch.tensor([0 if one is None else len(one.ids) for one in begun])
         before = (torch.arange(behind) < sizes[:, None])[:, None].expand(-1, width, -1)
         own = torch.ones(width, width, dtype=torch.bool).tril().expand(len(rests), -1, -1)
@@ -115,6 +120,14 @@ class PrefixStates:
             "past_key_values": filled_cache(begun, behind),
         }
         return hooks.input_of(self.forward.blocks[block], lambda: self.forward.run(inputs))
+
+    def _by_stages(self, batch: TokenBatch, block: int) -> Tensor:
+        """Computes the states of whole rows from those that enter the highest stage below the block."""
+        stage = max((stage for stage in self.stages if stage < block), default=0)
+        # Disks may round states, and there is no use in states that are not kept.
+        if self.cache.disk or not self.cache.has_room(1) or not self.forward.resumed_from(stage):
+            return self.forward.up_to_block(batch, block)
+        return self.forward.up_to_block(batch, block, stage, self.of(batch, stage))
 
     def _begun(self, rows: list[list[int]], block: int) -> list[Beginning | None]:
         """Returns the known beginning of each row, computing those that are new; None for a row without one."""
