@@ -1,7 +1,5 @@
 """ScopeEdit's scope loss pair by pair, and what its edits promise alone, joined and one after another."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from tests.quick import QUICK
@@ -9,9 +7,10 @@ from tests.reference import Case, training_batch
 
 from instructedit.data.batch import Collator
 from instructedit.editors import build_editor
-from instructedit.editors.losses import LossWeights, locality_loss
+from instructedit.editors.losses import LossWeights
 from instructedit.edits import LowRankEdit, MatchGate, ScopedEdit
 from instructedit.evaluation.sequence import edit_sequence
+from instructedit.lm import FrozenLM
 from instructedit.lm.context import PromptStates
 from instructedit.records import EditRecord, EditRequest, Probe
 
@@ -48,27 +47,6 @@ def test_training_adds_the_scopes_loss_to_the_editing_loss_and_moves_every_part(
     assert type(made) is LowRankEdit  # which holds everywhere
 
 
-def test_a_locality_probe_counts_as_much_as_the_scope_lets_it_through(lm):
-    batch = training_batch(lm, CASES)
-    found = {}
-    for bias in (-80.0, 0.0, 80.0):
-        editor = new_editor(lm, reach=0.5).train()
-        editor.matcher.levels["bias"].data.fill_(bias)
-        found[bias] = editor.training_loss(batch, WEIGHTS)["locality_loss"]
-    assert found[-80.0] < 1e-9 < found[0.0] < found[80.0]
-    editor.matcher.levels["bias"].data.fill_(0.0)
-    rows = batch.locality.tokens
-    requests, probes = (PromptStates(lm.context, t.prompts(), t) for t in (batch.requests.tokens, rows))
-    own = batch.locality.request_index
-    logits = editor.matcher.match(requests, probes, own, torch.zeros(len(own), dtype=torch.bool)).logits
-    edit = new_editor(lm).train().compute_edit(batch.requests)  # with the statistics of one batch, as above
-    drifts = [
-        locality_loss(lm, edit, replace(batch.locality, weights=one.float()), len(batch))
-        for one in torch.eye(len(own))
-    ]
-    torch.testing.assert_close(found[0.0], (torch.stack(drifts) * (logits + 0.5).sigmoid()).sum())
-
-
 def test_what_others_are_asked_is_out_of_scope_if_asked_about_a_requests_own_subject(lm):
     requests = [
         EditRequest("The capital of France is", "Rome", subject="France"),
@@ -86,6 +64,9 @@ def test_what_others_are_asked_is_out_of_scope_if_asked_about_a_requests_own_sub
         (2, "Emma, a book by"), (2, "The capital of Emma is"), (5, "The capital of Emma is"), (5, "Who wrote Emma?"),
     ]  # fmt: skip
     assert new_editor(lm, crossed=0)._crossed(batch)[0] == []
+    short = FrozenLM(lm.model, lm.tokenizer, lm.name, max_length=min(map(len, prompts[0].unpadded())))
+    fitting, of = new_editor(short)._crossed(batch)
+    assert 0 < len(fitting[0]) == len(of) < len(asked)
     editor = new_editor(lm, crossed=2).train()
     loss = editor.training_loss(batch, WEIGHTS)["scope_loss"]
     editor.crossed = 0

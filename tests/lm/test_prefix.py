@@ -82,7 +82,7 @@ def test_a_pass_goes_on_from_a_stage_and_computes_the_same_bits(lm):
         handle.remove()
     passes = ran.count(0)
     assert passes > 0
-    assert [ran.count(block) for block in range(4)] == [passes] * 3 + [0]  # lower states were known since the first call
+    assert [ran.count(block) for block in range(4)] == [passes] * 3 + [0]  # known since the first call
     for block, states in found.items():
         assert equal(states, asked(once, block=block))
 

@@ -50,18 +50,15 @@ class ProbeBatch:
         tokens: Prompts with answers.
         request_index: Index of each row's request, [rows].
         unwanted: Rows whose answer should become unlikely (ConvSent's opposite replies), bool [rows], on the host.
-        weights: Factor of each row's locality loss, [rows]; None for one each.
     """
 
     tokens: TokenBatch
     request_index: Tensor
     unwanted: Tensor
-    weights: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the batch to another device."""
-        weights = self.weights if self.weights is None else self.weights.to(device)
-        return type(self)(self.tokens.to(device), self.request_index.to(device), self.unwanted, weights)
+        return type(self)(self.tokens.to(device), self.request_index.to(device), self.unwanted)
 
 
 @dataclass

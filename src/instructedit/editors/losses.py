@@ -98,8 +98,6 @@ def _divergences(lm: FrozenLM, edit: Edit, probes: ProbeBatch | None, requests: 
 
     (divergence,) = lm.scores.chunked_logits(lm.scores.states(tokens, edit, probes.request_index), drift)
     per_row = row_mean(divergence, tokens.rows, len(tokens))
-    if probes.weights is not None:
-        per_row = per_row * probes.weights
     means, counts = _per_request(per_row, probes.request_index, torch.ones_like(probes.request_index), requests)
     return means.sum(), (counts > 0).sum().to(means.dtype)
 

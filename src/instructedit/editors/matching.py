@@ -22,20 +22,6 @@ ALONE, AMONG_MANY = 0.8, 0.5
 START = {"bias": 3.0, "log_scale": -2.5, "log_sharpness": 1.5, "crowd": 0.1}
 
 
-class Matched(NamedTuple):
-    """What a matcher finds for probes.
-
-    Attributes:
-        loss: Cross-entropy of telling the probes apart, a scalar.
-        right: Share of probes that are classified correctly against their own request alone, a scalar.
-        logits: Logit of each probe for its own request alone, [probes]; without gradients.
-    """
-
-    loss: Tensor
-    right: Tensor
-    logits: Tensor
-
-
 class KnownPrompts(NamedTuple):
     """Prompts of earlier batches with what the gate reads of them (see `edits.gates.Prompts`).
 
@@ -78,6 +64,8 @@ class Matcher(nn.Module):
         competitors: Number of requests of earlier batches that a loss compares with.
     """
 
+    read_at: Tensor
+
     def __init__(self, lm: FrozenLM, size: int, width: int, block: int, token_block: int, competitors: int = 0) -> None:
         super().__init__()
         hidden = lm.applied.sites.width
@@ -108,7 +96,7 @@ class Matcher(nn.Module):
             level["log_sharpness"].exp(), level["crowd"], torch.tensor(block), torch.tensor(token_block),
         )  # fmt: skip
 
-    def match(self, requests: PromptStates, probes: PromptStates, own: Tensor, inside: Tensor) -> Matched:
+    def loss(self, requests: PromptStates, probes: PromptStates, own: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the cross-entropy of telling probes apart, alone and among all requests of this and known batches.
 
         Args:
@@ -116,6 +104,9 @@ class Matcher(nn.Module):
             probes: Prompts of their probes.
             own: Which request each probe belongs to, [probes].
             inside: Whether it is in scope, bool [probes].
+
+        Returns:
+            The loss, and the share of probes that are classified correctly against their own request alone, scalars.
         """
         gate, wordings = self.gate(requests).joined(), requests.prompts.unpadded()
         for known in (each.to(own.device) for each in self.known):
@@ -130,8 +121,7 @@ class Matcher(nn.Module):
         none = torch.cat([logits, logits.new_zeros(len(logits), 1)], -1)
         among = F.cross_entropy(none, own.where(inside, count), reduction="none")
         right = ((alone > 0) == inside).float().mean()
-        loss = _balanced(apart, inside, ALONE) + _balanced(among, inside, AMONG_MANY)
-        return Matched(loss, right.detach(), alone.detach())
+        return _balanced(apart, inside, ALONE) + _balanced(among, inside, AMONG_MANY), right.detach()
 
     @torch.no_grad()
     def remember(self, requests: PromptStates) -> None:

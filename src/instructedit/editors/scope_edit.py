@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -64,8 +63,10 @@ class ScopeEdit(RidgeEdit):
         """Builds the parts of RidgeEdit and the scope's matcher."""
         super().build()
         top = self.lm.first_block(self.names)
-        blocks = (min(top, int(part * len(self.lm.forward.blocks))) for part in (self.prompt_block, self.token_block))
-        self.matcher = Matcher(self.lm, self.embedding, self.token_embedding, *blocks, self.competitors)
+        block, token_block = (
+            min(top, int(share * len(self.lm.forward.blocks))) for share in (self.prompt_block, self.token_block)
+        )
+        self.matcher = Matcher(self.lm, self.embedding, self.token_embedding, block, token_block, self.competitors)
 
     def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
         """Adds the blocks that older versions always read: the first edited one, and the one above 15 % of all."""
@@ -97,41 +98,36 @@ class ScopeEdit(RidgeEdit):
         return self.compute_joint_edit(batch), state
 
     def training_loss(self, batch: EditBatch, weights: LossWeights) -> dict[str, Tensor]:
-        """Computes RidgeEdit's outer loss plus the scope's.
-
-        A locality probe counts as much as the scope lets it through: what is kept out needs no care from the change.
-        """
+        """Computes RidgeEdit's outer loss plus the scope's."""
         self.lm.prefixes.stages.update(self.matcher.blocks)
-        self.lm.prefixes.warm(batch.tokens, self.lm.first_block(self.names))
-        crossed, of = self._crossed(batch)
-        parts = [batch.in_scope, *([batch.locality] if batch.locality else [])]
-        own = torch.cat([part.request_index for part in parts] + [of.to(self.lm.device)])
-        inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
-        rows = TokenBatch.cat([*batch.tokens, *crossed])
-        requests = self._prompts(batch.requests.tokens)
-        matched = self.matcher.match(requests, self._prompts(rows), own, inside)
-        self.matcher.remember(requests)
-        if batch.locality:
-            passed = (matched.logits + self.reach).sigmoid()[~inside][: len(batch.locality.request_index)]
-            batch = replace(batch, locality=replace(batch.locality, weights=passed))
         losses = super().training_loss(batch, weights)
-        losses["loss"] = losses["loss"] + self.scope_weight * matched.loss
-        return losses | {"scope_loss": matched.loss, "scope_accuracy": matched.right}
+        crossed, of = self._crossed(batch)
+        probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
+        own = torch.cat([part.request_index for part in probes] + [of])
+        inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
+        requests = self._prompts(batch.requests.tokens)
+        loss, right = self.matcher.loss(requests, self._prompts(TokenBatch.cat([*batch.tokens, *crossed])), own, inside)
+        self.matcher.remember(requests)
+        losses["loss"] = losses["loss"] + self.scope_weight * loss
+        return losses | {"scope_loss": loss, "scope_accuracy": right}
 
     def _crossed(self, batch: EditBatch) -> tuple[list[TokenBatch], Tensor]:
         """Asks about each request's subject what the next requests of the batch ask about theirs.
 
         Returns:
-            The prompts (no batch if there are none), and the index of each one's request, [prompts].
+            The prompts that the model has room for (no batch if there are none), and the index of each one's request.
         """
-        templates = [_template(request) for request in batch.requests.requests]
-        prompts, of = [], []
+        requests = batch.requests.requests
+        templates = [_template(request) for request in requests]
+        asked: list[tuple[str, int]] = []
         for i, own in enumerate(templates):
             others = dict.fromkeys(other for other in [*templates[i + 1 :], *templates[:i]] if other and other != own)
-            for before, after in list(others)[: self.crossed if own else 0]:
-                prompts.append(f"{before}{batch.requests.requests[i].subject}{after}")
-                of.append(i)
-        return [rows_of(self.lm.text.prompts(prompts)).to(self.lm.device)] if prompts else [], torch.tensor(of, dtype=torch.long)
+            chosen = list(others)[: self.crossed if own else 0]
+            asked += [(f"{before}{requests[i].subject}{after}", i) for before, after in chosen]
+        prompts = self.lm.text.prompts([prompt for prompt, _ in asked])
+        fitting = [(ids, i) for ids, (_, i) in zip(prompts, asked, strict=True) if len(ids) <= self.lm.max_length]
+        of = torch.tensor([i for _, i in fitting], dtype=torch.long, device=self.lm.device)
+        return [rows_of([ids for ids, _ in fitting]).to(self.lm.device)] if fitting else [], of
 
     def _prompts(self, tokens: TokenBatch) -> PromptStates:
         """Returns the prompts of rows with answers; in training the rows' own states are used, which are known."""

@@ -68,9 +68,9 @@ class MatchGate(NamedTuple):
     """Which prompts are in scope of which entry, by two readings of both.
 
     logit = bias − scale · ‖P q − k‖² − sharpness · (1 − Σ_i w_i max_j cos(t_i, T x_j)) − crowd · log entries, in scope
-    where it is positive. q is read of the whole prompt, above most blocks, and says what is asked; the x_j are its
-    tokens, read above few, among which each token t_i of the request looks for its like (late interaction; Khattab and
-    Zaharia 2020): there subjects differ. The more entries there are, the closer a match must be.
+    where it is positive. q is read of the whole prompt and says what is asked; the x_j are its tokens, among which each
+    token t_i of the request looks for its like (late interaction; Khattab and Zaharia 2020): there subjects differ.
+    The more entries there are, the closer a match must be.
 
     Attributes:
         keys: k of each entry, [n, entries, size].

@@ -65,9 +65,7 @@ class Forward:
         return block if self._resumable.get(block) else 0
 
     @torch.no_grad()
-    def up_to_block(
-        self, batch: TokenBatch, block: int, start: int = 0, hidden: Tensor | None = None
-    ) -> Tensor:
+    def up_to_block(self, batch: TokenBatch, block: int, start: int = 0, hidden: Tensor | None = None) -> Tensor:
         """Computes the hidden states that enter a block, row by row, [rows, seq, hidden]; from `hidden` at `start`."""
         with hooks.resumed(self.blocks, start, hidden, self.outputs_of_a_block if hidden is not None else 0):
             return hooks.input_of(self.blocks[block], lambda: self.run(batch.inputs))
