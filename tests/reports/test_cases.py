@@ -5,7 +5,9 @@ import json
 import pytest
 
 from instructedit.errors import UserError
-from instructedit.reports import read_cases
+from instructedit.records import EditRequest
+from instructedit.reports import EditCase, read_cases
+from instructedit.reports.sequences import case_records
 
 RECORD = {
     "prompt": "The capital of Peru is", "target": "Lyon", "subject": "Peru", "task": "counterfact",
@@ -89,3 +91,11 @@ def test_what_is_wrong_is_one_line_with_its_place(tmp_path, name, text, said):
 def test_no_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"nothing.csv: no such file of requests"):
         read_cases(tmp_path / "nothing.csv")
+
+
+def test_prompts_that_a_sequence_does_not_ask_are_counted_aloud(lm):
+    request = EditRequest("The capital of France is", "Rome")
+    cases = [EditCase(request, "In France it is", "Tea is", ("Where?", "Who?")), EditCase(request, ask="Why?")]
+    with pytest.warns(UserWarning, match="the 3 prompts given under 'ask'"):
+        records = case_records(lm, cases)
+    assert [probe.kind for probe in records[0].probes] == ["generalization", "locality"]

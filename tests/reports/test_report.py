@@ -49,6 +49,15 @@ def test_every_number_is_that_of_the_merged_plain_model(lm, joint):
         check_drift(lm, plain, merged, each.drift)
 
 
+def test_a_single_prompt_is_asked_as_one(lm):
+    case = EditCase(REQUESTS[0], "Peru's capital is", neighbours="Tea is", ask="What now?")
+    (asked,) = report_of(lm, [case], ask="Who are you?").requests
+    found = [(answer.role, answer.prompt) for answer in asked.answers if answer.role != "request"]
+    assert found == [
+        ("paraphrase", "Peru's capital is"), ("neighbour", "Tea is"), ("ask", "What now?"), ("ask", "Who are you?"),
+    ]  # fmt: skip
+
+
 def check(lm, model, prompt, target, reply):
     with torch.no_grad():
         logits = answer_logits(model, lm.tokenizer, prompt, target)

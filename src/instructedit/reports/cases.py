@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -35,8 +35,8 @@ class EditCase:
 
     Attributes:
         request: The edit.
-        paraphrases: Prompts that the target should answer, too; if there are none, some are drawn when the embedded
-            facts know the request's relation.
+        paraphrases: Prompts (here and below also a single text) that the target should answer, too; if there are none,
+            some are drawn when the embedded facts know the request's relation.
         neighbours: Prompts whose answers should stay; if there are none, some are drawn.
         ask: Further prompts, whose answers are shown but not judged.
     """
@@ -45,6 +45,10 @@ class EditCase:
     paraphrases: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
     ask: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("paraphrases", "neighbours", "ask"):
+            object.__setattr__(self, name, prompts_of(getattr(self, name)))
 
     @classmethod
     def of(cls, given: EditRequest | EditRecord | EditCase) -> Self:
@@ -55,6 +59,11 @@ class EditCase:
             kinds = ("generalization", "locality", "portability")
             return cls(given.request, *(tuple(probe.prompt for probe in given.of(kind)) for kind in kinds))
         return cls(given.request, given.paraphrases, given.neighbours, given.ask)
+
+
+def prompts_of(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Returns prompts as a tuple; a single text is one prompt, not one for each of its characters."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def read_cases(path: str | Path, task: str | None = None) -> list[EditCase]:

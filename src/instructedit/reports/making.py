@@ -14,7 +14,7 @@ from instructedit.errors import UserError
 from instructedit.instructions import Instructor
 from instructedit.lm import FrozenLM
 from instructedit.records import EditRecord, EditRequest
-from instructedit.reports.cases import EditCase
+from instructedit.reports.cases import EditCase, prompts_of
 from instructedit.reports.measure import Reply, drifts, replies, text_sample, weights_fingerprint
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, EditReport, RequestReport, Role
@@ -36,10 +36,10 @@ class Judge:
     """
 
     def __init__(
-        self, lm: FrozenLM, ask: Sequence[str] = (), neighbours: int = 10, text: str = "tiny", max_new_tokens: int = 12,
-        instructor: Instructor | None = None,
+        self, lm: FrozenLM, ask: str | Sequence[str] = (), neighbours: int = 10, text: str = "tiny",
+        max_new_tokens: int = 12, instructor: Instructor | None = None,
     ) -> None:  # fmt: skip
-        self.lm, self.ask, self.neighbours, self.instructor = lm, tuple(ask), neighbours, instructor
+        self.lm, self.ask, self.neighbours, self.instructor = lm, prompts_of(ask), neighbours, instructor
         self.max_new_tokens = max_new_tokens
         self.sample = text_sample(lm, text)
 
@@ -87,7 +87,7 @@ def edit(
     requests: EditRequest | EditRecord | EditCase | Sequence[EditRequest | EditRecord | EditCase],
     *,
     joint: bool = False,
-    ask: Sequence[str] = (),
+    ask: str | Sequence[str] = (),
     neighbours: int = 10,
     text: str = "tiny",
     max_new_tokens: int = 12,
@@ -102,7 +102,7 @@ def edit(
         editor: The editing method: an editor bound to the model, a name, or anything that `load_editor` takes.
         requests: What to change, one or several; records and cases have prompts of their own to ask.
         joint: Make one edit that serves all requests, rather than one for each.
-        ask: Further prompts to ask for every edit.
+        ask: Further prompts, or a single one, to ask for every edit.
         neighbours: Number of neighbours to draw for a request that has none.
         text: The text that drift is measured on, 256 tokens at most: the embedded sentences (``tiny``), a text file, a
             hub id, or text that the model generates itself (``sampled``, kept in the cache folder).
@@ -120,7 +120,7 @@ def edit(
         raise UserError("no edit request given")
     cases = [EditCase.of(each) for each in given]
     instructor = method.instructor(description=description, instruction=instruction)
-    judge = Judge(lm, tuple(ask), neighbours, text, max_new_tokens, instructor)
+    judge = Judge(lm, ask, neighbours, text, max_new_tokens, instructor)
 
     def make(part: Sequence[EditCase]) -> Edit:
         with warnings.catch_warnings():  # the report says which requests failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 from instructedit.lm import FrozenLM
@@ -22,7 +23,14 @@ def case_records(lm: FrozenLM, cases: Sequence[EditCase]) -> list[EditRecord]:
         lm: The model, whose own continuations are the answers to neighbours.
         cases: The cases; if one has no paraphrases or neighbours, they are drawn as for a report, paraphrases only if
             the embedded facts know the relation.
+
+    Warns:
+        UserWarning: If cases have further prompts (`EditCase.ask`), which have no right answer and so no score.
     """
+    if left_out := sum(len(case.ask) for case in cases):
+        warnings.warn(
+            f"a sequence does not ask the {left_out} prompts given under 'ask': they have no score", stacklevel=2
+        )
     neighbours = [_neighbours(case) for case in cases]
     prompts = list(dict.fromkeys(prompt for own in neighbours for prompt in own))
     words = dict(zip(prompts, lm.generate(prompts, _ANSWER), strict=True)) if prompts else {}
