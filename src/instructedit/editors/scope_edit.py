@@ -52,7 +52,7 @@ class ScopeEdit(RidgeEdit):
     embedding: int = 128
     token_embedding: int = 32
     prompt_block: float = 0.5
-    token_block: float = 0.5
+    token_block: float = 0.15
     competitors: int = 80
     crossed: int = 2
     scope_weight: float = 1.0
