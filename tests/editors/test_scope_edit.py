@@ -65,7 +65,7 @@ def test_what_others_are_asked_is_out_of_scope_if_asked_about_a_requests_own_sub
     ]  # fmt: skip
     assert new_editor(lm, crossed=0)._crossed(batch)[0] == []
     short = FrozenLM(lm.model, lm.tokenizer, lm.name, max_length=min(map(len, prompts[0].unpadded())))
-    fitting, of = new_editor(short)._crossed(batch)
+    fitting, of = new_editor(short, crossed=2)._crossed(batch)
     assert 0 < len(fitting[0]) == len(of) < len(asked)
     editor = new_editor(lm, crossed=2).train()
     loss = editor.training_loss(batch, WEIGHTS)["scope_loss"]
@@ -73,15 +73,14 @@ def test_what_others_are_asked_is_out_of_scope_if_asked_about_a_requests_own_sub
     assert editor.training_loss(batch, WEIGHTS)["scope_loss"] != loss
 
 
-def test_an_editor_of_before_still_reads_the_blocks_that_it_learned_with(lm, tmp_path):
-    editor = new_editor(lm, prompt_block=1.0, token_block=0.15)
-    older = {name: weight for name, weight in editor.state_dict().items() if name != "matcher.read_at"}
-    newer = new_editor(lm, prompt_block=0.0)
-    assert newer.matcher.blocks != editor.matcher.blocks
-    assert newer.upgrade(older)
-    newer.load_state_dict(older)
-    assert newer.matcher.blocks == editor.matcher.blocks == (lm.first_block(editor.names), 0)
-    assert not newer.upgrade(newer.state_dict())
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.3, 1), (1.0, None)])
+def test_the_scope_reads_the_blocks_that_it_is_told_to_up_to_the_first_edited_one(lm, share, expected):
+    editor = new_editor(lm, prompt_block=share, token_block=share)
+    top = lm.first_block(editor.names)
+    block = top if expected is None else min(top, expected)
+    assert editor.matcher.blocks == (block, block)
+    gate = editor.edit(REQUESTS[:1]).gate
+    assert (gate.block, gate.token_block) == (block, block)
 
 
 def test_edits_are_made_apart_whatever_was_edited_before_and_of_one_prompt_the_latest_holds(lm):

@@ -64,8 +64,6 @@ class Matcher(nn.Module):
         competitors: Number of requests of earlier batches that a loss compares with.
     """
 
-    read_at: Tensor
-
     def __init__(self, lm: FrozenLM, size: int, width: int, block: int, token_block: int, competitors: int = 0) -> None:
         super().__init__()
         hidden = lm.applied.sites.width
@@ -73,15 +71,8 @@ class Matcher(nn.Module):
         self.token_projection = nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
         self.importance = nn.Parameter(torch.zeros(hidden))
         self.levels = nn.ParameterDict({name: torch.tensor(value) for name, value in START.items()})
-        self.competitors = competitors
-        self.register_buffer("read_at", torch.tensor([block, token_block]))  # saved, since the weights fit no others
+        self.blocks, self.competitors = (block, token_block), competitors
         self.known: list[KnownPrompts] = []  # one for each of the last batches
-
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """The blocks whose inputs are read: of the prompt as a whole, and of its tokens."""
-        block, token_block = self.read_at.tolist()
-        return block, token_block
 
     def gate(self, prompts: Prompts) -> MatchGate:
         """Makes the scope of each request around its own prompt, as edits of one entry."""

@@ -34,11 +34,12 @@ class ScopeEdit(RidgeEdit):
     Args:
         embedding: Size of the vector by which the scope compares prompts as wholes.
         token_embedding: Size of the vectors by which it compares their tokens.
-        prompt_block: Share of the LM's blocks below the hidden states by which prompts are compared as wholes.
+        prompt_block: Share of the LM's blocks below the hidden states by which prompts are compared as wholes; at most
+            those below the first edited block.
         token_block: The same for the hidden states by which tokens are compared.
         competitors: Number of requests of earlier batches among which the scope learns to find a batch's own.
         crossed: Number of prompts for each request that ask what another request of the batch asks, but about this
-            one's subject, and so are out of scope: the data's own locality probes know few relations.
+            one's subject, and so are out of scope.
         scope_weight: Weight of the scope's loss, added to the editing loss.
         reach: Added to the scope's learned bias: above zero, fewer edits are missed and more hold too far.
         kept_rank: Rank to which a change is reduced when it is made; 0 keeps it whole.
@@ -51,10 +52,10 @@ class ScopeEdit(RidgeEdit):
     steps: int = 1
     embedding: int = 128
     token_embedding: int = 32
-    prompt_block: float = 0.5
+    prompt_block: float = 1.0
     token_block: float = 0.15
     competitors: int = 80
-    crossed: int = 2
+    crossed: int = 0
     scope_weight: float = 1.0
     reach: float = 0.0
     kept_rank: int = 0
@@ -67,14 +68,6 @@ class ScopeEdit(RidgeEdit):
             min(top, int(share * len(self.lm.forward.blocks))) for share in (self.prompt_block, self.token_block)
         )
         self.matcher = Matcher(self.lm, self.embedding, self.token_embedding, block, token_block, self.competitors)
-
-    def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
-        """Adds the blocks that older versions always read: the first edited one, and the one above 15 % of all."""
-        older = super().upgrade(weights, prefix)
-        if f"{prefix}matcher.projection" not in weights or (name := f"{prefix}matcher.read_at") in weights:
-            return older
-        weights[name] = torch.tensor([self.lm.first_block(self.names), int(0.15 * len(self.lm.forward.blocks))])
-        return True
 
     def compute_edit(self, batch: RequestBatch) -> Any:
         """Computes n edits of one entry each for N requests; in training their changes, which hold everywhere."""
