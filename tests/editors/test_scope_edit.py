@@ -58,8 +58,9 @@ def test_what_others_are_asked_is_out_of_scope_if_asked_about_a_requests_own_sub
     ]
     batch = Collator(lm.text, None)([(i, EditRecord(str(i), request)) for i, request in enumerate(requests)])
     prompts, of = new_editor(lm, crossed=2)._crossed(batch)
+    of_all = of.tolist()
     asked = [lm.text.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts[0].unpadded()]
-    assert list(zip(of.tolist(), asked, strict=True)) == [
+    assert list(zip(of_all, asked, strict=True)) == [
         (0, "Who wrote France?"), (0, "France, a book by"), (1, "Who wrote Spain?"), (1, "Spain, a book by"),
         (2, "Emma, a book by"), (2, "The capital of Emma is"), (5, "The capital of Emma is"), (5, "Who wrote Emma?"),
     ]  # fmt: skip
@@ -71,6 +72,13 @@ def test_what_others_are_asked_is_out_of_scope_if_asked_about_a_requests_own_sub
     loss = editor.training_loss(batch, WEIGHTS)["scope_loss"]
     editor.crossed = 0
     assert editor.training_loss(batch, WEIGHTS)["scope_loss"] != loss
+    probes = [Probe("locality", prompt, ("x",)) for prompt in asked]
+    given = [
+        EditRecord(str(i), request, tuple(p for own, p in zip(of_all, probes, strict=True) if own == i))
+        for i, request in enumerate(requests)
+    ]
+    as_locality = Collator(lm.text, None, locality=2)(list(enumerate(given)))
+    torch.testing.assert_close(editor.training_loss(as_locality, WEIGHTS)["scope_loss"], loss)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.3, 1), (1.0, None)])
