@@ -18,6 +18,7 @@ def logit(lm, matcher, request, probe):
     states = [PromptStates(lm.context, lm.encode([(prompt, "it")]).prompts()) for prompt in (request, probe)]
     block, token_block = matcher.blocks
     k, q = (matcher.projection @ each(block)[0] for each in states)
+    opened = states[1](block)[0] @ matcher.opening / len(matcher.opening) ** 0.5
     wanted, words = (each.tokens(token_block)[0][0] for each in states)
     weights = (wanted @ matcher.importance).softmax(0)
     matched = 0
@@ -27,7 +28,8 @@ def logit(lm, matcher, request, probe):
         matched = matched + weight * torch.stack(cosines).max()
     level = matcher.levels
     distance = (q - k).square().sum()
-    return level["bias"] - level["log_scale"].exp() * distance - level["log_sharpness"].exp() * (1 - matched)
+    near = level["bias"] - level["log_scale"].exp() * distance - level["log_sharpness"].exp() * (1 - matched)
+    return near + opened
 
 
 def expected_loss(lm, editor, cases, known=()):
@@ -49,8 +51,8 @@ def expected_loss(lm, editor, cases, known=()):
             scores = torch.stack([*counted, torch.zeros(())])
             among[inside].append(-scores.log_softmax(0)[place if inside else -1])
     return sum(
-        share * torch.stack(part[True]).mean() + (1 - share) * torch.stack(part[False]).mean()
-        for share, part in ((ALONE, alone), (AMONG_MANY, among))
+        weight * (share * torch.stack(part[True]).mean() + (1 - share) * torch.stack(part[False]).mean())
+        for weight, share, part in ((1, ALONE, alone), (editor.among, AMONG_MANY, among))
     )
 
 
@@ -64,9 +66,9 @@ def read(lm, cases):
     return requests, PromptStates(lm.context, rows.prompts(), rows), own, inside
 
 
-@pytest.mark.parametrize("known", [(), ("Who was it", CASES[0].prompt, "In France")])
-def test_the_loss_is_that_of_each_pair(lm, known):
-    editor = new_editor(lm, competitors=len(known))
+@pytest.mark.parametrize(("known", "among"), [((), 1.0), (("Who was it", CASES[0].prompt, "In France"), 0.2)])
+def test_the_loss_is_that_of_each_pair(lm, known, among):
+    editor = new_editor(lm, competitors=len(known), among=among)
     if known:
         editor.matcher.remember(PromptStates(lm.context, lm.encode([(prompt, "it") for prompt in known]).prompts()))
     found, right = editor.matcher.loss(*read(lm, CASES))

@@ -1,6 +1,7 @@
 """RidgeEdit against the dense normal equations, and what its parts promise."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -188,6 +189,17 @@ def test_training_asks_plainly_and_behind_the_instruction(lm):
     assert texts[1].endswith(texts[0])
     assert 8 < sum(instructed[2:]) < 33
     assert sum("people" in text for text in texts) == 1
+
+
+def test_a_request_whose_task_has_no_instruction_is_asked_once(lm):
+    probe = Probe("generalization", "France has the capital", ("Lyon",))
+    records = [EditRecord("r", replace(REQUESTS[0], task=task), (probe,)) for task in ("flat", "counterfact")]
+    batch = Collator(lm.text, Instructor(apart=True))(list(enumerate(records)))
+    texts = [lm.tokenizer.decode(ids) for ids in batch.in_scope.tokens.prompts().unpadded()]
+    asked = [text for text, own in zip(texts, batch.in_scope.request_index.tolist(), strict=True) if own == 0]
+    assert asked == [REQUESTS[0].prompt, probe.prompt]
+    assert batch.in_scope.request_index.tolist().count(1) == 3
+    assert batch.requests.instructions[0] == ""
 
 
 def test_gradients_reach_every_parameter(lm):

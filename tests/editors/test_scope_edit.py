@@ -1,4 +1,4 @@
-"""ScopeEdit's scope loss pair by pair, and what its edits promise alone, joined and one after another."""
+"""What the scope learns from, and what its edits promise alone, joined and one after another."""
 
 import pytest
 import torch
@@ -47,38 +47,45 @@ def test_training_adds_the_scopes_loss_to_the_editing_loss_and_moves_every_part(
     assert type(made) is LowRankEdit  # which holds everywhere
 
 
-def test_what_others_are_asked_is_out_of_scope_if_asked_about_a_requests_own_subject(lm):
-    requests = [
-        EditRequest("The capital of France is", "Rome", subject="France"),
-        EditRequest("The capital of Spain is", "Rome", subject="Spain"),
-        EditRequest("Who wrote Emma?", "Kafka", subject="Emma"),
-        EditRequest("Nobody is asked", "why", subject="Somebody"),
-        EditRequest("It is", "so"),
-        EditRequest("Emma, a book by", "Kafka", subject="Emma"),
-    ]
-    batch = Collator(lm.text, None)([(i, EditRecord(str(i), request)) for i, request in enumerate(requests)])
-    prompts, of = new_editor(lm, crossed=2)._crossed(batch)
-    of_all = of.tolist()
-    asked = [lm.text.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts[0].unpadded()]
-    assert list(zip(of_all, asked, strict=True)) == [
-        (0, "Who wrote France?"), (0, "France, a book by"), (1, "Who wrote Spain?"), (1, "Spain, a book by"),
-        (2, "Emma, a book by"), (2, "The capital of Emma is"), (5, "The capital of Emma is"), (5, "Who wrote Emma?"),
+def test_crossed_questions_are_requests_of_their_own_to_the_scope(lm):
+    def record(subject, *locality, name=""):
+        probes = [Probe("locality", prompt.format(subject), ("x",)) for prompt in locality]
+        probes += [Probe("generalization", f"The capital of {name} is", ("Rome",))] if name else []
+        return EditRecord(subject, EditRequest(f"The capital of {subject} is", "Rome", "fact", subject), tuple(probes))
+
+    records = [
+        record("France", "The river of {} is", name="Gallia"), record("Spain", "The river of {} is", "The sea"),
+        record("Peru", "The river of {}, not Nile, is"),
     ]  # fmt: skip
-    assert new_editor(lm, crossed=0)._crossed(batch)[0] == []
-    short = FrozenLM(lm.model, lm.tokenizer, lm.name, max_length=min(map(len, prompts[0].unpadded())))
-    fitting, of = new_editor(short, crossed=2)._crossed(batch)
-    assert 0 < len(fitting[0]) == len(of) < len(asked)
-    editor = new_editor(lm, crossed=2).train()
+    batch = Collator(lm.text, None)(list(enumerate(records)))
+    editor = new_editor(lm, crossed=3).train()
+    known = sorted(
+        (text, i, near)
+        for part, near in ((batch.in_scope, True), (batch.locality, False))
+        for text, i in zip(texts(lm, part.tokens), part.request_index.tolist(), strict=True)
+    )
+    requests, (probes, own, near) = editor._requests(batch)
+    assert texts(lm, requests)[3:] == [f"The river of {subject} is" for subject in ("France", "Spain", "Peru")]
+    found = sorted(zip(texts(lm, probes), own.tolist(), near.tolist(), strict=True))
+    crossed = [
+        ("The river of France is", 3, True), ("The river of Gallia is", 3, True), ("The capital of Gallia is", 3, False),
+        ("The capital of France is", 3, False),
+        ("The river of Spain is", 4, True), ("The capital of Spain is", 4, False), ("The sea", 4, False),
+        ("The river of Peru is", 5, True), ("The capital of Peru is", 5, False), ("The river of Peru, not Nile, is", 5, False),
+    ]  # fmt: skip
+    assert found == sorted(known + crossed)
     loss = editor.training_loss(batch, WEIGHTS)["scope_loss"]
-    editor.crossed = 0
-    assert editor.training_loss(batch, WEIGHTS)["scope_loss"] != loss
-    probes = [Probe("locality", prompt, ("x",)) for prompt in asked]
-    given = [
-        EditRecord(str(i), request, tuple(p for own, p in zip(of_all, probes, strict=True) if own == i))
-        for i, request in enumerate(requests)
-    ]
-    as_locality = Collator(lm.text, None, locality=2)(list(enumerate(given)))
-    torch.testing.assert_close(editor.training_loss(as_locality, WEIGHTS)["scope_loss"], loss)
+    again = [lm.encode([(text, "it") for text in part]).prompts() for part in (texts(lm, requests), texts(lm, probes))]
+    expected, _ = editor.matcher.loss(*(PromptStates(lm.context, part) for part in again), own, near)
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+    shorter = FrozenLM(lm.model, lm.tokenizer, lm.name, max_length=len(lm.token_ids("The river of France is")) - 1)
+    assert len(new_editor(shorter, crossed=3)._requests(batch)[0]) < len(requests)
+    assert len(new_editor(lm, crossed=0)._requests(batch)[0]) == len(batch)
+
+
+def texts(lm, batch):
+    """The prompts of a batch's rows."""
+    return [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.prompts().unpadded()]
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (0.3, 1), (1.0, None)])
@@ -127,11 +134,40 @@ def test_reach_is_added_to_what_the_scope_has_learned(lm):
     torch.testing.assert_close(far.gate.scores(prompts, rows), near.gate.scores(prompts, rows) + 2.5)
 
 
-def test_it_reads_no_instruction_unless_it_is_asked_to(lm):
-    assert new_editor(lm).instructor() is None
-    editor = new_editor(lm, instructions=True)
+def test_an_edit_needs_no_instruction_and_is_the_same_behind_any(lm):
+    editor = new_editor(lm)
+    alone = editor.edit(REQUESTS)
+    assert editor.requests(REQUESTS, editor.instructor()).instructions == [""] * 3
+    named = [EditRequest(r.prompt, r.target, task="recent") for r in REQUESTS]
+    assert all("Task: Recent" in text for text in editor.requests(named, editor.instructor()).instructions)
+    for edit in (editor.edit(named), editor.edit(REQUESTS, instruction="Do not change it.")):
+        assert all(torch.equal(value, alone.state()[name]) for name, value in edit.state().items())
+
+
+def test_in_training_what_is_in_scope_is_asked_behind_an_instruction_too(lm):
+    editor = new_editor(lm)
     records = [EditRecord(str(i), EditRequest(r.prompt, r.target, task="recent")) for i, r in enumerate(REQUESTS)]
-    collator = Collator(editor.tokenization, editor.instructor())
-    batch = collator(list(enumerate(records)))
-    assert any(batch.requests.instructions)
+    batch = Collator(editor.tokenization, editor.instructor())(list(enumerate(records)))
+    asked = [text.startswith("Task: Recent") for text in texts(lm, batch.in_scope.tokens)]
+    assert asked == [False] * 3 + [True] * 3
     assert editor.train().training_loss(batch, WEIGHTS)["loss"].isfinite()
+
+
+def test_editors_and_edits_of_versions_without_an_opening_read_prompts_as_they_did(lm):
+    editor = new_editor(lm)
+    weights = editor.state_dict()
+    opening = weights.pop("matcher.opening")
+    assert opening.norm() > 0
+    older = new_editor(lm)
+    assert older.upgrade(weights)
+    assert not older.upgrade(weights)
+    older.load_state_dict(weights)
+    edit = older.edit(REQUESTS)
+    state = edit.state()
+    assert not state.pop("gate:opening").any()
+    prompts = PromptStates(lm.context, lm.encode([("Who", "it"), ("In France", "it")]).prompts())
+    rows = torch.tensor([0, 1])
+    found = ScopedEdit.from_state(state).gate.scores(prompts, rows)
+    torch.testing.assert_close(found, edit.gate.scores(prompts, rows))
+    editor.matcher.opening.data.zero_()
+    torch.testing.assert_close(found, editor.edit(REQUESTS).gate.scores(prompts, rows))

@@ -43,7 +43,7 @@ def gate_of(rng, lengths, edits):
     padded = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (tokens, weights)]
     levels = (torch.tensor(value, dtype=torch.float64) for value in (3.0, 0.02, 4.0, 0.3))
     gate = MatchGate(
-        *(part.unflatten(0, (edits, -1)) for part in (keys, *padded)), projection, token_projection, *levels,
+        *(part.unflatten(0, (edits, -1)) for part in (keys, *padded)), projection, token_projection, drawn(rng, 12), *levels,
         torch.tensor(5), torch.tensor(2),
     )  # fmt: skip
     return gate, tokens, weights
@@ -54,7 +54,8 @@ def logit(gate, key, tokens, weights, last, states, entries):
     distance = sum((a - b) ** 2 for a, b in zip(gate.projection @ last, key, strict=True))
     words = [gate.token_projection @ state for state in states]
     matched = sum(w * max(t @ x / x.norm() for x in words) for t, w in zip(tokens, weights, strict=True))
-    return gate.bias - gate.scale * distance - gate.sharpness * (1 - matched) - gate.crowd * math.log(entries)
+    opened = sum(o * a for o, a in zip(gate.opening, last, strict=True))
+    return gate.bias + opened - gate.scale * distance - gate.sharpness * (1 - matched) - gate.crowd * math.log(entries)
 
 
 @pytest.mark.parametrize("edits", [1, 2, 4])

@@ -64,3 +64,13 @@ def test_evaluation_hands_the_variant_on(lm) -> None:  # type: ignore[no-untyped
     instructor = Evaluation(variant="shuffled").instructor(editor)
     assert instructor is not None
     assert instructor.prefix(FACT, key="7") == prefix("shuffled")
+
+
+@pytest.mark.parametrize("task", [None, "", "flat", "my own"])
+def test_an_editor_that_reads_instructions_apart_does_without_where_there_is_none(task: str | None) -> None:
+    request = EditRequest("The capital of France is", "Lyon", task=task)
+    assert Instructor(apart=True).prefix(request) == ""
+    with pytest.raises(UserError, match="no task to instruct|no instruction bank|flat|my own"):
+        Instructor().prefix(request)
+    assert Instructor(apart=True).prefix(FACT) == Instructor().prefix(FACT) != ""
+    assert Instructor(apart=True, sentence="Change it.").prefix(request).endswith("Change it.\nInput: ")

@@ -157,9 +157,10 @@ class Collator:
             "wanted": self.replies, "opposite": self.replies,
         }  # fmt: skip
         chosen = _drawn(rendered, rngs, most)
-        plain = {(i, p) for i, p in chosen if rendered[i].apart and rngs[i].random() < _PLAIN}
+        apart = [one.apart and one.prefix != "" for one in rendered]
+        plain = {(i, p) for i, p in chosen if apart[i] and rngs[i].random() < _PLAIN}
         # Requests that an editor reads plainly are also scored with their instruction prepended.
-        chosen = [(i, one.record.reliability) for i, one in enumerate(rendered) if one.apart] + chosen
+        chosen = [(i, one.record.reliability) for i, one in enumerate(rendered) if apart[i]] + chosen
         request_index = torch.tensor([*range(len(rendered)), *(i for i, _ in chosen)])
         unwanted = torch.tensor([False] * len(rendered) + [p.kind == "opposite" for _, p in chosen])
         if not chosen:

@@ -62,16 +62,20 @@ class Matcher(nn.Module):
         width: Size of each t.
         block, token_block: Blocks whose inputs are read.
         competitors: Number of requests of earlier batches that a loss compares with.
+        among: Weight of telling probes apart among all requests, next to doing so alone.
     """
 
-    def __init__(self, lm: FrozenLM, size: int, width: int, block: int, token_block: int, competitors: int = 0) -> None:
+    def __init__(
+        self, lm: FrozenLM, size: int, width: int, block: int, token_block: int, competitors: int = 0, among: float = 1.0
+    ) -> None:
         super().__init__()
         hidden = lm.applied.sites.width
         self.projection = nn.Parameter(torch.randn(size, 2 * hidden) * (2 * hidden) ** -0.5)
         self.token_projection = nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
         self.importance = nn.Parameter(torch.zeros(hidden))
+        self.opening = nn.Parameter(torch.zeros(2 * hidden))
         self.levels = nn.ParameterDict({name: torch.tensor(value) for name, value in START.items()})
-        self.blocks, self.competitors = (block, token_block), competitors
+        self.blocks, self.competitors, self.among = (block, token_block), competitors, among
         self.known: list[KnownPrompts] = []  # one for each of the last batches
 
     def gate(self, prompts: Prompts) -> MatchGate:
@@ -83,8 +87,9 @@ class Matcher(nn.Module):
         level = self.levels
         return MatchGate(
             (prompts(block) @ self.projection.T).unsqueeze(1), words.unsqueeze(1), weights.unsqueeze(1),
-            self.projection, self.token_projection, level["bias"], level["log_scale"].exp(),
-            level["log_sharpness"].exp(), level["crowd"], torch.tensor(block), torch.tensor(token_block),
+            self.projection, self.token_projection, self.opening * len(self.opening) ** -0.5, level["bias"],
+            level["log_scale"].exp(), level["log_sharpness"].exp(), level["crowd"], torch.tensor(block),
+            torch.tensor(token_block),
         )  # fmt: skip
 
     def loss(self, requests: PromptStates, probes: PromptStates, own: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +117,8 @@ class Matcher(nn.Module):
         none = torch.cat([logits, logits.new_zeros(len(logits), 1)], -1)
         among = F.cross_entropy(none, own.where(inside, count), reduction="none")
         right = ((alone > 0) == inside).float().mean()
-        return _balanced(apart, inside, ALONE) + _balanced(among, inside, AMONG_MANY), right.detach()
+        loss = _balanced(apart, inside, ALONE) + self.among * _balanced(among, inside, AMONG_MANY)
+        return loss, right.detach()
 
     @torch.no_grad()
     def remember(self, requests: PromptStates) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from instructedit.data.batch import EditBatch, RequestBatch
+from instructedit.editors.crossing import Crossing
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.matching import Matcher
 from instructedit.editors.options import options
@@ -17,7 +18,6 @@ from instructedit.edits import Edit, ScopedEdit
 from instructedit.lm import TokenBatch
 from instructedit.lm.context import PromptStates
 from instructedit.lm.tokens import rows_of
-from instructedit.records import EditRequest
 
 
 @options
@@ -27,7 +27,8 @@ class ScopeEdit(RidgeEdit):
     The change is RidgeEdit's, the scope a learned match of the request's prompt with the question by what the frozen LM
     makes of both below the edited blocks (see `MatchGate`), in the place of SERAC's classifier (Mitchell et al. 2022b).
     The change is trained as if it held everywhere, so that it leaves alone what it can; but what is out of scope
-    weighs little, and instructions need not be read.
+    weighs little. A request is read plainly and needs no instruction; in training, what is in its scope is asked both
+    plainly and behind one.
 
     Edits do not add up: each is made on the unedited LM, and a prompt meets one of them at most, the latest of equals.
 
@@ -38,8 +39,10 @@ class ScopeEdit(RidgeEdit):
             those below the first edited block.
         token_block: The same for the hidden states by which tokens are compared.
         competitors: Number of requests of earlier batches among which the scope learns to find a batch's own.
-        crossed: Number of prompts for each request that ask what another request of the batch asks, but about this
-            one's subject, and so are out of scope.
+        among: Weight, within the scope's loss, of finding a batch's own requests among all, next to telling a request's
+            probes apart when it is alone.
+        crossed: Most questions for each request that ask something else about its subject and are requests to the
+            scope's loss (see `Crossing`).
         scope_weight: Weight of the scope's loss, added to the editing loss.
         reach: Added to the scope's learned bias: above zero, fewer edits are missed and more hold too far.
         kept_rank: Rank to which a change is reduced when it is made; 0 keeps it whole.
@@ -48,16 +51,17 @@ class ScopeEdit(RidgeEdit):
     name: ClassVar[str] = "scope_edit"
     changes_weights = False
 
-    instructions: bool = False
     steps: int = 1
+    film_rank: int = 0
     embedding: int = 128
     token_embedding: int = 32
-    prompt_block: float = 1.0
+    prompt_block: float = 0.6
     token_block: float = 0.15
     competitors: int = 80
-    crossed: int = 0
+    among: float = 0.1
+    crossed: int = 1
     scope_weight: float = 1.0
-    reach: float = 0.0
+    reach: float = 1.0
     kept_rank: int = 0
 
     def build(self) -> None:
@@ -67,7 +71,16 @@ class ScopeEdit(RidgeEdit):
         block, token_block = (
             min(top, int(share * len(self.lm.forward.blocks))) for share in (self.prompt_block, self.token_block)
         )
-        self.matcher = Matcher(self.lm, self.embedding, self.token_embedding, block, token_block, self.competitors)
+        sizes = (self.embedding, self.token_embedding)
+        self.matcher = Matcher(self.lm, *sizes, block, token_block, self.competitors, self.among)
+        self.crossing = Crossing(self.crossed)
+
+    def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
+        older = super().upgrade(weights, prefix)
+        if (name := f"{prefix}matcher.opening") in weights:
+            return older
+        weights[name] = torch.zeros_like(self.matcher.opening)  # older versions had none
+        return True
 
     def compute_edit(self, batch: RequestBatch) -> Any:
         """Computes n edits of one entry each for N requests; in training their changes, which hold everywhere."""
@@ -94,45 +107,60 @@ class ScopeEdit(RidgeEdit):
         """Computes RidgeEdit's outer loss plus the scope's."""
         self.lm.prefixes.stages.update(self.matcher.blocks)
         losses = super().training_loss(batch, weights)
-        crossed, of = self._crossed(batch)
-        probes = [batch.in_scope, *([batch.locality] if batch.locality else [])]
-        own = torch.cat([part.request_index for part in probes] + [of])
-        inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
-        requests = self._prompts(batch.requests.tokens)
-        loss, right = self.matcher.loss(requests, self._prompts(TokenBatch.cat([*batch.tokens, *crossed])), own, inside)
-        self.matcher.remember(requests)
+        requests, (probes, own, inside) = self._requests(batch)
+        loss, right = self.matcher.loss(self._prompts(requests), self._prompts(probes), own, inside)
+        self.matcher.remember(self._prompts(batch.requests.tokens))
         losses["loss"] = losses["loss"] + self.scope_weight * loss
         return losses | {"scope_loss": loss, "scope_accuracy": right}
 
-    def _crossed(self, batch: EditBatch) -> tuple[list[TokenBatch], Tensor]:
-        """Asks about each request's subject what the next requests of the batch ask about theirs.
+    def _requests(self, batch: EditBatch) -> tuple[TokenBatch, tuple[TokenBatch, Tensor, Tensor]]:
+        """Returns the requests that the scope learns from, the batch's own and crossed ones, and their probes.
 
         Returns:
-            The prompts that the model has room for (no batch if there are none), and the index of each one's request.
+            The requests, and the probes, which request each belongs to, [probes], and whether it is in its scope, bool
+            [probes].
         """
-        requests = batch.requests.requests
-        templates = [_template(request) for request in requests]
-        asked: list[tuple[str, int]] = []
-        for i, own in enumerate(templates):
-            others = dict.fromkeys(other for other in [*templates[i + 1 :], *templates[:i]] if other and other != own)
-            chosen = list(others)[: self.crossed if own else 0]
-            asked += [(f"{before}{requests[i].subject}{after}", i) for before, after in chosen]
-        prompts = self.lm.text.prompts([prompt for prompt, _ in asked])
-        fitting = [(ids, i) for ids, (_, i) in zip(prompts, asked, strict=True) if len(ids) <= self.lm.max_length]
-        of = torch.tensor([i for _, i in fitting], dtype=torch.long, device=self.lm.device)
-        return [rows_of([ids for ids, _ in fitting]).to(self.lm.device)] if fitting else [], of
+        parts = [batch.in_scope, *([batch.locality] if batch.locality else [])]
+        own = torch.cat([part.request_index for part in parts])
+        inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
+        known = TokenBatch.cat(batch.tokens)
+        crossed = [one for one in self.crossing(batch.records) if self._fits([text for text, _ in one.asked])]
+        if not crossed:
+            return batch.requests.tokens, (known, own, inside)
+        requests = TokenBatch.cat([batch.requests.tokens, self._rows([one.prompt for one in crossed])])
+        asked = [(text, near, i) for i, one in enumerate(crossed, len(batch)) for text, near in one.asked]
+        # The record's request and locality probes ask something else about the same subject, unless they ask just this.
+        words, crossings = known.prompts().unpadded(), requests.prompts().unpadded()
+        others = [
+            (row, i)
+            for i, one in enumerate(crossed, len(batch))
+            for row in [one.record, *(~inside & (own == one.record)).nonzero().flatten().tolist()]
+            if words[row] != crossings[i]
+        ]
+        again = known.select(torch.tensor([row for row, _ in others]))
+        probes = TokenBatch.cat([known, self._rows([text for text, _, _ in asked]), again])
+        own = torch.cat([own, own.new_tensor([i for _, _, i in asked] + [i for _, i in others])])
+        near = torch.cat([inside, inside.new_tensor([near for _, near, _ in asked] + [False] * len(others))])
+        return requests, (probes, own, near)
+
+    def _fits(self, prompts: list[str]) -> bool:
+        return max(map(len, self.lm.text.prompts(prompts))) <= self.lm.max_length
+
+    def _rows(self, prompts: list[str]) -> TokenBatch:
+        return rows_of(self.lm.text.prompts(prompts)).to(self.lm.device)
 
     def _prompts(self, tokens: TokenBatch) -> PromptStates:
         """Returns the prompts of rows with answers; in training the rows' own states are used, which are known."""
         return PromptStates(self.lm.context, tokens.prompts(), tokens if self.training else None)
 
     def training_state(self) -> dict[str, Any]:
-        """Returns the scope's competitors."""
-        return {"competitors": self.matcher.memory()}
+        """Returns the scope's competitors, and the templates of crossed questions."""
+        return {"competitors": self.matcher.memory(), "templates": self.crossing.state()}
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
-        """Takes the scope's competitors from a checkpoint."""
+        """Takes competitors and templates from a checkpoint."""
         self.matcher.recall(state["competitors"])
+        self.crossing.recall(state.get("templates", {}))
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Groups the scope's parameters with the edit rates: they have few steps too, and start as far off."""
@@ -140,9 +168,3 @@ class ScopeEdit(RidgeEdit):
         own = {id(parameter) for parameter in self.matcher.parameters()}
         network = [parameter for parameter in found["network"] if id(parameter) not in own]
         return {"network": network, "edit_rates": [*found["edit_rates"], *self.matcher.parameters()]}
-
-
-def _template(request: EditRequest) -> tuple[str, str] | None:
-    """Returns a request's prompt before and after its subject; None if the subject is unknown or not in it."""
-    before, subject, after = request.prompt.partition(request.subject or request.prompt)
-    return (before, after) if subject == request.subject else None

@@ -67,10 +67,11 @@ class Gate(NamedTuple):
 class MatchGate(NamedTuple):
     """Which prompts are in scope of which entry, by two readings of both.
 
-    logit = bias − scale · ‖P q − k‖² − sharpness · (1 − Σ_i w_i max_j cos(t_i, T x_j)) − crowd · log entries, in scope
-    where it is positive. q is read of the whole prompt and says what is asked; the x_j are its tokens, among which each
-    token t_i of the request looks for its like (late interaction; Khattab and Zaharia 2020): there subjects differ.
-    The more entries there are, the closer a match must be.
+    logit = bias + oᵀq − scale · ‖P q − k‖² − sharpness · (1 − Σ_i w_i max_j cos(t_i, T x_j)) − crowd · log entries, in
+    scope where it is positive. q is read of the whole prompt and says what is asked; the x_j are its tokens, among
+    which each token t_i of the request looks for its like (late interaction; Khattab and Zaharia 2020): there subjects
+    differ. oᵀq opens the scope to prompts that ask for an edit, as those behind an instruction do. The more entries
+    there are, the closer a match must be.
 
     Attributes:
         keys: k of each entry, [n, entries, size].
@@ -78,6 +79,7 @@ class MatchGate(NamedTuple):
         weights: w of each entry, [n, entries, tokens]; they sum to one, padding has none.
         projection: P, [size, 2 · hidden].
         token_projection: T, [width, hidden].
+        opening: o, [2 · hidden].
         bias, scale, sharpness, crowd: Scalars.
         block, token_block: Blocks whose inputs q and x are, scalars.
     """
@@ -87,6 +89,7 @@ class MatchGate(NamedTuple):
     weights: Tensor
     projection: Tensor
     token_projection: Tensor
+    opening: Tensor
     bias: Tensor
     scale: Tensor
     sharpness: Tensor
@@ -99,7 +102,8 @@ class MatchGate(NamedTuple):
 
         All rows of an edit are compared with its entries at once, without padding, which most of many entries is.
         """
-        asked = prompts(int(self.block)).to(self.projection.dtype) @ self.projection.T
+        query = prompts(int(self.block)).to(self.projection.dtype)
+        asked, opened = query @ self.projection.T, query @ self.opening
         states, there = prompts.tokens(int(self.token_block))
         words = F.normalize(states[there].to(self.projection.dtype) @ self.token_projection.T, dim=-1)
         lengths = there.sum(-1)
@@ -111,11 +115,11 @@ class MatchGate(NamedTuple):
             for part in own.split(size):
                 order.append(part)
                 together = torch.cat([spans[row] for row in part.tolist()])
-                found.append(self._logits(asked[part], together, lengths[part], edit))
+                found.append(self._logits(asked[part], together, lengths[part], edit) + opened[part].unsqueeze(-1))
         return torch.cat(found)[torch.cat(order).argsort()]
 
     def _logits(self, asked: Tensor, words: Tensor, lengths: Tensor, edit: int) -> Tensor:
-        """Computes the logits of prompts for the entries of one edit, [prompts, entries].
+        """Computes the logits of prompts for the entries of one edit but for oᵀq, [prompts, entries].
 
         Args:
             asked: P q of each prompt, [prompts, size].

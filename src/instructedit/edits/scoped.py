@@ -90,6 +90,8 @@ class ScopedEdit(PromptEdit):
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         read = nested(state, "gate")
+        if "tokens" in read:
+            read.setdefault("opening", torch.zeros(read["projection"].shape[1]))  # saved before there was one
         gate = MatchGate(**read) if "tokens" in read else Gate(**read)
         changes = LowRankEdit.from_state(nested(state, "changes"))
         if gate.keys.ndim != 3 or gate.keys.shape[0] * gate.keys.shape[1] != len(changes):

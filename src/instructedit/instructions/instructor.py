@@ -75,8 +75,8 @@ class Instructor:
             key: Distinguishes the edits of one step, e.g. the record's id.
 
         Raises:
-            UserError: If the request has no task, the task has no bank (a free sentence needs neither), the bank has no
-                such description, or a slot has no value.
+            UserError: If the request has no task, the task has no bank (a free sentence needs neither, and an editor
+                that reads instructions apart does without), the bank has no such description, or a slot has no value.
         """
         if self.variant == "left_out":
             return ""
@@ -90,6 +90,8 @@ class Instructor:
             return self._free(request)
         if self.split is None and self.description_id is None:
             return ""
+        if self.apart and {request.task, str(request.task).lower()}.isdisjoint(bank_names()):
+            return ""  # such an editor reads a request without an instruction, too
         if not request.task:
             raise UserError(
                 f"edit request {request.prompt!r} has no task to instruct; there are: {', '.join(bank_names())}"

@@ -1,0 +1,94 @@
+"""Which crossed questions are drawn from the templates of records, and what is said to be in their scope."""
+
+import json
+
+import pytest
+
+from instructedit.editors.crossing import Crossed, Crossing, template
+from instructedit.records import EditRecord, EditRequest, Probe
+
+
+def record(subject, before="The capital of ", after=" is", task="counterfact", locality=(), rephrasings=()):
+    """A record that asks the template about the subject; locality probes are templates or whole prompts."""
+    request = EditRequest(f"{before}{subject}{after}", "Lyon", task=task, subject=subject)
+    asked = [one if isinstance(one, str) else f"{one[0]}{subject}{one[1]}" for one in locality]
+    probes = [Probe("locality", prompt, ("x",)) for prompt in asked]
+    probes += [Probe("generalization", prompt, ("Lyon",)) for prompt in rephrasings]
+    return EditRecord(subject, request, tuple(probes))
+
+
+RIVER, FLAG = ("The river of ", " is"), ("Which flag has ", "?")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "expected"),
+    [
+        ("The capital of France is", "France", ("The capital of ", " is")),
+        ("France", "France", ("", "")),
+        ("France and France", "France", ("", " and France")),
+        ("The capital of France is", "Spain", None),
+        ("The capital of France is", None, None),
+        ("The capital of France is", "", None),
+    ],
+)
+def test_a_template_is_what_stands_before_and_after_the_subject(prompt, subject, expected):
+    assert template(prompt, subject) == expected
+
+
+def test_what_is_asked_about_two_subjects_is_asked_about_a_third():
+    crossing = Crossing(9)
+    first = [record("France", locality=[RIVER]), record("Spain", locality=[RIVER, FLAG])]
+    assert [(one.record, one.prompt) for one in crossing(first)] == [
+        (0, "The river of France is"), (1, "The river of Spain is"),
+    ]  # fmt: skip
+    found = crossing([record("Peru", *RIVER)])
+    assert found == [Crossed(0, "The capital of Peru is", None, None)]  # no other river, and one flag is not enough
+    assert found[0].asked == [("The capital of Peru is", True)]
+
+
+def test_another_name_of_the_subject_is_taken_from_a_rephrasing_in_the_words_of_the_request():
+    crossing = Crossing(1)
+    names = ["The capital of Gallia is", "And the capital is"]
+    crossing([record("France", locality=[RIVER], rephrasings=names), record("Spain", locality=[RIVER])])
+    (found,) = crossing([record("Iran", locality=[RIVER], rephrasings=["Iran's is", "The capital of Persia is"])])
+    assert found == Crossed(0, "The river of Iran is", "The river of Persia is", "The capital of Persia is")
+    assert found.asked == [
+        ("The river of Iran is", True), ("The river of Persia is", True), ("The capital of Persia is", False),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rephrasing", ["The capital of  is", "The capital of all of Iran is", "The capital of Iran is"])
+def test_no_name_is_read_from_a_rephrasing_that_holds_none_or_the_same(rephrasing):
+    crossing = Crossing(1)
+    crossing([record("France", locality=[RIVER]), record("Spain", locality=[RIVER])])
+    (found,) = crossing([record("Iran", locality=[RIVER], rephrasings=[rephrasing])])
+    assert found.renamed is found.own is None
+
+
+def test_tasks_whose_locality_probes_ask_about_other_subjects_are_not_crossed():
+    crossing = Crossing(2)
+    for number in range(3):
+        other = [f"The capital of Town{number} is", f"The river of Town{number} is"]
+        assert crossing([record(f"Land{number}", locality=other), record(f"Isle{number}", *RIVER, locality=other)]) == []
+    assert crossing.seen == {}
+
+
+def test_tasks_have_templates_of_their_own_and_records_without_a_subject_none():
+    crossing = Crossing(2)
+    crossing([record("France", locality=[RIVER]), record("Spain", locality=[RIVER])])
+    assert crossing([record("Peru", locality=[RIVER], task="recent")]) == []
+    assert crossing([EditRecord("x", EditRequest("Who", "he", task="counterfact"))]) == []
+
+
+def test_no_more_than_the_count_are_drawn_and_a_checkpoint_brings_the_templates_back():
+    records = [record(f"Land{i}", locality=[RIVER, FLAG, ("The anthem of ", " is")]) for i in range(4)]
+    assert Crossing(0)(records) == []
+    crossing = Crossing(2)
+    drawn = crossing(records)
+    assert [one.record for one in drawn] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len({one.prompt for one in drawn}) == 8
+    again = Crossing(2)
+    again.recall(json.loads(json.dumps(crossing.state())))
+    more = [record("Peru", locality=[("The sea of ", " is")])]
+    assert again.seen == crossing.seen
+    assert again(more) == crossing(more) != []
