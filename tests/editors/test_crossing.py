@@ -57,7 +57,9 @@ def test_another_name_of_the_subject_is_taken_from_a_rephrasing_in_the_words_of_
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rephrasing", ["The capital of  is", "The capital of all of Iran is", "The capital of Iran is"])
+@pytest.mark.parametrize(
+    "rephrasing", ["The capital of  is", "The capital of all of Iran is", "The capital of Iran is"]
+)
 def test_no_name_is_read_from_a_rephrasing_that_holds_none_or_the_same(rephrasing):
     crossing = Crossing(1)
     crossing([record("France", locality=[RIVER]), record("Spain", locality=[RIVER])])
@@ -69,7 +71,9 @@ def test_tasks_whose_locality_probes_ask_about_other_subjects_are_not_crossed():
     crossing = Crossing(2)
     for number in range(3):
         other = [f"The capital of Town{number} is", f"The river of Town{number} is"]
-        assert crossing([record(f"Land{number}", locality=other), record(f"Isle{number}", *RIVER, locality=other)]) == []
+        assert (
+            crossing([record(f"Land{number}", locality=other), record(f"Isle{number}", *RIVER, locality=other)]) == []
+        )
     assert crossing.seen == {}
 
 

@@ -68,10 +68,11 @@ def test_crossed_questions_are_requests_of_their_own_to_the_scope(lm):
     assert texts(lm, requests)[3:] == [f"The river of {subject} is" for subject in ("France", "Spain", "Peru")]
     found = sorted(zip(texts(lm, probes), own.tolist(), near.tolist(), strict=True))
     crossed = [
-        ("The river of France is", 3, True), ("The river of Gallia is", 3, True), ("The capital of Gallia is", 3, False),
-        ("The capital of France is", 3, False),
+        ("The river of France is", 3, True), ("The river of Gallia is", 3, True),
+        ("The capital of Gallia is", 3, False), ("The capital of France is", 3, False),
         ("The river of Spain is", 4, True), ("The capital of Spain is", 4, False), ("The sea", 4, False),
-        ("The river of Peru is", 5, True), ("The capital of Peru is", 5, False), ("The river of Peru, not Nile, is", 5, False),
+        ("The river of Peru is", 5, True), ("The capital of Peru is", 5, False),
+        ("The river of Peru, not Nile, is", 5, False),
     ]  # fmt: skip
     assert found == sorted(known + crossed)
     loss = editor.training_loss(batch, WEIGHTS)["scope_loss"]

@@ -43,8 +43,8 @@ def gate_of(rng, lengths, edits):
     padded = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (tokens, weights)]
     levels = (torch.tensor(value, dtype=torch.float64) for value in (3.0, 0.02, 4.0, 0.3))
     gate = MatchGate(
-        *(part.unflatten(0, (edits, -1)) for part in (keys, *padded)), projection, token_projection, drawn(rng, 12), *levels,
-        torch.tensor(5), torch.tensor(2),
+        *(part.unflatten(0, (edits, -1)) for part in (keys, *padded)), projection, token_projection,
+        drawn(rng, 12), *levels, torch.tensor(5), torch.tensor(2),
     )  # fmt: skip
     return gate, tokens, weights
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from instructedit.records import EditRecord, EditRequest
+from instructedit.records import EditRecord
 
 #: A prompt before and after its subject.
 Template = tuple[str, str]

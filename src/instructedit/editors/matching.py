@@ -66,7 +66,14 @@ class Matcher(nn.Module):
     """
 
     def __init__(
-        self, lm: FrozenLM, size: int, width: int, block: int, token_block: int, competitors: int = 0, among: float = 1.0
+        self,
+        lm: FrozenLM,
+        size: int,
+        width: int,
+        block: int,
+        token_block: int,
+        competitors: int = 0,
+        among: float = 1.0,
     ) -> None:
         super().__init__()
         hidden = lm.applied.sites.width
