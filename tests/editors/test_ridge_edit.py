@@ -194,7 +194,7 @@ def test_training_asks_plainly_and_behind_the_instruction(lm):
 def test_a_request_whose_task_has_no_instruction_is_asked_once(lm):
     probe = Probe("generalization", "France has the capital", ("Lyon",))
     records = [EditRecord("r", replace(REQUESTS[0], task=task), (probe,)) for task in ("flat", "counterfact")]
-    batch = Collator(lm.text, Instructor(apart=True))(list(enumerate(records)))
+    batch = Collator(lm.text, Instructor(apart=True, optional=True))(list(enumerate(records)))
     texts = [lm.tokenizer.decode(ids) for ids in batch.in_scope.tokens.prompts().unpadded()]
     asked = [text for text, own in zip(texts, batch.in_scope.request_index.tolist(), strict=True) if own == 0]
     assert asked == [REQUESTS[0].prompt, probe.prompt]

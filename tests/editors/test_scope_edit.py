@@ -136,7 +136,7 @@ def test_reach_is_added_to_what_the_scope_has_learned(lm):
 
 
 def test_an_edit_needs_no_instruction_and_is_the_same_behind_any(lm):
-    editor = new_editor(lm)
+    editor = new_editor(lm, instructions=True)
     alone = editor.edit(REQUESTS)
     assert editor.requests(REQUESTS, editor.instructor()).instructions == [""] * 3
     named = [EditRequest(r.prompt, r.target, task="recent") for r in REQUESTS]
@@ -146,7 +146,7 @@ def test_an_edit_needs_no_instruction_and_is_the_same_behind_any(lm):
 
 
 def test_in_training_what_is_in_scope_is_asked_behind_an_instruction_too(lm):
-    editor = new_editor(lm)
+    editor = new_editor(lm, instructions=True)
     records = [EditRecord(str(i), EditRequest(r.prompt, r.target, task="recent")) for i, r in enumerate(REQUESTS)]
     batch = Collator(editor.tokenization, editor.instructor())(list(enumerate(records)))
     asked = [text.startswith("Task: Recent") for text in texts(lm, batch.in_scope.tokens)]

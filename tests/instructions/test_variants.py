@@ -67,10 +67,10 @@ def test_evaluation_hands_the_variant_on(lm) -> None:  # type: ignore[no-untyped
 
 
 @pytest.mark.parametrize("task", [None, "", "flat", "my own"])
-def test_an_editor_that_reads_instructions_apart_does_without_where_there_is_none(task: str | None) -> None:
+def test_where_instructions_are_optional_a_request_does_without_if_there_is_none(task: str | None) -> None:
     request = EditRequest("The capital of France is", "Lyon", task=task)
-    assert Instructor(apart=True).prefix(request) == ""
+    assert Instructor(optional=True).prefix(request) == ""
     with pytest.raises(UserError, match=r"no task to instruct|flat|my own"):
         Instructor().prefix(request)
-    assert Instructor(apart=True).prefix(FACT) == Instructor().prefix(FACT) != ""
-    assert Instructor(apart=True, sentence="Change it.").prefix(request).endswith("Change it.\nInput: ")
+    assert Instructor(optional=True).prefix(FACT) == Instructor().prefix(FACT) != ""
+    assert Instructor(optional=True, sentence="Change it.").prefix(request).endswith("Change it.\nInput: ")

@@ -202,7 +202,7 @@ class Editor(nn.Module, ABC):
                 sentences; slots such as [TOPIC] are filled from the request.
 
         Raises:
-            UserError: If the editor prepends instructions and a request names no task, if it takes none but one is
+            UserError: If the editor takes instructions and a request names no task, if it takes none but one is
                 given, or if a target is too long.
         """
         was_training = self.training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from instructedit.editors.matching import Matcher
 from instructedit.editors.options import options
 from instructedit.editors.ridge_edit import RidgeEdit
 from instructedit.edits import Edit, ScopedEdit
+from instructedit.instructions import Instructor
 from instructedit.lm import TokenBatch
 from instructedit.lm.context import PromptStates
 from instructedit.lm.tokens import rows_of
@@ -27,8 +29,8 @@ class ScopeEdit(RidgeEdit):
     The change is RidgeEdit's, the scope a learned match of the request's prompt with the question by what the frozen LM
     makes of both below the edited blocks (see `MatchGate`), in the place of SERAC's classifier (Mitchell et al. 2022b).
     The change is trained as if it held everywhere, so that it leaves alone what it can; but what is out of scope
-    weighs little. A request is read plainly and needs no instruction; in training, what is in its scope is asked both
-    plainly and behind one.
+    weighs little. A request is read plainly and needs no instruction; with ``instructions``, what is in its scope is
+    asked both plainly and behind one in training.
 
     Edits do not add up: each is made on the unedited LM, and a prompt meets one of them at most, the latest of equals.
 
@@ -51,6 +53,7 @@ class ScopeEdit(RidgeEdit):
     name: ClassVar[str] = "scope_edit"
     changes_weights = False
 
+    instructions: bool = False
     steps: int = 1
     film_rank: int = 0
     embedding: int = 128
@@ -81,6 +84,10 @@ class ScopeEdit(RidgeEdit):
             return older
         weights[name] = torch.zeros_like(self.matcher.opening)  # older versions had none
         return True
+
+    def instructor(self, *args: Any, **options: Any) -> Instructor | None:
+        found = super().instructor(*args, **options)
+        return found and replace(found, optional=True)
 
     def compute_edit(self, batch: RequestBatch) -> Any:
         """Computes n edits of one entry each for N requests; in training their changes, which hold everywhere."""

@@ -33,6 +33,7 @@ class Instructor:
             sentences. Slots are filled as in a description.
         apart: Whether the editor reads the instruction separately from a request; the model's prompts still follow it.
         variant: Variant of the drawn instruction, see `Variant`.
+        optional: Prepend nothing to a request without a task, or whose task has no bank.
 
     Raises:
         UserError: If there is no such split or variant, if both a description and a sentence are given, or if the
@@ -45,6 +46,7 @@ class Instructor:
     sentence: str | Mapping[str, str] | None = None
     apart: bool = False
     variant: Variant = "own"
+    optional: bool = False
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
@@ -75,8 +77,8 @@ class Instructor:
             key: Distinguishes the edits of one step, e.g. the record's id.
 
         Raises:
-            UserError: If the request has no task, the task has no bank (a free sentence needs neither, and an editor
-                that reads instructions apart does without), the bank has no such description, or a slot has no value.
+            UserError: If the request has no task, the task has no bank (a free sentence needs neither), unless
+                instructions are optional; if the bank has no such description, or a slot has no value.
         """
         if self.variant == "left_out":
             return ""
@@ -90,8 +92,8 @@ class Instructor:
             return self._free(request)
         if self.split is None and self.description_id is None:
             return ""
-        if self.apart and {request.task, str(request.task).lower()}.isdisjoint(bank_names()):
-            return ""  # such an editor reads a request without an instruction, too
+        if self.optional and {request.task, str(request.task).lower()}.isdisjoint(bank_names()):
+            return ""
         if not request.task:
             raise UserError(
                 f"edit request {request.prompt!r} has no task to instruct; there are: {', '.join(bank_names())}"
