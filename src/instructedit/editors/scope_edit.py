@@ -61,10 +61,10 @@ class ScopeEdit(RidgeEdit):
     prompt_block: float = 0.6
     token_block: float = 0.15
     competitors: int = 80
-    among: float = 0.1
+    among: float = 1.0
     crossed: int = 1
     scope_weight: float = 1.0
-    reach: float = 1.0
+    reach: float = 0.0
     kept_rank: int = 0
 
     def build(self) -> None:
