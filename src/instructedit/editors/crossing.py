@@ -57,7 +57,7 @@ class Crossing:
         drawn = []
         for number, record in enumerate(records):
             own = template(record.request.prompt, record.request.subject)
-            if not own or not record.request.subject:
+            if own is None:
                 continue
             seen = self.seen.get(str(record.request.task), {})
             known = [one for one, subject in seen.items() if not subject and one != own]

@@ -131,30 +131,29 @@ class ScopeEdit(RidgeEdit):
         own = torch.cat([part.request_index for part in parts])
         inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
         known = TokenBatch.cat(batch.tokens)
-        crossed = [one for one in self.crossing(batch.records) if self._fits([text for text, _ in one.asked])]
+        drawn = self.crossing(batch.records)
+        texts = list(dict.fromkeys(text for one in drawn for text, _ in one.asked))
+        ids = dict(zip(texts, self.lm.text.prompts(texts), strict=True))
+        crossed = [one for one in drawn if all(len(ids[text]) <= self.lm.max_length for text, _ in one.asked)]
         if not crossed:
             return batch.requests.tokens, (known, own, inside)
-        requests = TokenBatch.cat([batch.requests.tokens, self._rows([one.prompt for one in crossed])])
-        asked = [(text, near, i) for i, one in enumerate(crossed, len(batch)) for text, near in one.asked]
+        asked = [(ids[text], near, i) for i, one in enumerate(crossed, len(batch)) for text, near in one.asked]
         # The record's request and locality probes ask something else about the same subject, unless they ask just this.
-        words, crossings = known.prompts().unpadded(), requests.prompts().unpadded()
+        words = known.prompts().unpadded()
         others = [
             (row, i)
             for i, one in enumerate(crossed, len(batch))
             for row in [one.record, *(~inside & (own == one.record)).nonzero().flatten().tolist()]
-            if words[row] != crossings[i]
+            if words[row] != ids[one.prompt]
         ]
+        more, questions = (
+            rows_of(rows).to(self.lm.device)
+            for rows in ([row for row, _, _ in asked], [ids[one.prompt] for one in crossed])
+        )
         again = known.select(torch.tensor([row for row, _ in others]))
-        probes = TokenBatch.cat([known, self._rows([text for text, _, _ in asked]), again])
         own = torch.cat([own, own.new_tensor([i for _, _, i in asked] + [i for _, i in others])])
         near = torch.cat([inside, inside.new_tensor([near for _, near, _ in asked] + [False] * len(others))])
-        return requests, (probes, own, near)
-
-    def _fits(self, prompts: list[str]) -> bool:
-        return max(map(len, self.lm.text.prompts(prompts))) <= self.lm.max_length
-
-    def _rows(self, prompts: list[str]) -> TokenBatch:
-        return rows_of(self.lm.text.prompts(prompts)).to(self.lm.device)
+        return TokenBatch.cat([batch.requests.tokens, questions]), (TokenBatch.cat([known, more, again]), own, near)
 
     def _prompts(self, tokens: TokenBatch) -> PromptStates:
         """Returns the prompts of rows with answers; in training the rows' own states are used, which are known."""

@@ -70,8 +70,7 @@ class MatchGate(NamedTuple):
     logit = bias + oᵀq − scale · ‖P q − k‖² − sharpness · (1 − Σ_i w_i max_j cos(t_i, T x_j)) − crowd · log entries, in
     scope where it is positive. q is read of the whole prompt and says what is asked; the x_j are its tokens, among
     which each token t_i of the request looks for its like (late interaction; Khattab and Zaharia 2020): there subjects
-    differ. oᵀq opens the scope to prompts that ask for an edit, as those behind an instruction do. The more entries
-    there are, the closer a match must be.
+    differ. oᵀq depends on the question alone. The more entries there are, the closer a match must be.
 
     Attributes:
         keys: k of each entry, [n, entries, size].

@@ -91,8 +91,10 @@ class ScopedEdit(PromptEdit):
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         read = nested(state, "gate")
         if "tokens" in read:
-            read.setdefault("opening", torch.zeros(read["projection"].shape[1]))  # saved before there was one
-        gate = MatchGate(**read) if "tokens" in read else Gate(**read)
+            none = {"opening": torch.zeros(read["projection"].shape[1])}  # saved before there was one
+            gate: Gate | MatchGate = MatchGate(**none | read)
+        else:
+            gate = Gate(**read)
         changes = LowRankEdit.from_state(nested(state, "changes"))
         if gate.keys.ndim != 3 or gate.keys.shape[0] * gate.keys.shape[1] != len(changes):
             raise UserError(f"{len(changes)} changes do not fit keys {list(gate.keys.shape)}")
