@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from instructedit.data import with_neighbors
     from instructedit.editors import Editor, build_editor, editor_names, load_editor
     from instructedit.edits import Edit, LowRankEdit, load_edit
     from instructedit.errors import UserError
@@ -23,12 +24,13 @@ _HOME = {
     "UserError": "errors", "build_editor": "editors", "edit": "reports", "edit_sequence": "evaluation",
     "editor_names": "editors", "evaluate": "evaluation", "load_edit": "edits", "load_editor": "editors",
     "load_records": "tasks", "read_cases": "reports", "task_names": "tasks",
+    "with_neighbors": "data",
 }  # fmt: skip
 
 __all__ = [
     "Edit", "EditCase", "EditRecord", "EditReport", "EditRequest", "EditSequence", "Editor", "Evaluation", "FrozenLM",
     "InstructionBank", "LowRankEdit", "Probe", "Scores", "UserError", "build_editor", "edit", "edit_sequence",
-    "editor_names", "evaluate", "load_edit", "load_editor", "load_records", "read_cases", "task_names",
+    "editor_names", "evaluate", "load_edit", "load_editor", "load_records", "read_cases", "task_names", "with_neighbors",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

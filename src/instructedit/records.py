@@ -8,10 +8,13 @@ from typing import Literal, get_args
 
 from instructedit.errors import UserError
 
-ProbeKind = Literal["reliability", "generalization", "locality", "portability", "wanted", "opposite"]
+ProbeKind = Literal["reliability", "generalization", "locality", "portability", "wanted", "opposite", "neighborhood"]
 
-#: Every kind of probe; ``wanted`` and ``opposite`` are ConvSent's replies with the wanted sentiment and with the other.
+#: Every kind of probe; ``wanted`` and ``opposite`` are ConvSent's replies with the wanted sentiment and with the other,
+#: ``neighborhood`` is what the request asks about another subject (see `data.neighborhood`).
 KINDS: tuple[str, ...] = get_args(ProbeKind)
+#: Kinds that an edit should leave alone; they have no instruction.
+OUT_OF_SCOPE = ("locality", "neighborhood")
 
 
 def stripped(prompt: str) -> str:
@@ -63,7 +66,7 @@ class Probe:
     Attributes:
         kind: The metric that it belongs to.
         prompt: What the model is asked, without an instruction. Stray spaces are removed (see `stripped`).
-        answers: The right answer first, then its aliases; any of them counts. For locality the first answer only
+        answers: The right answer first, then its aliases; any of them counts. Out of scope the first answer only
             fixes the positions at which the edited and the unedited model are compared. White space around them is
             removed.
         group: The dataset's own name for this kind of probe, e.g. ``Relation_Specificity``.

@@ -58,7 +58,7 @@ def test_crossed_questions_are_requests_of_their_own_to_the_scope(lm):
         record("Peru", "The river of {}, not Nile, is"),
     ]  # fmt: skip
     batch = Collator(lm.text, None)(list(enumerate(records)))
-    editor = new_editor(lm, crossed=3).train()
+    editor = new_editor(lm, crossed=3, other_subjects=0).train()
     known = sorted(
         (text, i, near)
         for part, near in ((batch.in_scope, True), (batch.locality, False))
@@ -82,6 +82,31 @@ def test_crossed_questions_are_requests_of_their_own_to_the_scope(lm):
     shorter = FrozenLM(lm.model, lm.tokenizer, lm.name, max_length=len(lm.token_ids("The river of France is")) - 1)
     assert len(new_editor(shorter, crossed=3)._requests(batch)[0]) < len(requests)
     assert len(new_editor(lm, crossed=0)._requests(batch)[0]) == len(batch)
+
+
+def test_what_asks_the_same_about_other_subjects_is_out_of_scope(lm):
+    records = [
+        EditRecord(name, EditRequest(f"The capital of {name} is", "Rome", "fact", name), (
+            Probe("locality", f"The river of {name} is", ("x",)),
+        ))
+        for name in ("France", "Spain")
+    ]  # fmt: skip
+    batch = Collator(lm.text, None)(list(enumerate(records)))
+
+    def found(**options):
+        requests, (probes, own, near) = new_editor(lm, **options)._requests(batch)
+        return texts(lm, requests), set(zip(texts(lm, probes), own.tolist(), near.tolist(), strict=True))
+
+    asked, without = found(crossed=0, other_subjects=0)
+    assert found(crossed=0, other_subjects=2) == (
+        asked, without | {("The capital of Spain is", 0, False), ("The capital of France is", 1, False)}
+    )  # fmt: skip
+    crossed, some = found(crossed=1, other_subjects=0)
+    others = {
+        ("The capital of Spain is", 0, False), ("The capital of France is", 1, False),
+        ("The river of Spain is", 2, False), ("The river of France is", 3, False),
+    }  # fmt: skip
+    assert found(crossed=1, other_subjects=2) == (crossed, some | others)
 
 
 def texts(lm, batch):

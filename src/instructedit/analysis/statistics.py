@@ -11,8 +11,8 @@ from instructedit.records import KINDS, EditRecord
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Kinds of probes to count; the request itself is the reliability probe.
-PROBES = tuple(kind for kind in KINDS if kind != "reliability")
+#: Kinds of probes to count; the request itself is the reliability probe, and no dataset has neighborhood probes.
+PROBES = tuple(kind for kind in KINDS if kind not in ("reliability", "neighborhood"))
 
 
 def dataset_statistics(

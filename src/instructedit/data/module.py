@@ -18,6 +18,7 @@ from instructedit.data.mixture import MixtureSampler
 from instructedit.errors import UserError, at_least
 from instructedit.instructions import Instructor
 from instructedit.lm import Text
+from instructedit.data.neighborhood import with_neighbors
 from instructedit.processes import place_among
 from instructedit.records import EditRecord
 from instructedit.renamed import renamed_names
@@ -91,6 +92,7 @@ class EditData(L.LightningDataModule):
         val_size: Records of each task to validate on.
         seed: Seed of the mixture and of the instructions and probes that are drawn.
         num_workers: Number of processes that tokenise in advance; 0 tokenises between the steps.
+        neighbors: Most neighborhood probes of each test record, which ask the same about other subjects of its split.
     """
 
     def __init__(
@@ -110,12 +112,13 @@ class EditData(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         portability: int = 0,
+        neighbors: int = 0,
     ) -> None:
         super().__init__()
         at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
         at_least(
             0, num_workers=num_workers, rephrases=rephrases, replies=replies, locality=locality, val_size=val_size,
-            portability=portability,
+            portability=portability, neighbors=neighbors,
         )  # fmt: skip
         self.save_hyperparameters()
         self.sources = {"fit": train or [], "validate": val or train or [], "test": test or train or []}
@@ -164,9 +167,14 @@ class EditData(L.LightningDataModule):
         place = self._place(source)
         split = source.split or getattr(place, {"fit": "train", "validate": "val", "test": "test"}[part])
         records, report = load_records(source.name, place.source, split, **dict(source.options))
-        return self._subsample(
-            records, source.size or (self.hparams["val_size"] if part == "validate" else None)
-        ), report
+        chosen = self._subsample(records, source.size or (self.hparams["val_size"] if part == "validate" else None))
+        if part == "test" and (count := self.hparams["neighbors"]):
+            chosen = with_neighbors(chosen, count, records)
+            alone = sum(not record.of("neighborhood") for record in chosen)
+            report.note(
+                "tested without a neighborhood probe, since no record asks the same about another subject", alone
+            )
+        return chosen, report
 
     def _place(self, source: TaskSource) -> DataLocation:
         return self.places.get(source.name, DataLocation()) if source.source is None else DataLocation(source.source)

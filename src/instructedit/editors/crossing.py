@@ -1,4 +1,8 @@
-"""Crossed questions: what is asked about one subject, asked about another, so that the scope meets more relations."""
+"""Crossed questions: what is asked about one subject, asked about another, so that the scope learns to tell both apart.
+
+Another relation about the request's subject is a request of its own, and the request's relation about another subject
+is out of the request's scope.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from instructedit.data.neighborhood import Template, template
 from instructedit.records import EditRecord
-
-#: A prompt before and after its subject.
-Template = tuple[str, str]
 
 
 class Crossed(NamedTuple):
@@ -20,17 +22,19 @@ class Crossed(NamedTuple):
         prompt: The question; the record's own request and locality probes are out of its scope.
         renamed: The same about another name of the subject, and so in its scope; None if the record has no other name.
         own: The record's request about that name, and so out of its scope; None likewise.
+        elsewhere: The same about other subjects, and so out of its scope.
     """
 
     record: int
     prompt: str
     renamed: str | None
     own: str | None
+    elsewhere: tuple[str, ...] = ()
 
     @property
     def asked(self) -> list[tuple[str, bool]]:
         """Its probes that are known from the texts, and whether each is in its scope."""
-        named = [(self.renamed, True), (self.own, False)]
+        named = [(self.renamed, True), (self.own, False), *((text, False) for text in self.elsewhere)]
         return [(self.prompt, True), *((text, inside) for text, inside in named if text is not None)]
 
 
@@ -39,34 +43,51 @@ class Crossing:
 
     Only records with a locality probe about the request's own subject count, since in their task another template asks
     something else. A template is used once it was seen about two subjects: one of a single record may hold more than
-    its relation.
+    its relation. Other subjects are drawn from those that it was seen about, which are of the same kind.
 
     Args:
         count: Most questions for each record.
+        subjects: Most other subjects about whom a request's or a crossed question's template is asked.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.seen: dict[str, dict[Template, str]] = {}  # task → template → its only subject; empty for several
+    def __init__(self, count: int, subjects: int = 0) -> None:
+        self.count, self.subjects = count, subjects
+        self.seen: dict[str, dict[Template, list[str]]] = {}  # task → template → its subjects
 
-    def __call__(self, records: Sequence[EditRecord]) -> list[Crossed]:
-        """Draws the questions of a batch, a function of its records and of the templates seen; takes note of theirs."""
+    def __call__(self, records: Sequence[EditRecord]) -> tuple[list[Crossed], list[tuple[int, str]]]:
+        """Draws the questions of a batch, a function of its records and of what was seen; takes note of theirs.
+
+        Returns:
+            The crossed questions; and what each record's request asks, asked about other subjects, with the record's
+            number.
+        """
         for record in records:
             self._note(record)
         rng = random.Random("\n".join(record.id for record in records))
-        drawn = []
+        drawn, elsewhere = [], []
         for number, record in enumerate(records):
+            subject = str(record.request.subject)
             own = template(record.request.prompt, record.request.subject)
             if own is None:
                 continue
             seen = self.seen.get(str(record.request.task), {})
-            known = [one for one, subject in seen.items() if not subject and one != own]
+            known = [one for one, subjects in seen.items() if len(subjects) > 1 and one != own]
             name = _other_name(record, own)
             for before, after in rng.sample(known, min(self.count, len(known))):
+                others = self._elsewhere(rng, seen, (before, after), subject)
                 renamed = name and f"{before}{name}{after}"
-                prompt = f"{before}{record.request.subject}{after}"
-                drawn.append(Crossed(number, prompt, renamed, name and f"{own[0]}{name}{own[1]}"))
-        return drawn
+                prompt = f"{before}{subject}{after}"
+                drawn.append(Crossed(number, prompt, renamed, name and f"{own[0]}{name}{own[1]}", others))
+            elsewhere += [(number, text) for text in self._elsewhere(rng, seen, own, subject)]
+        return drawn, elsewhere
+
+    def _elsewhere(
+        self, rng: random.Random, seen: Mapping[Template, list[str]], asked: Template, subject: str
+    ) -> tuple[str, ...]:
+        """Draws the questions of a template about subjects that it was seen about, other than this one."""
+        others = [other for other in seen.get(asked, []) if other != subject]
+        drawn = rng.sample(others, min(self.subjects, len(others)))
+        return tuple(f"{asked[0]}{other}{asked[1]}" for other in drawn)
 
     def _note(self, record: EditRecord) -> None:
         subject = str(record.request.subject)
@@ -74,21 +95,17 @@ class Crossing:
         if any(others):
             templates = self.seen.setdefault(str(record.request.task), {})
             for found in filter(None, (template(record.request.prompt, subject), *others)):
-                templates[found] = subject if templates.get(found, subject) == subject else ""
+                subjects = templates.setdefault(found, [])
+                if subject not in subjects:
+                    subjects.append(subject)
 
     def state(self) -> dict[str, Any]:
-        """Returns the templates as plain values, for a checkpoint."""
-        return {task: [[*one, subject] for one, subject in seen.items()] for task, seen in self.seen.items()}
+        """Returns the templates and their subjects as plain values, for a checkpoint."""
+        return {task: [[*one, subjects] for one, subjects in seen.items()] for task, seen in self.seen.items()}
 
     def recall(self, state: Mapping[str, Any]) -> None:
         """Takes the templates from a checkpoint."""
-        self.seen = {task: {(a, b): subject for a, b, subject in seen} for task, seen in state.items()}
-
-
-def template(prompt: str, subject: str | None) -> Template | None:
-    """Returns a prompt before and after its subject; None if the subject is unknown or not in it."""
-    before, found, after = prompt.partition(subject or prompt)
-    return (before, after) if found == subject else None
+        self.seen = {task: {(a, b): [*subjects] for a, b, subjects in seen} for task, seen in state.items()}
 
 
 def _other_name(record: EditRecord, own: Template) -> str | None:

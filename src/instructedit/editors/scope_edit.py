@@ -45,6 +45,8 @@ class ScopeEdit(RidgeEdit):
             probes apart when it is alone.
         crossed: Most questions for each request that ask something else about its subject and are requests to the
             scope's loss (see `Crossing`).
+        other_subjects: Most questions for each request, crossed ones included, that ask the same about another subject
+            and are out of its scope.
         scope_weight: Weight of the scope's loss, added to the editing loss.
         reach: Added to the scope's learned bias: above zero, fewer edits are missed and more hold too far.
         kept_rank: Rank to which a change is reduced when it is made; 0 keeps it whole.
@@ -63,6 +65,7 @@ class ScopeEdit(RidgeEdit):
     competitors: int = 80
     among: float = 1.0
     crossed: int = 1
+    other_subjects: int = 1
     scope_weight: float = 1.0
     reach: float = 0.0
     kept_rank: int = 0
@@ -76,7 +79,7 @@ class ScopeEdit(RidgeEdit):
         )
         sizes = (self.embedding, self.token_embedding)
         self.matcher = Matcher(self.lm, *sizes, block, token_block, self.competitors, self.among)
-        self.crossing = Crossing(self.crossed)
+        self.crossing = Crossing(self.crossed, self.other_subjects)
 
     def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
         older = super().upgrade(weights, prefix)
@@ -131,29 +134,31 @@ class ScopeEdit(RidgeEdit):
         own = torch.cat([part.request_index for part in parts])
         inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
         known = TokenBatch.cat(batch.tokens)
-        drawn = self.crossing(batch.records)
-        texts = list(dict.fromkeys(text for one in drawn for text, _ in one.asked))
-        ids = dict(zip(texts, self.lm.text.prompts(texts), strict=True))
-        crossed = [one for one in drawn if all(len(ids[text]) <= self.lm.max_length for text, _ in one.asked)]
-        if not crossed:
-            return batch.requests.tokens, (known, own, inside)
+        drawn, elsewhere = self.crossing(batch.records)
+        texts = list(dict.fromkeys([text for one in drawn for text, _ in one.asked] + [text for _, text in elsewhere]))
+        found = dict(zip(texts, self.lm.text.prompts(texts), strict=True))
+        ids = {text: words for text, words in found.items() if len(words) <= self.lm.max_length}
+        crossed = [one for one in drawn if all(text in ids for text, _ in one.asked)]
         asked = [(ids[text], near, i) for i, one in enumerate(crossed, len(batch)) for text, near in one.asked]
+        asked += [(ids[text], False, record) for record, text in elsewhere if text in ids]
         # The record's request and locality probes ask something else about the same subject, unless they ask just this.
         words = known.prompts().unpadded()
-        others = [
+        again = [
             (row, i)
             for i, one in enumerate(crossed, len(batch))
             for row in [one.record, *(~inside & (own == one.record)).nonzero().flatten().tolist()]
             if words[row] != ids[one.prompt]
         ]
-        more, questions = (
-            rows_of(rows).to(self.lm.device)
-            for rows in ([row for row, _, _ in asked], [ids[one.prompt] for one in crossed])
-        )
-        again = known.select(torch.tensor([row for row, _ in others]))
-        own = torch.cat([own, own.new_tensor([i for _, _, i in asked] + [i for _, i in others])])
-        near = torch.cat([inside, inside.new_tensor([near for _, near, _ in asked] + [False] * len(others))])
-        return TokenBatch.cat([batch.requests.tokens, questions]), (TokenBatch.cat([known, more, again]), own, near)
+        requests, probes = [batch.requests.tokens], [known]
+        if crossed:
+            requests.append(rows_of([ids[one.prompt] for one in crossed]).to(self.lm.device))
+        if asked:
+            probes.append(rows_of([row for row, _, _ in asked]).to(self.lm.device))
+        if again:
+            probes.append(known.select(torch.tensor([row for row, _ in again])))
+        own = torch.cat([own, own.new_tensor([i for _, _, i in asked] + [i for _, i in again])])
+        near = torch.cat([inside, inside.new_tensor([near for _, near, _ in asked] + [False] * len(again))])
+        return TokenBatch.cat(requests), (TokenBatch.cat(probes), own, near)
 
     def _prompts(self, tokens: TokenBatch) -> PromptStates:
         """Returns the prompts of rows with answers; in training the rows' own states are used, which are known."""

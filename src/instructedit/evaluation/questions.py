@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from instructedit.instructions import RenderedRecord
-from instructedit.records import EditRecord, Probe
+from instructedit.records import OUT_OF_SCOPE, EditRecord, Probe
 
 #: Kinds of probes that should give their own answer after the edit.
 IN_SCOPE = ("reliability", "generalization", "portability")
@@ -44,7 +44,7 @@ def questions(rendered: Sequence[RenderedRecord], replies: int) -> Iterator[Ques
     """Yields every question of a batch of records, one for each accepted answer.
 
     In-scope probes are asked both with the instruction in front and plainly (records without an instruction: plainly
-    only), ConvSent's replies only with the instruction if there is one, and locality probes only plainly.
+    only), ConvSent's replies only with the instruction if there is one, and probes out of scope only plainly.
 
     Args:
         rendered: The records with their instructions.
@@ -57,7 +57,7 @@ def questions(rendered: Sequence[RenderedRecord], replies: int) -> Iterator[Ques
             of_kind[probe.kind] += 1
             if probe.kind in REPLIES and of_kind[probe.kind] > replies:
                 continue
-            if probe.kind == "locality":
+            if probe.kind in OUT_OF_SCOPE:
                 yield Question(request_index, record, probe, number, "plain", True, probe.prompt, probe.answers[0])
                 continue
             views = [("instructed", one.ask(probe))] if one.prefix else []

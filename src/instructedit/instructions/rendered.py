@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from instructedit.instructions.instructor import Instructor
-from instructedit.records import EditRecord, Probe
+from instructedit.records import OUT_OF_SCOPE, EditRecord, Probe
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class RenderedRecord:
         return self.record.request.prompt if self.apart else self.prefix + self.record.request.prompt
 
     def ask(self, probe: Probe) -> str:
-        """Returns the probe's prompt as the model reads it; locality probes have no instruction."""
-        return probe.prompt if probe.kind == "locality" else self.prefix + probe.prompt
+        """Returns the probe's prompt as the model reads it; those out of scope have no instruction."""
+        return probe.prompt if probe.kind in OUT_OF_SCOPE else self.prefix + probe.prompt
 
 
 def render_records(
