@@ -30,7 +30,8 @@ _HOME = {
 __all__ = [
     "Edit", "EditCase", "EditRecord", "EditReport", "EditRequest", "EditSequence", "Editor", "Evaluation", "FrozenLM",
     "InstructionBank", "LowRankEdit", "Probe", "Scores", "UserError", "build_editor", "edit", "edit_sequence",
-    "editor_names", "evaluate", "load_edit", "load_editor", "load_records", "read_cases", "task_names", "with_neighbors",
+    "editor_names", "evaluate", "load_edit", "load_editor", "load_records", "read_cases", "task_names",
+    "with_neighbors",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

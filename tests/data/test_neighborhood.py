@@ -32,7 +32,8 @@ def test_a_template_is_what_stands_before_and_after_the_subject(prompt, subject,
 
 def test_neighbors_are_requests_in_the_same_words_about_other_subjects():
     records = [
-        record("France"), record("Spain", "Rome"), record("Nile", words="The mouth of {} is"), record("Peru", task="recent"),
+        record("France"), record("Spain", "Rome"), record("Nile", words="The mouth of {} is"),
+        record("Peru", task="recent"),
         EditRecord("x", EditRequest("The capital of Spain is", "Oslo")), record("France", "Bonn"),
     ]  # fmt: skip
     found = with_neighbors(records, 2)

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from instructedit.data.batch import Collator, EditBatch
 from instructedit.data.mixture import MixtureSampler
+from instructedit.data.neighborhood import with_neighbors
 from instructedit.errors import UserError, at_least
 from instructedit.instructions import Instructor
 from instructedit.lm import Text
-from instructedit.data.neighborhood import with_neighbors
 from instructedit.processes import place_among
 from instructedit.records import EditRecord
 from instructedit.renamed import renamed_names
