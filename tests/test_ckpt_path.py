@@ -96,6 +96,24 @@ def test_last_is_taken_where_it_is(trained, tmp_path):
     assert cli.trainer.global_step == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], 2.0), (["--model.editor.reach=3"], 3.0), (["--model.editor.init_args.reach=3"], 3.0),
+        (["--model.editor.rank=3"], 2.0), (["--config=reach.yaml"], 2.0),
+    ],
+)  # fmt: skip
+def test_options_that_may_change_after_training_are_the_command_lines_if_it_has_them(tmp_path, place, words, expected):
+    editor = ie.build_editor(
+        "scope_edit", ie.FrozenLM.from_pretrained("lm"), text="tiny", tokens=200, rank=2, reach=2.0
+    )
+    editor.save_pretrained(tmp_path / "own")
+    (place / "reach.yaml").write_text("model: {editor: {class_path: ScopeEdit, init_args: {reach: 4}}}")
+    more = [f"--ckpt_path={tmp_path}/own", "--trainer.logger=false", *words]
+    cli = run(arguments("test", *more, editor=["--model.editor=ScopeEdit"]), Built)
+    assert (cli.model.editor.reach, cli.model.editor.rank) == (expected, 2)
+
+
 @pytest.mark.parametrize("source", ["run's id", "run's folder", "checkpoints", "file"])
 def test_all_that_load_editor_takes(source, place, trained):
     run_id, file = trained

@@ -28,6 +28,7 @@ from instructedit.callbacks.editor_model import EditorModel
 from instructedit.configs import expanded, shown
 from instructedit.data.module import EditData
 from instructedit.editors.base import PACKAGE, Editor, editor_class, load_weights
+from instructedit.editors.options import adjustable_options
 from instructedit.editors.saved import read_checkpoint, read_folder
 from instructedit.editors.sources import check_run_id, find_editor
 from instructedit.errors import UserError
@@ -164,8 +165,15 @@ class EditingCLI(LightningCLI):
         self._take(saved)
 
     def _take(self, saved: dict[str, Any]) -> None:
-        """Replaces the editor's class and options in the command line's configuration by those of a saved editor."""
+        """Replaces the editor's class and options in the command line's configuration by those of a saved editor.
+
+        Those that may change after training stay as the command line has them, if it does.
+        """
         before = _flat(self.config[self.config.subcommand].model.editor)
+        given = {arg.partition("=")[0].replace(".init_args", "") for arg in self.typed}
+        for option in adjustable_options(editor_class(saved["class_path"].rpartition(".")[2])):
+            if f"--model.editor.{option}" in given and (name := f"editor.init_args.{option}") in before:
+                saved["init_args"] = saved["init_args"] | {option: before[name]}
         taken = {self.config.subcommand: {"model": {"editor": saved}}}
         try:
             self.config = self.parser.parse_object(taken, self.config)

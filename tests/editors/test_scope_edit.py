@@ -6,9 +6,10 @@ from tests.quick import QUICK
 from tests.reference import Case, training_batch
 
 from instructedit.data.batch import Collator
-from instructedit.editors import build_editor
+from instructedit.editors import any_editor, build_editor
 from instructedit.editors.losses import LossWeights
 from instructedit.edits import LowRankEdit, MatchGate, ScopedEdit
+from instructedit.errors import UserError
 from instructedit.evaluation.sequence import edit_sequence
 from instructedit.lm import FrozenLM
 from instructedit.lm.context import PromptStates
@@ -158,6 +159,21 @@ def test_reach_is_added_to_what_the_scope_has_learned(lm):
     prompts = PromptStates(lm.context, lm.encode([("Who", "it"), ("In France", "it")]).prompts())
     rows = torch.tensor([0, 1])
     torch.testing.assert_close(far.gate.scores(prompts, rows), near.gate.scores(prompts, rows) + 2.5)
+
+
+def test_a_trained_editors_reach_may_change_and_its_other_options_may_not(lm, tmp_path):
+    new_editor(lm, reach=1.0).save_pretrained(tmp_path / "own")
+    own, far = (any_editor(tmp_path / "own", lm, options) for options in ({}, {"reach": 3.0, "kept_rank": 2}))
+    assert (own.reach, own.kept_rank, far.reach, far.kept_rank) == (1.0, 0, 3.0, 2)
+    gap = far.edit(REQUESTS[:1]).gate.bias - own.edit(REQUESTS[:1]).gate.bias
+    torch.testing.assert_close(gap, torch.tensor(2.0))
+    with pytest.raises(UserError, match=r"crossed is as it was in training; .* only reach and kept_rank may change"):
+        any_editor(tmp_path / "own", lm, {"reach": 3.0, "crossed": 2})
+    with pytest.raises(UserError, match="reach must be a number, got 'far'"):
+        any_editor(tmp_path / "own", lm, {"reach": "far"})
+    build_editor("mend", lm, **QUICK["mend"]).save_pretrained(tmp_path / "mend")
+    with pytest.raises(UserError, match="rank is as it was in training; of a trained one's options none may change"):
+        any_editor(tmp_path / "mend", lm, {"rank": 2})
 
 
 def test_an_edit_needs_no_instruction_and_is_the_same_behind_any(lm):

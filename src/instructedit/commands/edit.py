@@ -38,7 +38,8 @@ class EditCommand:
             own, for its test records. Each is an edit of its own.
         options: Hyper-parameters of a method that needs no training, e.g. '{"lr": 0.005, "bound": 0.02}'; by
             default those of its config at the scale; without a scale the published ones, with step sizes and radii
-            that follow the model's own scales.
+            that follow the model's own scales. Of a trained editor, those that may change after training, e.g.
+            ScopeEdit's '{"reach": 1}'.
         scale: A scale of configs/scale/, or a file of your own, for the LM and the method's hyper-parameters; by
             default the one named after the LM, if there is one.
         lm: tiny, tiny-llama, smollm2-135m, gemma-3-270m, a local folder, a .gguf file, or a hub id; by default the

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from instructedit.editors.base import PACKAGE, Editor, build_editor, load_editor
+from instructedit.editors.options import adjust
 from instructedit.editors.saved import read_editor
 from instructedit.editors.sources import find_editor, is_place
 from instructedit.errors import UserError
@@ -37,16 +38,17 @@ def any_editor(source: str | Path, lm: FrozenLM, options: Mapping[str, Any] | No
     Args:
         source: The method's name, or a source that `load_editor` accepts.
         lm: The model that it edits.
-        options: Hyper-parameters, for a method only.
+        options: Hyper-parameters; of a trained editor those that may change after training.
 
     Raises:
-        UserError: If there is no such editor, the method must be trained first, or options are given for a trained one.
+        UserError: If there is no such editor, the method must be trained first, or an option is unknown or was fixed by
+            training.
     """
     name = str(source)
     if name not in editor_names() and is_place(name):
-        if options:
-            raise UserError(f"editor {name!r} is a trained one, which has its own options: leave out --options")
-        return load_editor(source, lm)
+        editor = load_editor(source, lm)
+        adjust(editor, options or {})
+        return editor
     method = build_editor(name, lm, **options or {})
     if method.trainable:
         raise UserError(f"editor {name!r} must be trained first: give a run's folder, id or name, or latest")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
@@ -16,7 +17,15 @@ T = TypeVar("T")
 AUTO: Literal["auto"] = "auto"
 
 
-@dataclass_transform(eq_default=False)
+_ADJUSTABLE = "adjustable"
+
+
+def adjustable(default: Any) -> Any:
+    """Declares an option that may still change when the editor has been trained (see `adjust`)."""
+    return field(default=default, metadata={_ADJUSTABLE: True})
+
+
+@dataclass_transform(eq_default=False, field_specifiers=(adjustable,))
 def options(cls: type[T]) -> type[T]:
     """Makes a class a dataclass whose constructor has resolved types for its arguments, including inherited ones.
 
@@ -27,6 +36,29 @@ def options(cls: type[T]) -> type[T]:
     hints = get_type_hints(made)
     made.__init__.__annotations__ = {field.name: hints[field.name] for field in fields(made)} | {"return": None}
     return made
+
+
+def adjustable_options(editor: Any) -> list[str]:
+    """Returns the names of the options of an editor, or of its class, that may change after training."""
+    return [each.name for each in fields(editor) if each.metadata.get(_ADJUSTABLE)]
+
+
+def adjust(made: Any, values: Mapping[str, Any]) -> None:
+    """Changes options of a trained editor.
+
+    Raises:
+        UserError: If one of them cannot change after training, or its value is invalid.
+    """
+    known = adjustable_options(made)
+    for option in values:
+        if option not in known:
+            rest = f"only {' and '.join(known)} may change" if known else "none may change"
+            raise UserError(
+                f"editor {made.name!r}: {option} is as it was in training; of a trained one's options {rest}"
+            )
+    for option, value in values.items():
+        setattr(made, option, value)
+    check_numbers(made)
 
 
 def check_numbers(made: Any) -> None:

@@ -13,7 +13,7 @@ from instructedit.data.batch import EditBatch, RequestBatch
 from instructedit.editors.crossing import Crossing
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.matching import Matcher
-from instructedit.editors.options import options
+from instructedit.editors.options import adjustable, options
 from instructedit.editors.ridge_edit import RidgeEdit
 from instructedit.edits import Edit, ScopedEdit
 from instructedit.instructions import Instructor
@@ -48,8 +48,9 @@ class ScopeEdit(RidgeEdit):
         other_subjects: Most questions for each request, crossed ones included, that ask the same about another subject
             and are out of its scope.
         scope_weight: Weight of the scope's loss, added to the editing loss.
-        reach: Added to the scope's learned bias: above zero, fewer edits are missed and more hold too far.
-        kept_rank: Rank to which a change is reduced when it is made; 0 keeps it whole.
+        reach: Added to the scope's learned bias: the larger, the fewer edits are missed and the more hold too far. It
+            may change after training.
+        kept_rank: Rank to which a change is reduced when it is made; 0 keeps it whole. It may change after training.
     """
 
     name: ClassVar[str] = "scope_edit"
@@ -62,13 +63,13 @@ class ScopeEdit(RidgeEdit):
     token_embedding: int = 32
     prompt_block: float = 0.6
     token_block: float = 0.15
-    competitors: int = 80
-    among: float = 1.0
+    competitors: int = 320
+    among: float = 0.5
     crossed: int = 1
     other_subjects: int = 1
     scope_weight: float = 1.0
-    reach: float = 0.0
-    kept_rank: int = 0
+    reach: float = adjustable(0.5)
+    kept_rank: int = adjustable(0)
 
     def build(self) -> None:
         """Builds the parts of RidgeEdit and the scope's matcher."""
