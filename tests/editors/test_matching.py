@@ -20,16 +20,17 @@ def logit(lm, matcher, request, probe):
     k, q = (matcher.projection @ each(block)[0] for each in states)
     opened = states[1](block)[0] @ matcher.opening / len(matcher.opening) ** 0.5
     wanted, words = (each.tokens(token_block)[0][0] for each in states)
-    weights = (wanted @ matcher.importance).softmax(0)
-    matched = 0
-    for state, weight in zip(wanted, weights, strict=True):
-        own = matcher.token_projection @ state
-        cosines = [torch.cosine_similarity(own, matcher.token_projection @ word, dim=0) for word in words]
-        matched = matched + weight * torch.stack(cosines).max()
+    missing = 0
+    for name, seeking, sought in (("log_sharpness", wanted, words), ("log_backward", words, wanted)):
+        weights, matched = (seeking @ matcher.importance).softmax(0), 0
+        for state, weight in zip(seeking, weights, strict=True):
+            own = matcher.token_projection @ state
+            cosines = [torch.cosine_similarity(own, matcher.token_projection @ word, dim=0) for word in sought]
+            matched = matched + weight * torch.stack(cosines).max()
+        missing = missing + matcher.levels[name].exp() * (1 - matched)
     level = matcher.levels
     distance = (q - k).square().sum()
-    near = level["bias"] - level["log_scale"].exp() * distance - level["log_sharpness"].exp() * (1 - matched)
-    return near + opened
+    return level["bias"] - level["log_scale"].exp() * distance - missing + opened
 
 
 def expected_loss(lm, editor, cases, known=()):

@@ -41,10 +41,10 @@ def gate_of(rng, lengths, edits):
     weights = [drawn(rng, n).softmax(-1) for n in lengths]
     keys, projection, token_projection = drawn(rng, len(lengths), SIZE), drawn(rng, SIZE, 12), drawn(rng, WIDTH, HIDDEN)
     padded = [torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (tokens, weights)]
-    levels = (torch.tensor(value, dtype=torch.float64) for value in (3.0, 0.02, 4.0, 0.3))
+    levels = (torch.tensor(value, dtype=torch.float64) for value in (3.0, 0.02, 4.0, 1.7, 0.3))
     gate = MatchGate(
         *(part.unflatten(0, (edits, -1)) for part in (keys, *padded)), projection, token_projection,
-        drawn(rng, 12), *levels, torch.tensor(5), torch.tensor(2),
+        drawn(rng, 12), drawn(rng, HIDDEN), *levels, torch.tensor(5), torch.tensor(2),
     )  # fmt: skip
     return gate, tokens, weights
 
@@ -54,8 +54,11 @@ def logit(gate, key, tokens, weights, last, states, entries):
     distance = sum((a - b) ** 2 for a, b in zip(gate.projection @ last, key, strict=True))
     words = [gate.token_projection @ state for state in states]
     matched = sum(w * max(t @ x / x.norm() for x in words) for t, w in zip(tokens, weights, strict=True))
+    matter = torch.tensor([sum(a * x for a, x in zip(gate.importance, state, strict=True)).exp() for state in states])
+    covered = sum(v * max(t @ x / x.norm() for t in tokens) for x, v in zip(words, matter / matter.sum(), strict=True))
     opened = sum(o * a for o, a in zip(gate.opening, last, strict=True))
-    return gate.bias + opened - gate.scale * distance - gate.sharpness * (1 - matched) - gate.crowd * math.log(entries)
+    missing = gate.sharpness * (1 - matched) + gate.backward * (1 - covered)
+    return gate.bias + opened - gate.scale * distance - missing - gate.crowd * math.log(entries)
 
 
 @pytest.mark.parametrize("edits", [1, 2, 4])

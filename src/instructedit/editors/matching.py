@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from instructedit.edits import MatchGate
-from instructedit.edits.gates import Prompts
+from instructedit.edits.gates import Prompts, token_weights
 from instructedit.lm import FrozenLM
 from instructedit.lm.context import PromptStates
 
 #: Weight of in-scope probes against those out of scope where a request is compared alone. A change that holds too far
 #: still leaves alone what it can, but an edit that is missed is lost; among many requests both weigh the same.
 ALONE, AMONG_MANY = 0.8, 0.5
-#: Initial bias, logarithms of scale and sharpness, and crowd of a `MatchGate`.
-START = {"bias": 3.0, "log_scale": -2.5, "log_sharpness": 1.5, "crowd": 0.1}
+#: Initial bias, logarithms of scale, sharpness and backward, and crowd of a `MatchGate`.
+START = {"bias": 3.0, "log_scale": -2.5, "log_sharpness": 1.5, "log_backward": 0.5, "crowd": 0.1}
+#: What earlier versions lacked, and the values at which it has no effect.
+ABSENT = {"opening": 0.0, "levels.log_backward": -100.0}
 
 
 class KnownPrompts(NamedTuple):
@@ -90,13 +92,13 @@ class Matcher(nn.Module):
         block, token_block = self.blocks
         states, there = prompts.tokens(token_block)
         words = F.normalize(states @ self.token_projection.T, dim=-1) * there.unsqueeze(-1)
-        weights = (states @ self.importance).masked_fill(~there, -torch.inf).softmax(-1)
+        weights = token_weights(states, there, self.importance)
         level = self.levels
         return MatchGate(
             (prompts(block) @ self.projection.T).unsqueeze(1), words.unsqueeze(1), weights.unsqueeze(1),
-            self.projection, self.token_projection, self.opening * len(self.opening) ** -0.5, level["bias"],
-            level["log_scale"].exp(), level["log_sharpness"].exp(), level["crowd"], torch.tensor(block),
-            torch.tensor(token_block),
+            self.projection, self.token_projection, self.opening * len(self.opening) ** -0.5, self.importance,
+            level["bias"], level["log_scale"].exp(), level["log_sharpness"].exp(), level["log_backward"].exp(),
+            level["crowd"], torch.tensor(block), torch.tensor(token_block),
         )  # fmt: skip
 
     def loss(self, requests: PromptStates, probes: PromptStates, own: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from instructedit.data.batch import EditBatch, RequestBatch
 from instructedit.editors.crossing import Crossing
 from instructedit.editors.losses import LossWeights
-from instructedit.editors.matching import Matcher
+from instructedit.editors.matching import ABSENT, Matcher
 from instructedit.editors.options import adjustable, options
 from instructedit.editors.ridge_edit import RidgeEdit
 from instructedit.edits import Edit, ScopedEdit
@@ -84,10 +84,11 @@ class ScopeEdit(RidgeEdit):
 
     def upgrade(self, weights: dict[str, Tensor], prefix: str = "") -> bool:
         older = super().upgrade(weights, prefix)
-        if (name := f"{prefix}matcher.opening") in weights:
-            return older
-        weights[name] = torch.zeros_like(self.matcher.opening)  # older versions had none
-        return True
+        own = self.matcher.state_dict()
+        absent = {f"{prefix}matcher.{name}": torch.full_like(own[name], value) for name, value in ABSENT.items()}
+        missing = {name: value for name, value in absent.items() if name not in weights}
+        weights.update(missing)
+        return older or bool(missing)
 
     def instructor(self, *args: Any, **options: Any) -> Instructor | None:
         found = super().instructor(*args, **options)

@@ -23,6 +23,17 @@ class Prompts(Protocol):
         """At each token, [prompts, seq, hidden], and which of them are there, bool [prompts, seq]."""
 
 
+def token_weights(states: Tensor, there: Tensor, importance: Tensor) -> Tensor:
+    """Weighs the tokens of prompts by a learned direction of their states: a softmax over each prompt, [prompts, seq].
+
+    Args:
+        states: States at each token, [prompts, seq, hidden].
+        there: Which tokens exist, bool [prompts, seq].
+        importance: The direction, [hidden].
+    """
+    return (states @ importance).masked_fill(~there, -torch.inf).softmax(-1)
+
+
 class Gate(NamedTuple):
     """Which prompts are in scope of which entry: logit = bias − scale · ‖P q − k‖², in scope where it is positive.
 
@@ -67,10 +78,12 @@ class Gate(NamedTuple):
 class MatchGate(NamedTuple):
     """Which prompts are in scope of which entry, by two readings of both.
 
-    logit = bias + oᵀq − scale · ‖P q − k‖² − sharpness · (1 − Σ_i w_i max_j cos(t_i, T x_j)) − crowd · log entries, in
-    scope where it is positive. q is read of the whole prompt and says what is asked; the x_j are its tokens, among
-    which each token t_i of the request looks for its like (late interaction; Khattab and Zaharia 2020): there subjects
-    differ. oᵀq depends on the question alone. The more entries there are, the closer a match must be.
+    logit = bias + oᵀq − scale · ‖P q − k‖² − sharpness · (1 − Σ_i w_i max_j cos(t_i, T x_j))
+    − backward · (1 − Σ_j v_j max_i cos(T x_j, t_i)) − crowd · log entries, in scope where it is positive. q is read of
+    the whole prompt and says what is asked; the x_j are its tokens, among which each token t_i of the request looks for
+    its like (late interaction; Khattab and Zaharia 2020), and the other way about: there subjects differ, and a shorter
+    name of a subject is found in a longer one. v is the softmax of aᵀx_j over the prompt's tokens, w that of the
+    request's. oᵀq depends on the question alone. The more entries there are, the closer a match must be.
 
     Attributes:
         keys: k of each entry, [n, entries, size].
@@ -79,7 +92,8 @@ class MatchGate(NamedTuple):
         projection: P, [size, 2 · hidden].
         token_projection: T, [width, hidden].
         opening: o, [2 · hidden].
-        bias, scale, sharpness, crowd: Scalars.
+        importance: a, [hidden].
+        bias, scale, sharpness, backward, crowd: Scalars.
         block, token_block: Blocks whose inputs q and x are, scalars.
     """
 
@@ -89,9 +103,11 @@ class MatchGate(NamedTuple):
     projection: Tensor
     token_projection: Tensor
     opening: Tensor
+    importance: Tensor
     bias: Tensor
     scale: Tensor
     sharpness: Tensor
+    backward: Tensor
     crowd: Tensor
     block: Tensor
     token_block: Tensor
@@ -104,9 +120,11 @@ class MatchGate(NamedTuple):
         query = prompts(int(self.block)).to(self.projection.dtype)
         asked, opened = query @ self.projection.T, query @ self.opening
         states, there = prompts.tokens(int(self.token_block))
-        words = F.normalize(states[there].to(self.projection.dtype) @ self.token_projection.T, dim=-1)
+        states = states.to(self.projection.dtype)
+        words = F.normalize(states[there] @ self.token_projection.T, dim=-1)
+        matter = token_weights(states, there, self.importance)[there]
         lengths = there.sum(-1)
-        spans = words.split(lengths.tolist())
+        spans = torch.cat([words, matter.unsqueeze(-1)], -1).split(lengths.tolist())
         order, found = [], []
         for edit in rows.unique().tolist():
             own = (rows == edit).nonzero().squeeze(-1)
@@ -114,15 +132,18 @@ class MatchGate(NamedTuple):
             for part in own.split(size):
                 order.append(part)
                 together = torch.cat([spans[row] for row in part.tolist()])
-                found.append(self._logits(asked[part], together, lengths[part], edit) + opened[part].unsqueeze(-1))
+                words, matter = together[:, :-1], together[:, -1]
+                own_logits = self._logits(asked[part], words, matter, lengths[part], edit)
+                found.append(own_logits + opened[part].unsqueeze(-1))
         return torch.cat(found)[torch.cat(order).argsort()]
 
-    def _logits(self, asked: Tensor, words: Tensor, lengths: Tensor, edit: int) -> Tensor:
+    def _logits(self, asked: Tensor, words: Tensor, matter: Tensor, lengths: Tensor, edit: int) -> Tensor:
         """Computes the logits of prompts for the entries of one edit but for oᵀq, [prompts, entries].
 
         Args:
             asked: P q of each prompt, [prompts, size].
             words: T x of all their tokens, one prompt's behind the other's, [tokens, width].
+            matter: v of these tokens, [tokens].
             lengths: Number of tokens of each, [prompts].
             edit: Index of the edit.
         """
@@ -132,9 +153,13 @@ class MatchGate(NamedTuple):
         alike = torch.segment_reduce(cosines, "max", lengths=lengths, axis=0)
         entry = real.nonzero()[:, 0]
         matched = alike.new_zeros(len(asked), len(real)).index_add(1, entry, alike * weights[real])
+        best = torch.segment_reduce(cosines.T.contiguous(), "max", lengths=real.sum(-1), axis=0)  # [entries, tokens]
+        prompt = torch.arange(len(asked), device=lengths.device).repeat_interleave(lengths)
+        covered = best.new_zeros(len(real), len(asked)).index_add(1, prompt, best * matter).T
         distance = (asked.unsqueeze(1) - self.keys[edit]).square().sum(-1)
         needed = self.crowd * math.log(self.keys.shape[1])
-        return self.bias - self.scale * distance - self.sharpness * (1 - matched) - needed
+        missing = self.sharpness * (1 - matched) + self.backward * (1 - covered)
+        return self.bias - self.scale * distance - missing - needed
 
     def select(self, chosen: list[int]) -> MatchGate:
         """The entries of the chosen edits."""

@@ -91,7 +91,9 @@ class ScopedEdit(PromptEdit):
     def from_state(cls, state: dict[str, Tensor]) -> Self:
         read = nested(state, "gate")
         if "tokens" in read:
-            none = {"opening": torch.zeros(read["projection"].shape[1])}  # saved before there was one
+            whole, token = (read[name].shape[1] for name in ("projection", "token_projection"))
+            sizes = {"opening": [whole], "importance": [token], "backward": []}  # saved before there were these
+            none = {name: torch.zeros(size) for name, size in sizes.items()}
             gate: Gate | MatchGate = MatchGate(**none | read)
         else:
             gate = Gate(**read)

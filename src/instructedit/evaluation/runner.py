@@ -141,6 +141,21 @@ class Scores:
         return self.summary.to_string(index=False, float_format="{:.2f}".format)
 
 
+def check_records(records: Sequence[EditRecord], caller: str) -> None:
+    """Raises an error for records whose scores could not be told apart.
+
+    Raises:
+        UserError: If there are none, or two of one task share an id, by which their scores are kept.
+    """
+    if not records:
+        raise UserError(f"{caller}: no records given")
+    seen: set[tuple[str, str]] = set()
+    for record in records:
+        if (key := (record.task, record.id)) in seen:
+            raise UserError(f"{caller}: two records of task {record.task!r} have the id {record.id!r}")
+        seen.add(key)
+
+
 def evaluate(
     lm: FrozenLM,
     editor: Editor,
@@ -160,14 +175,14 @@ def evaluate(
         progress: Wraps the batches, e.g. ``tqdm``.
 
     Raises:
-        UserError: If there are no records, a number is below 1, or a record does not suit the editor.
+        UserError: If there are no records, two of one task share an id, a number is below 1, or a record does not suit
+            the editor.
     """
     from pandas import DataFrame
 
     from instructedit.analysis.summary import summarise
 
-    if not records:
-        raise UserError("evaluate: no records given")
+    check_records(records, "evaluate")
     at_least(1, batch_size=batch_size)
     rows: list[Row] = []
     batches = [records[i : i + batch_size] for i in range(0, len(records), batch_size)]

@@ -18,7 +18,7 @@ from instructedit.editors import Editor
 from instructedit.editors.report import check_finite
 from instructedit.edits import Edit, PromptEdit, add
 from instructedit.errors import UserError
-from instructedit.evaluation.runner import ask_all
+from instructedit.evaluation.runner import ask_all, check_records
 from instructedit.evaluation.scoring import Row
 from instructedit.evaluation.settings import Evaluation
 from instructedit.instructions import RenderedRecord, render_records
@@ -216,13 +216,7 @@ def _spread(count: int, sample: int | None) -> list[int]:
 
 
 def _check(records: Sequence[EditRecord], numbers: dict[str, int]) -> None:
-    if not records:
-        raise UserError("edit_sequence: no records given")
+    check_records(records, "edit_sequence")
     for name, number in numbers.items():
         if number < 1:
             raise UserError(f"edit_sequence: {name} must be at least 1, got {number}")
-    seen: set[tuple[str, str]] = set()
-    for record in records:
-        if (key := (record.task, record.id)) in seen:
-            raise UserError(f"edit_sequence: two records of task {record.task!r} have the id {record.id!r}")
-        seen.add(key)
