@@ -20,7 +20,7 @@ AUTO: Literal["auto"] = "auto"
 _ADJUSTABLE = "adjustable"
 
 
-def adjustable(default: Any) -> Any:
+def adjustable(*, default: Any) -> Any:
     """Declares an option that may still change when the editor has been trained (see `adjust`)."""
     return field(default=default, metadata={_ADJUSTABLE: True})
 

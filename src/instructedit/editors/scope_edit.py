@@ -68,8 +68,8 @@ class ScopeEdit(RidgeEdit):
     crossed: int = 1
     other_subjects: int = 1
     scope_weight: float = 1.0
-    reach: float = adjustable(0.5)
-    kept_rank: int = adjustable(0)
+    reach: float = adjustable(default=0.5)
+    kept_rank: int = adjustable(default=0)
 
     def build(self) -> None:
         """Builds the parts of RidgeEdit and the scope's matcher."""
