@@ -87,12 +87,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     summary.to_csv(args.out / "reach.csv", index=False)
     draw(summary, args.out)
-    shown = summary.assign(reach=summary["reach"].fillna("") if "reach" in summary else "")
-    print(
-        shown.pivot_table(index=["task", "method", "reach"], columns="metric", values="mean", sort=False)
-        .round(1)
-        .to_string()
-    )
+    summary = summary.assign(reach=["" if pd.isna(reach) else f"{reach:g}" for reach in summary["reach"]])
+    table = summary.pivot_table(index=["task", "method", "reach"], columns="metric", values="mean", sort=False)
+    print(table.round(1).to_string())
 
 
 def draw(summary: Any, out: Path) -> None:
