@@ -68,7 +68,7 @@ class ScopeEdit(RidgeEdit):
     crossed: int = 1
     other_subjects: int = 1
     scope_weight: float = 1.0
-    reach: float = adjustable(default=0.5)
+    reach: float = adjustable(default=1.5)
     kept_rank: int = adjustable(default=0)
 
     def build(self) -> None:
