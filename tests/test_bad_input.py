@@ -210,7 +210,10 @@ COMMANDS = {
     "edit, unknown editor": ([*EDIT, "--editor=nosuch"], "nosuch"),
     "edit, untrained editor": ([*EDIT, "--editor=mend"], "editor 'mend' must be trained first"),
     "edit, unknown hyper-parameter": ([*EDIT, "--editor=ft_l", '--options={"rate": 1}'], "rate"),
-    "edit, folder without an editor": ([*EDIT, "--editor=."], "no editor here"),
+    "edit, hyper-parameters of a trained editor": (
+        [*EDIT, "--editor=.", '--options={"lr": 1}'],
+        "lr is as it was in training",
+    ),
     "edit, empty prompt": ([*EDIT, "--editor=unedited", "--prompt="], "prompt must be a non-empty string"),
     "edit, missing model": ([*EDIT, "--editor=unedited", "--lm=./absent"], "'./absent'"),
     "edit, missing option": (EDIT, "editor"),
