@@ -325,6 +325,15 @@ def test_evaluation_works_in_any_mode_and_leaves_no_trace(lm, records, mode, tra
     )
 
 
+def test_records_that_share_an_id_are_refused(lm):
+    editor = build_editor("unedited", lm)
+    first, second = (EditRecord("a", EditRequest("A", target)) for target in ("b", "c"))
+    with pytest.raises(UserError, match="evaluate: two records of task 'edit' have the id 'a'"):
+        evaluate(lm, editor, [first, second], QUICK)
+    other = EditRecord("a", EditRequest("A", "c", task="recent"))
+    assert len(evaluate(lm, editor, [first, other], QUICK).table) == 2
+
+
 def test_an_error_restores_training_mode(lm):
     editor = build_editor("mend", lm, rank=4).train()
     with pytest.raises(UserError, match="record f9"):

@@ -68,6 +68,7 @@ def main() -> None:
     import instructedit as ie
     from instructedit.analysis.summary import summarise
     from instructedit.editors import any_editor
+    from instructedit.editors.options import adjust
 
     lm = ie.FrozenLM.from_pretrained(args.lm, dtype=args.dtype)
     records = records_of(args.records, args.data)
@@ -76,10 +77,11 @@ def main() -> None:
         editor = any_editor(source, lm)
         for view, table in scored(lm, editor, records, args.batch_size).items():
             parts.append(summarise(table, f"{type(editor).__name__}, {view}"))
+    editors = [any_editor(source, lm) for source in args.editors]
     for reach in args.reaches:
         tables = []
-        for seed, source in enumerate(args.editors):
-            editor = any_editor(source, lm, {"reach": reach})
+        for seed, editor in enumerate(editors):
+            adjust(editor, {"reach": reach})
             tables.append(scored(lm, editor, records, args.batch_size)["plain"].assign(seed=seed))
         parts.append(summarise(pd.concat(tables), f"{type(editor).__name__}, plain").assign(reach=reach))
     summary = pd.concat(parts)

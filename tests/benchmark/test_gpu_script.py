@@ -1,23 +1,15 @@
 """The script that measures a GPU: time limits, failures, and the dry run on a CPU."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
-
-FILE = Path(__file__).parents[2] / "experiments" / "benchmark" / "gpu.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("gpu_script", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_script"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["gpu_script"]
+    return load_script("benchmark/gpu.py")
 
 
 def test_all_limits_together_stay_below_ten_minutes(script, tmp_path):

@@ -1,13 +1,11 @@
 """The script that compares a real model's speed in two copies of the code, on a small model and records of ours."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "experiments" / "benchmark" / "real.py"
+from tests.scripts import load_script
 
 
 def fact(city, new):
@@ -35,10 +33,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("real_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark/real.py")
 
 
 def test_what_it_measures(script, data, capsys, monkeypatch):

@@ -1,26 +1,20 @@
 """The script that scores a trained ScopeEdit by its reach, from its command line to its table and figure."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from tests.quick import QUICK
+from tests.scripts import load_script
 
 import instructedit as ie
-
-SCRIPT = Path(__file__).parents[2] / "experiments/scope_edit/reach.py"
 
 
 @pytest.fixture
 def script():
-    spec = importlib.util.spec_from_file_location("reach", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scope_edit/reach.py")
 
 
 def raw(number):

@@ -142,7 +142,7 @@ class Scores:
 
 
 def check_records(records: Sequence[EditRecord], caller: str) -> None:
-    """Raises an error for records whose scores could not be told apart.
+    """Raises an error for records whose scores could not be distinguished.
 
     Raises:
         UserError: If there are none, or two of one task share an id, by which their scores are kept.
