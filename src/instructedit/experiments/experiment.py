@@ -12,6 +12,7 @@ from instructedit.experiments.plan import Plan
 from instructedit.experiments.report import report
 from instructedit.experiments.results import Results
 from instructedit.experiments.runner import Runner, RunResult
+from instructedit.experiments.scores import read_scores
 from instructedit.experiments.search import search
 from instructedit.experiments.sections import PACKAGE, Section
 from instructedit.paths import check_database, check_writable
@@ -71,8 +72,11 @@ class Experiment(Plan):
         found = {name: [runner.result(name, seed) for seed in self.seeds_of(name)] for name in done}
         if failed and not found:
             raise UserError("; ".join(failures))
-        titles = shared_titles([runs[0].titles for runs in found.values()])
-        results = Results(self.name, self.grid, self.scale, found, self.published, titles, trials)
+        beside = read_scores(self.beside)
+        every = [runs[0].titles for runs in found.values()]
+        every += [dict(zip(table["task"], table["title"], strict=True)) for table in beside.values()]
+        titles = shared_titles(every)
+        results = Results(self.name, self.grid, self.scale, found, self.published, titles, trials, beside)
         failures += report(self, results, runner.parent, failures)
         self._name_best(results, runner.parent)
         if failures:
@@ -94,7 +98,7 @@ class Experiment(Plan):
         best = str(means.idxmax())
         for key, value in (("best.row", best), ("best.score", f"{means[best]:.1f}")):
             parent.experiment.set_tag(parent.run_id, key, value)
-        if self.grid.rows[best].fitted:
+        if best in results.rows and self.grid.rows[best].fitted:
             run = results.rows[best][0]
             folder = next(self.root.glob(f"*/{run.run_id}"), run.run_id)
             at = "" if self.scale.name == "tiny" else f" --scale {self.scale.option}"

@@ -150,6 +150,7 @@ def _facts(experiment: Plan, own: Run) -> list[tuple[str, str]]:
     return [
         ("scale", experiment.scale.name),
         ("seeds", ", ".join(map(str, experiment.seeds))),
+        *(("beside", str(file)) for file in experiment.beside),
         ("date", _date(own.info.start_time)),
         ("machine", f"{device}, {os.cpu_count()} cores, {system}"),
         ("MLflow run", str(own.info.run_id)),

@@ -13,6 +13,7 @@ from instructedit import paths
 from instructedit.configs import Scale, located
 from instructedit.errors import UserError, unknown
 from instructedit.experiments.fingerprint import fingerprint
+from instructedit.experiments.scores import read_scores
 from instructedit.experiments.spec import Grid, published
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Plan:
         overrides: Further options of every run.
         force: Whether to repeat runs that are already in the store.
         data: Name of a config under configs/data/ that says where the records are; None leaves that to the scale.
+        beside: Files with scores of other experiments (see `read_scores`), to be shown with these.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Plan:
     overrides: tuple[str, ...] = ()
     force: bool = False
     data: str | None = None
+    beside: tuple[Path, ...] = ()
 
     @classmethod
     def load(
@@ -64,11 +67,13 @@ class Plan:
         overrides: list[str] | None = None,
         force: bool = False,
         data: str | None = None,
+        beside: list[str] | None = None,
     ) -> Self:
         """Reads ``experiments/<name>/grid.yaml``.
 
         Raises:
-            UserError: If there is no such experiment, scale, row, config or published result, or the grid is invalid.
+            UserError: If there is no such experiment, scale, row, config, published result or file of scores, the grid
+                is invalid, or a row is to be run with a seed whose scores are given.
         """
         file = _grid_file(name)
         if not file.is_file():
@@ -79,15 +84,25 @@ class Plan:
             raise UserError(f"{file}: {unknown('row', strange[0], list(grid.rows))}")
         model = grid.paper_model or at.paper
         figures = published(file.parent / grid.paper, model) if grid.paper and model else None
-        chosen = rows or [key for key, row in grid.rows.items() if not row.hidden]
+        chosen = rows if rows is not None else [key for key, row in grid.rows.items() if not row.hidden]
         folder = Path(out).expanduser() if out else _outputs(name, at.name, data)
         experiment = cls(
             name, grid, at, tuple(chosen), tuple(seeds or grid.seeds), figures, Path(root).expanduser(), folder,
-            tuple(located(overrides or ())), force, data,
+            tuple(located(overrides or ())), force, data, tuple(Path(each).expanduser() for each in beside or ()),
         )  # fmt: skip
         for key in grid.rows:
             experiment.configs(key)  # reports a missing file now, not after hours
+        experiment._check_beside()
         return experiment
+
+    def _check_beside(self) -> None:
+        tables = read_scores(self.beside)
+        if not (self.rows or tables or self.grid.search):
+            raise UserError("--rows: none given, and neither scores of other experiments (--beside) nor a search")
+        for name in self.rows:
+            given = set(tables[name]["seed"]) if name in tables else set()
+            if twice := sorted(given.intersection(self.seeds_of(name))):
+                raise UserError(f"--beside: {name}, seed {twice[0]}, is to be run here too; leave it out of --seeds")
 
     @property
     def file(self) -> Path:
@@ -104,6 +119,7 @@ class Plan:
             parts += ["--rows", json.dumps(self.rows, ensure_ascii=False)]
         parts += ["--root", str(self.root)] if self.root != Path(ROOT) else []
         parts += ["--out", str(self.out)] if self.out != _outputs(self.name, self.scale.name, self.data) else []
+        parts += ["--beside", json.dumps([*map(str, self.beside)], ensure_ascii=False)] if self.beside else []
         parts += ["--overrides", json.dumps(self.overrides, ensure_ascii=False)] if self.overrides else []
         return shlex.join([*parts, *(["--force"] if self.force else [])])
 

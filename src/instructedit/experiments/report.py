@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from instructedit.console import console, report_error
 from instructedit.drawing import save_figure
 from instructedit.experiments.results import Results
+from instructedit.experiments.scores import FILE as SCORES
+from instructedit.experiments.scores import write_scores
 from instructedit.experiments.sections.base import PACKAGE, Panel, Section
 from instructedit.registry import plugin
 
@@ -35,6 +37,8 @@ def report(experiment: Plan, results: Results, parent: MLflowTracker, failures: 
     """
     out, panels, failed = console(), [], []
     experiment.out.mkdir(parents=True, exist_ok=True)
+    write_scores(results.tables, results.titles, experiment.out / SCORES)
+    parent.log_file(experiment.out / SCORES)
     for name in results.grid.sections:
         try:
             for each in plugin(Section, PACKAGE, name)().show(results):

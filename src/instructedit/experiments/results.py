@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class Results:
         titles: Task to its title in tables.
         trials: Trials of the grid's search, if it has one: ``trial``, a column for each option, ``score``, ``state``
             (complete, pruned or failed), ``steps``, ``seconds``, ``run_id``.
+        beside: Method to its probe rows in other experiments, with a column ``seed`` (see `read_scores`).
     """
 
     name: str
@@ -36,16 +37,17 @@ class Results:
     published: DataFrame | None
     titles: dict[str, str]
     trials: DataFrame | None = None
+    beside: dict[str, DataFrame] = field(default_factory=dict)
 
     @cached_property
     def tables(self) -> dict[str, DataFrame]:
-        """Row to the probe rows of all its seeds, which the column ``seed`` tells apart."""
+        """Row, or method beside, to the probe rows of all its seeds, which the column ``seed`` tells apart."""
         import pandas as pd
 
-        return {
-            name: pd.concat([run.table.assign(seed=run.seed) for run in runs], ignore_index=True)
-            for name, runs in self.rows.items()
-        }
+        parts = {name: [run.table.assign(seed=run.seed) for run in runs] for name, runs in self.rows.items()}
+        for name, table in self.beside.items():
+            parts.setdefault(name, []).append(table)
+        return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
 
     @cached_property
     def summary(self) -> DataFrame:

@@ -53,7 +53,7 @@ class TableSection(Section):
 
 
 def _note(results: Results) -> str:
-    seeds = max((len(runs) for runs in results.rows.values()), default=1)
+    seeds = int(results.summary["seeds"].max())
     averaged = f", a record's {seeds} seeds averaged first" if seeds > 1 else ""
     note = f"Means × 100 over records{averaged}, with 95 % bootstrap intervals. Best mean bold, next one underlined."
     if results.published is None:
