@@ -13,8 +13,12 @@ ProbeKind = Literal["reliability", "generalization", "locality", "portability", 
 #: Every kind of probe; ``wanted`` and ``opposite`` are ConvSent's replies with the wanted sentiment and with the other,
 #: ``neighborhood`` is what the request asks about another subject (see `data.neighborhood`).
 KINDS: tuple[str, ...] = get_args(ProbeKind)
-#: Kinds that an edit should leave alone; they have no instruction.
+#: Kinds that should give their own answer after the edit.
+IN_SCOPE = ("reliability", "generalization", "portability")
+#: Kinds that an edit should leave alone; where they count, they are asked without an instruction.
 OUT_OF_SCOPE = ("locality", "neighborhood")
+#: Kinds of ConvSent's probes: replies of the wanted sentiment, and of the other.
+REPLIES = ("wanted", "opposite")
 
 
 def stripped(prompt: str) -> str:

@@ -74,6 +74,26 @@ def test_neighborhood_is_a_metric_beside_locality(lm):
     assert metrics["locality"] == plain.summary.set_index("metric")["mean"]["locality"]
 
 
+def test_neighbors_are_asked_behind_the_instruction_too(lm):
+    records = ie.with_neighbors([record("France"), record("Spain", "Rome")], 1)
+    editor = ie.build_editor("instructedit", lm, rank=3, edit_rate=0.02)
+    found = ie.evaluate(lm, editor, records, ie.Evaluation(generate=False, fluency_tokens=0))
+    rows = found.table[found.table.kind == "neighborhood"]
+    assert rows["view"].tolist() == ["plain", "instructed"] * 2
+    assert rows["main"].tolist() == [True, False] * 2
+    requests = found.table[(found.table.kind == "reliability") & (found.table["view"] == "instructed")]
+    for own, one in zip(requests.prompt, records, strict=True):
+        prefix = own.removesuffix(one.request.prompt)
+        (probe,) = one.of("neighborhood")
+        assert prefix
+        assert f"{prefix}{probe.prompt}" in set(rows.prompt)
+    metrics = found.summary.set_index("metric")["mean"]
+    for name, view in (("neighborhood", "plain"), ("neighborhood.instructed", "instructed")):
+        assert metrics[name] == pytest.approx(100 * rows[rows["view"] == view].agreement.mean())
+    assert metrics["neighborhood"] != metrics["neighborhood.instructed"]
+    assert "locality.instructed" not in metrics
+
+
 def test_a_test_has_as_many_as_it_is_told_from_the_whole_split_and_says_who_has_none():
     source = TaskSource("counterfact", size=9)
     with_, without = (EditData(train=[source], test=[source], neighbors=count) for count in (2, 0))

@@ -7,12 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from instructedit.instructions import RenderedRecord
-from instructedit.records import OUT_OF_SCOPE, EditRecord, Probe
-
-#: Kinds of probes that should give their own answer after the edit.
-IN_SCOPE = ("reliability", "generalization", "portability")
-#: Kinds of ConvSent's probes: replies of the wanted sentiment, and of the other.
-REPLIES = ("wanted", "opposite")
+from instructedit.records import OUT_OF_SCOPE, REPLIES, EditRecord, Probe
 
 
 @dataclass(frozen=True)
@@ -41,10 +36,7 @@ class Question:
 
 
 def questions(rendered: Sequence[RenderedRecord], replies: int) -> Iterator[Question]:
-    """Yields every question of a batch of records, one for each accepted answer.
-
-    In-scope probes are asked both with the instruction in front and plainly (records without an instruction: plainly
-    only), ConvSent's replies only with the instruction if there is one, and probes out of scope only plainly.
+    """Yields every question of a batch of records, one for each accepted answer; out of scope only for the first.
 
     Args:
         rendered: The records with their instructions.
@@ -57,11 +49,17 @@ def questions(rendered: Sequence[RenderedRecord], replies: int) -> Iterator[Ques
             of_kind[probe.kind] += 1
             if probe.kind in REPLIES and of_kind[probe.kind] > replies:
                 continue
-            if probe.kind in OUT_OF_SCOPE:
-                yield Question(request_index, record, probe, number, "plain", True, probe.prompt, probe.answers[0])
-                continue
-            views = [("instructed", one.ask(probe))] if one.prefix else []
-            views += [("plain", probe.prompt)] if not views or probe.kind not in REPLIES else []
-            for place, (view, prompt) in enumerate(views):
-                for answer in probe.answers:
+            answers = probe.answers[:1] if probe.kind in OUT_OF_SCOPE else probe.answers
+            for place, (view, prompt) in enumerate(_views(one, probe)):
+                for answer in answers:
                     yield Question(request_index, record, probe, number, view, place == 0, prompt, answer)
+
+
+def _views(one: RenderedRecord, probe: Probe) -> list[tuple[str, str]]:
+    """Returns the ways in which a probe is asked, view and prompt; headline metrics count the first."""
+    plain, instructed = ("plain", probe.prompt), ("instructed", one.prefix + probe.prompt)
+    if not one.prefix or probe.kind == "locality":
+        return [plain]
+    if probe.kind in OUT_OF_SCOPE:
+        return [plain, instructed]
+    return [instructed] if probe.kind in REPLIES else [instructed, plain]

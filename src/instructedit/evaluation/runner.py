@@ -13,13 +13,13 @@ from instructedit.editors import Editor
 from instructedit.edits import Edit
 from instructedit.errors import UserError, at_least
 from instructedit.evaluation.passes import chunks
-from instructedit.evaluation.questions import REPLIES, questions
+from instructedit.evaluation.questions import questions
 from instructedit.evaluation.scoring import Row, scored
 from instructedit.evaluation.settings import Evaluation
 from instructedit.evaluation.words import answer_freely, fluency_rows, write_words
 from instructedit.instructions import RenderedRecord, render_records
 from instructedit.lm import FrozenLM
-from instructedit.records import EditRecord
+from instructedit.records import REPLIES, EditRecord
 
 if TYPE_CHECKING:
     from pandas import DataFrame

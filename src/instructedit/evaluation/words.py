@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from instructedit.edits import Edit
 from instructedit.evaluation.passes import edit_numbers, passes
-from instructedit.evaluation.questions import IN_SCOPE, REPLIES, Question
+from instructedit.evaluation.questions import Question
 from instructedit.evaluation.scoring import Row, row_of
 from instructedit.evaluation.settings import Evaluation
 from instructedit.instructions import RenderedRecord
 from instructedit.lm import FrozenLM
 from instructedit.metrics import answer_match, fluency
-from instructedit.records import Probe
+from instructedit.records import IN_SCOPE, REPLIES, Probe
 
 
 def answer_freely(lm: FrozenLM, edit: Edit, rows: list[Row], rendered: Sequence[RenderedRecord], size: int) -> None:

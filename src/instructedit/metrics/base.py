@@ -29,6 +29,7 @@ class EditingMetric:
         chooses: Whether its mean is part of ``val/score``, by which the best checkpoint is chosen.
         variants: Suffix to the column of a stricter score; ``{".exact": "exact"}`` adds ``reliability.exact``.
         asked_plainly: Whether ``.plain``, the score of the prompts without the instruction, is reported as well.
+        asked_instructed: Whether ``.instructed``, the score of those with it, is reported as well.
         by_group: Whether the dataset's own groups of probes are reported as well, such as ``locality.Forgetfulness``.
     """
 
@@ -43,6 +44,7 @@ class EditingMetric:
     chooses: ClassVar[bool] = False
     variants: ClassVar[Mapping[str, str]] = {}
     asked_plainly: ClassVar[bool] = False
+    asked_instructed: ClassVar[bool] = False
     by_group: ClassVar[bool] = False
 
     @property
@@ -61,9 +63,9 @@ class EditingMetric:
             probes, a hundredth of the number in tables.
         """
         own = rows[rows["kind"].isin(self.probes)]
+        further = {"plain": self.asked_plainly, "instructed": self.asked_instructed}
         asked = {"": own[own["main"]]}
-        if self.asked_plainly:
-            asked[".plain"] = own[own["view"] == "plain"]
+        asked |= {f".{view}": own[own["view"] == view] for view, reported in further.items() if reported}
         for suffix, part in asked.items():
             for variant, column in {"": self.column, **self.variants}.items():
                 yield from self._means(f"{self.name}{suffix}{variant}", part, column)

@@ -13,3 +13,4 @@ class Neighborhood(EditingMetric):
     headline = False
     probes = ("neighborhood",)
     column = "agreement"
+    asked_instructed = True
