@@ -258,7 +258,7 @@ ROOMS = (
     ("sharding",),
     ("tokens", "joining", "gguf", "hooks", "feed_forward", "chunked_logits", "fingerprint"),
     ("architectures", "prefix_trees", "position_losses"),
-    ("text", "sites", "tryout", "reading", "small_batch", "cache"),
+    ("text", "sites", "tryout", "reading", "half_precision", "small_batch", "cache"),
     ("forward", "pretrained", "decoding", "adapters"),
     ("edit_sites", "loading"),
     ("applied",),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from instructedit.edits import Edit
 from instructedit.errors import UserError, at_least
-from instructedit.lm import capture, merging
+from instructedit.lm import capture, half_precision, merging
 from instructedit.lm.applied import Applied
 from instructedit.lm.cache import DiskCache, PrefixCache
 from instructedit.lm.cache.prompt_prefixes import PromptPrefixes
@@ -106,6 +106,7 @@ class FrozenLM:
         loading = reading_options(options, inspect.signature(cls).parameters.keys() - {"model", "tokenizer", "name"})
         lm = cls(*load_model(name, loading, device), name, **options)
         lm._device_mapped = loading.device_map is not None
+        half_precision.warn_if_slow(lm.model, name)
         return lm.to(device)
 
     def to(self, device: torch.device | str) -> Self:
