@@ -37,8 +37,8 @@ def main(
             outputs/<name>-<scale>.
         overrides: Further options for every run, e.g. '["--trainer.max_steps=20"]'.
         force: Run everything anew, for instance because a dataset or a local LM has changed.
-        beside: Scores of experiments that were run elsewhere, files scores.csv.gz, to be shown and compared with these:
-            further seeds of the same rows, or other methods on the same records.
+        beside: Scores of experiments that were run elsewhere, files scores.csv.gz or their folders, to be shown and
+            compared with these: further seeds of the same rows, or other methods on the same records.
         task: Train, validate and test every row on this one task instead: its name, or a folder with a task.yaml.
     """
     from instructedit.experiments import Experiment

@@ -41,13 +41,18 @@ class Results:
 
     @cached_property
     def tables(self) -> dict[str, DataFrame]:
-        """Row, or method beside, to the probe rows of all its seeds, which the column ``seed`` tells apart."""
+        """Row, or method beside, to the probe rows of all its seeds, which the column ``seed`` tells apart.
+
+        Rows are in the grid's order, other methods behind them.
+        """
         import pandas as pd
 
-        parts = {name: [run.table.assign(seed=run.seed) for run in runs] for name, runs in self.rows.items()}
+        parts: dict[str, list[DataFrame]] = {name: [] for name in [*self.grid.rows, *self.rows, *self.beside]}
+        for name, runs in self.rows.items():
+            parts[name] += [run.table.assign(seed=run.seed) for run in runs]
         for name, table in self.beside.items():
-            parts.setdefault(name, []).append(table)
-        return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+            parts[name].append(table)
+        return {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items() if tables}
 
     @cached_property
     def summary(self) -> DataFrame:

@@ -45,6 +45,9 @@ def write_scores(tables: Mapping[str, DataFrame], titles: Mapping[str, str], fil
 def read_scores(files: Sequence[str | Path]) -> dict[str, DataFrame]:
     """Reads files that `write_scores` wrote, on this machine or another.
 
+    Args:
+        files: The files, or folders of results that hold one.
+
     Returns:
         Method to its probe rows of all files, with the columns ``seed`` and ``title``.
 
@@ -57,7 +60,8 @@ def read_scores(files: Sequence[str | Path]) -> dict[str, DataFrame]:
     found: dict[str, list[DataFrame]] = {}
     origin: dict[tuple[str, int], str | Path] = {}
     for file in files:
-        table = _read(Path(file).expanduser())
+        path = Path(file).expanduser()
+        table = _read(path / FILE if path.is_dir() else path)
         for (method, seed), rows in table.groupby(["method", "seed"], sort=False):
             key = (str(method), int(seed))
             if key in origin:
