@@ -31,7 +31,7 @@ def main(
         scale: LM and hyper-parameters: a file of configs/scale/ by its name, or a file of your own.
         data: real: the records of the real datasets, a folder for each task under data/; by default those of the scale.
         seeds: Seeds, with one run of every row for each; the grid's own by default.
-        rows: Only these rows of the grid; [] for none, to join the files of --beside.
+        rows: Only these rows of the grid; [] for none, to join the scores of other experiments.
         root: Folder of the MLflow store.
         out: Folder for the results page, tables and figures; by default outputs/<name>, and at another scale
             outputs/<name>-<scale>.
