@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -279,12 +281,41 @@ def test_json_in_a_fence_is_json(server):
     assert prompts.asked(writer(server), HELLO, prompts.Descriptions).descriptions == ["a"]
 
 
-def test_lines_of_a_model_that_continues_text():
+def test_the_lines_of_a_list():
     def found(text: str, cut: bool = False) -> list[str]:
         return prompts.listed_lines(Reply(text, cut=cut))
 
-    assert found(" First  one.\n- Second.\n\nTask: other\n- Third.") == ["First one.", "Second."]
-    assert found(" First.\n- Secon", cut=True) == ["First."]
+    assert found("- First  one.\n- Second.\n\nTask: other\n- Third.") == ["First one.", "Second."]
+    assert found("- First.\n- Secon", cut=True) == ["First."]
+    assert found('Here are three:\n\n1. "First."\n\n2) Second.\n* 3 rivers.\nDone.\n- No.') == [
+        "First.", "Second.", "3 rivers.",
+    ]  # fmt: skip
+    assert found("1984 is a novel.\nNo list.") == []
+
+
+def test_a_local_model_continues_a_list_or_is_asked_for_one_in_its_chat_template(lm, tmp_path):
+    template = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% endfor %}<model> "
+    lm.model.save_pretrained(tmp_path / "chats")
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "chats")
+    question = replace(HELLO, listing="List two rivers.")
+    sampled = []
+    replies = {}
+    for name in ("tiny", str(tmp_path / "chats")):
+        writer = Writer.open(f"local:{name}", Ledger(9, 9999), reply_tokens=6)
+        sample = writer.model.lm.sample
+
+        def watched(prompts, *args, lm=writer.model.lm, sample=sample, **options):
+            sampled.append(lm.text.tokenizer.decode(lm.text.prompts(prompts)[0]))
+            return sample(prompts, *args, **options)
+
+        writer.model.lm.sample = watched
+        replies[name] = writer.ask(question)
+    assert sampled == [HELLO.start, "<user> List two rivers. <model> "]
+    first, second = replies.values()
+    assert first.text.startswith("-")
+    assert (first.prompt_tokens, second.prompt_tokens) == tuple(len(lm.token_ids(text)) for text in sampled)
 
 
 def test_a_local_model_refuses_the_temperature_that_it_cannot_have(lm):

@@ -42,15 +42,17 @@ class Question:
 
     Attributes:
         messages: The question for a model that follows instructions: ``role`` and ``content``.
-        start: The question for a model that only continues text.
+        start: The question for a model that only continues text; it ends with the dash of a list's first item.
         schema: JSON schema of the reply.
         seed: Seed of the reply; another seed gives another reply.
+        listing: The question for a model that chats, but is not trusted with JSON: it is to reply with a list.
     """
 
     messages: tuple[Message, ...]
     start: str
     schema: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    listing: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Model(ABC):
 
     Attributes:
         name: Its name, as provenance shows it.
-        structured: Whether it follows instructions and can give JSON; else it continues text, one description a line.
+        structured: Whether it follows instructions and can give JSON; else it gives a list, one description a line.
         batch_size: Number of descriptions to ask for at once.
     """
 
@@ -255,10 +257,10 @@ class Served(Model):
 
 
 class Local(Model):
-    """A local transformers model that continues text: the embedded LM, a folder, or a hub id.
+    """A local transformers model that gives lists: the embedded LM, a real one by pip, a folder, or a hub id.
 
     Args:
-        lm: The model.
+        lm: The model. With its chat template (``chat=True``) it is asked for a list, else it continues one.
         temperature: Sampling temperature; 1 if None.
     """
 
@@ -270,19 +272,23 @@ class Local(Model):
 
     def identity(self) -> dict[str, Any]:
         """Returns the weights' fingerprint and the settings."""
-        return {"local": self.lm.fingerprint, "temperature": self._temperature}
+        return {"local": self.lm.fingerprint, "temperature": self._temperature, "chat": self.lm.text.chat}
 
     def size(self, question: Question) -> int:
-        return len(self.lm.token_ids(question.start))
+        return len(self.lm.text.prompts([self._asked(question)])[0])
+
+    def _asked(self, question: Question) -> str:
+        return question.listing if self.lm.text.chat else question.start
 
     def ask(self, question: Question, max_tokens: int, tries: int) -> Reply:
         # Question and reply share a small context; a question that leaves the reply too little loses its beginning.
         max_tokens = min(max_tokens, max(self.lm.max_length // 4, self.lm.max_length - self.size(question) - 1))
         how: dict[str, Any] = {"top_k": None, "top_p": 0.95, "temperature": self._temperature, "ends": True}
         with self._lock:
-            (text,) = self.lm.sample([question.start], max_tokens, [question.seed], **how)
+            (text,) = self.lm.sample([self._asked(question)], max_tokens, [question.seed], **how)
         used = len(self.lm.token_ids(text))
-        return Reply(text, cut=used >= max_tokens - 1, prompt_tokens=self.size(question), reply_tokens=used)
+        whole = text if self.lm.text.chat else f"-{text}"  # the dash of the first item stands in the question
+        return Reply(whole, cut=used >= max_tokens - 1, prompt_tokens=self.size(question), reply_tokens=used)
 
 
 @dataclass
@@ -333,8 +339,11 @@ class Writer:
                 raise UserError(f"{name} must be positive, got {value}")
         if model.startswith(LOCAL):
             from instructedit.lm import FrozenLM
+            from instructedit.lm.loading import load_tokenizer
 
-            return cls(Local(FrozenLM.from_pretrained(model.removeprefix(LOCAL)), temperature), ledger, cache, **limits)
+            name = model.removeprefix(LOCAL)
+            lm = FrozenLM.from_pretrained(name, chat=bool(load_tokenizer(name).chat_template))
+            return cls(Local(lm, temperature), ledger, cache, **limits)
         return cls(Served(model, base_url, key_env, temperature, timeout), ledger, cache, **limits)
 
     def ask(self, question: Question) -> Reply:

@@ -131,7 +131,7 @@ def judged(card: TaskCard, writer: Writer, texts: Sequence[str], seed: int) -> d
         UserError: If the model cannot follow instructions, or gives no reply of the right form.
     """
     if not writer.model.structured:
-        raise UserError(f"{writer.model.name} only continues text; it cannot judge")
+        raise UserError(f"{writer.model.name} gives lists alone; it cannot judge")
 
     def check(found: prompts.Grades) -> str | None:
         numbers = sorted(grade.number for grade in found.grades)

@@ -246,7 +246,7 @@ class Optimizer:
         count, texts = self.search.revisions, self.state.descriptions
         seed = self.search.seed * 10_000 + number * 100
         question = prompts.revision(self.card, count, seed, self._account(), self.state.refused[-_REFUSED:])
-        if not self.writer.model.structured:  # the worst first: a model that continues text names no ids
+        if not self.writer.model.structured:  # the worst first: a model that gives a list names no ids
             worst = sorted(texts, key=lambda name: self._worth(texts[name]))
             lines = prompts.listed_lines(self.writer.ask(question))[:count]
             return list(zip((worst * count)[:count], lines, strict=False))

@@ -22,8 +22,10 @@ _QUOTED = 1000  # characters of a bad reply that are quoted
 
 _SYSTEM = (
     "You write short descriptions of knowledge-editing tasks. An editor of language models reads one of them in front "
-    "of every edit, to know what kind of change is wanted. Reply with JSON of the given form and nothing else."
+    "of every edit, to know what kind of change is wanted."
 )
+_JSON = "Reply with JSON of the given form and nothing else."
+_LIST = "Reply with the descriptions alone, as a list: one a line, each after a dash."
 
 
 class _Form(BaseModel):
@@ -84,9 +86,8 @@ def generation(
         f"{_rules(card)} Vary words and structure: no two may share half of their words.",
         *_listed("These are there already; write others:", so_far),
         *_listed("Earlier ones were refused for these reasons:", faults),
-        'Form: {"descriptions": ["…", …]}',
     ]
-    return _question(parts, Descriptions, seed, _examples(card) + "-")
+    return _question(parts, '{"descriptions": ["…", …]}', Descriptions, seed, _examples(card) + "-")
 
 
 def revision(card: TaskCard, count: int, seed: int, figures: str, refused: Sequence[str] = ()) -> Question:
@@ -106,9 +107,8 @@ def revision(card: TaskCard, count: int, seed: int, figures: str, refused: Seque
         *_listed("These revisions were tried and not kept:", refused),
         f"Propose up to {count} revisions that should raise the figures, each with the id of the description that it "
         f"would replace. {_rules(card)}",
-        'Form: {"revisions": [{"id": "…", "text": "…"}, …]}',
     ]
-    return _question(parts, Revisions, seed, _examples(card) + "-")
+    return _question(parts, '{"revisions": [{"id": "…", "text": "…"}, …]}', Revisions, seed, _examples(card) + "-")
 
 
 def judgement(card: TaskCard, texts: Sequence[str], seed: int) -> Question:
@@ -118,9 +118,8 @@ def judgement(card: TaskCard, texts: Sequence[str], seed: int) -> Question:
         str(card),
         "Grade each of these descriptions of the task from 1 (poor) to 5 (good) for clarity and for concision:",
         "\n".join(numbered),
-        'Form: {"grades": [{"number": 1, "clarity": 5, "concision": 5}, …]}',
     ]
-    return _question(parts, Grades, seed, "")
+    return _question(parts, '{"grades": [{"number": 1, "clarity": 5, "concision": 5}, …]}', Grades, seed, "")
 
 
 def _rules(card: TaskCard) -> str:
@@ -145,12 +144,12 @@ def _examples(card: TaskCard) -> str:
     return f"Task: {alike[0].task}\n{shown}\n\nTask: {card.title}. {card.edits}\n"
 
 
-def _question(parts: Sequence[str], form: type[BaseModel], seed: int, start: str) -> Question:
+def _question(parts: Sequence[str], shape: str, form: type[BaseModel], seed: int, start: str) -> Question:
     messages: tuple[Message, ...] = (
-        {"role": "system", "content": _SYSTEM},
-        {"role": "user", "content": "\n\n".join(parts)},
+        {"role": "system", "content": f"{_SYSTEM} {_JSON}"},
+        {"role": "user", "content": "\n\n".join([*parts, f"Form: {shape}"])},
     )
-    return Question(messages, start, form.model_json_schema(), seed)
+    return Question(messages, start, form.model_json_schema(), seed, "\n\n".join([_SYSTEM, *parts, _LIST]))
 
 
 # -- replies ---------------------------------------------------------------------------------------------------------
@@ -208,13 +207,12 @@ def _parsed(reply: Reply, form: type[F]) -> F:
 
 
 def listed_lines(reply: Reply) -> list[str]:
-    """Extracts the list of descriptions from text that a model continued: one a line, the first without its dash."""
-    lines = f"-{reply.text}".split("\n")
-    if reply.cut:
-        lines = lines[:-1]
-    kept = []
-    for line in lines:
-        if not (found := re.match(r"\s*[-*•]\s*(.*)", line)):
+    """Extracts the first list of a text, one item a line, after a dash or a number; quotation marks are taken off."""
+    lines = reply.text.split("\n")
+    kept: list[str] = []
+    for line in lines[:-1] if reply.cut else lines:
+        if found := re.match(r"\s*(?:[-*•]|\d+[.)]\s)\s*(.*)", line):
+            kept.append(" ".join(found[1].split()).strip('"“”'))
+        elif kept and line.strip():
             break  # the list is over
-        kept.append(" ".join(found[1].split()))
     return kept
