@@ -42,6 +42,11 @@ def test_no_warning_without_need(slow, monkeypatch):
     assert warnings_of("float16") == []
 
 
+def test_the_slowdown_is_the_time_over_that_of_float32(monkeypatch):
+    monkeypatch.setattr(half_precision, "_seconds", {torch.bfloat16: 0.4, torch.float32: 0.1}.get)
+    assert half_precision.slowdown(torch.bfloat16) == pytest.approx(4.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_measure_is_a_ratio(dtype):
     found = half_precision.slowdown(dtype)

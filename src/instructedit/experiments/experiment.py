@@ -12,7 +12,6 @@ from instructedit.experiments.plan import Plan
 from instructedit.experiments.report import report
 from instructedit.experiments.results import Results
 from instructedit.experiments.runner import Runner, RunResult
-from instructedit.experiments.scores import read_scores
 from instructedit.experiments.search import search
 from instructedit.experiments.sections import PACKAGE, Section
 from instructedit.paths import check_database, check_writable
@@ -72,7 +71,7 @@ class Experiment(Plan):
         found = {name: [runner.result(name, seed) for seed in self.seeds_of(name)] for name in done}
         if failed and not found:
             raise UserError("; ".join(failures))
-        beside = read_scores(self.beside)
+        beside = self.tables_beside
         every = [runs[0].titles for runs in found.values()]
         every += [dict(zip(table["task"], table["title"], strict=True)) for table in beside.values()]
         titles = shared_titles(every)

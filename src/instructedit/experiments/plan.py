@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -95,8 +96,13 @@ class Plan:
         experiment._check_beside()
         return experiment
 
+    @cached_property
+    def tables_beside(self) -> dict[str, DataFrame]:
+        """Method to its probe rows in the files of `beside`, read before anything runs (see `read_scores`)."""
+        return read_scores(self.beside)
+
     def _check_beside(self) -> None:
-        tables = read_scores(self.beside)
+        tables = self.tables_beside
         if not (self.rows or tables or self.grid.search):
             raise UserError("--rows: none given, and neither scores of other experiments (--beside) nor a search")
         for name in self.rows:
