@@ -28,14 +28,16 @@ def probes(task="zsre", seed=0, **columns):
 
 
 def test_what_is_written_is_read_again_but_for_the_words(tmp_path):
-    tables = {"MEND": pd.concat([probes(), probes("recent", 1)], ignore_index=True), "None, <b>": probes(seed=2)}
+    """Whatever the columns of words are called: a metric of one's own may have any."""
+    own = probes(seed=2, heard="in Paris", length=[2.0, math.nan, 3.0])
+    tables = {"MEND": pd.concat([probes(), probes("recent", 1)], ignore_index=True), "None, <b>": own}
     write_scores(tables, TITLES, tmp_path / FILE)
     text = gzip.decompress((tmp_path / FILE).read_bytes()).decode()
     assert not any(word in text for word in ("France", "Lyon", "Paris"))
     found = read_scores([tmp_path / FILE])
     assert list(found) == list(tables)
     for name, table in tables.items():
-        kept = table.drop(columns=["request_index", "prompt", "answer", "before", "after"])
+        kept = table.drop(columns=["request_index", "prompt", "answer", "before", "after", "heard"], errors="ignore")
         kept["title"] = kept["task"].map(TITLES)
         pd.testing.assert_frame_equal(found[name][kept.columns], kept, rtol=1e-6, check_dtype=False)
     (tmp_path / "again").mkdir()
@@ -80,23 +82,27 @@ def test_a_file_that_is_cut_short_or_missing(tmp_path):
             read_scores([absent])
 
 
+def test_a_seed_that_is_in_a_file_beside_is_not_run_too(place, tmp_path, monkeypatch):
+    done = watched(monkeypatch)
+    write_scores({"MEND": probes(seed=3)}, TITLES, tmp_path / FILE)
+    status, _, errors = run(tmp_path / "a", tmp_path / "out", "--rows=[MEND]", f"--beside=['{tmp_path / FILE}']")
+    assert status == 2
+    assert "--beside: MEND, seed 3, is to be run here too" in errors
+    assert done == []
+
+
 def test_seeds_that_are_run_apart_add_up(place, tmp_path, monkeypatch):
     together, first, second, joined = (tmp_path / name for name in ("both", "first", "second", "joined"))
     assert run(tmp_path / "a", together)[0] == 0
-    assert run(tmp_path / "b", first, "--seeds=[3]")[0] == 0
-    earlier = f"--beside=['{first}']"
-
-    status, _, errors = run(tmp_path / "c", second, "--seeds=[4, 3]", "--rows=[MEND]", earlier)
-    assert status == 2
-    assert "--beside: MEND, seed 3, is to be run here too" in errors
+    assert run(tmp_path / "a", first, "--seeds=[3]")[0] == 0
 
     done = watched(monkeypatch)
-    status, printed, errors = run(tmp_path / "c", second, "--seeds=[4]", "--rows=[MEND]", earlier)
+    status, printed, errors = run(tmp_path / "b", second, "--seeds=[4]", "--rows=[MEND]", f"--beside=['{first}']")
     assert status == 0, errors
     assert done == [("MEND", 4)]
     assert "FT-L (raw)" in printed
     # the file of the second holds the first one's rows, too; nothing is run
-    assert run(tmp_path / "d", joined, "--rows=[]", f"--beside=['{second / FILE}']")[0] == 0
+    assert run(tmp_path / "c", joined, "--rows=[]", f"--beside=['{second / FILE}']")[0] == 0
     assert done == [("MEND", 4)]
     for name in ("summary.csv", "differences.csv", "spread.csv"):
         expected = pd.read_csv(together / name)

@@ -16,14 +16,14 @@ FILE = "scores.csv.gz"
 
 _KEYS = ("method", "seed", "title", "task", "record", "cluster", "probe", "kind", "group", "view", "main")
 _TEXTS = {"method": str, "title": str, "task": str, "record": str, "cluster": str, "kind": str, "group": str}
-_WORDS = ("prompt", "answer", "before", "after")  # what the records and the model say
 _INTERNAL = ("request_index",)  # position in a batch
 
 
 def write_scores(tables: Mapping[str, DataFrame], titles: Mapping[str, str], file: Path) -> None:
-    """Writes the probe rows of several methods to one file, without prompts and answers.
+    """Writes the probe rows of several methods to one file, without the words of records and models.
 
-    Equal tables give equal bytes at the same file name. Numbers have seven digits.
+    Equal tables give equal bytes at the same file name. Numbers have seven digits. Scores are numbers: no other column
+    is written, be it prompts, answers, or the text of a metric of one's own.
 
     Args:
         tables: Method to its probe rows, with a column ``seed`` (see `Results.tables`).
@@ -35,9 +35,8 @@ def write_scores(tables: Mapping[str, DataFrame], titles: Mapping[str, str], fil
 
     parts = [table.assign(method=name, title=table["task"].map(titles)) for name, table in tables.items()]
     every = pd.concat(parts or [pd.DataFrame(columns=_KEYS)], ignore_index=True)
-    every = every.drop(columns=[*_WORDS, *_INTERNAL], errors="ignore")
-    ordered = [*_KEYS, *(name for name in every if name not in _KEYS)]
-    every[ordered].to_csv(
+    scores = every.drop(columns=[*_KEYS, *_INTERNAL], errors="ignore").select_dtypes(["number", "bool"])
+    every[[*_KEYS, *scores]].to_csv(
         file, index=False, float_format="%.7g", compression={"method": "gzip", "compresslevel": 9, "mtime": 0}
     )
 
