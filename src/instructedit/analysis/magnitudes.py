@@ -95,7 +95,7 @@ def magnitude_boxes(
                 axes.set_yscale("log")
                 axes.spines[["top", "right"]].set_visible(False)
         for axes, site in zip(grid[0], sites, strict=True):
-            axes.set_title(short_site(site))
+            axes.set_title(short_site(site).replace(" · ", "\n"))
         grid[0, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         grid[0, 0].yaxis.set_major_formatter("{x:g}")
         grid[0, 0].yaxis.set_minor_formatter(NullFormatter())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -139,7 +140,7 @@ def map_pairs(
         for column, (method, own) in enumerate(shown.items()):
             for axes, how in zip(grid[:, column], methods, strict=True):
                 handles |= scatter_tasks(axes, embed(own, site, how, perplexity, seed), own.tasks, styles)
-            grid[0, column].set_title(method)
+            grid[0, column].set_title(textwrap.fill(method, 26))
         grid[0, 0].set_ylabel("t-SNE", fontsize=10, fontweight="bold")
         grid[1, 0].set_ylabel("PCA", fontsize=10, fontweight="bold")
         legend(figure, {name: handles[name] for name, *_ in styles.values()})
