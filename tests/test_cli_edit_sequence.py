@@ -1,6 +1,7 @@
 """`instructedit edit --sequential`: a file of requests, edit after edit."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -30,6 +31,7 @@ def test_a_sequence_from_a_file_to_a_model(facts, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "right after" in printed
     assert "3 edits; " in printed
+    assert re.search(r"after 3 edits, unrelated text \(\d+ tokens\): KL \d", printed)
     curves = pd.read_csv(tmp_path / "curves" / "curves.csv")
     assert set(curves["edits"]) == {2, 3}
     told = json.loads((tmp_path / "curves" / "sequence.json").read_text())

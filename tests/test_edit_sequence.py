@@ -11,6 +11,7 @@ from instructedit.editors.mend import Mend
 from instructedit.edits import DenseEdit, Factors, LowRankEdit
 from instructedit.errors import UserError
 from instructedit.evaluation import Evaluation, sequence
+from instructedit.evaluation.drift import text_sample
 
 EDITORS = {
     "mend": {"rank": 4, "edit_rate": 0.5},
@@ -247,12 +248,31 @@ def test_memory_stays_flat_and_the_layers_below_are_not_run_again(lm):
     assert lm.cache.misses == misses
 
 
+def test_how_far_plain_text_moves_is_that_of_a_model_with_the_edits_so_far(lm):
+    found = ie.edit_sequence(lm, built("mend", lm), records(), score_every=2)
+    half = ie.edit_sequence(lm, built("mend", lm), records(2))
+    sample = text_sample(lm, "tiny").unpadded()
+    for row, edit in zip(found.drifts.itertuples(), (half.edit, found.edit), strict=True):
+        losses = []
+        for model in (lm.model, lm.merge(edit)):
+            ids = [torch.tensor([line]) for line in sample]
+            with torch.no_grad():
+                p = [model(line).logits[0, :-1].log_softmax(-1) for line in ids]
+            own = [each.gather(-1, line[0, 1:, None]) for each, line in zip(p, ids, strict=True)]
+            losses.append(torch.cat(own).mean().neg().exp().item())
+        assert (row.perplexity_before, row.perplexity_after) == pytest.approx(losses, rel=1e-3)
+    assert found.drifts["edits"].tolist() == [2, 4]
+    assert found.drifts["kl"].min() > 0.01
+    assert ie.edit_sequence(lm, built("mend", lm), records(1), text=None).drifts.empty
+
+
 def test_all_is_written(lm, tmp_path):
     found = ie.edit_sequence(lm, built("mend", lm), records(), score_every=2)
     found.save(tmp_path)
-    names = {"curves.csv", "curves.png", "curves.svg", "probes.csv", "costs.csv", "sequence.json"}
+    names = {"curves.csv", "curves.png", "curves.svg", "probes.csv", "costs.csv", "drifts.csv", "sequence.json"}
     assert {file.name for file in tmp_path.iterdir()} == names
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "curves.csv"), found.curves)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "drifts.csv"), found.drifts)
     assert pd.read_json(tmp_path / "sequence.json", typ="series")["editor"] == "mend"
     svg = (tmp_path / "curves.svg").read_text()
     assert all(f"<!-- {word} -->" in svg for word in ("Reliability", "Locality", "right after", "first", "edits"))

@@ -10,8 +10,9 @@ from tests.reference import answer_logits, assert_untouched, dense_copy, footpri
 
 import instructedit as ie
 from instructedit.errors import UserError
+from instructedit.evaluation.drift import text_sample
 from instructedit.reports import EditCase
-from instructedit.reports.measure import Reply, text_sample, weights_fingerprint
+from instructedit.reports.measure import Reply, weights_fingerprint
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, RequestReport
 from instructedit.testbed.world import world

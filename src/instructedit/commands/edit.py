@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: Options that only a sequence uses, and those that it does not use.
 _OF_SEQUENCES = ("out", "score_every", "batch_size", "sample")
-_OF_REPORTS = ("joint", "json", "html", "keep", "rank", "ask", "text", "max_new_tokens")
+_OF_REPORTS = ("joint", "json", "html", "keep", "rank", "ask", "max_new_tokens")
 
 
 @dataclass
@@ -63,8 +63,8 @@ class EditCommand:
         batch_size: Number of requests in each edit of a sequence.
         sample: Maximum number of requests of a sequence that are scored again at the checkpoints; by default all.
         out: Folder for the tables and the figure of a sequence.
-        text: Plain text on which to measure how far unrelated predictions moved: a file, a hub id, or sampled
-            (what the model says itself); by default the embedded sentences.
+        text: Plain text on which to measure how far unrelated predictions moved, after an edit or at the checkpoints of
+            a sequence: a file, a hub id, or sampled (what the model says itself); by default the embedded sentences.
         max_new_tokens: Length of the answers.
         chat: Ask in the LM's own chat template.
         json: File to write the report to as plain data.
@@ -236,7 +236,8 @@ def _sequence(asked: EditCommand, lm: FrozenLM, editor: Editor, cases: list[Edit
     )
     return ie.edit_sequence(
         lm, editor, case_records(lm, cases), score_every=asked.score_every, batch_size=asked.batch_size,
-        sample=asked.sample, settings=settings, progress=_progress(f"{editor.name} makes edit after edit", "edit"),
+        sample=asked.sample, settings=settings, text=asked.text,
+        progress=_progress(f"{editor.name} makes edit after edit", "edit"),
     )  # fmt: skip
 
 
@@ -247,8 +248,12 @@ def _finish_sequence(asked: EditCommand, lm: FrozenLM, found: EditSequence) -> N
         UserError: After that, if the sequence ended early.
     """
     from instructedit.analysis.curves import curves_table
+    from instructedit.evaluation.drift import Drift
+    from instructedit.reports.words import drift_line
 
     console().print(curves_table(found.curves))
+    for row in found.drifts.to_dict("records"):
+        print(f"after {row.pop('edits')} edits, {drift_line(Drift(**row))}")
     costs = found.costs
     print(
         f"{costs['edits'].iloc[-1]} edits; {costs['seconds'].median():.2f} s each (median), "

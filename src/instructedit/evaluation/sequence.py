@@ -18,6 +18,7 @@ from instructedit.editors import Editor
 from instructedit.editors.report import check_finite
 from instructedit.edits import Edit, PromptEdit, add
 from instructedit.errors import UserError
+from instructedit.evaluation.drift import drifts, text_sample
 from instructedit.evaluation.runner import ask_all, check_records
 from instructedit.evaluation.scoring import Row
 from instructedit.evaluation.settings import Evaluation
@@ -41,6 +42,7 @@ class EditSequence:
         curves: ``edits, group, method, task, metric, mean, low, high, n`` (see `sequence_curves`), ×100.
         costs: The cost of each step: ``edits`` so far, ``seconds`` to compute its edit and add it to the earlier ones,
             and ``bytes`` of the combined edit.
+        drifts: Change of the predictions on unrelated text at each checkpoint: ``edits`` and the fields of `Drift`.
         about: Editor, options, model and settings, as plain values.
         stopped: Why the sequence ended before the last record; empty if it did not.
     """
@@ -49,11 +51,12 @@ class EditSequence:
     table: DataFrame
     curves: DataFrame
     costs: DataFrame
+    drifts: DataFrame
     about: dict[str, Any] = field(default_factory=dict)
     stopped: str = ""
 
     def save(self, folder: str | Path) -> Path:
-        """Writes ``curves.csv``, ``curves.png``, ``curves.svg``, ``probes.csv``, ``costs.csv`` and ``sequence.json``.
+        """Writes the tables as ``{curves,probes,costs,drifts}.csv``, ``curves.{png,svg}`` and ``sequence.json``.
 
         Args:
             folder: The folder; created if it does not exist.
@@ -63,7 +66,8 @@ class EditSequence:
         """
         folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        for name, frame in (("curves", self.curves), ("probes", self.table), ("costs", self.costs)):
+        tables = {"curves": self.curves, "probes": self.table, "costs": self.costs, "drifts": self.drifts}
+        for name, frame in tables.items():
             frame.to_csv(folder / f"{name}.csv", index=False)
         facts = self.about | {"stopped": self.stopped, "curves": json.loads(self.curves.to_json(orient="records"))}
         text = json.dumps(facts, indent=2, ensure_ascii=False)
@@ -83,6 +87,7 @@ def edit_sequence(
     batch_size: int = 1,
     sample: int | None = None,
     settings: Evaluation | None = None,
+    text: str | None = "tiny",
     progress: Callable[[Any], Any] = iter,
 ) -> EditSequence:
     """Edits a model with one record after another, each on top of the earlier ones, and scores it on the way.
@@ -100,6 +105,8 @@ def edit_sequence(
         sample: Largest number of records to score again at the checkpoints: always the same ones, evenly spread over
             the sequence; None means all of them.
         settings: How to score; by default with teacher-forced scores only, without free answers and Fluency.
+        text: Unrelated plain text on which predictions are compared at the checkpoints (see `text_sample`); None
+            compares none.
         progress: Wraps the steps, e.g. ``tqdm``.
 
     Returns:
@@ -119,7 +126,7 @@ def edit_sequence(
     try:
         # Editing needs gradients, whatever mode the caller is in.
         with torch.inference_mode(False), torch.no_grad():
-            run = _Run(lm, editor, records, settings, sample)
+            run = _Run(lm, editor, records, settings, sample, text)
             for start in progress(range(0, len(records), batch_size)):
                 if not run.step(start, min(start + batch_size, len(records)), score_every):
                     break
@@ -128,10 +135,11 @@ def edit_sequence(
     table = DataFrame(run.rows)
     about = {
         "editor": editor.name, "options": editor.options(), "lm": lm.name, "records": len(records),
-        "score_every": score_every, "batch_size": batch_size, "sample": sample, "settings": asdict(settings),
+        "score_every": score_every, "batch_size": batch_size, "sample": sample, "text": text,
+        "settings": asdict(settings),
     }  # fmt: skip
     curves = sequence_curves(table, editor.name)
-    return EditSequence(run.carried, table, curves, DataFrame(run.costs), about, run.stopped)
+    return EditSequence(run.carried, table, curves, DataFrame(run.costs), DataFrame(run.drifts), about, run.stopped)
 
 
 class _Run:
@@ -141,12 +149,14 @@ class _Run:
         carried: One edit that combines all edits so far.
         rows: Probe rows so far.
         costs: Costs of the steps so far.
+        drifts: Drifts at the checkpoints so far.
         stopped: Why the sequence ended early; empty otherwise.
     """
 
     def __init__(
-        self, lm: FrozenLM, editor: Editor, records: Sequence[EditRecord], settings: Evaluation, sample: int | None
-    ) -> None:
+        self, lm: FrozenLM, editor: Editor, records: Sequence[EditRecord], settings: Evaluation, sample: int | None,
+        text: str | None,
+    ) -> None:  # fmt: skip
         self.lm, self.editor, self.settings = lm, editor, settings
         instructor = settings.instructor(editor)
         self.rendered = render_records(records, instructor)
@@ -156,6 +166,8 @@ class _Run:
         self.carried: Edit | None = None
         self.rows: list[Row] = []
         self.costs: list[dict[str, float]] = []
+        self.text = text_sample(lm, text) if text else None
+        self.drifts: list[dict[str, float]] = []
         self.scored = 0  # edits at the last checkpoint
         self.stopped = ""
 
@@ -178,9 +190,12 @@ class _Run:
         return not self.stopped
 
     def _checkpoint(self, edits: int) -> None:
-        """Scores records again, unless that was already done at this number of edits."""
+        """Scores records again and reads the text, unless that was already done at this number of edits."""
         if edits != self.scored:
             self._ask(self.again, edits, again=True)
+            if self.text is not None and self.carried is not None:
+                (drift,) = drifts(self.lm, self.text, self.carried)
+                self.drifts.append({"edits": edits} | asdict(drift))
             self.scored = edits
 
     def _edit(self, start: int, stop: int) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 from instructedit.editors import Editor, any_editor
 from instructedit.edits import Edit
 from instructedit.errors import UserError
+from instructedit.evaluation.drift import drifts, text_sample
 from instructedit.instructions import Instructor
 from instructedit.lm import FrozenLM
 from instructedit.records import EditRecord, EditRequest
 from instructedit.reports.cases import EditCase, prompts_of
-from instructedit.reports.measure import Reply, drifts, replies, text_sample, weights_fingerprint
+from instructedit.reports.measure import Reply, replies, weights_fingerprint
 from instructedit.reports.neighbours import draw_neighbours, draw_paraphrases
 from instructedit.reports.report import Answer, EditReport, RequestReport, Role
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from instructedit.edits import Edit
+from instructedit.evaluation.drift import Drift
 from instructedit.pages import render
 from instructedit.records import EditRequest
 from instructedit.reports.cases import EditCase
-from instructedit.reports.measure import Drift, Reply
+from instructedit.reports.measure import Reply
 from instructedit.reports.words import change, drift_line
 
 _PAGE = Path(__file__).with_name("page.html")

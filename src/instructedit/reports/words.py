@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from instructedit.reports.measure import Drift
+from instructedit.evaluation.drift import Drift
 
 
 def number(value: float) -> str:
