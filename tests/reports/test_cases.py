@@ -8,6 +8,7 @@ from instructedit.errors import UserError
 from instructedit.records import EditRequest
 from instructedit.reports import EditCase, read_cases
 from instructedit.reports.sequences import case_records
+from instructedit.tasks import flat
 
 RECORD = {
     "prompt": "The capital of Peru is", "target": "Lyon", "subject": "Peru", "task": "counterfact",
@@ -58,6 +59,23 @@ def test_what_is_left_out_and_what_datasets_call_it(tmp_path):
     assert (second.request.task, second.request.slots) == ("zsre", {"TOPIC": "tea"})
     (only,) = read_cases(written(tmp_path, "b.csv", "prompt,target,subject,ask\np,t,,\n"))
     assert (only.request.subject, only.request.task, only.ask) == (None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [(field, name) for field, names in flat.FIELDS.items() for name in names if field != "slots"]
+)
+def test_a_file_of_records_in_the_flat_form_is_a_file_of_requests(tmp_path, field, name):
+    """Under each name that its fields have: no record that `fit` and `test` read is refused here."""
+    record = {"prompt": "p", "target": "t"}
+    record[name] = record.pop(field, "x")
+    record |= {"locality": "x"} if field == "locality_answer" else {"portability": "x"} if "_answer" in field else {}
+    (case,) = read_cases(written(tmp_path, "a.json", json.dumps([record | {"source": "NQ"}])))
+    assert (case.request.prompt, case.request.target) == ("p", "t")
+    shown = {"rephrase": case.paraphrases, "locality": case.neighbours, "portability": case.ask}
+    assert shown.get(field, ("x",)) == ("x",)
+    probe = {"loc": "who", "loc_ans": "y"}
+    (case,) = read_cases(written(tmp_path, "b.json", json.dumps([{"prompt": "p", "target": "t", "locality": [probe]}])))
+    assert case.neighbours == ("who",)
 
 
 @pytest.mark.parametrize(

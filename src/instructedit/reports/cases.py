@@ -17,14 +17,16 @@ from instructedit.tasks.sources import read_source
 
 #: Names that each field may have in a file; the first is the documented one, the others are those of public datasets.
 FIELDS = {
-    **{field: flat.FIELDS[field] for field in ("prompt", "target", "subject", "slots")},
+    **{field: flat.FIELDS[field] for field in ("prompt", "target", "subject", "slots", "rephrase")},
     "task": ("task",),
-    "rephrase": ("rephrase", "rephrases", "rephrase_prompt", "paraphrases"),
-    "neighbours": ("neighbours", "neighbors", "locality", "locality_prompt", "loc"),
-    "ask": ("ask", "portability"),
+    "neighbours": ("neighbours", *(name for name in flat.FIELDS["locality"] if name != "neighbours"), "loc"),
+    "ask": ("ask", *flat.FIELDS["portability"]),
 }
 #: Fields of datasets that a report ignores; what the model answers before the edit is asked of the model itself.
-UNUSED = ("id", "case_id", "ground_truth", "answers", "pred", "cond", "locality_ground_truth", "loc_ans")
+UNUSED = {
+    *(name for field in ("old", "locality_answer", "portability_answer") for name in flat.FIELDS[field]),
+    *flat.UNUSED, "answers", "loc_ans",
+}  # fmt: skip
 _MENDS = "New Question"  # key of the portability prompt in MEND's data
 _LISTS = tuple(name for field in ("rephrase", "neighbours", "ask") for name in FIELDS[field])
 
@@ -71,8 +73,8 @@ def read_cases(path: str | Path, task: str | None = None) -> list[EditCase]:
 
     A record has ``prompt`` and ``target``, and may have ``subject``, ``task``, ``rephrase``, ``neighbours``, ``ask``
     (each of the last three one text or a list; in a CSV cell separated by ``|``) and ``slots``. The names of these
-    fields in KnowEdit's, EasyEdit's and MEND's datasets are accepted as well, and so are files of ROME's CounterFact,
-    MQuAKE, RippleEdits and ConvSent.
+    fields in the flat form and in KnowEdit's, EasyEdit's and MEND's datasets are accepted as well, and so are files of
+    ROME's CounterFact, MQuAKE, RippleEdits and ConvSent.
 
     Args:
         path: A ``.csv`` file with a header, a ``.json`` file with a list of objects, a ``.jsonl`` file, or a folder
@@ -132,9 +134,9 @@ def _prompts(raw: Raw, field: str) -> Iterator[str]:
     elif isinstance(value, dict) and _MENDS in value:
         yield raw.child(field).text(_MENDS)
     elif isinstance(value, dict):
-        yield from (item.text("prompt") for items in raw.groups(field).values() for item in items)
+        yield from (flat.prompt_of(item) for items in raw.groups(field).values() for item in items)
     elif isinstance(value, list) and value and isinstance(value[0], dict):
-        yield from (item.text("prompt") for item in raw.objects(field))
+        yield from (flat.prompt_of(item) for item in raw.objects(field))
     else:
         for number, text in enumerate(raw.texts(field)):
             if not text:

@@ -137,7 +137,15 @@ class Flat(Task):
         return {slot: slots.text(slot) for slot in slots.data} if slots else {}
 
 
+def prompt_of(item: Raw) -> str:
+    """Returns the prompt of an object that describes a probe, under any of its names."""
+    return item.text(_there(item, _PROMPT))
+
+
 def _asked(item: Raw) -> tuple[str, Answers]:
-    """Returns the prompt and the answers of an object, under any of their names."""
-    prompt, answer = (next(filter(item.has, names), names[0]) for names in (_PROMPT, _ANSWER))
-    return item.text(prompt), item.answers(answer)
+    """Returns the prompt and the answers of such an object."""
+    return prompt_of(item), item.answers(_there(item, _ANSWER))
+
+
+def _there(item: Raw, names: tuple[str, ...]) -> str:
+    return next(filter(item.has, names), names[0])
