@@ -7,6 +7,7 @@ from tests.conftest import random_lm
 from tests.reference import relative
 
 import instructedit as ie
+from instructedit.analysis.curves import curves_table
 from instructedit.editors.mend import Mend
 from instructedit.edits import DenseEdit, Factors, LowRankEdit
 from instructedit.errors import UserError
@@ -264,6 +265,13 @@ def test_how_far_plain_text_moves_is_that_of_a_model_with_the_edits_so_far(lm):
     assert found.drifts["edits"].tolist() == [2, 4]
     assert found.drifts["kl"].min() > 0.01
     assert ie.edit_sequence(lm, built("mend", lm), records(1), text=None).drifts.empty
+
+
+def test_one_record_has_a_mean_and_no_interval(lm):
+    curves = ie.edit_sequence(lm, built("mend", lm), records(1)).curves
+    cells = [cell for column in curves_table(curves).columns for cell in column.cells]
+    assert not any("nan" in str(cell) for cell in cells)
+    assert curves["low"].isna().any()
 
 
 def test_all_is_written(lm, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from instructedit.analysis.seeds import interval_text
 from instructedit.analysis.style import CAPTION, colours_of, legend, styled
 from instructedit.analysis.summary import summarise
 from instructedit.analysis.tables import in_order
@@ -68,7 +69,7 @@ def curves_table(curves: pd.DataFrame) -> Table:
     for metric in metrics:
         table.add_column(metric_title(metric), justify="right", no_wrap=True)
     for (edits, task, group), rows in curves.groupby(["edits", "task", "group"], sort=False):
-        means = {row.metric: f"{row.mean:.1f} [{row.low:.1f}, {row.high:.1f}]" for row in rows.itertuples()}
+        means = {row.metric: interval_text(row.mean, row.low, row.high) for row in rows.itertuples()}
         table.add_row(*map(Text, (str(edits), task, group, *(means.get(metric, "–") for metric in metrics))))
     return table
 

@@ -241,6 +241,10 @@ def _sequence(asked: EditCommand, lm: FrozenLM, editor: Editor, cases: list[Edit
     )  # fmt: skip
 
 
+def _edits(count: int) -> str:
+    return f"{count} edit{'s' if count != 1 else ''}"
+
+
 def _finish_sequence(asked: EditCommand, lm: FrozenLM, found: EditSequence) -> None:
     """Prints a sequence's table and writes what the options ask for.
 
@@ -253,10 +257,10 @@ def _finish_sequence(asked: EditCommand, lm: FrozenLM, found: EditSequence) -> N
 
     console().print(curves_table(found.curves))
     for row in found.drifts.to_dict("records"):
-        print(f"after {row.pop('edits')} edits, {drift_line(Drift(**row))}")
+        print(f"after {_edits(row.pop('edits'))}, {drift_line(Drift(**row))}")
     costs = found.costs
     print(
-        f"{costs['edits'].iloc[-1]} edits; {costs['seconds'].median():.2f} s each (median), "
+        f"{_edits(costs['edits'].iloc[-1])}; {costs['seconds'].median():.2f} s each (median), "
         f"{costs['bytes'].iloc[-1] / 1e6:.1f} MB carried"
     )
     if asked.out:

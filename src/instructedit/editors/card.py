@@ -54,5 +54,6 @@ def _body(lm: FrozenLM, name: str, options: Mapping[str, Any], results: DataFram
         yield f"\n## Results\n\nTasks: {tasks}. × 100, with 95 % bootstrap intervals.\n"
         yield "| task | metric | mean | interval | n |\n| --- | --- | ---: | ---: | ---: |"
         for row in results.itertuples():
-            yield f"| {row.task} | {row.metric} | {row.mean:.1f} | {row.low:.1f} to {row.high:.1f} | {row.n} |"
+            ends = f"{row.low:.1f} to {row.high:.1f}" if row.n > 1 else "–"
+            yield f"| {row.task} | {row.metric} | {row.mean:.1f} | {ends} | {row.n} |"
     yield f"\n## Config\n\n```yaml\n{yaml.safe_dump({name: dict(options)}, sort_keys=False).strip()}\n```"
