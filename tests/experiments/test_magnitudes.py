@@ -61,7 +61,7 @@ def test_boxes_stand_at_the_quartiles_of_each_task() -> None:
     figure = magnitude_boxes(magnitudes({"MEND": {0: areas(0)}, "InstructEdit": {0: areas(1)}}), TITLES)
     first = figure.axes[0]
     assert first.get_yscale() == "log"
-    assert (first.get_title(), first.get_ylabel()) == ("block 5 · c_proj", "MEND")
+    assert (first.get_title(), first.get_ylabel()) == ("block 5\nc_proj", "MEND")
     for patch, part in zip(first.patches, (slice(5, 10), slice(0, 5)), strict=True):
         heights = patch.get_path().vertices[:, 1]
         assert (heights.min(), heights.max()) == pytest.approx(
