@@ -96,7 +96,8 @@ class Instructor:
             return ""
         if not request.task:
             raise UserError(
-                f"edit request {request.prompt!r} has no task to instruct; there are: {', '.join(bank_names())}"
+                f"edit request {request.prompt!r} has no task to instruct; there are: "
+                f"{', '.join(bank_names())}; name one, or give an instruction of your own"
             )
         bank = InstructionBank.for_task(request.task)
         if self.variant == "other_task":
