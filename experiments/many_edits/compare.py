@@ -61,6 +61,7 @@ def draw(compared: Any, out: Path) -> None:
 
     from instructedit.analysis.style import CAPTION, colours_of, legend, styled
     from instructedit.drawing import save_figure
+    from instructedit.metrics import metric_title
 
     streams, methods = (list(dict.fromkeys(compared[key])) for key in ("stream", "method"))
     colours, metrics = colours_of(methods), [*METRICS, _RATIO]
@@ -83,8 +84,8 @@ def draw(compared: Any, out: Path) -> None:
                     axes.set_yscale("log")
                 else:
                     axes.set_ylim(-3, 103)
-        for axes, metric in zip(grid[0], metrics, strict=True):
-            axes.set_title(metric.capitalize())
+        for axes, title in zip(grid[0], [*map(metric_title, METRICS), "Perplexity"], strict=True):
+            axes.set_title(title)
         for axes in grid[-1]:
             axes.set_xlabel("edits")
         legend(figure, handles)

@@ -94,15 +94,15 @@ def test_a_seed_that_is_in_a_file_beside_is_not_run_too(place, tmp_path, monkeyp
 def test_seeds_that_are_run_apart_add_up(place, tmp_path, monkeypatch):
     together, first, second, joined = (tmp_path / name for name in ("both", "first", "second", "joined"))
     assert run(tmp_path / "a", together)[0] == 0
-    assert run(tmp_path / "a", first, "--seeds=[3]")[0] == 0
+    assert run(tmp_path / "b", first, "--seeds=[3]")[0] == 0
 
     done = watched(monkeypatch)
-    status, printed, errors = run(tmp_path / "b", second, "--seeds=[4]", "--rows=[MEND]", f"--beside=['{first}']")
+    status, printed, errors = run(tmp_path / "c", second, "--seeds=[4]", "--rows=[MEND]", f"--beside=['{first}']")
     assert status == 0, errors
     assert done == [("MEND", 4)]
     assert "FT-L (raw)" in printed
     # the file of the second holds the first one's rows, too; nothing is run
-    assert run(tmp_path / "c", joined, "--rows=[]", f"--beside=['{second / FILE}']")[0] == 0
+    assert run(tmp_path / "d", joined, "--rows=[]", f"--beside=['{second / FILE}']")[0] == 0
     assert done == [("MEND", 4)]
     for name in ("summary.csv", "differences.csv", "spread.csv"):
         expected = pd.read_csv(together / name)

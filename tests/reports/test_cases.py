@@ -73,6 +73,9 @@ def test_a_file_of_records_in_the_flat_form_is_a_file_of_requests(tmp_path, fiel
     assert (case.request.prompt, case.request.target) == ("p", "t")
     shown = {"rephrase": case.paraphrases, "locality": case.neighbours, "portability": case.ask}
     assert shown.get(field, ("x",)) == ("x",)
+
+
+def test_probes_may_call_their_prompt_loc_as_in_qaedit(tmp_path):
     probe = {"loc": "who", "loc_ans": "y"}
     (case,) = read_cases(written(tmp_path, "b.json", json.dumps([{"prompt": "p", "target": "t", "locality": [probe]}])))
     assert case.neighbours == ("who",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,6 @@ def _body(lm: FrozenLM, name: str, options: Mapping[str, Any], results: DataFram
         yield f"\n## Results\n\nTasks: {tasks}. × 100, with 95 % bootstrap intervals.\n"
         yield "| task | metric | mean | interval | n |\n| --- | --- | ---: | ---: | ---: |"
         for row in results.itertuples():
-            ends = f"{row.low:.1f} to {row.high:.1f}" if row.n > 1 else "–"
+            ends = f"{row.low:.1f} to {row.high:.1f}" if not math.isnan(row.low) else "–"
             yield f"| {row.task} | {row.metric} | {row.mean:.1f} | {ends} | {row.n} |"
     yield f"\n## Config\n\n```yaml\n{yaml.safe_dump({name: dict(options)}, sort_keys=False).strip()}\n```"
