@@ -95,6 +95,11 @@ class Edit(ABC):
     def state(self) -> dict[str, Tensor]:
         """Returns all tensors needed to rebuild the edit by `from_state`."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors, in bytes."""
+        return sum(tensor.nbytes for tensor in self.state().values())
+
     @classmethod
     @abstractmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:

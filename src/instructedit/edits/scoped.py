@@ -11,7 +11,8 @@ from torch import Tensor
 from instructedit.edits.base import as_list, nested
 from instructedit.edits.by_prompt import PromptEdit
 from instructedit.edits.gates import Gate, MatchGate
-from instructedit.edits.low_rank import LowRankEdit, stack
+from instructedit.edits.low_rank import LowRankEdit
+from instructedit.edits.pile import Pile
 from instructedit.errors import UserError
 
 
@@ -22,11 +23,12 @@ class ScopedEdit(PromptEdit):
     Entries do not add up: of a thousand that are joined, each prompt is read with one at most.
 
     Attributes:
-        changes: The changes of weights, [n · entries], those of one edit together.
+        changes: The changes of weights, [n · entries], those of one edit together; of edits that were put together one
+            after another, a pile.
         gate: Chooses among them.
     """
 
-    changes: LowRankEdit
+    changes: LowRankEdit | Pile
     gate: Gate | MatchGate
     name: ClassVar[str] = "scoped"
 
@@ -53,7 +55,7 @@ class ScopedEdit(PromptEdit):
         """The entries of both; they are taken to share the gate, but for its keys."""
         if len(self) != len(other) or set(self.sites) != set(other.sites):
             raise UserError(f"{len(self)} edits of {self.sites} and {len(other)} of {other.sites} do not go together")
-        changes = stack([self.changes, other.changes])
+        changes: LowRankEdit | Pile = Pile.of(self.changes, other.changes)
         if len(self) > 1:
             second = len(self.changes)
             starts = [(i * self.entries, second + i * other.entries) for i in range(len(self))]
@@ -64,13 +66,16 @@ class ScopedEdit(PromptEdit):
 
     def ungated(self) -> LowRankEdit:
         """The changes of weights of all entries, for every prompt, whatever the gate says."""
-        return self.changes
+        return self.changes.whole() if isinstance(self.changes, Pile) else self.changes
 
     def contexts(self, chosen: Tensor) -> list[Tensor]:
         return [torch.zeros(0, dtype=torch.long, device=chosen.device)] * len(chosen)
 
     def reading(self, chosen: Tensor) -> tuple[LowRankEdit, Tensor]:
-        return self.changes, chosen
+        if not isinstance(self.changes, Pile):
+            return self.changes, chosen
+        entries, numbers = chosen.unique(return_inverse=True)
+        return self.changes[entries.tolist()], numbers
 
     def change(self, site: str, inputs: Tensor, outputs: Tensor, rows: Tensor | None) -> Tensor:
         """The output within the scope of the only entry.
@@ -80,12 +85,16 @@ class ScopedEdit(PromptEdit):
         """
         if self.entries != 1:
             raise UserError(f"which of {self.entries} entries holds depends on the prompt")
-        return self.changes.change(site, inputs, outputs, rows)
+        return self.ungated().change(site, inputs, outputs, rows)
 
     def state(self) -> dict[str, Tensor]:
-        return {f"changes:{k}": v for k, v in self.changes.state().items()} | {
+        return {f"changes:{k}": v for k, v in self.ungated().state().items()} | {
             f"gate:{k}": v for k, v in self.gate._asdict().items()
         }
+
+    @property
+    def nbytes(self) -> int:
+        return self.changes.nbytes + sum(tensor.nbytes for tensor in self.gate)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Self:

@@ -205,8 +205,8 @@ class _Run:
             edit, self.state = self.editor.make_next(batch, self.state)
         check_finite(edit, self.editor.name)
         self.carried = add(self.carried, edit.detach())
-        held = sum(tensor.nbytes for tensor in self.carried.state().values())
-        self.costs.append({"edits": stop, "seconds": time.perf_counter() - began, "bytes": held})
+        seconds = time.perf_counter() - began
+        self.costs.append({"edits": stop, "seconds": seconds, "bytes": self.carried.nbytes})
 
     def _ask(self, numbers: Sequence[int], edits: int, again: bool) -> None:
         assert self.carried is not None
