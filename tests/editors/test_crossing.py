@@ -103,3 +103,23 @@ def test_no_more_than_the_count_are_drawn_and_a_checkpoint_brings_the_templates_
     more = [record("Peru", locality=[("The sea of ", " is")])]
     assert again.seen == crossing.seen
     assert again(more) == crossing(more) != NONE
+
+
+def test_a_record_that_comes_again_draws_the_same_and_with_one_more_to_choose_from_mostly():
+    known = [record(f"Land{i}", locality=[RIVER, FLAG]) for i in range(30)]
+    others = [
+        record("Sealand", locality=[("The sea of ", " is")]),
+        record("Lakeland", locality=[("The sea of ", " is")]),
+    ]
+    crossing = Crossing(1, 1)
+    crossing(known)
+    first = crossing(known)
+    assert crossing(known[::-1])[0][::-1] == [one._replace(record=29 - one.record) for one in first[0]]
+    assert len({one.elsewhere for one in first[0]}) > 10
+    crossing(others)
+    again = crossing(known)
+    same = [one == other for one, other in zip(first[0], again[0], strict=True)]
+    assert 0.3 < sum(same) / len(same) < 1
+    assert {
+        one.prompt.split()[1] for one, other in zip(again[0], first[0], strict=True) if one.prompt != other.prompt
+    } == {"sea"}

@@ -6,12 +6,15 @@ is out of the request's scope.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from heapq import nsmallest
+from typing import Any, NamedTuple, TypeVar
 
 from instructedit.data.neighborhood import Template, template
 from instructedit.records import EditRecord
+
+_T = TypeVar("_T")
 
 
 class Crossed(NamedTuple):
@@ -45,6 +48,9 @@ class Crossing:
     something else. A template is used once it was seen about two subjects: one of a single record may hold more than
     its relation. Other subjects are drawn from those that it was seen about, which are of the same kind.
 
+    What a record draws of the same choice is always the same, and of a larger choice mostly, so that the states of its
+    questions are in the prefix cache when it comes again.
+
     Args:
         count: Most questions for each record.
         subjects: Most other subjects about whom a request's or a crossed question's template is asked.
@@ -63,7 +69,6 @@ class Crossing:
         """
         for record in records:
             self._note(record)
-        rng = random.Random("\n".join(record.id for record in records))
         drawn, elsewhere = [], []
         for number, record in enumerate(records):
             subject = str(record.request.subject)
@@ -73,21 +78,19 @@ class Crossing:
             seen = self.seen.get(str(record.request.task), {})
             known = [one for one, subjects in seen.items() if len(subjects) > 1 and one != own]
             name = _other_name(record, own)
-            for before, after in rng.sample(known, min(self.count, len(known))):
-                others = self._elsewhere(rng, seen, (before, after), subject)
+            for before, after in _drawn(record.id, known, self.count):
+                others = self._elsewhere(record, seen, (before, after))
                 renamed = name and f"{before}{name}{after}"
                 prompt = f"{before}{subject}{after}"
                 drawn.append(Crossed(number, prompt, renamed, name and f"{own[0]}{name}{own[1]}", others))
-            elsewhere += [(number, text) for text in self._elsewhere(rng, seen, own, subject)]
+            elsewhere += [(number, text) for text in self._elsewhere(record, seen, own)]
         return drawn, elsewhere
 
-    def _elsewhere(
-        self, rng: random.Random, seen: Mapping[Template, list[str]], asked: Template, subject: str
-    ) -> tuple[str, ...]:
-        """Draws the questions of a template about subjects that it was seen about, other than this one."""
-        others = [other for other in seen.get(asked, []) if other != subject]
-        drawn = rng.sample(others, min(self.subjects, len(others)))
-        return tuple(f"{asked[0]}{other}{asked[1]}" for other in drawn)
+    def _elsewhere(self, record: EditRecord, seen: Mapping[Template, list[str]], asked: Template) -> tuple[str, ...]:
+        """Draws the questions of a template about subjects that it was seen about, other than the record's."""
+        before, after = asked
+        others = [f"{before}{other}{after}" for other in seen.get(asked, []) if other != record.request.subject]
+        return tuple(_drawn(record.id, others, self.subjects))
 
     def _note(self, record: EditRecord) -> None:
         subject = str(record.request.subject)
@@ -106,6 +109,15 @@ class Crossing:
     def recall(self, state: Mapping[str, Any]) -> None:
         """Takes the templates from a checkpoint."""
         self.seen = {task: {(a, b): [*subjects] for a, b, subjects in seen} for task, seen in state.items()}
+
+
+def _drawn(record: str, choice: Iterable[_T], count: int) -> list[_T]:
+    """Draws at most `count` of a choice by hashes of the record and each: one more to choose from rarely changes it."""
+
+    def order(one: _T) -> bytes:
+        return hashlib.sha256(f"{record}\n{one}".encode("utf-8", "surrogatepass")).digest()
+
+    return nsmallest(count, choice, key=order)
 
 
 def _other_name(record: EditRecord, own: Template) -> str | None:

@@ -11,6 +11,9 @@ from instructedit.edits.base import Edit
 from instructedit.edits.gates import Gate, MatchGate, Prompts
 from instructedit.edits.low_rank import LowRankEdit
 
+#: Scores that differ by no more are equal: the products of equal entries may be rounded differently.
+ROUNDING = 1e-4
+
 
 class PromptEdit(Edit):
     """n edits that are applied to prompts known as such (`FrozenLM.logits` and `FrozenLM.generate`).
@@ -37,6 +40,8 @@ class PromptEdit(Edit):
     def choose(self, rows: Tensor, prompts: Prompts) -> Tensor:
         """For each row the number of its entry among all [n · entries], or −1 for none; of equals the latest.
 
+        Equals are scores that differ by rounding: the scores of two equal entries may.
+
         Args:
             rows: Which edit each row has, [rows].
             prompts: What the gate reads of the rows' prompts.
@@ -44,5 +49,7 @@ class PromptEdit(Edit):
         first = rows * self.entries
         if self.gate is None:
             return first
-        best = self.gate.scores(prompts, rows).flip(-1).max(-1)
-        return torch.where(best.values > 0, first + self.entries - 1 - best.indices, -1)
+        scores = self.gate.scores(prompts, rows)
+        best = scores.max(-1, keepdim=True).values
+        behind = (scores >= best - ROUNDING).flip(-1).int().argmax(-1)  # the first from the end
+        return torch.where(best.squeeze(-1) > 0, first + self.entries - 1 - behind, -1)

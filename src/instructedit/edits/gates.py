@@ -149,14 +149,15 @@ class MatchGate(NamedTuple):
         """
         weights = self.weights[edit]
         real = weights > 0
-        cosines = (words @ self.tokens[edit][real].T).to(weights.dtype)  # products are of less precision under autocast
-        alike = torch.segment_reduce(cosines, "max", lengths=lengths, axis=0)
+        tokens, sizes = self.tokens[edit][real], real.sum(-1)
         entry = real.nonzero()[:, 0]
-        matched = alike.new_zeros(len(asked), len(real)).index_add(1, entry, alike * weights[real])
-        best = torch.segment_reduce(cosines.T.contiguous(), "max", lengths=real.sum(-1), axis=0)  # [entries, tokens]
         prompt = torch.arange(len(asked), device=lengths.device).repeat_interleave(lengths)
+        alike = _best(words, tokens, lengths).to(weights.dtype)  # products are of less precision under autocast
+        matched = alike.new_zeros(len(asked), len(real)).index_add(1, entry, alike * weights[real])
+        best = _best(tokens, words, sizes).to(weights.dtype)
         covered = best.new_zeros(len(real), len(asked)).index_add(1, prompt, best * matter).T
-        distance = (asked.unsqueeze(1) - self.keys[edit]).square().sum(-1)
+        keys = self.keys[edit]  # not ‖Pq − k‖² of each pair: prompts × entries × size numbers
+        distance = asked.square().sum(-1, keepdim=True) + keys.square().sum(-1) - 2 * asked @ keys.T
         needed = self.crowd * math.log(self.keys.shape[1])
         missing = self.sharpness * (1 - matched) + self.backward * (1 - covered)
         return self.bias - self.scale * distance - missing - needed
@@ -182,3 +183,11 @@ class MatchGate(NamedTuple):
         missing = width - self.tokens.shape[2]
         tokens, weights = F.pad(self.tokens, (0, 0, 0, missing)), F.pad(self.weights, (0, missing))
         return {"keys": self.keys, "tokens": tokens, "weights": weights}
+
+
+def _best(vectors: Tensor, others: Tensor, lengths: Tensor) -> Tensor:
+    """For each segment of `vectors` the largest product with each of `others`, [segments, others].
+
+    Both directions multiply anew: the transpose of one product, and its gradient's, take longer.
+    """
+    return torch.segment_reduce(vectors @ others.T, "max", lengths=lengths, axis=0)
