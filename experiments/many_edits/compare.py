@@ -59,7 +59,7 @@ def draw(compared: Any, out: Path) -> None:
     """Draws a row of panels for each stream, a panel for each metric, and a line for each method."""
     from matplotlib.figure import Figure
 
-    from instructedit.analysis.style import CAPTION, colours_of, legend, styled
+    from instructedit.analysis.style import caption, colours_of, legend, styled
     from instructedit.drawing import save_figure
     from instructedit.metrics import metric_title
 
@@ -89,10 +89,10 @@ def draw(compared: Any, out: Path) -> None:
         for axes in grid[-1]:
             axes.set_xlabel("edits")
         legend(figure, handles)
-        figure.supxlabel(
+        caption(
+            figure,
             "All edits so far, asked again (a sample). Band: 95 % interval over records. "
             "Perplexity: of plain text, in % of the unedited model's.",
-            **CAPTION,
         )
     save_figure(figure, out / "compared")
 

@@ -1,6 +1,6 @@
-"""How fast do editors train, on records that are new and on records that come again? Their steps are timed in turn.
+r"""How fast do editors train, on records that are new and on records that come again? Their steps are timed in turn.
 
-    python experiments/scope_edit/rate.py --editors instructedit scope_edit --passes 3 --out rate/ \\
+    python experiments/scope_edit/rate.py --editors instructedit scope_edit --passes 3 --out rate/ \
       --scale smollm2-135m --config configs/data/real.yaml --config experiments/scope_edit/rate.yaml
 
 Other options are those of `instructedit fit`. A step computes the loss of a batch and its gradient, and lets Adam

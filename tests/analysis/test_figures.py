@@ -195,6 +195,16 @@ def test_maps_are_a_grid_of_editors_and_sites() -> None:
     assert figure.get_supxlabel().startswith("t-SNE, perplexity 4.67 to 5.67, seed 3.")
 
 
+def test_a_caption_is_no_wider_than_its_figure() -> None:
+    figure = area_map(np.arange(10.0).reshape(5, 2), ["zsre"] * 5, "MEND", " ".join(["Which words do not fit?"] * 6))
+    for shown in (figure, area_maps({"MEND": areas()}, [SITES[0]], perplexity=30, seed=3)):
+        shown.draw_without_rendering()
+        (written,) = [text for text in shown.texts if text.get_text() == shown.get_supxlabel()]
+        extent = written.get_window_extent()
+        assert "\n" in written.get_text()
+        assert 0 <= extent.x0 < extent.x1 <= shown.bbox.width
+
+
 def test_editors_of_other_matrices_have_their_own_titles() -> None:
     one = areas()
     one.factors, one.norms = ({SITES[1]: own[SITES[1]]} for own in (one.factors, one.norms))

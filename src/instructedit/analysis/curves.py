@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from instructedit.analysis.seeds import interval_text
-from instructedit.analysis.style import CAPTION, colours_of, legend, styled
+from instructedit.analysis.style import caption, colours_of, legend, styled
 from instructedit.analysis.summary import summarise
 from instructedit.analysis.tables import in_order
 from instructedit.metrics import editing_metrics, headline_metrics, metric_title
@@ -105,7 +105,7 @@ def curves_figure(curves: pd.DataFrame, title: str = "") -> Figure:
         heading = f"{title}. " if title else ""
         lines = [f"{heading}Points: means over records (× 100). Band: bootstrap interval of all."]
         lines += [f"{name}: {meaning}" for name, meaning in GROUPS.items()]
-        figure.supxlabel("\n".join(lines), **CAPTION)
+        caption(figure, *lines)
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from instructedit.analysis.style import CAPTION, colours_of, legend, styled, whiskers
+from instructedit.analysis.style import caption, colours_of, legend, styled, whiskers
 from instructedit.analysis.tables import in_order
 from instructedit.metrics import headline_metrics, metric_title
 
@@ -114,7 +114,7 @@ def description_dots(
             panels[0].set_title((titles or {}).get(task, task), loc="left")
         legend(figure, handles)
         note = "A dot for each description: mean over records. Whiskers: bootstrap interval. Lines: mean of the group."
-        figure.supxlabel(note, **CAPTION)
+        caption(figure, note)
     return figure
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from instructedit.analysis.style import (
     CAPTION,
     SPREAD,
+    caption,
     colours_of,
     legend,
     map_note,
@@ -70,7 +71,7 @@ def metric_bars(summary: pd.DataFrame, titles: Mapping[str, str] | None = None) 
             drawn[0].set_title(titles.get(task, task), loc="left", pad=13)
             drawn[-1].set_title(_count(own), loc="right", pad=13, fontweight="normal", **CAPTION)
         legend(figure, {method: handles[method] for method in looks})
-        figure.supxlabel("Bars: mean over records. Whiskers: bootstrap interval.", **CAPTION)
+        caption(figure, "Bars: mean over records. Whiskers: bootstrap interval.")
     return figure
 
 
@@ -114,7 +115,7 @@ def metric_dots(
             panels[len(metrics) - 1].set_title(_count(own), loc="right", fontweight="normal", **CAPTION)
         if len(handles) > 1:
             legend(figure, handles)
-        figure.supxlabel("Dots: mean over records (× 100). Whiskers: bootstrap interval.", **CAPTION)
+        caption(figure, "Dots: mean over records (× 100). Whiskers: bootstrap interval.")
     return figure
 
 
@@ -138,7 +139,7 @@ def area_map(
         handles = scatter_tasks(axes, coordinates, tasks, task_styles(tasks, titles))
         axes.set_title(title)
         legend(figure, handles)
-        figure.supxlabel(note, **CAPTION)
+        caption(figure, note)
     return figure
 
 
@@ -186,7 +187,7 @@ def area_maps(
                 axes.set_axis_off()
             above = own
         legend(figure, {name: handles[name] for name, *_ in styles.values()})
-        figure.supxlabel(map_note(method, map(len, areas_by_title.values()), perplexity, seed), **CAPTION)
+        caption(figure, map_note(method, map(len, areas_by_title.values()), perplexity, seed))
     return figure
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from instructedit.analysis.seeds import across_seeds
-from instructedit.analysis.style import CAPTION, legend, short_site, styled, task_styles
+from instructedit.analysis.style import caption, legend, short_site, styled, task_styles
 from instructedit.analysis.tables import in_order
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def magnitude_boxes(
         grid[0, 0].yaxis.set_major_formatter("{x:g}")
         grid[0, 0].yaxis.set_minor_formatter(NullFormatter())
         legend(figure, {name: Patch(color=colour) for name, colour, _ in styles.values()})
-        figure.supxlabel("Frobenius norm of the update. Boxes: quartiles. Whiskers: 5 to 95 %.", **CAPTION)
+        caption(figure, "Frobenius norm of the update. Boxes: quartiles. Whiskers: 5 to 95 %.")
     return figure
 
 

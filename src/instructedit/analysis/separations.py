@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from instructedit.analysis.seeds import across_seeds
 from instructedit.analysis.style import (
-    CAPTION,
+    caption,
     colours_of,
     legend,
     map_note,
@@ -100,7 +100,7 @@ def separation_dots(table: pd.DataFrame) -> Figure:
             axes.spines[["top", "right", "left"]].set_visible(False)
         legend(figure, handles)
         note = "Dots: mean over seeds. Whiskers: 95 % t interval over seeds. Dashed: a blind probe."
-        figure.supxlabel(note, **CAPTION)
+        caption(figure, note)
     return figure
 
 
@@ -144,7 +144,5 @@ def map_pairs(
         grid[0, 0].set_ylabel("t-SNE", fontsize=10, fontweight="bold")
         grid[1, 0].set_ylabel("PCA", fontsize=10, fontweight="bold")
         legend(figure, {name: handles[name] for name, *_ in styles.values()})
-        figure.supxlabel(
-            f"{short_site(site)}. {map_note('tsne', map(len, shown.values()), perplexity, seed)}", **CAPTION
-        )
+        caption(figure, f"{short_site(site)}. {map_note('tsne', map(len, shown.values()), perplexity, seed)}")
     return figure

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from instructedit.analysis.tables import in_order
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _MARKERS = "os^DvPX*<>"
 SPREAD = (0, 1, 2, 3, 4, 9, 8, 5, 6)  # seaborn's colorblind palette without its grey, the most distinct colours first
 CAPTION: dict[str, Any] = {"fontsize": 8, "color": "0.4"}
+#: Letters of a caption that surely fit into an inch.
+_LETTERS = 14
 
 
 @contextmanager
@@ -95,3 +98,13 @@ def map_note(method: str, records: Iterable[int], perplexity: float, seed: int) 
     used = sorted({fitting_perplexity(count, perplexity) for count in records})
     span = " to ".join(f"{value:.3g}" for value in dict.fromkeys((used[0], used[-1])))
     return f"t-SNE, perplexity {span}, seed {seed}. Neighbourhoods count; distances between clusters do not."
+
+
+def caption(figure: Figure, *lines: str) -> None:
+    """Writes what a figure shows below it; lines wider than the figure are broken, after a sentence if that will do."""
+    width = int(_LETTERS * figure.get_figwidth())
+    broken: list[str] = []
+    for line in lines:
+        narrow = len(line) > width
+        broken += [part for text in (re.split(r"(?<=[.;]) ", line) if narrow else [line]) for part in wrap(text, width)]
+    figure.supxlabel("\n".join(broken), **CAPTION)
