@@ -286,6 +286,21 @@ def test_all_is_written(lm, tmp_path):
     assert all(f"<!-- {word} -->" in svg for word in ("Reliability", "Locality", "right after", "first", "edits"))
 
 
+def test_what_was_found_at_the_last_checkpoint_is_left_of_a_sequence_that_is_killed(lm, tmp_path):
+    def killed(steps):
+        yield from steps[:3]
+        raise KeyboardInterrupt
+
+    whole = ie.edit_sequence(lm, built("ft_l", lm), records(), score_every=2, out=tmp_path / "whole")
+    whole.save(tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt):
+        ie.edit_sequence(lm, built("ft_l", lm), records(), score_every=2, out=tmp_path / "killed", progress=killed)
+    left, written, again = (pd.read_csv(tmp_path / name / "probes.csv") for name in ("killed", "whole", "again"))
+    pd.testing.assert_frame_equal(written, again)
+    pd.testing.assert_frame_equal(left, again[again["edits"] <= 2])
+    assert pd.read_csv(tmp_path / "killed" / "costs.csv")["edits"].tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

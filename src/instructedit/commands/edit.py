@@ -62,7 +62,7 @@ class EditCommand:
         score_every: Edits between two checkpoints of a sequence.
         batch_size: Number of requests in each edit of a sequence.
         sample: Maximum number of requests of a sequence that are scored again at the checkpoints; by default all.
-        out: Folder for the tables and the figure of a sequence.
+        out: Folder for the tables and the figure of a sequence; they are written at every checkpoint.
         text: Plain text on which to measure how far unrelated predictions moved, after an edit or at the checkpoints of
             a sequence: a file, a hub id, or sampled (what the model says itself); by default the embedded sentences.
         max_new_tokens: Length of the answers.
@@ -236,8 +236,8 @@ def _sequence(asked: EditCommand, lm: FrozenLM, editor: Editor, cases: list[Edit
     )
     return ie.edit_sequence(
         lm, editor, case_records(lm, cases), score_every=asked.score_every, batch_size=asked.batch_size,
-        sample=asked.sample, settings=settings, text=asked.text,
-        progress=_progress(f"{editor.name} makes edit after edit", "edit"),
+        sample=asked.sample, settings=settings, text=asked.text, out=asked.out,
+        progress=_progress(f"{editor.name} makes edit after edit", _edits(asked.batch_size)),
     )  # fmt: skip
 
 
@@ -259,12 +259,10 @@ def _finish_sequence(asked: EditCommand, lm: FrozenLM, found: EditSequence) -> N
     for row in found.drifts.to_dict("records"):
         print(f"after {_edits(row.pop('edits'))}, {drift_line(Drift(**row))}")
     costs = found.costs
-    print(
-        f"{_edits(costs['edits'].iloc[-1])}; {costs['seconds'].median():.2f} s each (median), "
-        f"{costs['bytes'].iloc[-1] / 1e6:.1f} MB carried"
-    )
+    each = f"{costs['seconds'].median():.2f} s for {_edits(asked.batch_size)} (median)"
+    print(f"{_edits(costs['edits'].iloc[-1])}; {each}, {costs['bytes'].iloc[-1] / 1e6:.1f} MB carried")
     if asked.out:
-        print(f"tables and figure: {found.save(asked.out)}")
+        print(f"tables and figure: {asked.out}")
     if asked.save and found.edit is not None:
         lm.save(found.edit, asked.save)
         print(f"saved to {asked.save}: one edit that does what all did")

@@ -88,6 +88,7 @@ def edit_sequence(
     sample: int | None = None,
     settings: Evaluation | None = None,
     text: str | None = "tiny",
+    out: str | Path | None = None,
     progress: Callable[[Any], Any] = iter,
 ) -> EditSequence:
     """Edits a model with one record after another, each on top of the earlier ones, and scores it on the way.
@@ -107,6 +108,8 @@ def edit_sequence(
         settings: How to score; by default with teacher-forced scores only, without free answers and Fluency.
         text: Unrelated plain text on which predictions are compared at the checkpoints (see `text_sample`); None
             compares none.
+        out: Folder for the tables and the figure (see `EditSequence.save`). They are written at every checkpoint, so
+            that those so far are left of a sequence that is killed; None writes none.
         progress: Wraps the steps, e.g. ``tqdm``.
 
     Returns:
@@ -117,8 +120,6 @@ def edit_sequence(
         UserError: If there are no records, two of one task share an id, a number is below 1, or a record does not suit
             the editor.
     """
-    from pandas import DataFrame
-
     _check(records, {"score_every": score_every, "batch_size": batch_size, "sample": 1 if sample is None else sample})
     settings = settings or Evaluation(generate=False, fluency_tokens=0)
     training = editor.training
@@ -127,19 +128,24 @@ def edit_sequence(
         # Editing needs gradients, whatever mode the caller is in.
         with torch.inference_mode(False), torch.no_grad():
             run = _Run(lm, editor, records, settings, sample, text)
+            about = {
+                "editor": editor.name, "options": editor.options(), "lm": lm.name, "records": len(records),
+                "score_every": score_every, "batch_size": batch_size, "sample": sample, "text": text,
+                "settings": asdict(settings),
+            }  # fmt: skip
             for start in progress(range(0, len(records), batch_size)):
-                if not run.step(start, min(start + batch_size, len(records)), score_every):
+                stop = min(start + batch_size, len(records))
+                going = run.step(start, stop, score_every)
+                if out is not None and run.scored == stop:
+                    run.result(about).save(out)
+                if not going:
                     break
     finally:
         editor.train(training)
-    table = DataFrame(run.rows)
-    about = {
-        "editor": editor.name, "options": editor.options(), "lm": lm.name, "records": len(records),
-        "score_every": score_every, "batch_size": batch_size, "sample": sample, "text": text,
-        "settings": asdict(settings),
-    }  # fmt: skip
-    curves = sequence_curves(table, editor.name)
-    return EditSequence(run.carried, table, curves, DataFrame(run.costs), DataFrame(run.drifts), about, run.stopped)
+    result = run.result(about)
+    if out is not None and result.stopped:
+        result.save(out)
+    return result
 
 
 class _Run:
@@ -188,6 +194,15 @@ class _Run:
             with suppress(UserError):  # the earlier model may have no finite scores either
                 self._checkpoint(start)
         return not self.stopped
+
+    def result(self, about: dict[str, Any]) -> EditSequence:
+        """Returns the tables and the combined edit so far."""
+        from pandas import DataFrame
+
+        table = DataFrame(self.rows)
+        curves = sequence_curves(table, self.editor.name)
+        costs, drifted = DataFrame(self.costs), DataFrame(self.drifts)
+        return EditSequence(self.carried, table, curves, costs, drifted, about, self.stopped)
 
     def _checkpoint(self, edits: int) -> None:
         """Scores records again and reads the text, unless that was already done at this number of edits."""
