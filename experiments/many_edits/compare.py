@@ -44,8 +44,9 @@ def main() -> None:
 
     import pandas as pd
 
-    if missing := [str(folder) for folder in args.folders if not (folder / "curves.csv").is_file()]:
-        parser.error(f"{missing[0]}: no curves.csv, which `instructedit edit --sequential --out` writes")
+    wanted = [folder / name for folder in args.folders for name in ("curves.csv", "drifts.csv")]
+    if missing := [file for file in wanted if not file.is_file()]:
+        parser.error(f"{missing[0].parent}: no {missing[0].name}, which `instructedit edit --sequential --out` writes")
     compared = pd.concat([sequence_of(folder.resolve()) for folder in args.folders], ignore_index=True)
     args.out.mkdir(parents=True, exist_ok=True)
     compared.to_csv(args.out / "compared.csv", index=False, float_format="%.4g")
@@ -59,6 +60,7 @@ def draw(compared: Any, out: Path) -> None:
     """Draws a row of panels for each stream, a panel for each metric, and a line for each method."""
     from matplotlib.figure import Figure
 
+    from instructedit.analysis.curves import curve_lines
     from instructedit.analysis.style import caption, colours_of, legend, styled
     from instructedit.drawing import save_figure
     from instructedit.metrics import metric_title
@@ -73,13 +75,7 @@ def draw(compared: Any, out: Path) -> None:
             panels[0].set_ylabel(stream)
             for axes, metric in zip(panels, metrics, strict=True):
                 own = compared[(compared["stream"] == stream) & (compared["metric"] == metric)]
-                for method, rows in own.groupby("method", sort=False):
-                    look = {"color": colours[method], "marker": "o", "markersize": 3, "linewidth": 1.2}
-                    (handles[method],) = axes.plot(rows["edits"], rows["mean"], **look)
-                    if rows["low"].notna().all():
-                        axes.fill_between(
-                            rows["edits"], rows["low"], rows["high"], color=colours[method], alpha=0.12, linewidth=0
-                        )
+                handles |= curve_lines(axes, own, "method", colours, methods)
                 if metric == _RATIO:
                     axes.set_yscale("log")
                 else:

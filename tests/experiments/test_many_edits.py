@@ -1,11 +1,14 @@
-"""The script that compares sequences of edits, from the folders that the command writes to its table and figure."""
+"""The scripts beside the experiments on many edits and on ScopeEdit, from their command lines to their tables."""
 
 import sys
 
 import pandas as pd
 import pytest
+import torch
+from tests.quick import QUICK
 from tests.scripts import load_script
 
+import instructedit as ie
 from instructedit.cli import main
 
 FACTS = """prompt,target,rephrase,locality,locality_answer
@@ -48,3 +51,38 @@ def test_what_is_no_sequence(script, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script.main()
     assert "none: no curves.csv" in capsys.readouterr().err
+
+
+def test_every_reach_is_asked_of_the_same_edits_and_is_that_of_the_command(tmp_path, monkeypatch, capsys):
+    reach = load_script("many_edits/reach.py")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facts.csv").write_text(FACTS)
+    torch.manual_seed(0)
+    lm = ie.FrozenLM.from_pretrained("tiny")
+    ie.build_editor("scope_edit", lm, **QUICK["scope_edit"] | {"edit_rate": 100.0}).save_pretrained("own")
+    options = ["--lm=tiny", "--editor=own", "--streams", "facts.csv", "--reaches", "-50", "1", "50", "--out=reach"]
+    monkeypatch.setattr(sys, "argv", ["reach.py", *options])
+    reach.main()
+    assert "generalization" in capsys.readouterr().out
+    found = pd.read_csv("reach/reach.csv").pivot_table(index="reach", columns="metric", values="mean")
+    assert found.loc[-50, "locality"] == 100  # nothing is in scope
+    assert found.loc[50, "locality"] < 100
+    command = ["edit", "--editor=own", "--requests=facts.csv", "--sequential", '--options={"reach": 1}', "--out=one"]
+    assert main(command) == 0
+    curves = pd.read_csv("one/curves.csv")
+    curves = curves[curves["group"] == "all"].set_index("metric")["mean"]
+    for metric in reach.METRICS:
+        assert found.loc[1, metric] == pytest.approx(curves[metric], rel=1e-3), metric
+
+
+def test_editors_train_in_turn_on_the_same_records(tmp_path, monkeypatch, capsys):
+    rate = load_script("scope_edit/rate.py")
+    options = ["--scale=tiny", "--data.train=[{name: counterfact, size: 4}]", "--data.batch_size=2"]
+    command = ["rate.py", "--editors", "mend", "instructedit", "--passes=2", f"--out={tmp_path}/rate", *options]
+    monkeypatch.setattr(sys, "argv", command)
+    rate.main()
+    found = pd.read_csv(tmp_path / "rate/rate.csv")
+    assert found[["editor", "pass", "step"]].value_counts().eq(1).all()
+    assert len(found) == 2 * 2 * 2
+    assert found["editor"].tolist() == ["mend", "instructedit"] * 4
+    assert "instructedit, × rate" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ def curves_figure(curves: pd.DataFrame, title: str = "") -> Figure:
         grid = figure.subplots(len(tasks), columns, squeeze=False)
         for axes_row, (task, own) in zip(grid, rows.items(), strict=True):
             for axes, metric in zip(axes_row, panels[task], strict=False):
-                handles |= _panel(axes, own[own["metric"] == metric], colours)
+                handles |= curve_lines(axes, own[own["metric"] == metric], "group", colours, ("all",))
                 axes.set(title=metric_title(metric), xlabel="edits")
                 if editing_metrics()[metric].is_share:
                     axes.set_ylim(-3, 103)
@@ -109,12 +109,23 @@ def curves_figure(curves: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any]) -> dict[str, Any]:
-    """Draws the lines of one metric and returns the legend's handles."""
+def curve_lines(
+    axes: Axes, rows: pd.DataFrame, by: str, colours: Mapping[str, Any], bands: Container[str]
+) -> dict[str, Any]:
+    """Draws means by the number of edits, a line for each value of a column; returns the legend's handles.
+
+    Args:
+        axes: Where.
+        rows: Rows of one metric.
+        by: The column.
+        colours: The colour of each value.
+        bands: Values whose intervals are shown, where there are any.
+    """
     handles = {}
-    for group, own in rows.groupby("group", sort=False):
-        look: dict[str, Any] = {"color": colours[str(group)], "marker": "o", "markersize": 3, "linewidth": 1.2}
-        (handles[str(group)],) = axes.plot(own["edits"], own["mean"], label=group, **look)
-        if group == "all":
-            axes.fill_between(own["edits"], own["low"], own["high"], color=colours[str(group)], alpha=0.15, linewidth=0)
-    return {group: handles[group] for group in GROUPS if group in handles}
+    for name, own in rows.groupby(by, sort=False):
+        colour = colours[str(name)]
+        look: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.2}
+        (handles[str(name)],) = axes.plot(own["edits"], own["mean"], label=name, **look)
+        if name in bands and own["low"].notna().all():
+            axes.fill_between(own["edits"], own["low"], own["high"], color=colour, alpha=0.15, linewidth=0)
+    return {name: handles[name] for name in colours if name in handles}
