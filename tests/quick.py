@@ -22,6 +22,7 @@ QUICK = {
         "embedding": 4,
         "token_embedding": 4,
         "competitors": 0,
+        "relations": 2,
     },
     "serac": {"rank": 2, "embedding": 4},
     "t_patcher": {"steps": 10, "lr": 0.1, "m": 1.0, "text": "tiny", "memory": 100},

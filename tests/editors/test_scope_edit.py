@@ -8,6 +8,7 @@ from tests.reference import Case, training_batch
 from instructedit.data.batch import Collator
 from instructedit.editors import any_editor, build_editor
 from instructedit.editors.losses import LossWeights
+from instructedit.editors.relations import draw_questions
 from instructedit.edits import LowRankEdit, MatchGate, ScopedEdit
 from instructedit.errors import UserError
 from instructedit.evaluation.sequence import edit_sequence
@@ -26,7 +27,7 @@ WEIGHTS = LossWeights(0.7, 1.3, 0.4)
 
 def new_editor(lm, **options):
     torch.manual_seed(0)
-    editor = build_editor("scope_edit", lm, **{**QUICK["scope_edit"], **options})
+    editor = build_editor("scope_edit", lm, **{**QUICK["scope_edit"], "relations": 0, **options})
     for parameter in editor.matcher.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape)
     return editor
@@ -108,6 +109,24 @@ def test_what_asks_the_same_about_other_subjects_is_out_of_scope(lm):
         ("The river of Spain is", 2, False), ("The river of France is", 3, False),
     }  # fmt: skip
     assert found(crossed=1, other_subjects=2) == (crossed, some | others)
+
+
+def test_the_scope_learns_from_the_bank_apart_from_the_batch(lm):
+    editor = new_editor(lm, relations=2, competitors=9).train()
+    batch = training_batch(lm, CASES)
+    editor.training_loss(batch, WEIGHTS)  # now there are competitors
+    found = editor.training_loss(batch, WEIGHTS)["scope_loss"]
+    editor.matcher.known = editor.matcher.known[:1]
+    requests, (probes, *rest) = editor._requests(batch)
+    own = editor.matcher.loss(editor._prompts(requests), editor._prompts(probes), *rest)[0]
+    questions = draw_questions(2, "\n".join(record.id for record in batch.records))
+    asked = [(text, i, inside) for i, one in enumerate(questions) for text, inside in one.asked]
+    parts = (lm.encode([(text, "it") for text in t]) for t in ([q.prompt for q in questions], [t for t, _, _ in asked]))
+    editor.matcher.known = []
+    numbers = torch.tensor([i for _, i, _ in asked]), torch.tensor([inside for *_, inside in asked])
+    bank = editor.matcher.loss(*(PromptStates(lm.context, part.prompts()) for part in parts), *numbers)[0]
+    torch.testing.assert_close(found, own + bank, atol=1e-4, rtol=1e-4)
+    assert bank > 0
 
 
 def texts(lm, batch):

@@ -101,7 +101,9 @@ class Matcher(nn.Module):
             level["crowd"], torch.tensor(block), torch.tensor(token_block),
         )  # fmt: skip
 
-    def loss(self, requests: PromptStates, probes: PromptStates, own: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, requests: PromptStates, probes: PromptStates, own: Tensor, inside: Tensor, crowded: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Computes the cross-entropy of telling probes apart, alone and among all requests of this and known batches.
 
         Args:
@@ -109,12 +111,13 @@ class Matcher(nn.Module):
             probes: Prompts of their probes.
             own: Which request each probe belongs to, [probes].
             inside: Whether it is in scope, bool [probes].
+            crowded: Whether the requests of known batches are among all.
 
         Returns:
             The loss, and the share of probes that are classified correctly against their own request alone, scalars.
         """
         gate, wordings = self.gate(requests).joined(), requests.prompts.unpadded()
-        for known in (each.to(own.device) for each in self.known):
+        for known in (each.to(own.device) for each in self.known if crowded):
             gate, wordings = gate.beside(self.gate(known).joined()), wordings + known.wordings
         logits = gate.scores(probes, torch.zeros_like(own))  # [probes, requests]
         same = torch.tensor([[asked == words for words in wordings] for asked in probes.prompts.unpadded()])

@@ -14,6 +14,7 @@ from instructedit.editors.crossing import Crossing
 from instructedit.editors.losses import LossWeights
 from instructedit.editors.matching import ABSENT, Matcher
 from instructedit.editors.options import adjustable, options
+from instructedit.editors.relations import draw_questions
 from instructedit.editors.ridge_edit import RidgeEdit
 from instructedit.edits import Edit, ScopedEdit
 from instructedit.instructions import Instructor
@@ -47,6 +48,8 @@ class ScopeEdit(RidgeEdit):
             scope's loss (see `Crossing`).
         other_subjects: Most questions for each request, crossed ones included, that ask the same about another subject
             and are out of its scope.
+        relations: Number of questions from the package's own bank of relations that the scope learns from in each step,
+            apart from the batch (see `draw_questions`).
         scope_weight: Weight of the scope's loss, added to the editing loss.
         reach: Added to the scope's learned bias: the larger, the fewer edits are missed and the more hold too far. It
             may change after training.
@@ -61,12 +64,13 @@ class ScopeEdit(RidgeEdit):
     film_rank: int = 0
     embedding: int = 128
     token_embedding: int = 32
-    prompt_block: float = 0.6
-    token_block: float = 0.15
+    prompt_block: float = 0.8
+    token_block: float = 0.07
     competitors: int = 320
     among: float = 0.5
     crossed: int = 1
     other_subjects: int = 1
+    relations: int = 48
     scope_weight: float = 1.0
     reach: float = adjustable(default=1.5)
     kept_rank: int = adjustable(default=0)
@@ -122,8 +126,23 @@ class ScopeEdit(RidgeEdit):
         requests, (probes, own, inside) = self._requests(batch)
         loss, right = self.matcher.loss(self._prompts(requests), self._prompts(probes), own, inside)
         self.matcher.remember(self._prompts(batch.requests.tokens))
+        if self.relations:
+            loss = loss + self._bank_loss("\n".join(record.id for record in batch.records))
         losses["loss"] = losses["loss"] + self.scope_weight * loss
         return losses | {"scope_loss": loss, "scope_accuracy": right}
+
+    def _bank_loss(self, seed: str) -> Tensor:
+        """Computes the scope's loss on questions of the bank of relations alone."""
+        questions = draw_questions(self.relations, seed)
+        asked = [(text, near, i) for i, question in enumerate(questions) for text, near in question.asked]
+        requests, probes = (
+            PromptStates(self.lm.context, rows_of(self.lm.text.prompts(texts)).to(self.lm.device))
+            for texts in ([question.prompt for question in questions], [text for text, _, _ in asked])
+        )
+        own, near = (
+            torch.tensor(part, device=self.lm.device) for part in ([i for *_, i in asked], [n for _, n, _ in asked])
+        )
+        return self.matcher.loss(requests, probes, own, near, crowded=False)[0]
 
     def _requests(self, batch: EditBatch) -> tuple[TokenBatch, tuple[TokenBatch, Tensor, Tensor]]:
         """Returns the requests that the scope learns from, the batch's own and crossed ones, and their probes.
