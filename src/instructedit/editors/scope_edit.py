@@ -72,7 +72,7 @@ class ScopeEdit(RidgeEdit):
     other_subjects: int = 1
     relations: int = 48
     scope_weight: float = 1.0
-    reach: float = adjustable(default=1.5)
+    reach: float = adjustable(default=0.0)
     kept_rank: int = adjustable(default=0)
 
     def build(self) -> None:
