@@ -129,6 +129,14 @@ def test_the_scope_learns_from_the_bank_apart_from_the_batch(lm):
     assert bank > 0
 
 
+def test_questions_that_are_too_long_for_the_model_are_left_out(lm):
+    longest = max(len(lm.token_ids(text)) for question in draw_questions(9, "") for text, _ in question.asked)
+    shorter = FrozenLM(lm.model, lm.tokenizer, lm.name, max_length=longest - 1)
+    assert new_editor(shorter, relations=9).train()._bank_loss("") > 0
+    shortest = FrozenLM(lm.model, lm.tokenizer, lm.name, max_length=3)
+    assert new_editor(shortest, relations=9).train()._bank_loss("") == 0
+
+
 def texts(lm, batch):
     """The prompts of a batch's rows."""
     return [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.prompts().unpadded()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -134,15 +134,24 @@ class ScopeEdit(RidgeEdit):
     def _bank_loss(self, seed: str) -> Tensor:
         """Computes the scope's loss on questions of the bank of relations alone."""
         questions = draw_questions(self.relations, seed)
-        asked = [(text, near, i) for i, question in enumerate(questions) for text, near in question.asked]
+        ids = self._short([text for question in questions for text, _ in question.asked])
+        questions = [one for one in questions if all(text in ids for text, _ in one.asked)]
+        if not questions:
+            return torch.zeros((), device=self.lm.device)
+        asked = [(ids[text], near, i) for i, question in enumerate(questions) for text, near in question.asked]
         requests, probes = (
-            PromptStates(self.lm.context, rows_of(self.lm.text.prompts(texts)).to(self.lm.device))
-            for texts in ([question.prompt for question in questions], [text for text, _, _ in asked])
+            PromptStates(self.lm.context, rows_of(rows).to(self.lm.device))
+            for rows in ([ids[question.prompt] for question in questions], [row for row, _, _ in asked])
         )
-        own, near = (
-            torch.tensor(part, device=self.lm.device) for part in ([i for *_, i in asked], [n for _, n, _ in asked])
-        )
+        own = torch.tensor([i for _, _, i in asked], device=self.lm.device)
+        near = torch.tensor([near for _, near, _ in asked], device=self.lm.device)
         return self.matcher.loss(requests, probes, own, near, crowded=False)[0]
+
+    def _short(self, texts: Sequence[str]) -> dict[str, list[int]]:
+        """Returns the token ids of each distinct text, without those that are too long for the LM."""
+        different = list(dict.fromkeys(texts))
+        found = dict(zip(different, self.lm.text.prompts(different), strict=True)) if different else {}
+        return {text: words for text, words in found.items() if len(words) <= self.lm.max_length}
 
     def _requests(self, batch: EditBatch) -> tuple[TokenBatch, tuple[TokenBatch, Tensor, Tensor]]:
         """Returns the requests that the scope learns from, the batch's own and crossed ones, and their probes.
@@ -156,9 +165,8 @@ class ScopeEdit(RidgeEdit):
         inside = torch.arange(len(own), device=own.device) < len(batch.in_scope.request_index)
         known = TokenBatch.cat(batch.tokens)
         drawn, elsewhere = self.crossing(batch.records)
-        texts = list(dict.fromkeys([text for one in drawn for text, _ in one.asked] + [text for _, text in elsewhere]))
-        found = dict(zip(texts, self.lm.text.prompts(texts), strict=True))
-        ids = {text: words for text, words in found.items() if len(words) <= self.lm.max_length}
+        texts = [text for one in drawn for text, _ in one.asked] + [text for _, text in elsewhere]
+        ids = self._short(texts)
         crossed = [one for one in drawn if all(text in ids for text, _ in one.asked)]
         asked = [(ids[text], near, i) for i, one in enumerate(crossed, len(batch)) for text, near in one.asked]
         asked += [(ids[text], False, record) for record, text in elsewhere if text in ids]
