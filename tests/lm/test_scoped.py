@@ -53,6 +53,18 @@ def test_of_many_that_are_joined_each_prompt_has_its_own(lm):
         torch.testing.assert_close(lm.logits(lm.encode(PAIRS), joined), wanted, **FLOAT32)
 
 
+@pytest.mark.parametrize(("behind", "chosen"), [(1e-6, 1), (1e-3, 0)])
+def test_of_entries_that_differ_by_rounding_alone_the_later_holds(lm, behind, chosen):
+    class Gate:
+        keys = torch.zeros(1, 3, 1)
+
+        def scores(self, prompts, rows):
+            return torch.tensor([[1.0, 1.0 - behind, 0.5]])
+
+    edit, _ = scoped(lm, PROMPTS)
+    assert ScopedEdit(edit.changes, Gate()).choose(torch.tensor([0]), None).tolist() == [chosen]
+
+
 def test_several_edits_of_several_entries_keep_their_own_when_they_are_put_together(lm):
     (one, first), (two, second) = (scoped(lm, [PROMPTS[0], PROMPTS[1]], seed=seed) for seed in (0, 1))
     both = one.plus(two)

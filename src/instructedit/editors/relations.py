@@ -66,10 +66,8 @@ def draw_questions(count: int, seed: str) -> list[Question]:
     """
     rng = random.Random(seed)
     kinds, openings = relation_bank()
-    return [
-        _question(rng, *rng.choice([(kind, i) for kind in kinds for i in range(len(kind.relations))]), openings)
-        for _ in range(count)
-    ]
+    relations = [(kind, i) for kind in kinds for i in range(len(kind.relations))]
+    return [_question(rng, *rng.choice(relations), openings) for _ in range(count)]
 
 
 def _question(rng: random.Random, kind: Kind, relation: int, openings: Sequence[str]) -> Question:

@@ -135,15 +135,14 @@ def edit_sequence(
             }  # fmt: skip
             for start in progress(range(0, len(records), batch_size)):
                 stop = min(start + batch_size, len(records))
-                going = run.step(start, stop, score_every)
-                if out is not None and run.scored == stop:
-                    run.result(about).save(out)
-                if not going:
+                if not run.step(start, stop, score_every):
                     break
+                if out is not None and run.scored == stop < len(records):
+                    run.result(about).save(out)
     finally:
         editor.train(training)
     result = run.result(about)
-    if out is not None and result.stopped:
+    if out is not None:
         result.save(out)
     return result
 
